@@ -1,0 +1,1 @@
+"""rowmax.bench: measures the kernels against every path that PyTorch itself offers."""

@@ -1,0 +1,1 @@
+"""rowmax.kernels: fused attention and normalisation for PyTorch."""

@@ -1,0 +1,1 @@
+"""rowmax.transformer: the reference encoder-decoder Transformer on rowmax.kernels."""
