@@ -1,13 +1,25 @@
-"""Build description of rowmax: where the packages lie.
+"""Build description of rowmax: where the packages lie, and the optional C++ extension.
 
 The folders `kernels/`, `transformer/` and `bench/` of the checkout are the packages
 `rowmax.kernels`, `rowmax.transformer` and `rowmax.bench`. `rowmax` itself is a PEP 420 namespace
 and has no folder. Everything that does not depend on the machine stands in pyproject.toml.
+
+The extension `rowmax.kernels._C` is built where torch can be imported and a C++20 compiler is
+found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
+
+    auto      (default) build it if that works; if not, install the pure Python package
+    require   fail where it can't be built
+    skip      don't try
 """
 
-from pathlib import Path
+from __future__ import annotations
 
-from setuptools import find_packages, setup
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE_DIR = {
@@ -15,6 +27,9 @@ PACKAGE_DIR = {
     "rowmax.transformer": "transformer",
     "rowmax.bench": "bench",
 }
+CHOICES = ("auto", "require", "skip")
+# The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
+TORCH_TARGET_VERSION = "0x020a000000000000"
 
 
 def all_packages() -> list[str]:
@@ -26,8 +41,68 @@ def all_packages() -> list[str]:
     return names
 
 
+def report_absence(reason: object) -> None:
+    """Say on standard error why this build goes on without the extension."""
+    print(
+        f"rowmax: building without the C++ extension rowmax.kernels._C: {reason}", file=sys.stderr
+    )
+
+
+def extension_arguments() -> dict[str, Any]:
+    """The arguments of `setup` that build the extension; none where it can't or shan't be."""
+    choice = os.environ.get("ROWMAX_EXTENSION", "auto")
+    if choice not in CHOICES:
+        raise SystemExit(f"ROWMAX_EXTENSION: expected one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "skip":
+        report_absence("ROWMAX_EXTENSION=skip")
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        if choice == "require":
+            raise
+        report_absence(f"torch can't be imported ({error})")
+        return {}
+
+    # torch ships no type for BuildExtension that a checker could follow.
+    class BuildIfPossible(BuildExtension):  # type: ignore[misc, unused-ignore]
+        """Builds the extension with ninja; under `auto` a failure is reported, not raised."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                # Whatever a missing or too old compiler makes torch or setuptools raise.
+                if choice == "require":
+                    raise
+                report_absence(error)
+
+    extension: Extension = CppExtension(
+        "rowmax.kernels._C",
+        sources=["csrc/binding.cpp", "csrc/module.cpp"],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fno-math-errno",
+            "-fvisibility=hidden",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        ],
+        py_limited_api=True,
+    )
+    # An optional extension may be missing from the build folder when files are collected.
+    extension.optional = choice == "auto"
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildIfPossible},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
 setup(
     package_dir=PACKAGE_DIR,
     packages=all_packages(),
     package_data={package: ["py.typed"] for package in PACKAGE_DIR},
+    **extension_arguments(),
 )

@@ -1,0 +1,83 @@
+# Everything from a bare Python >= 3.10: each target makes .venv, installs rowmax into it
+# (editable, with exact versions), builds the C++ extension where a compiler is there, and runs.
+#
+#   make demo      train the reference Transformer on the built-in corpus and translate with it
+#   make test      the tests
+#   make lint      ruff and mypy
+#   make bench     the speed tables
+#   make clean     remove build products and caches
+#   make distclean remove the virtual environment too
+#
+# Settings: PYTHON (interpreter that makes the environment), TORCH (the torch to install; it
+# must agree with constraints.txt), PIP_ARGS (more options for pip: another package index for
+# PyTorch's CPU-only builds, say), TEST_ARGS, BENCH_ARGS, DEMO_ARGS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+TEST_ARGS ?= -n 2
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
+EXTRAS := transformer,bench,test,lint
+
+# What was installed last is known by these two files' time stamps.
+REQUIREMENTS := $(VENV)/.stamp-requirements
+PACKAGE := $(VENV)/.stamp-package
+
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CHECKED := kernels transformer bench tests setup.py
+TYPING := build/typing/rowmax
+
+.PHONY: demo test lint bench install clean distclean
+.DELETE_ON_ERROR:
+
+demo: $(PACKAGE)
+	$(BIN)/python -m rowmax.transformer demo $(DEMO_ARGS)
+
+test: $(PACKAGE)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# mypy knows a package by its folder's name, so it sees the folders through links that bear the
+# import names.
+lint: $(PACKAGE)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	@mkdir -p $(TYPING)
+	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
+	$(BIN)/mypy $(TYPING) tests setup.py
+
+bench: $(PACKAGE)
+	$(BIN)/python -m rowmax.bench speed $(BENCH_ARGS)
+
+install: $(PACKAGE)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "rowmax needs Python >= 3.10, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "Name another one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by its exact version, so that a CPU-only build given by PIP_ARGS or by
+# pip's own settings is taken, and no later requirement can pull in another one.
+$(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -c constraints.txt setuptools wheel ninja
+	$(PIP) -c constraints.txt $(TORCH)
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	@touch $@
+
+# Built against the torch of the environment; without a compiler the package is pure Python.
+$(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf build dist rowmax.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f kernels/_C*.so $(PACKAGE)
+	find kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
