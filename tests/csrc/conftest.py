@@ -1,0 +1,20 @@
+"""The C++ extension, or a skip that says what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """rowmax.kernels._C; where ROWMAX_EXTENSION=require, its absence is a failure."""
+    try:
+        return importlib.import_module("rowmax.kernels._C")
+    except ImportError as error:
+        if os.environ.get("ROWMAX_EXTENSION") == "require":
+            raise
+        pytest.skip(f"the C++ extension is not built here: {error}")

@@ -1,0 +1,154 @@
+"""torch.ops.rowmax_native.layer_norm_*, against float64 and, for rounding, against torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+EPS = 1e-5
+SHAPES = [
+    (1, 1),  # a deviation of zero
+    (3, 7),  # less than one lane of 16
+    (5, 16),
+    (130, 33),  # blocks of unequal height in the backward, and a tail
+    (65, 512),
+]
+
+
+class Case(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    dy: Tensor
+
+
+class Result(NamedTuple):
+    y: Tensor
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def make_case(shape: tuple[int, int], dtype: torch.dtype, offset: float = 0.0) -> Case:
+    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Case(draw(*shape) + offset, draw(shape[1]), draw(shape[1]), draw(*shape))
+
+
+def run_native(case: Case) -> Result:
+    ops = torch.ops.rowmax_native
+    y, mean, rstd = ops.layer_norm_forward(case.x, case.weight, case.bias, EPS)
+    grads = ops.layer_norm_backward(case.dy, case.x, mean, rstd, case.weight, True, True)
+    return Result(y, *grads)
+
+
+def run_torch(case: Case, dtype: torch.dtype) -> Result:
+    x, weight, bias = (t.to(dtype).requires_grad_() for t in case[:3])
+    y = F.layer_norm(x, x.shape[1:], weight, bias, EPS)
+    grads = torch.autograd.grad(y, (x, weight, bias), case.dy.to(dtype))
+    return Result(y.detach(), *grads)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_agrees_with_float64(shape: tuple[int, int], offset: float, dtype: torch.dtype) -> None:
+    """At most twice the error of torch's own path, plus a rounding of the largest element."""
+    case = make_case(shape, dtype, offset)
+    oracle = run_torch(case, torch.float64)
+    naive = run_torch(case, dtype)
+    # In float64 the oracle is torch's path itself, so only the rounding term is left. It has
+    # the conditioning of x - mean, which the offset makes worse by offset / deviation.
+    rounding = 32 * torch.finfo(dtype).eps * (1.0 if dtype is torch.float32 else 1.0 + offset)
+    # What dx is a difference of: with a deviation near zero that is far more than dx itself.
+    deviation = (case.x.double().var(1, unbiased=False) + EPS).sqrt().min()
+    terms = (case.dy * case.weight).double().abs().max() / deviation
+    for name, got, plain, exact in zip(
+        Result._fields, run_native(case), naive, oracle, strict=True
+    ):
+        assert got.dtype is dtype
+        error = (got.double() - exact).abs().max()
+        size = 1 + exact.abs().max() + (terms if name == "dx" else 0)
+        allowed = 2 * (plain.double() - exact).abs().max() + rounding * size
+        assert error <= allowed, name
+
+
+def test_large_mean_is_more_exact_than_one_float_would_allow() -> None:
+    """At mean 1e4, deviation 1, a float32 mean is off by up to 5e-4 deviations."""
+    case = make_case((64, 512), torch.float32, offset=1e4)
+    exact = run_torch(case, torch.float64)
+    got = run_native(case)
+    assert (got.y.double() - exact.y).abs().max() < 1e-5
+    assert (got.dx.double() - exact.dx).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weight_and_bias_may_be_absent(dtype: torch.dtype) -> None:
+    case = make_case((9, 20), dtype)
+    ops = torch.ops.rowmax_native
+    y, mean, rstd = ops.layer_norm_forward(case.x, None, None, EPS)
+    torch.testing.assert_close(y, F.layer_norm(case.x, (20,), eps=EPS))
+    assert mean.dtype is rstd.dtype is torch.float64
+    ones = torch.ones(20, dtype=dtype)
+    expected = ops.layer_norm_backward(case.dy, case.x, mean, rstd, ones, True, True)
+    dx, dweight, dbias = ops.layer_norm_backward(case.dy, case.x, mean, rstd, None, False, False)
+    assert torch.equal(dx, expected[0])
+    assert dweight.shape == dbias.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    result = run_native(make_case(shape, torch.float32))
+    assert result.y.shape == result.dx.shape == shape
+    assert torch.equal(result.dweight, torch.zeros(shape[1]))
+    assert torch.equal(result.dbias, torch.zeros(shape[1]))
+
+
+def test_bitwise_the_same_for_any_number_of_threads() -> None:
+    case = make_case((1000, 257), torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run_native(case))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for name, first, other in zip(Result._fields, results[0], result, strict=True):
+            assert torch.equal(first, other), name
+
+
+def test_nan_stays_in_its_row() -> None:
+    case = make_case((4, 40), torch.float32)
+    clean = run_native(case)
+    case.x[2, 5] = float("nan")
+    y = run_native(case).y
+    assert y[2].isnan().all()
+    keep = torch.tensor([0, 1, 3])
+    assert torch.equal(y[keep], clean.y[keep])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"x": torch.zeros(2, 3, 4)}, "x: expected 2 dimensions, got 3"),
+        ({"x": torch.zeros(4, 4).t()[:3]}, "x: expected a contiguous tensor"),
+        ({"x": torch.zeros(3, 4, dtype=torch.float16)}, "x: expected float32 or float64, got"),
+        ({"weight": torch.zeros(5)}, r"weight: expected shape \(4,\)"),
+        ({"bias": torch.zeros(4, dtype=torch.float64)}, "bias: wrong dtype"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Tensor], words: str) -> None:
+    arguments = {"x": torch.zeros(3, 4), "weight": torch.ones(4), "bias": torch.zeros(4)} | change
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.rowmax_native.layer_norm_forward(**arguments, eps=EPS)
