@@ -1,0 +1,75 @@
+"""Argument checks shared by every public function: one wording, raised before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def fail_value(function: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise ValueError(f"{function}: `{argument}`: expected {expected}, got {got}")
+
+
+def fail_type(function: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise TypeError(f"{function}: `{argument}`: expected {expected}, got {got}")
+
+
+def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def require_tensor(function: str, argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        fail_type(function, argument, type(value).__name__, "a torch.Tensor")
+    return value
+
+
+def require_float(function: str, argument: str, value: object) -> Tensor:
+    tensor = require_tensor(function, argument, value)
+    if tensor.dtype not in FLOAT_DTYPES:
+        fail_type(
+            function, argument, tensor.dtype, "dtype float64, float32, bfloat16 or float16"
+        )
+    return tensor
+
+
+def require_like(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    """`value` must have the dtype and the device of `like`."""
+    if value.dtype != like.dtype:
+        fail_type(function, argument, value.dtype, f"dtype {like.dtype}, that of `{other}`")
+    require_device(function, argument, value, other, like)
+
+
+def require_device(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.device != like.device:
+        fail_value(function, argument, f"device {value.device}", f"{like.device}, as `{other}`")
+
+
+def require_broadcastable(
+    function: str, argument: str, value: Tensor, shape: Sequence[int | torch.SymInt], names: str
+) -> Tensor:
+    """`value` viewed with leading ones, so that it has `len(shape)` dimensions and broadcasts."""
+    fits = value.dim() <= len(shape) and all(
+        size == 1 or size == target
+        for size, target in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        fail_value(
+            function,
+            argument,
+            f"shape {shape_text(value.shape)}",
+            f"a shape that broadcasts to {names} = {shape_text(shape)}",
+        )
+    return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+
+
+def require_probability(function: str, argument: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        fail_value(function, argument, value, "a probability in [0, 1]")
+    return float(value)

@@ -1,0 +1,407 @@
+"""The public functions: each checks its arguments once, before any work, and calls one op.
+
+Order of an attention: scores = scale * q @ k^T; softcap; bias; mask; softmax (with sinks);
+dropout; @ v ('Attention Is All You Need', equation 1, with what has been added to it since).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops
+from .biases import ALiBi
+from .checks import (
+    fail_type,
+    fail_value,
+    require_broadcastable,
+    require_device,
+    require_float,
+    require_like,
+    require_probability,
+    require_tensor,
+    shape_text,
+)
+from .masks import Mask, as_mask, structure_of
+from .problem import (
+    AddLayerNormProblem,
+    AttentionProblem,
+    LayerNormProblem,
+    RMSNormProblem,
+    SoftmaxProblem,
+)
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | ALiBi | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | ALiBi | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | ALiBi | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Masked-softmax attention, fused, with gradients for q, k, v, a bias tensor and sinks.
+
+    Args:
+        q: (B, Hq, Lq, D), float64, float32, bfloat16 or float16, any strides.
+        k: (B, Hkv, Lk, D), dtype and device of q; Hq must be a multiple of Hkv (GQA, MQA).
+        v: (B, Hkv, Lk, Dv).
+        mask: None, a bool tensor broadcastable to (B, Hq, Lq, Lk) in which True = may attend, or
+            mask objects joined by `&` (`Causal`, `Window`, `KeyLengths`, ...).
+        bias: float tensor broadcastable to (B, Hq, Lq, Lk), added to the scaled scores, with a
+            gradient; -inf in it masks. Or `ALiBi(slopes)`.
+        scale: multiplies q @ k^T; D ** -0.5 when None.
+        softcap: c > 0 turns a score s into c * tanh(s / c), before bias and mask.
+        dropout_p: probability in [0, 1] that a weight is dropped; kept ones grow by 1 / (1 - p).
+        seed: decides which weights drop (Philox4x32-10 of seed, batch, head, query, key): an int,
+            a 0-d int64 tensor, or None to draw one from torch's default generator.
+        sinks: (Hq,), one learnable logit a head that takes probability and gives no value.
+        return_lse: also return the log-sum-exp of each row's scores.
+        backend: "auto", or one of "numba", "native", "reference", "triton"; see `explain`.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in q's dtype, and with `return_lse` also lse (B, Hq, Lq) in float32
+        (float64 for float64 inputs). A row that may attend nothing gives out = 0, lse = -inf and
+        no gradient; keys that no query may attend are never read, whatever they hold.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape, device or option; names the argument.
+        RuntimeError: a named backend that cannot run here or cannot do this; says why.
+    """
+    problem = attention_problem(
+        q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=True
+    )
+    out, lse = ops.attention(problem, dispatch.check_name("attention", backend))
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | ALiBi | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> str:
+    """Which backend `attention` with these arguments would take, and why not the others."""
+    problem = attention_problem(
+        q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=False
+    )
+    return dispatch.explain(problem)
+
+
+def attention_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Tensor | ALiBi | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    sinks: Tensor | None,
+    *,
+    draw_seed: bool,
+) -> AttentionProblem:
+    """The checked, canonical form of `attention`'s arguments."""
+    shape = _check_qkv(q, k, v)
+    q, k, v = _autocast(q, k, v)
+    slopes = offset = None
+    if isinstance(bias, ALiBi):
+        slopes, offset = bias.parameters(shape, q)
+        bias = None
+    elif bias is not None:
+        bias = _check_bias(bias, shape, q)
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
+    if scale is None:
+        scale = float(q.shape[3]) ** -0.5 if q.shape[3] > 0 else 1.0
+    elif not math.isfinite(scale):
+        fail_value("attention", "scale", scale, "a finite number, or None for D ** -0.5")
+    dropout_p = require_probability("attention", "dropout_p", dropout_p)
+    if sinks is not None:
+        require_float("attention", "sinks", sinks)
+        require_device("attention", "sinks", sinks, "q", q)
+        if tuple(sinks.shape) != (shape[1],):
+            fail_value(
+                "attention", "sinks", f"shape {shape_text(sinks.shape)}", f"(Hq,) = ({shape[1]},)"
+            )
+    return AttentionProblem(
+        query=q,
+        key=k,
+        value=v,
+        bias=bias,
+        alibi_slopes=slopes,
+        alibi_offset=offset,
+        sinks=sinks,
+        mask=structure_of(as_mask("attention", mask), shape, q),
+        scale=float(scale),
+        softcap=None if softcap is None else float(softcap),
+        dropout_p=dropout_p,
+        seed=_seed("attention", seed, dropout_p) if draw_seed else None,
+    )
+
+
+def masked_softmax(
+    scores: Tensor,
+    mask: Mask | Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * scores) over the last dimension, over the positions that `mask` allows.
+
+    Args:
+        scores: (B, H, Lq, Lk), or fewer leading dimensions (taken as 1).
+        mask: as in `attention`; a row that allows nothing gives zeros.
+        scale: multiplies the scores.
+
+    Returns:
+        weights, shape and dtype of scores; statistics in float32 or wider.
+    """
+    require_float("masked_softmax", "scores", scores)
+    if not 1 <= scores.dim() <= 4:
+        fail_value(
+            "masked_softmax", "scores", f"shape {shape_text(scores.shape)}", "1 to 4 dimensions"
+        )
+    if not math.isfinite(scale):
+        fail_value("masked_softmax", "scale", scale, "a finite number")
+    view = scores
+    if scores.dim() == 3:
+        view = scores.unsqueeze(1)
+    elif scores.dim() < 3:
+        view = scores.reshape((1,) * (4 - scores.dim()) + tuple(scores.shape))
+    batch, heads, query_len, key_len = view.shape
+    structure = structure_of(
+        as_mask("masked_softmax", mask), (batch, heads, query_len, key_len), scores
+    )
+    weights = ops.masked_softmax(
+        SoftmaxProblem(view, structure, float(scale)),
+        dispatch.check_name("masked_softmax", backend),
+    )
+    return weights.view(scores.shape)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Layer normalisation over the last dimension (Ba et al. 2016, equation 4).
+
+    Args:
+        x: (..., N) float, any strides. weight, bias: (N,) or None.
+        eps: added to the (biased) variance.
+
+    Returns:
+        (..., N) in x's dtype; statistics in float32 or wider.
+    """
+    _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
+    problem = LayerNormProblem(x, weight, bias, float(eps))
+    return ops.layer_norm(problem, dispatch.check_name("layer_norm", backend))
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The Transformer's "Add & Normalize" in one pass: layer norm of residual + dropout(x).
+
+    Args:
+        x: (..., N), the sub-layer's output. residual: same shape, dtype and device.
+        weight, bias: (N,) or None. eps: added to the variance.
+        dropout_p, seed: as in `attention`; Philox of (seed, row, column).
+
+    Returns:
+        (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
+    """
+    _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
+    require_float("add_layer_norm", "residual", residual)
+    require_like("add_layer_norm", "residual", residual, "x", x)
+    if residual.shape != x.shape:
+        fail_value(
+            "add_layer_norm",
+            "residual",
+            f"shape {shape_text(residual.shape)}",
+            f"{shape_text(x.shape)}, the shape of `x`",
+        )
+    dropout_p = require_probability("add_layer_norm", "dropout_p", dropout_p)
+    problem = AddLayerNormProblem(
+        x,
+        residual,
+        weight,
+        bias,
+        float(eps),
+        dropout_p,
+        _seed("add_layer_norm", seed, dropout_p),
+    )
+    return ops.add_layer_norm(problem, dispatch.check_name("add_layer_norm", backend))
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, equation 4).
+
+    Args:
+        x: (..., N) float, any strides. weight: (N,) or None. eps: added to the mean square.
+
+    Returns:
+        (..., N) in x's dtype; the mean square in float32 or wider.
+    """
+    _check_norm("rms_norm", x, eps, weight=weight)
+    problem = RMSNormProblem(x, weight, float(eps))
+    return ops.rms_norm(problem, dispatch.check_name("rms_norm", backend))
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    for name, tensor, dims in (
+        ("q", q, "(B, Hq, Lq, D)"),
+        ("k", k, "(B, Hkv, Lk, D)"),
+        ("v", v, "(B, Hkv, Lk, Dv)"),
+    ):
+        require_float("attention", name, tensor)
+        if tensor.dim() != 4:
+            fail_value("attention", name, f"shape {shape_text(tensor.shape)}", dims)
+        require_like("attention", name, tensor, "q", q)
+    batch, query_heads, query_len, head_dim = q.shape
+    key_heads, key_len = k.shape[1], k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        fail_value(
+            "attention",
+            "k",
+            f"shape {shape_text(k.shape)}",
+            f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`",
+        )
+    if tuple(v.shape[:3]) != tuple(k.shape[:3]):
+        fail_value(
+            "attention",
+            "v",
+            f"shape {shape_text(v.shape)}",
+            f"({batch}, {key_heads}, {key_len}, Dv), as `k`",
+        )
+    if query_heads != key_heads and (key_heads == 0 or query_heads % key_heads != 0):
+        fail_value(
+            "attention",
+            "k",
+            f"{key_heads} heads",
+            f"a number of heads that divides the {query_heads} of `q`",
+        )
+    return batch, query_heads, query_len, key_len
+
+
+def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> Tensor:
+    if isinstance(bias, Tensor) and bias.dtype == torch.bool:
+        fail_type("attention", "bias", "dtype bool", "a float tensor (pass bool ones as `mask`)")
+    require_float("attention", "bias", bias)
+    require_device("attention", "bias", bias, "q", q)
+    return require_broadcastable("attention", "bias", bias, shape, "(B, Hq, Lq, Lk)")
+
+
+def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | None) -> None:
+    require_float(function, "x", x)
+    if x.dim() == 0:
+        fail_value(function, "x", "a 0-d tensor", "shape (..., N)")
+    if not (eps >= 0 and math.isfinite(eps)):
+        fail_value(function, "eps", eps, "a finite number >= 0")
+    for name, parameter in parameters.items():
+        if parameter is None:
+            continue
+        require_float(function, name, parameter)
+        require_device(function, name, parameter, "x", x)
+        if tuple(parameter.shape) != (x.shape[-1],):
+            fail_value(
+                function, name, f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
+            )
+
+
+def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
+    """A 0-d int64 tensor where dropout needs one; a tensor so that a traced graph can draw it."""
+    if seed is not None and not isinstance(seed, int | Tensor):
+        fail_type(function, "seed", type(seed).__name__, "an int, a 0-d int64 tensor or None")
+    if isinstance(seed, Tensor):
+        require_tensor(function, "seed", seed)
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            got = f"{seed.dtype} of shape {shape_text(seed.shape)}"
+            fail_type(function, "seed", got, "a 0-d int64 tensor")
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    if not -(2**63) <= seed < 2**63:
+        fail_value(function, "seed", seed, "an int of 64 bits")
+    return torch.tensor(seed, dtype=torch.int64)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -1,0 +1,23 @@
+"""The memory layout of results: torch-only, so that fakes and every backend agree on strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_heads(like: Tensor, head_dim: int) -> Tensor:
+    """An uninitialised (B, H, L, head_dim) with `like`'s dtype, device and order of dimensions.
+
+    Where `like` is a (B, L, H, D) tensor seen as (B, H, L, D), so is the result: joining the heads
+    again is then a view, not a copy.
+    """
+    batch, heads, length, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, head_dim))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of lse, mean, rstd and of every sum: float32 or wider."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

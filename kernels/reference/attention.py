@@ -1,0 +1,160 @@
+"""Attention as the equations say it, scores and weights written out in full.
+
+Forward, for one head (M = dropout's keep mask / (1 - p), all ones without dropout):
+
+    S = scale * Q K^T;  C = softcap * tanh(S / softcap);  A = C + bias, -inf where masked
+    lse = log(sum_j exp(A_j) + exp(sink));  P = exp(A - lse);  O = (P * M) V
+
+Backward, from dO and dlse:
+
+    dV = (P * M)^T dO;  dP = (dO V^T) * M;  delta = sum_j(dP * P) - dlse;  dA = P * (dP - delta)
+    d_bias = dA;  d_sink = -sum_i exp(sink - lse) * delta;  dS = dA * (1 - tanh(S / softcap)^2)
+    dQ = scale * dS K;  dK = scale * dS^T Q
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..biases import alibi_bias
+from ..layout import empty_heads, statistics_dtype
+from ..problem import AttentionProblem
+from .philox import attention_keep, keep_scale
+
+
+class NaiveAttention(NamedTuple):
+    """Every intermediate result, in float32 or float64; heads of key and value repeated."""
+
+    query: Tensor  # (B, Hq, Lq, D), zeros where a row may attend nothing
+    key: Tensor  # (B, Hq, Lk, D), zeros where nobody attends
+    value: Tensor  # (B, Hq, Lk, Dv), likewise
+    scores: Tensor  # (B, Hq, Lq, Lk): S
+    weights: Tensor  # (B, Hq, Lq, Lk): P
+    keep: Tensor  # M, broadcastable to (B, Hq, Lq, Lk)
+    lse: Tensor  # (B, Hq, Lq)
+    out: Tensor  # (B, Hq, Lq, Dv): O
+
+
+def naive_attention(problem: AttentionProblem) -> NaiveAttention:
+    """The forward pass, differentiable by autograd; computes in float32 or float64."""
+    batch, heads, query_len, key_len = problem.shape
+    dtype = statistics_dtype(problem.query.dtype)
+    device = problem.query.device
+    query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
+    allowed = _allowed(problem)
+    if allowed is not None:
+        # What nobody attends may hold NaN, and 0 * NaN is NaN: it must not take part at all.
+        unused = ~allowed.any(2).any(1)
+        key = key.masked_fill(unused[:, None, :, None], 0.0)
+        value = value.masked_fill(unused[:, None, :, None], 0.0)
+        query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    groups = heads // key.shape[1] if key.shape[1] else 1
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+
+    scores = problem.scale * (query @ key.transpose(-1, -2))
+    shifted = scores
+    if problem.softcap is not None:
+        shifted = problem.softcap * torch.tanh(scores / problem.softcap)
+    if problem.alibi_slopes is not None and problem.alibi_offset is not None:
+        shifted = shifted + alibi_bias(
+            problem.alibi_slopes.to(dtype), problem.alibi_offset, query_len, key_len
+        )
+    if problem.bias is not None and allowed is not None:
+        # masked positions of the bias may hold anything too
+        shifted = shifted + problem.bias.to(dtype).expand(problem.shape).masked_fill(~allowed, 0.0)
+    if allowed is not None:
+        shifted = shifted.masked_fill(~allowed, -torch.inf)
+    weights, lse = _softmax(shifted, problem.sinks)
+
+    keep = torch.ones((), dtype=dtype, device=device)
+    if problem.dropout_p > 0.0 and problem.seed is not None:
+        seed = problem.seed.to(device)
+        kept = attention_keep(seed, problem.dropout_p, problem.shape, problem.batch_start)
+        keep = kept.to(dtype) * keep_scale(problem.dropout_p)
+    return NaiveAttention(
+        query, key, value, scores, weights, keep, lse, out=(weights * keep) @ value
+    )
+
+
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    naive = naive_attention(problem)
+    return empty_heads(problem.query, problem.value.shape[3]).copy_(naive.out), naive.lse
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    sinks_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    naive = naive_attention(problem)
+    attends_nothing = (naive.lse == -torch.inf).unsqueeze(-1)
+    d_out = grad_out.to(naive.out.dtype).masked_fill(attends_nothing, 0.0)
+    d_value = (naive.weights * naive.keep).transpose(-1, -2) @ d_out
+    d_weights = (d_out @ naive.value.transpose(-1, -2)) * naive.keep
+    delta = (d_weights * naive.weights).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(delta.dtype).unsqueeze(-1).masked_fill(attends_nothing, 0.0)
+    d_shifted = naive.weights * (d_weights - delta)
+    d_scores = d_shifted * problem.scale
+    if problem.softcap is not None:
+        d_scores = d_scores * (1.0 - torch.tanh(naive.scores / problem.softcap) ** 2)
+    d_key = d_scores.transpose(-1, -2) @ naive.query
+
+    d_bias = d_sinks = problem.query.new_empty(0)
+    if bias_grad and problem.bias is not None:
+        d_bias = d_shifted.sum_to_size(problem.bias.shape).to(problem.bias.dtype).contiguous()
+    if sinks_grad and problem.sinks is not None:
+        sinks = problem.sinks.to(delta.dtype).view(1, -1, 1)
+        taken = torch.exp(sinks - naive.lse.masked_fill(naive.lse == -torch.inf, torch.inf))
+        d_sinks = -(taken * delta.squeeze(-1)).sum((0, 2)).to(problem.sinks.dtype)
+    return (
+        _as_gradient_of(problem.query, d_scores @ naive.key),
+        _as_gradient_of(problem.key, d_key),
+        _as_gradient_of(problem.value, d_value),
+        d_bias,
+        d_sinks,
+    )
+
+
+def _allowed(problem: AttentionProblem) -> Tensor | None:
+    """The mask, and where the bias is not -inf, as a bool tensor (B, Hq, Lq, Lk)."""
+    _, _, query_len, key_len = problem.shape
+    allowed = problem.mask.allowed(query_len, key_len, problem.query.device)
+    if problem.bias is not None:
+        attended = problem.bias != -torch.inf
+        allowed = attended if allowed is None else allowed & attended
+    return None if allowed is None else allowed.expand(problem.shape)
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """weights and lse over the last dimension; a row of -inf gives zeros and lse = -inf."""
+    batch, heads, query_len, _ = scores.shape
+    if sinks is None:
+        sink = scores.new_full((1, 1, 1, 1), -torch.inf)
+    else:
+        sink = sinks.to(scores.dtype).view(1, heads, 1, 1)
+    extended = torch.cat((scores, sink.expand(batch, heads, query_len, 1)), dim=-1)
+    row_max = extended.detach().amax(-1, keepdim=True)
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    exponentials = torch.exp(extended - row_max)
+    total = exponentials.sum(-1, keepdim=True)
+    empty = total == 0.0
+    total = total.masked_fill(empty, 1.0)
+    lse = (row_max + total.log()).masked_fill(empty, -torch.inf)
+    return exponentials[..., :-1] / total, lse.squeeze(-1)
+
+
+def _as_gradient_of(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` (B, Hq, L, D) summed over each group of heads, in `tensor`'s dtype and layout."""
+    batch, heads, length, head_dim = tensor.shape
+    if gradient.shape[1] != heads:
+        gradient = gradient.reshape(batch, heads, -1, length, head_dim).sum(2)
+    return empty_heads(tensor, head_dim).copy_(gradient)
