@@ -64,8 +64,8 @@ void forward(
       data_or_null<T>(weight),
       data_or_null<T>(bias),
       y.mutable_data_ptr<T>(),
-      mean.mutable_data_ptr<double>(),
-      rstd.mutable_data_ptr<double>(),
+      mean.mutable_data_ptr<T>(),
+      rstd.mutable_data_ptr<T>(),
       x.size(1),
       eps};
   const int64_t grain = std::max<int64_t>(1, kGrain / args.columns);
@@ -75,7 +75,7 @@ void forward(
 }
 
 // x (rows, columns), weight and bias (columns,)
-// -> y like x, mean and rstd (rows,), both float64 whatever the dtype of x
+// -> y like x, mean and rstd (rows,), all of the dtype of x
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
     Tensor x,
     std::optional<Tensor> weight,
@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
     check_vector(*bias, "bias", x.size(1), dtype);
   }
   Tensor y = torch::stable::empty_like(x);
-  Tensor mean = torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Double);
-  Tensor rstd = torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Double);
+  Tensor mean = torch::stable::new_zeros(x, {x.size(0)});
+  Tensor rstd = torch::stable::new_zeros(x, {x.size(0)});
   if (x.numel() > 0) {
     if (dtype == ScalarType::Float) {
       forward<float>(x, weight, bias, eps, y, mean, rstd);
@@ -123,8 +123,8 @@ void backward(
       dy.const_data_ptr<T>(),
       x.const_data_ptr<T>(),
       data_or_null<T>(weight),
-      mean.const_data_ptr<double>(),
-      rstd.const_data_ptr<double>(),
+      mean.const_data_ptr<T>(),
+      rstd.const_data_ptr<T>(),
       dx.mutable_data_ptr<T>(),
       partial_dweight.empty() ? nullptr : partial_dweight.data(),
       partial_dbias.empty() ? nullptr : partial_dbias.data(),
@@ -161,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
       dtype == ScalarType::Float || dtype == ScalarType::Double,
       "x: expected float32 or float64, got ", torch::headeronly::toString(dtype));
   check_like(dy, x, "dy");
-  check_vector(mean, "mean", x.size(0), ScalarType::Double);
-  check_vector(rstd, "rstd", x.size(0), ScalarType::Double);
+  check_vector(mean, "mean", x.size(0), dtype);
+  check_vector(rstd, "rstd", x.size(0), dtype);
   if (weight.has_value()) {
     check_vector(*weight, "weight", x.size(1), dtype);
   }

@@ -12,7 +12,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 namespace rowmax {
@@ -21,54 +23,41 @@ namespace rowmax {
 template <typename T>
 inline constexpr int64_t kLanes = 64 / sizeof(T);
 
-// Two sums over i in [0, n): of first(i) and of second(i).
-template <typename T>
-struct TwoSums {
-  T first;
-  T second;
-};
-
-template <typename T, typename Terms>
-inline TwoSums<T> sum_terms(int64_t n, Terms terms) {
+// N sums over i in [0, n) of the N terms that terms(i) gives.
+template <typename T, std::size_t N, typename Terms>
+inline std::array<T, N> sum_terms(int64_t n, Terms terms) {
   constexpr int64_t lanes = kLanes<T>;
-  T first[lanes] = {};
-  T second[lanes] = {};
+  T sums[N][lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      const TwoSums<T> term = terms(i + lane);
-      first[lane] += term.first;
-      second[lane] += term.second;
+      const std::array<T, N> term = terms(i + lane);
+      for (std::size_t k = 0; k < N; ++k) {
+        sums[k][lane] += term[k];
+      }
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const TwoSums<T> term = terms(i);
-    first[lane] += term.first;
-    second[lane] += term.second;
-  }
-  for (int64_t width = lanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) {
-      first[lane] += first[lane + width];
-      second[lane] += second[lane + width];
+    const std::array<T, N> term = terms(i);
+    for (std::size_t k = 0; k < N; ++k) {
+      sums[k][lane] += term[k];
     }
   }
-  return {first[0], second[0]};
+  std::array<T, N> totals;
+  for (std::size_t k = 0; k < N; ++k) {
+    for (int64_t width = lanes / 2; width > 0; width /= 2) {
+      for (int64_t lane = 0; lane < width; ++lane) {
+        sums[k][lane] += sums[k][lane + width];
+      }
+    }
+    totals[k] = sums[k][0];
+  }
+  return totals;
 }
 
-// A mean as high + low, each a T. x - high is exact or nearly so for x close to the mean, which
-// keeps rows with a large mean and a small deviation accurate where one T would not.
-template <typename T>
-struct SplitMean {
-  T high;
-  T low;
-
-  explicit SplitMean(double mean)
-      : high(static_cast<T>(mean)), low(static_cast<T>(mean - static_cast<double>(high))) {}
-
-  T centre(T value) const {
-    return (value - high) - low;
-  }
-};
+// The mean of a row is kept as high + low, each a T: x - high is exact or nearly so for x close to
+// the mean, which keeps a row with a large mean and a small deviation accurate where one T would
+// not. Only `high` is stored; the backward finds `low` again, as the mean of x - high.
 
 template <typename T>
 struct LayerNormForward {
@@ -76,8 +65,8 @@ struct LayerNormForward {
   const T* weight;  // (columns,) or null, which means 1
   const T* bias;    // (columns,) or null, which means 0
   T* y;             // (rows, columns)
-  double* mean;     // (rows,)
-  double* rstd;     // (rows,)
+  T* mean;          // (rows,)
+  T* rstd;          // (rows,)
   int64_t columns;
   double eps;
 };
@@ -92,25 +81,25 @@ void layer_norm_forward(const LayerNormForward<T>& args, int64_t begin, int64_t 
     const T* x = args.x + row * columns;
     T* y = args.y + row * columns;
 
-    const T sum = sum_terms<T>(columns, [&](int64_t i) { return TwoSums<T>{x[i], T(0)}; }).first;
+    const auto [sum] =
+        sum_terms<T, 1>(columns, [&](int64_t i) { return std::array<T, 1>{x[i]}; });
     const T rough = static_cast<T>(static_cast<double>(sum) / count);
-    const TwoSums<T> sums = sum_terms<T>(columns, [&](int64_t i) {
+    const auto [differences, squares] = sum_terms<T, 2>(columns, [&](int64_t i) {
       const T difference = x[i] - rough;
-      return TwoSums<T>{difference, difference * difference};
+      return std::array<T, 2>{difference, difference * difference};
     });
-    const double shift = static_cast<double>(sums.first) / count;
+    const double shift = static_cast<double>(differences) / count;
     const double mean = static_cast<double>(rough) + shift;
     // Rounding can take a variance of zero a little below it.
-    const double variance =
-        std::max(static_cast<double>(sums.second) / count - shift * shift, 0.0);
-    const double rstd = 1.0 / std::sqrt(variance + args.eps);
-    args.mean[row] = mean;
+    const double variance = std::max(static_cast<double>(squares) / count - shift * shift, 0.0);
+    const T high = static_cast<T>(mean);
+    const T low = static_cast<T>(mean - static_cast<double>(high));
+    const T rstd = static_cast<T>(1.0 / std::sqrt(variance + args.eps));
+    args.mean[row] = high;
     args.rstd[row] = rstd;
 
-    const SplitMean<T> split(mean);
-    const T scale = static_cast<T>(rstd);
     for (int64_t i = 0; i < columns; ++i) {
-      T value = split.centre(x[i]) * scale;
+      T value = ((x[i] - high) - low) * rstd;
       value = args.weight != nullptr ? value * args.weight[i] : value;
       y[i] = args.bias != nullptr ? value + args.bias[i] : value;
     }
@@ -122,8 +111,8 @@ struct LayerNormBackward {
   const T* dy;         // (rows, columns)
   const T* x;          // (rows, columns)
   const T* weight;     // (columns,) or null, which means 1
-  const double* mean;  // (rows,)
-  const double* rstd;  // (rows,)
+  const T* mean;       // (rows,)
+  const T* rstd;       // (rows,)
   T* dx;               // (rows, columns)
   // Sums over each block's rows, or null where no one asked for them.
   double* partial_dweight;  // (blocks, columns)
@@ -150,26 +139,33 @@ void layer_norm_backward_block(const LayerNormBackward<T>& args, int64_t block) 
     const T* dy = args.dy + row * columns;
     const T* x = args.x + row * columns;
     T* dx = args.dx + row * columns;
-    const SplitMean<T> split(args.mean[row]);
-    const T rstd = static_cast<T>(args.rstd[row]);
+    const T high = args.mean[row];
+    const T rstd = args.rstd[row];
 
     const auto gradient = [&](int64_t i) {
       return args.weight != nullptr ? dy[i] * args.weight[i] : dy[i];
     };
-    const TwoSums<T> sums = sum_terms<T>(columns, [&](int64_t i) {
+    const auto [differences, gradients, products] = sum_terms<T, 3>(columns, [&](int64_t i) {
+      const T difference = x[i] - high;
       const T g = gradient(i);
-      return TwoSums<T>{g, g * (split.centre(x[i]) * rstd)};
+      return std::array<T, 3>{difference, g, g * difference};
     });
-    const T mean_g = static_cast<T>(static_cast<double>(sums.first) / count);
-    const T mean_gx = static_cast<T>(static_cast<double>(sums.second) / count);
+    const double shift = static_cast<double>(differences) / count;
+    const double mean_g = static_cast<double>(gradients) / count;
+    // sum(g * xhat) / D, for xhat = (x - high - shift) * rstd
+    const double mean_gx = (static_cast<double>(products) / count - shift * mean_g) * args.rstd[row];
+    const T low = static_cast<T>(shift);
+    const T level = static_cast<T>(mean_g);
+    const T slope = static_cast<T>(mean_gx);
     for (int64_t i = 0; i < columns; ++i) {
-      dx[i] = rstd * (gradient(i) - mean_g - split.centre(x[i]) * rstd * mean_gx);
+      const T xhat = ((x[i] - high) - low) * rstd;
+      dx[i] = rstd * (gradient(i) - level - xhat * slope);
     }
 
     if (args.partial_dweight != nullptr) {
       double* dweight = args.partial_dweight + block * columns;
       for (int64_t i = 0; i < columns; ++i) {
-        dweight[i] += static_cast<double>(dy[i] * (split.centre(x[i]) * rstd));
+        dweight[i] += static_cast<double>(dy[i] * (((x[i] - high) - low) * rstd));
       }
     }
     if (args.partial_dbias != nullptr) {

@@ -1,0 +1,96 @@
+"""The backend "native" as users meet it: through the public functions and `explain`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import attention, layer_norm, rms_norm
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        rand(2, 3, 24),
+        rand(24),
+        rand(2, 5, 24).transpose(0, 1),
+        rand(3, 48)[:, ::2],
+        rand(4, 48)[:, :24],
+        rand(0, 3, 24),
+    ],
+    ids=["3-D", "1-D", "transposed", "strided", "sliced", "empty"],
+)
+def test_agrees_with_the_reference(x: Tensor) -> None:
+    weight, bias = rand(24), rand(24) + 1
+    results = {}
+    for backend in ("native", "reference"):
+        leaves = [t.detach().clone().requires_grad_() for t in (weight, bias)]
+        inputs = [x.detach().requires_grad_(), *leaves]
+        y = layer_norm(*inputs, backend=backend)
+        grads = torch.autograd.grad(y, inputs, torch.cos(y.detach()))
+        results[backend] = [y.detach(), *grads]
+    for got, expected in zip(results["native"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("parameters", ["both", "weight", "bias", "none"])
+def test_gradcheck(parameters: str) -> None:
+    x = rand(3, 10).requires_grad_()
+    weight = rand(10).requires_grad_() if parameters in ("both", "weight") else None
+    bias = rand(10).requires_grad_() if parameters in ("both", "bias") else None
+    assert torch.autograd.gradcheck(
+        lambda *tensors: layer_norm(*tensors, backend="native"), (x, weight, bias)
+    )
+
+
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(
+        lambda x, w: layer_norm(x.sin(), w, backend="native"), fullgraph=True, backend="aot_eager"
+    )
+    x, weight = rand(4, 6).requires_grad_(), rand(6).requires_grad_()
+    got = torch.autograd.grad(compiled(x, weight).sum(), (x, weight))
+    plain = layer_norm(x.sin(), weight, backend="native").sum()
+    for compiled_grad, grad in zip(got, torch.autograd.grad(plain, (x, weight)), strict=True):
+        torch.testing.assert_close(compiled_grad, grad)
+
+
+def test_declines_by_name_and_reason() -> None:
+    x = rand(3, 8)
+    with pytest.raises(RuntimeError, match="native.*layer_norm only, not rms_norm"):
+        rms_norm(x, backend="native")
+    with pytest.raises(RuntimeError, match="native.*layer_norm only, not attention"):
+        attention(rand(1, 1, 2, 4), rand(1, 1, 2, 4), rand(1, 1, 2, 4), backend="native")
+    with pytest.raises(RuntimeError, match="float32 and float64, not torch.bfloat16"):
+        layer_norm(x.bfloat16(), backend="native")
+
+
+def test_a_missing_extension_is_named() -> None:
+    """In a fresh interpreter where the extension can't be found: the reason, and what to do."""
+    script = """
+import sys
+import torch
+sys.modules["rowmax.kernels._C"] = None
+from rowmax.kernels import layer_norm
+try:
+    layer_norm(torch.ones(2, 3), backend="native")
+except RuntimeError as error:
+    print(error)
+print(layer_norm(torch.ones(2, 3), backend="reference").sum().item())
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert "the C++ extension is not built" in output
+    assert "pip install --no-build-isolation ." in output
+    assert output.endswith("0.0\n")
