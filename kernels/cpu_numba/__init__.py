@@ -1,0 +1,70 @@
+"""Fused CPU kernels compiled by Numba from Python: online-softmax attention, norms and softmax.
+
+Light to import: Numba is loaded, and a kernel compiled (or read from the disk cache), on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+from ..problem import (
+    AddLayerNormProblem,
+    AttentionProblem,
+    LayerNormProblem,
+    Problem,
+    RMSNormProblem,
+    SoftmaxProblem,
+)
+
+_DTYPES = (torch.float32, torch.float64)
+_IMPLEMENTED = {
+    "attention": "attention",
+    "attention_backward": "attention",
+}
+
+
+def unavailable() -> str | None:
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed (pip install numba)"
+    try:
+        importlib.import_module(".host", __package__).vector_bits()
+    except (ImportError, ValueError, OSError) as error:
+        return f"Numba does not load here: {error}"
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    if problem.op_name not in _IMPLEMENTED:
+        return f"{problem.op_name} has no Numba kernel yet"
+    first = problem[0]
+    if first.device.type != "cpu":
+        return f"tensors on {first.device}, not on the CPU"
+    if first.dtype not in _DTYPES:
+        return f"{first.dtype} is not done yet (float32 and float64 are)"
+    if isinstance(problem, AttentionProblem):
+        return _declines_attention(problem)
+    return None
+
+
+def _declines_attention(problem: AttentionProblem) -> str | None:
+    if problem.alibi_slopes is not None:
+        return "ALiBi is not done yet"
+    if problem.softcap is not None:
+        return "softcap is not done yet"
+    if problem.sinks is not None:
+        return "sinks are not done yet"
+    if problem.mask.query_documents is not None:
+        return "Documents masks are not done yet"
+    if max(problem.shape[2:]) >= 2**30:
+        return "sequences of 2**30 and more are not done (positions are 32-bit)"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    if name in _IMPLEMENTED:
+        return getattr(importlib.import_module(f".{_IMPLEMENTED[name]}", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,75 @@
+"""Compiling kernels: on first use, one machine function a dtype, kept on disk in the user's cache.
+
+Numba keeps its cache beside the sources and renews a function only when the file it stands in
+changes. Here it lies in the user's cache directory, in a folder named after everything that the
+machine code depends on: all sources of this package, the vector width, and the versions.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+
+from .host import vector_bits
+
+CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
+
+jit = functools.partial(numba.njit, nogil=True, error_model="numpy", boundscheck=False)
+
+
+def cache_directory() -> Path:
+    """ROWMAX_CACHE_DIR, or rowmax/ in the user's cache directory; a folder for each version."""
+    asked = os.environ.get(CACHE_VARIABLE)
+    if asked:
+        root = Path(asked)
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches" / "rowmax"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "rowmax"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rowmax"
+    return root / f"numba-{_fingerprint()}"
+
+
+@functools.cache
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    versions = (numba.__version__, llvmlite.__version__, sys.version, vector_bits())
+    digest.update(repr(versions).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _cache_in_user_directory() -> Iterator[None]:
+    """Numba reads its configuration when a function is declared; it is put back at once."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_directory())
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@functools.cache
+def machine_function(kernel: Callable[..., None], argument: Any) -> int:
+    """The address of `void kernel(argument *)` in machine code; compiled, or read from disk, once."""
+    with _cache_in_user_directory():
+        compiled = numba.cfunc(numba.void(numba.types.CPointer(argument)), cache=True)(kernel)
+    _kept_alive.append(compiled)
+    address: int = compiled.address
+    return address
+
+
+_kept_alive: list[Any] = []

@@ -1,0 +1,257 @@
+"""The one product behind every matrix multiplication here, and the transposition beside it.
+
+    C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
+
+A's elements are broadcast, B's and C's rows are vectors: a tile of ROWS x VECTORS registers of C
+stays in registers for the whole depth, with no packing of A or B. Strides are in elements; only
+the columns of B and C are contiguous. Which way a matrix is read is a matter of strides alone:
+
+    S^T = K Q^T         A = K,  rows = keys, depth = D       B = Q^T, columns = queries
+    O^T += V^T P^T      A = V,  rows = Dv,   depth = keys    B = P^T, columns = queries
+    dV += P^T dO        A = P^T, rows = keys, depth = queries  B = dO, columns = Dv
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .host import vector_bits
+from .jit import jit
+from .simd import LANES, Pointer, broadcast, fma, llvm_element, load_vector, store_vector
+
+# Registers of C: 16 of AVX-512's 32, and 8 of the 16 that AVX and NEON's halves leave room for.
+VECTORS = 4 if vector_bits() == 512 else 2
+ROWS = 4
+
+
+def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
+    """C's tile of rows x vectors as one LLVM function, made once a module.
+
+    (depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+    """
+    element = llvm_element(dtype)
+    name = f"rowmax_tile_{dtype}_{rows}x{vectors}"
+    if name in module.globals:
+        return module.globals[name]
+    i64, pointer = ir.IntType(64), element.as_pointer()
+    kind = ir.FunctionType(
+        ir.VoidType(), [i64, pointer, i64, i64, pointer, i64, pointer, i64, ir.IntType(1)]
+    )
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    depth, a, a_row, a_depth, b, b_depth, c, c_row, add = function.args
+    lanes = LANES[dtype]
+    vector = ir.VectorType(element, lanes)
+    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
+
+    builder = ir.IRBuilder(entry)
+    zero = ir.Constant(vector, None)
+
+    def c_at(b: ir.IRBuilder, r: int, v: int) -> ir.Value:
+        offset = b.add(b.mul(c_row, ir.Constant(i64, r)), ir.Constant(i64, v * lanes))
+        return b.gep(c, [offset])
+
+    cells = [(r, v) for r in range(rows) for v in range(vectors)]
+    before = {
+        cell: builder.select(add, load_vector(builder, c_at(builder, *cell), vector, element), zero)
+        for cell in cells
+    }
+    a_offsets = [builder.mul(a_row, ir.Constant(i64, r)) for r in range(rows)]
+    some = builder.icmp_signed(">", depth, ir.Constant(i64, 0))
+    builder.cbranch(some, loop, done)
+
+    builder.position_at_end(loop)
+    k = builder.phi(i64)
+    a_k = builder.phi(pointer)
+    b_k = builder.phi(pointer)
+    sums = {cell: builder.phi(vector) for cell in cells}
+    columns = [
+        load_vector(builder, builder.gep(b_k, [ir.Constant(i64, v * lanes)]), vector, element)
+        for v in range(vectors)
+    ]
+    after = {}
+    for r in range(rows):
+        scalar = broadcast(builder, vector, builder.load(builder.gep(a_k, [a_offsets[r]])))
+        for v in range(vectors):
+            after[r, v] = fma(builder, scalar, columns[v], sums[r, v])
+    k_next = builder.add(k, ir.Constant(i64, 1))
+    a_next, b_next = builder.gep(a_k, [a_depth]), builder.gep(b_k, [b_depth])
+    builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
+    for phi, first, following in ((k, ir.Constant(i64, 0), k_next), (a_k, a, a_next), (b_k, b, b_next)):
+        phi.add_incoming(first, entry)
+        phi.add_incoming(following, loop)
+    for cell in cells:
+        sums[cell].add_incoming(before[cell], entry)
+        sums[cell].add_incoming(after[cell], loop)
+
+    builder.position_at_end(done)
+    for cell in cells:
+        result = builder.phi(vector)
+        result.add_incoming(before[cell], entry)
+        result.add_incoming(after[cell], loop)
+        before[cell] = result
+    for cell in cells:
+        store_vector(builder, before[cell], c_at(builder, *cell))
+    builder.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def _tile(
+    typing: Any,
+    rows: Any,
+    vectors: Any,
+    depth: Any,
+    a: Any,
+    a_row: Any,
+    a_depth: Any,
+    b: Any,
+    b_depth: Any,
+    c: Any,
+    c_row: Any,
+    add: Any,
+) -> Any:
+    if not isinstance(rows, types.IntegerLiteral) or not isinstance(vectors, types.IntegerLiteral):
+        return None
+    i64 = types.int64
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        function = _tile_function(
+            builder.module, a.dtype, rows.literal_value, vectors.literal_value
+        )
+        builder.call(function, [*args[2:10], builder.trunc(args[10], ir.IntType(1))])
+        return context.get_dummy_value()
+
+    sig = types.void(
+        rows, vectors, i64, a, i64, i64, b, i64, c, i64, types.boolean
+    )
+    return sig, generate
+
+
+@jit
+def multiply(vectors, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add):
+    """C[r, :] (+)= sum_k A[r, k] B[k, :] over `vectors` (1 to VECTORS) vectors of columns.
+
+    A[r, k] = a[r * a_row + k * a_depth]; B[k, :] starts at b + k * b_depth; C[r, :] at c + r * c_row.
+    With `add` the product is added to C, else it replaces it.
+    """
+    r = 0
+    if vectors == 4:
+        while r + 4 <= rows:
+            _tile(4, 4, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 4
+        while r < rows:
+            _tile(1, 4, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 1
+    elif vectors == 3:
+        while r + 4 <= rows:
+            _tile(4, 3, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 4
+        while r < rows:
+            _tile(1, 3, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 1
+    elif vectors == 2:
+        while r + 8 <= rows:
+            _tile(8, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 8
+        while r + 4 <= rows:
+            _tile(4, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 4
+        while r < rows:
+            _tile(1, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 1
+    else:
+        while r + 8 <= rows:
+            _tile(8, 1, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 8
+        while r < rows:
+            _tile(1, 1, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
+            r += 1
+
+
+def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
+    """to[c * to_row + r] = factor * from[r * from_row + c] for LANES x LANES elements.
+
+    log2(LANES) rounds of interleaving row r with row r + LANES / 2, entirely in registers.
+    """
+    element = llvm_element(dtype)
+    name = f"rowmax_transpose_{dtype}"
+    if name in module.globals:
+        return module.globals[name]
+    i64, pointer = ir.IntType(64), element.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, i64, pointer, i64, element])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    source, source_row, target, target_row, factor = function.args
+    lanes = LANES[dtype]
+    vector = ir.VectorType(element, lanes)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    scale = broadcast(builder, vector, factor)
+
+    def row(base: ir.Value, stride: ir.Value, r: int) -> ir.Value:
+        return builder.gep(base, [builder.mul(stride, ir.Constant(i64, r))])
+
+    rows = [
+        builder.fmul(load_vector(builder, row(source, source_row, r), vector, element), scale)
+        for r in range(lanes)
+    ]
+    half = lanes // 2
+    indices = ir.VectorType(ir.IntType(32), lanes)
+    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
+    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
+    for _ in range(lanes.bit_length() - 1):
+        mixed = []
+        for r in range(half):
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
+        rows = mixed
+    for r in range(lanes):
+        store_vector(builder, rows[r], row(target, target_row, r))
+    builder.ret_void()
+    return function
+
+
+@intrinsic
+def _transpose_block(
+    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        builder.call(_transpose_function(builder.module, source.dtype), args)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(source, i64, target, i64, source.dtype), generate
+
+
+@intrinsic
+def lanes_of(typing: Any, like: Any) -> Any:
+    """How many elements of `like`'s type (a pointer's element, or a scalar's) a vector holds."""
+    dtype = like.dtype if isinstance(like, Pointer) else like
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(64), LANES[dtype])
+
+    return types.int64(like), generate
+
+
+@jit
+def transpose(source, source_row, target, target_row, rows, columns, factor):
+    """target[c, r] = factor * source[r, c] for r < rows, c < columns; rows start at multiples of
+    their row strides."""
+    lanes = lanes_of(source)
+    full_rows = rows - rows % lanes
+    full_columns = columns - columns % lanes
+    for r in range(0, full_rows, lanes):
+        for c in range(0, full_columns, lanes):
+            _transpose_block(
+                source + (r * source_row + c), source_row, target + (c * target_row + r), target_row, factor
+            )
+    for r in range(rows):
+        for c in range(full_columns if r < full_rows else 0, columns):
+            target[c * target_row + r] = source[r * source_row + c] * factor

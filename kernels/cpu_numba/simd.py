@@ -1,0 +1,438 @@
+"""SIMD vectors and raw pointers as Numba values, so that kernels read like ordinary Python.
+
+`Pointer(dtype)` is an address of elements: `p + n` moves by n elements, `p[n]` reads or writes
+one. `Vector(dtype)` is one register of LANES[dtype] elements, an LLVM vector: + - * work lane by
+lane, comparisons give a `Vector` of booleans for `select`. LLVM lowers both to whatever the host
+has; the number of lanes follows `host.vector_bits()`.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.datamodel import models
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, register_model
+
+from .host import vector_bits
+
+LANES = {types.float32: vector_bits() // 32, types.float64: vector_bits() // 64}
+_BITS = {types.float32: 32, types.float64: 64}
+
+
+class Pointer(types.Type):
+    """The address of elements of `dtype`."""
+
+    def __init__(self, dtype: types.Type) -> None:
+        self.dtype = dtype
+        super().__init__(f"Pointer({dtype})")
+
+
+class Vector(types.Type):
+    """`lanes` elements of `dtype` in one register."""
+
+    def __init__(self, dtype: types.Type, lanes: int) -> None:
+        self.dtype = dtype
+        self.lanes = lanes
+        super().__init__(f"Vector({dtype}, {lanes})")
+
+
+def llvm_element(dtype: types.Type) -> ir.Type:
+    if dtype == types.float32:
+        return ir.FloatType()
+    if dtype == types.float64:
+        return ir.DoubleType()
+    if dtype == types.boolean:
+        return ir.IntType(1)
+    return ir.IntType(dtype.bitwidth)
+
+
+def llvm_vector(vector: Vector) -> ir.VectorType:
+    return ir.VectorType(llvm_element(vector.dtype), vector.lanes)
+
+
+@register_model(Pointer)
+class _PointerModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Pointer) -> None:
+        super().__init__(manager, kind, llvm_element(kind.dtype).as_pointer())
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, llvm_vector(kind))
+
+
+def float_vector(dtype: types.Type) -> Vector:
+    return Vector(dtype, LANES[dtype])
+
+
+def integer_vector(dtype: types.Type) -> Vector:
+    """32-bit integers, as many as `dtype` has lanes: positions and random words."""
+    return Vector(types.int32, LANES[dtype])
+
+
+def constant(kind: ir.VectorType, value: float | int) -> ir.Constant:
+    return ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+
+
+def broadcast(builder: ir.IRBuilder, kind: ir.VectorType, scalar: ir.Value) -> ir.Value:
+    lane0 = ir.Constant(ir.IntType(32), 0)
+    single = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, lane0)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [lane0] * kind.count)
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), zeros)
+
+
+def call_llvm(
+    builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]
+) -> ir.Value:
+    """A call of the LLVM intrinsic `name`, declared once a module."""
+    module = builder.module
+    function = module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = ir.Function(module, kind, name)
+    return builder.call(function, arguments)
+
+
+def suffix(kind: ir.VectorType) -> str:
+    """The vector type in LLVM's intrinsic names, as v16f32."""
+    letter = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}.get(kind.element)
+    return f"v{kind.count}{letter or f'i{kind.element.width}'}"
+
+
+def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    return call_llvm(builder, f"llvm.fma.{suffix(a.type)}", a.type, [a, b, c])
+
+
+def load_vector(
+    builder: ir.IRBuilder, pointer: ir.Value, kind: ir.VectorType, element: ir.Type
+) -> ir.Value:
+    bits = 64 if isinstance(element, ir.DoubleType) else 32
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=bits // 8)
+
+
+def store_vector(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    bits = 64 if isinstance(value.type.element, ir.DoubleType) else 32
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=bits // 8)
+
+
+# --- pointers -------------------------------------------------------------------------------------
+
+
+@intrinsic
+def pointer(typing: Any, address: types.Type, like: types.Type) -> Any:
+    """The int64 `address` as a pointer to elements of `like`'s type."""
+    kind = Pointer(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64, like), generate
+
+
+@intrinsic
+def integers_at(typing: Any, address: types.Type) -> Any:
+    """The int64 `address` as a pointer to int64 elements."""
+    kind = Pointer(types.int64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def cast(typing: Any, value: types.Type, like: types.Type) -> Any:
+    """The float64 `value` as an element of `like`'s type."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return context.cast(builder, args[0], types.float64, like)
+
+    return like(types.float64, like), generate
+
+
+@infer_global(operator.add)
+class _PointerAdd(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(args[0], args[0], types.int64)
+        return None
+
+
+@lower_builtin(operator.add, Pointer, types.int64)
+def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    return builder.gep(args[0], [args[1]])
+
+
+@infer_global(operator.getitem)
+class _PointerGet(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(args[0].dtype, args[0], types.int64)
+        return None
+
+
+@lower_builtin(operator.getitem, Pointer, types.int64)
+def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    return builder.load(builder.gep(args[0], [args[1]]))
+
+
+@infer_global(operator.setitem)
+class _PointerSet(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(types.none, args[0], types.int64, args[0].dtype)
+        return None
+
+
+@lower_builtin(operator.setitem, Pointer, types.int64, types.Any)
+def _pointer_set(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    builder.store(args[2], builder.gep(args[0], [args[1]]))
+    return context.get_dummy_value()
+
+
+@intrinsic
+def load(typing: Any, source: types.Type) -> Any:
+    """One vector from LANES consecutive elements, of any alignment."""
+    kind = float_vector(source.dtype) if source.dtype in LANES else None
+    if kind is None:
+        return None
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return load_vector(builder, args[0], llvm_vector(kind), llvm_element(kind.dtype))
+
+    return kind(source), generate
+
+
+@intrinsic
+def load_integers(typing: Any, source: types.Type, like: types.Type) -> Any:
+    """int32 elements, as many as a vector of `like` has lanes."""
+    kind = integer_vector(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return load_vector(builder, args[0], llvm_vector(kind), ir.IntType(32))
+
+    return kind(source, like), generate
+
+
+@intrinsic
+def store(typing: Any, target: types.Type, value: types.Type) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        store_vector(builder, args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(target, value), generate
+
+
+def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    kind = ir.VectorType(ir.IntType(64), lanes)
+    index = ir.Constant(kind, [ir.Constant(ir.IntType(64), lane) for lane in range(lanes)])
+    return builder.icmp_signed("<", index, broadcast(builder, kind, count))
+
+
+@intrinsic
+def load_first(typing: Any, source: types.Type, count: types.Type) -> Any:
+    """The first `count` elements and zeros; what lies beyond is not read."""
+    kind = float_vector(source.dtype)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        vector = llvm_vector(kind)
+        mask = _first_lanes(builder, args[1], kind.lanes)
+        address = builder.bitcast(args[0], vector.as_pointer())
+        align = ir.Constant(ir.IntType(32), _BITS[kind.dtype] // 8)
+        name = f"llvm.masked.load.{suffix(vector)}.p0"
+        zeros = ir.Constant(vector, None)
+        return call_llvm(builder, name, vector, [address, align, mask, zeros])
+
+    return kind(source, types.int64), generate
+
+
+@intrinsic
+def store_first(typing: Any, target: types.Type, value: types.Type, count: types.Type) -> Any:
+    """Stores the first `count` lanes; what lies beyond is not touched."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        vector = llvm_vector(value)
+        mask = _first_lanes(builder, args[2], value.lanes)
+        address = builder.bitcast(args[0], vector.as_pointer())
+        align = ir.Constant(ir.IntType(32), _BITS[value.dtype] // 8)
+        name = f"llvm.masked.store.{suffix(vector)}.p0"
+        call_llvm(builder, name, ir.VoidType(), [args[1], address, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(target, value, types.int64), generate
+
+
+# --- vectors --------------------------------------------------------------------------------------
+
+
+@intrinsic
+def splat(typing: Any, scalar: types.Type) -> Any:
+    """The scalar in every lane."""
+    kind = float_vector(scalar)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return broadcast(builder, llvm_vector(kind), args[0])
+
+    return kind(scalar), generate
+
+
+@intrinsic
+def splat_integer(typing: Any, scalar: types.Type, like: types.Type) -> Any:
+    """The low 32 bits of an integer in every lane of a vector as wide as `like`'s."""
+    kind = integer_vector(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return broadcast(builder, llvm_vector(kind), builder.trunc(args[0], ir.IntType(32)))
+
+    return kind(types.int64, like), generate
+
+
+@intrinsic
+def lane_numbers(typing: Any, like: types.Type) -> Any:
+    """0, 1, 2, ... as int32, one a lane of `like`."""
+    kind = integer_vector(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        vector = llvm_vector(kind)
+        return ir.Constant(vector, [ir.Constant(vector.element, i) for i in range(vector.count)])
+
+    return kind(like), generate
+
+
+def _define_arithmetic(function: Any, float_instruction: str, int_instruction: str | None) -> None:
+    """Lane-wise `function` of two equal vectors."""
+
+    @infer_global(function)
+    class _Template(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(args[0], *args)
+            return None
+
+    @lower_builtin(function, Vector, Vector)
+    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        is_float = sig.args[0].dtype in LANES
+        instruction = float_instruction if is_float else int_instruction
+        return getattr(builder, instruction)(*args)
+
+
+def _define_comparison(function: Any, predicate: str) -> None:
+    @infer_global(function)
+    class _Template(AbstractTemplate):  # type: ignore[misc]
+        def generic(self, args: Any, kws: Any) -> Any:
+            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+                return signature(Vector(types.boolean, args[0].lanes), *args)
+            return None
+
+    @lower_builtin(function, Vector, Vector)
+    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        if sig.args[0].dtype in LANES:
+            return builder.fcmp_ordered(predicate, *args)
+        return builder.icmp_signed(predicate, *args)
+
+
+for _function, _float, _int in (
+    (operator.add, "fadd", "add"),
+    (operator.sub, "fsub", "sub"),
+    (operator.mul, "fmul", "mul"),
+    (operator.truediv, "fdiv", None),
+):
+    _define_arithmetic(_function, _float, _int)
+for _function, _predicate in (
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+):
+    _define_comparison(_function, _predicate)
+
+
+@infer_global(operator.and_)
+class _And(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        if isinstance(args[0], Vector) and args[0] == args[1]:
+            return signature(args[0], *args)
+        return None
+
+
+@lower_builtin(operator.and_, Vector, Vector)
+def _and(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    return builder.and_(*args)
+
+
+@intrinsic
+def multiply_add(typing: Any, a: types.Type, b: types.Type, c: types.Type) -> Any:
+    """a * b + c, rounded once."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return fma(builder, *args)
+
+    return a(a, b, c), generate
+
+
+@intrinsic
+def maximum(typing: Any, a: types.Type, b: types.Type) -> Any:
+    """The larger; b where a is NaN. (A NaN score reaches the result through exp2 and the sum.)"""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, b), generate
+
+
+@intrinsic
+def select(typing: Any, condition: types.Type, yes: types.Type, no: types.Type) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.select(*args)
+
+    return yes(condition, yes, no), generate
+
+
+@intrinsic
+def any_lane(typing: Any, condition: types.Type) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        bits = builder.bitcast(args[0], ir.IntType(condition.lanes))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(condition), generate
+
+
+@intrinsic
+def add_lanes(typing: Any, vector: types.Type) -> Any:
+    """The sum of all lanes, by halves: the same order on every run."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        value, lanes = args[0], vector.lanes
+        while lanes > 1:
+            lanes //= 2
+            undefined = ir.Constant(value.type, ir.Undefined)
+            low, high = (
+                builder.shuffle_vector(
+                    value,
+                    undefined,
+                    ir.Constant(
+                        ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes))
+                    ),
+                )
+                for start in (0, lanes)
+            )
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return vector.dtype(vector), generate
+
+
+@intrinsic
+def take_ticket(typing: Any, counter: types.Type) -> Any:
+    """Atomically: the number at the int64 pointer, which then is one more."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), generate

@@ -1,0 +1,113 @@
+"""Running one machine function on several threads, and the memory they work in.
+
+The threads are torch's own: its OpenMP runtime is asked directly, so there is one pool in the
+process and `torch.set_num_threads` is obeyed. Work is handed out by an atomic ticket (`take_ticket`
+in the kernel); each task writes only its own results, in an order of sums that does not depend on
+the thread, so the bits are the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_ALIGNMENT = 64
+_WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _State:
+    """Whether threads were started by this process, or by the one it was forked from."""
+
+    started = False
+    inherited = False
+
+
+def _after_fork() -> None:
+    # OpenMP's threads do not survive a fork, and waiting for them would hang: a child of a process
+    # that had started them works alone, with the same bits.
+    _State.inherited = _State.inherited or _State.started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _openmp_parallel() -> Callable[..., None] | None:
+    """GOMP_parallel(function, argument, threads, flags) of torch's OpenMP runtime, if it has one."""
+    folder = Path(torch.__file__).parent / "lib"
+    for library in sorted(folder.glob("libtorch_cpu.*")) + sorted(folder.glob("lib*omp*")):
+        try:
+            function = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        function.restype = None
+        return function
+    return None
+
+
+def runtime_name() -> str:
+    """Which threads the kernels run on here."""
+    return "torch's OpenMP threads" if _openmp_parallel() else "a Python thread pool"
+
+
+def thread_count(tasks: int) -> int:
+    """How many threads will take `tasks` tasks."""
+    return 1 if _State.inherited else max(1, min(torch.get_num_threads(), tasks))
+
+
+def run(function: int, argument: int, threads: int) -> None:
+    """Call `void function(void *argument)` once on each of `threads` threads; the GIL is released."""
+    worker = _worker(function)
+    if threads == 1:
+        worker(argument)
+        return
+    _State.started = True
+    parallel = _openmp_parallel()
+    if parallel is not None:
+        parallel(function, argument, threads, 0)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(worker, argument) for _ in range(threads)]:
+            done.result()
+
+
+@functools.cache
+def _worker(function: int) -> Callable[[int], None]:
+    return _WORKER(function)
+
+
+class _Workspace(threading.local):
+    """Scratch memory of the calling Python thread: kept, and grown when a call needs more."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, dtype=np.uint8)
+
+    def address(self, size: int) -> int:
+        if self.memory.size < size + _ALIGNMENT:
+            self.memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+        start = self.memory.ctypes.data
+        return start + -start % _ALIGNMENT
+
+
+_workspace = _Workspace()
+
+
+def workspace(threads: int, bytes_each: int) -> tuple[int, int]:
+    """(tickets, scratch): two zeroed int64 counters, and `threads` pieces of `bytes_each` bytes.
+
+    All aligned to 64 bytes; `bytes_each` must be a multiple of 64. Contents are arbitrary, and
+    the memory belongs to the calling thread until its next call.
+    """
+    start = _workspace.address(_ALIGNMENT + threads * bytes_each)
+    ctypes.memset(start, 0, _ALIGNMENT)
+    return start, start + _ALIGNMENT
