@@ -1,0 +1,412 @@
+"""The table of attention cases: masks x shapes x options, each small, each with a name.
+
+A case says what is special about it; `build` makes its tensors in a dtype and on a device.
+`CASES` is the whole table, which every backend runs in every dtype, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+
+from .support import Arguments, random_gradients
+
+Draw = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    Lq: int = 17
+    Lk: int = 17
+    D: int = 8
+    Dv: int = 8
+
+    @property
+    def scores(self) -> tuple[int, int, int, int]:
+        return self.B, self.Hq, self.Lq, self.Lk
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: Shape = field(default_factory=Shape)
+    mask: Callable[[Shape, torch.Generator], Mask | Tensor] | None = None
+    bias: Callable[[Shape, Draw], Tensor | ALiBi] | None = None
+    sinks: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    layout: str = "plain"
+    factor: float = 1.0  # q is multiplied by it: large scores
+    needs: frozenset[str] = frozenset()  # features by which a backend may decline
+
+    def features(self, dtype: torch.dtype) -> set[str]:
+        found = {"attention", str(dtype).removeprefix("torch."), *self.needs}
+        if self.sinks:
+            found.add("sinks")
+        return found | set(self.options)
+
+    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Arguments:
+        generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
+
+        def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        shape = self.shape
+        arguments = Arguments(
+            q=lay_out(draw(shape.B, shape.Hq, shape.Lq, shape.D) * self.factor, self.layout),
+            k=lay_out(draw(shape.B, shape.Hkv, shape.Lk, shape.D), self.layout),
+            v=lay_out(draw(shape.B, shape.Hkv, shape.Lk, shape.Dv), self.layout),
+            mask=_on(device, self.mask(shape, generator)) if self.mask is not None else None,
+            bias=self.bias(shape, draw) if self.bias is not None else None,
+            sinks=draw(shape.Hq) if self.sinks else None,
+            options=self.options,
+        )
+        return random_gradients(arguments, generator)
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values of `tensor` (for "expanded": of its first heads) with other strides."""
+    if layout == "plain":
+        return tensor
+    if layout == "heads_last":  # (B, L, H, D) in memory, as a projection leaves it
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "strided":  # last stride 2
+        return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+    if layout == "transposed":  # (B, H, D, L) in memory, as a key cache may be
+        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    if layout == "sliced":  # a part of one wide projection for q, k and v
+        return torch.cat((tensor, tensor, tensor), dim=-1)[..., : tensor.shape[-1]]
+    if layout == "expanded":  # one head for all, stride 0
+        return tensor[:, :1].expand(tensor.shape)
+    raise ValueError(layout)
+
+
+def _on(device: torch.device | str, mask: Mask | Tensor) -> Mask | Tensor:
+    """`mask` with its tensors on `device`."""
+    if isinstance(mask, Tensor):
+        return mask.to(device)
+    joined: Mask | None = None
+    for part in mask._parts():
+        fields = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(part).items()
+        }
+        moved = type(part)(**fields)
+        joined = moved if joined is None else joined & moved
+    assert joined is not None
+    return joined
+
+
+# --- masks as functions of the shape --------------------------------------------------------------
+
+
+def always(mask: Mask) -> Callable[[Shape, torch.Generator], Mask]:
+    return lambda shape, generator: mask
+
+
+def random_dense(*full: bool) -> Callable[[Shape, torch.Generator], Tensor]:
+    """A random bool tensor, full in the dimensions named; three of four positions allowed."""
+
+    def make(shape: Shape, generator: torch.Generator) -> Tensor:
+        size = [n if is_full else 1 for n, is_full in zip(shape.scores, full, strict=True)]
+        return torch.rand(size, generator=generator) < 0.75
+
+    return make
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+def packed_ids(shape: Shape, generator: torch.Generator, length: int) -> Tensor:
+    return torch.randint(3, (shape.B, length), generator=generator).sort(dim=1).values
+
+
+def documents(shape: Shape, generator: torch.Generator) -> Mask:
+    if shape.Lq == shape.Lk:
+        return Documents(packed_ids(shape, generator, shape.Lq))
+    return Documents(packed_ids(shape, generator, shape.Lq), packed_ids(shape, generator, shape.Lk))
+
+
+# --- biases ---------------------------------------------------------------------------------------
+
+
+def random_bias(*full: bool) -> Callable[[Shape, Draw], Tensor]:
+    def make(shape: Shape, draw: Draw) -> Tensor:
+        return draw(*(n if is_full else 1 for n, is_full in zip(shape.scores, full, strict=True)))
+
+    return make
+
+
+def bias_with(
+    value: float, positions: Callable[[Tensor], Tensor]
+) -> Callable[[Shape, Draw], Tensor]:
+    """A full random bias with `value` where `positions(j - i)` is true."""
+
+    def make(shape: Shape, draw: Draw) -> Tensor:
+        distance = torch.arange(shape.Lk) - torch.arange(shape.Lq).view(-1, 1)
+        bias = draw(*shape.scores)
+        return bias.masked_fill(positions(distance).to(bias.device), value)
+
+    return make
+
+
+def alibi(align: Any = None, per_batch: bool = False) -> Callable[[Shape, Draw], ALiBi]:
+    def make(shape: Shape, draw: Draw) -> ALiBi:
+        slopes = draw(shape.B, shape.Hq).abs() if per_batch else draw(shape.Hq).abs()
+        return ALiBi(slopes, align)
+
+    return make
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+BROADCASTS = list(product((True, False), repeat=4))
+SHORT, WIDE = Shape(Lq=9, Lk=21), Shape(Lq=21, Lk=9)
+ALIGNMENTS: dict[str, Any] = {
+    "upper_left": "upper_left",
+    "lower_right": "lower_right",
+    "0": 0,
+    "5": 5,
+    "-3": -3,
+    "-100": -100,
+    "100": 100,
+    "tensor": lengths(4, -6),
+    "tensor_int32": lengths(12, 0).to(torch.int32),
+}
+
+
+def _pattern(full: tuple[bool, ...]) -> str:
+    return "".join(letter if is_full else "1" for letter, is_full in zip("BHQK", full, strict=True))
+
+
+def _shapes() -> list[Case]:
+    shapes = {
+        "all_ones": Shape(1, 1, 1, 1, 1, 1, 1),
+        "odd": Shape(3, 3, 3, 19, 19, 7, 7),
+        "one_query": Shape(2, 4, 4, 1, 33, 64, 64),
+        "one_key": Shape(2, 2, 2, 19, 1, 40, 40),
+        "more_keys": Shape(2, 2, 2, 13, 70, 16, 16),
+        "more_queries": Shape(2, 2, 2, 70, 13, 16, 16),
+        "d1": Shape(2, 2, 2, 9, 13, 1, 1),
+        "d7": Shape(2, 2, 2, 35, 35, 7, 7),
+        "d40": Shape(1, 2, 2, 33, 33, 40, 40),
+        "d64": Shape(1, 2, 2, 65, 65, 64, 64),
+        "d128": Shape(1, 2, 2, 66, 130, 128, 128),
+        "d256": Shape(1, 1, 1, 20, 70, 256, 256),
+        "dv_less": Shape(2, 2, 2, 20, 23, 64, 24),
+        "dv_more": Shape(2, 2, 2, 20, 23, 16, 72),
+        "dv_one": Shape(2, 2, 2, 20, 23, 8, 1),
+        "gqa": Shape(2, 6, 2, 20, 37, 16, 16),
+        "mqa": Shape(2, 5, 1, 20, 37, 16, 16),
+        "long": Shape(1, 1, 1, 300, 277, 16, 16),
+        "no_batch": Shape(B=0),
+        "no_heads": Shape(Hq=0, Hkv=0),
+        "no_query_heads": Shape(Hq=0, Hkv=2),
+        "no_queries": Shape(Lq=0, Lk=5),
+        "no_keys": Shape(Lq=5, Lk=0),
+        "nothing": Shape(0, 0, 0, 0, 0, 0, 0),
+        "d0": Shape(D=0, Dv=8),
+        "dv0": Shape(D=8, Dv=0),
+    }
+    cases = [Case(f"shape_{name}", shape) for name, shape in shapes.items()]
+    for length in (15, 16, 31, 32, 33, 63, 64, 127, 128, 129):  # around every likely tile edge
+        edge = Shape(1, 1, 1, length, length, 8, 8)
+        cases.append(Case(f"edge_{length}", edge, always(Causal())))
+    gqa = Shape(2, 4, 2, 18, 18, 8, 8)
+    for layout in ("heads_last", "strided", "transposed", "sliced", "expanded"):
+        cases.append(Case(f"layout_{layout}", gqa, always(Causal()), layout=layout))
+    return cases
+
+
+def _bands() -> list[Case]:
+    cases = [Case("causal_square", mask=always(Causal()))]
+    for (name, align), (relation, shape) in product(
+        ALIGNMENTS.items(), (("short", SHORT), ("wide", WIDE))
+    ):
+        cases.append(Case(f"causal_{relation}_{name}", shape, always(Causal(align))))
+    for left, right in ((0, 0), (3, 0), (0, 3), (4, 2), (None, 2), (2, None), (None, None)):
+        name = f"window_{left}_{right}"
+        cases.append(Case(name, mask=always(Window(left, right))))
+        cases.append(Case(f"{name}_short", SHORT, always(Window(left, right, "lower_right"))))
+        cases.append(Case(f"{name}_wide", WIDE, always(Window(left, right, lengths(-2, 7)))))
+    narrow = Shape(1, 1, 1, 200, 200, 8, 8)
+    cases.append(Case("window_narrow_long", narrow, always(Window(5, 0))))
+    cases.append(Case("window_beyond", mask=always(Window(1000, 1000))))
+    cases.append(Case("causal_long", narrow, always(Causal())))
+    return cases
+
+
+def _masks() -> list[Case]:
+    docs = frozenset({"documents"})
+    cases = [Case(f"dense_{_pattern(full)}", mask=random_dense(*full)) for full in BROADCASTS]
+    cases += [
+        Case("dense_2d", mask=lambda s, g: torch.rand(s.Lq, s.Lk, generator=g) < 0.5),
+        Case("dense_1d", mask=lambda s, g: Dense(torch.rand(s.Lk, generator=g) < 0.5)),
+        Case("dense_0d", mask=lambda s, g: torch.tensor(True)),
+        Case("dense_none", mask=lambda s, g: torch.zeros(s.Lq, s.Lk, dtype=torch.bool)),
+        Case("dense_strided", mask=lambda s, g: torch.rand(s.Lk, s.Lq, generator=g).T < 0.5),
+        Case("dense_sparse", mask=lambda s, g: torch.rand(s.scores, generator=g) < 0.05),
+        Case("keys_zero_and_beyond", Shape(B=4), always(KeyLengths(lengths(0, 5, 17, 99)))),
+        Case("keys_negative", mask=always(KeyLengths(lengths(-4, 1)))),
+        Case("keys_int8", mask=always(KeyLengths(lengths(3, 16).to(torch.int8)))),
+        Case("keys_no_keys", Shape(Lk=0, Lq=5), always(KeyLengths(lengths(0, 3)))),
+        Case("keys_no_batch", Shape(B=0), always(KeyLengths(lengths().long()))),
+        Case("queries", Shape(B=4), always(QueryLengths(lengths(0, 5, 17, 99)))),
+        Case("queries_no_queries", Shape(Lq=0, Lk=5), always(QueryLengths(lengths(0, 3)))),
+        Case("causal_no_keys", Shape(Lq=3, Lk=0), always(Causal("upper_left"))),
+        Case("causal_no_queries", Shape(Lq=0, Lk=3), always(Causal("lower_right"))),
+        Case("documents", mask=documents, needs=docs),
+        Case("documents_cross", SHORT, documents, needs=docs),
+    ]
+    joined: dict[str, tuple[Shape, Callable[[Shape, torch.Generator], Mask]]] = {
+        "causal_keys": (Shape(), lambda s, g: Causal() & KeyLengths(lengths(5, 17))),
+        "causal_both_lengths": (
+            SHORT,
+            lambda s, g: (
+                Causal("lower_right") & KeyLengths(lengths(20, 2)) & QueryLengths(lengths(9, 4))
+            ),
+        ),
+        "window_keys_queries": (
+            WIDE,
+            lambda s, g: (
+                Window(3, 1, 2) & KeyLengths(lengths(9, 4)) & QueryLengths(lengths(10, 21))
+            ),
+        ),
+        "causal_dense": (
+            Shape(),
+            lambda s, g: Causal() & Dense(random_dense(True, True, True, True)(s, g)),
+        ),
+        "dense_dense": (
+            Shape(),
+            lambda s, g: (
+                Dense(random_dense(True, False, True, False)(s, g))
+                & Dense(random_dense(False, True, False, True)(s, g))
+            ),
+        ),
+        "causal_window_aligned_apart": (
+            SHORT,
+            lambda s, g: Causal(6) & Window(4, None, lengths(0, 9)),
+        ),
+        "two_bands": (
+            WIDE,
+            lambda s, g: Causal(lengths(1, 2)) & Window(6, 3, lengths(3, -2)) & Causal(4),
+        ),
+        "keys_twice": (
+            Shape(),
+            lambda s, g: KeyLengths(lengths(3, 17)) & KeyLengths(lengths(9, 4)),
+        ),
+        "disjoint_bands": (Shape(), lambda s, g: Causal(-4) & Window(0, 2)),
+    }
+    cases += [Case(f"joined_{name}", shape, mask) for name, (shape, mask) in joined.items()]
+    cases += [
+        Case("joined_documents_causal", mask=lambda s, g: documents(s, g) & Causal(), needs=docs),
+        Case(
+            "joined_documents_twice",
+            SHORT,
+            lambda s, g: documents(s, g) & documents(s, g),
+            needs=docs,
+        ),
+        Case(
+            "joined_everything",
+            mask=lambda s, g: (
+                Causal(2)
+                & Window(9, None)
+                & KeyLengths(lengths(15, 12))
+                & QueryLengths(lengths(16, 17))
+                & documents(s, g)
+                & Dense(random_dense(False, True, True, True)(s, g))
+            ),
+            needs=docs,
+        ),
+    ]
+    return cases
+
+
+def _biases() -> list[Case]:
+    cases = [Case(f"bias_{_pattern(full)}", bias=random_bias(*full)) for full in BROADCASTS]
+    causal = always(Causal())
+    keys = always(KeyLengths(lengths(5, 17)))
+    needs = frozenset({"alibi"})
+    cases += [
+        Case("bias_2d", bias=lambda s, draw: draw(s.Lq, s.Lk)),
+        Case("bias_gqa", Shape(Hq=4, Hkv=2), causal, random_bias(False, True, True, True)),
+        Case("bias_minus_inf", bias=bias_with(-torch.inf, lambda d: (d % 3 == 0) | (d > 5))),
+        Case("bias_minus_inf_rows", bias=bias_with(-torch.inf, lambda d: d < 20)),
+        Case("bias_nan_where_masked", mask=causal, bias=bias_with(torch.nan, lambda d: d > 0)),
+        Case("bias_inf_where_masked", mask=causal, bias=bias_with(torch.inf, lambda d: d > 0)),
+        Case("bias_and_lengths", mask=keys, bias=random_bias(True, False, True, True)),
+        Case("bias_strided", bias=lambda s, draw: draw(*s.scores, 2)[..., 1]),
+        Case("bias_transposed", bias=lambda s, draw: draw(s.B, s.Hq, s.Lk, s.Lq).mT),
+        Case("alibi", bias=alibi(), needs=needs),
+        Case("alibi_per_batch_causal", mask=causal, bias=alibi(per_batch=True), needs=needs),
+        Case("alibi_lower_right", SHORT, bias=alibi("lower_right"), needs=needs),
+        Case("alibi_tensor", WIDE, bias=alibi(lengths(3, -5)), needs=needs),
+    ]
+    return cases
+
+
+def _options() -> list[Case]:
+    causal, keys = always(Causal()), always(KeyLengths(lengths(0, 11)))
+    gqa = Shape(2, 4, 2, 19, 30, 8, 12)
+    return [
+        Case("softcap", options={"softcap": 1.5}),
+        Case(
+            "softcap_masked_bias",
+            mask=causal,
+            bias=random_bias(False, True, True, True),
+            options={"softcap": 0.7},
+        ),
+        Case("sinks", sinks=True),
+        Case("sinks_masked_rows", mask=keys, sinks=True),
+        Case("sinks_no_keys", Shape(Lk=0, Lq=5), sinks=True),
+        Case("sinks_gqa", gqa, sinks=True),
+        Case("dropout_little", options={"dropout_p": 0.1, "seed": 3}),
+        Case("dropout_half", gqa, options={"dropout_p": 0.5, "seed": -1}),
+        Case("dropout_most_causal", mask=causal, options={"dropout_p": 0.9, "seed": 2**62}),
+        Case("dropout_all", options={"dropout_p": 1.0, "seed": 0}),
+        Case(
+            "dropout_bias_lengths",
+            mask=keys,
+            bias=random_bias(True, True, True, True),
+            options={"dropout_p": 0.3, "seed": 5},
+        ),
+        Case(
+            "dropout_wide_long",
+            Shape(1, 2, 1, 70, 131, 8, 8),
+            causal_lower_right,
+            options={"dropout_p": 0.2, "seed": 1},
+        ),
+        Case("scale_zero", options={"scale": 0.0}),
+        Case("scale_one", mask=causal, options={"scale": 1.0}),
+        Case("scale_negative", options={"scale": -0.6}),
+        Case("scores_large", factor=30.0),
+        Case("scores_huge_causal", mask=causal, factor=1000.0),
+        Case(
+            "everything",
+            gqa,
+            lambda s, g: Causal("lower_right") & KeyLengths(lengths(29, 7)),
+            random_bias(False, True, True, True),
+            sinks=True,
+            options={"softcap": 2.0, "dropout_p": 0.2, "seed": 9, "scale": 0.3},
+            layout="heads_last",
+        ),
+    ]
+
+
+def causal_lower_right(shape: Shape, generator: torch.Generator) -> Mask:
+    return Causal("lower_right")
+
+
+CASES = _shapes() + _bands() + _masks() + _biases() + _options()
+BY_NAME = {case.name: case for case in CASES}
+assert len(BY_NAME) == len(CASES), "two cases of one name"
