@@ -28,9 +28,7 @@ class ALiBi:
                 "ALiBi", "slopes", "a tensor that requires a gradient", "constants (detach them)"
             )
 
-    def parameters(
-        self, shape: tuple[int, int, int, int], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def parameters(self, shape: tuple[int, int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """slopes (B | 1, Hq) and offset (B | 1,) int64, checked for a problem of `shape`."""
         batch, heads = shape[:2]
         slopes = self.slopes.unsqueeze(0) if self.slopes.dim() == 1 else self.slopes

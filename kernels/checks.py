@@ -33,9 +33,7 @@ def require_tensor(function: str, argument: str, value: object) -> Tensor:
 def require_float(function: str, argument: str, value: object) -> Tensor:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in FLOAT_DTYPES:
-        fail_type(
-            function, argument, tensor.dtype, "dtype float64, float32, bfloat16 or float16"
-        )
+        fail_type(function, argument, tensor.dtype, "dtype float64, float32, bfloat16 or float16")
     return tensor
 
 

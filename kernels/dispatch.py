@@ -74,9 +74,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """d_x, d_weight, d_bias; the last two empty where the parameter is absent."""
 
-    def add_layer_norm(
-        self, problem: AddLayerNormProblem
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def add_layer_norm(self, problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, total = residual + dropout(x), mean, rstd."""
 
     def add_layer_norm_backward(

@@ -8,6 +8,7 @@ from which whole blocks can be skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -60,13 +61,12 @@ class MaskStructure(NamedTuple):
             lower, upper = self.band.view(-1, 2, 1, 1, 1).unbind(1)
             terms += [j - i >= lower, j - i <= upper]
         if self.key_lengths is not None:
-            terms.append((j < self.key_lengths.view(-1, 1)).view(-1, 1, 1, key_len))
+            terms.append(j < self.key_lengths.view(-1, 1, 1, 1))
         if self.query_lengths is not None:
-            terms.append((i < self.query_lengths.view(-1, 1, 1, 1)).view(-1, 1, query_len, 1))
+            terms.append(i < self.query_lengths.view(-1, 1, 1, 1))
         if self.query_documents is not None and self.key_documents is not None:
-            terms.append(
-                (self.query_documents.unsqueeze(-1) == self.key_documents.unsqueeze(-2)).unsqueeze(1)
-            )
+            same = self.query_documents.unsqueeze(-1) == self.key_documents.unsqueeze(-2)
+            terms.append(same.unsqueeze(1))
         if self.dense is not None:
             terms.append(self.dense)
         if not terms:
@@ -264,14 +264,10 @@ def as_mask(function: str, mask: Mask | Tensor | None) -> Mask | None:
     """A bool tensor as `Dense`, masks and None as they are; anything else raises TypeError."""
     if mask is None or isinstance(mask, Mask):
         return mask
-    if isinstance(mask, Tensor):
-        return Dense(mask)
-    fail_type(
-        function,
-        "mask",
-        type(mask).__name__,
-        "None, a bool tensor or a mask object (Causal, Window, KeyLengths, ...)",
-    )
+    if not isinstance(mask, Tensor):
+        expected = "None, a bool tensor or a mask object (Causal, Window, KeyLengths, ...)"
+        fail_type(function, "mask", type(mask).__name__, expected)
+    return Dense(mask)
 
 
 def structure_of(
@@ -285,7 +281,7 @@ def offset_of(
     function: str, align: Align, shape: tuple[int, int, int, int], like: Tensor
 ) -> int | Tensor:
     """The key at which query 0 stands: an int, or an int64 tensor (B,)."""
-    batch, _, query_len, key_len = shape
+    query_len, key_len = shape[2:]
     if align is None:
         if query_len != key_len:
             raise ValueError(
@@ -301,11 +297,10 @@ def offset_of(
         return 0
     if align == "lower_right":
         return key_len - query_len
-    if isinstance(align, int) and not isinstance(align, bool):
-        return align
-    fail_value(
-        function, "align", repr(align), '"upper_left", "lower_right", an int or an int tensor (B,)'
-    )
+    if not isinstance(align, int) or isinstance(align, bool):
+        expected = '"upper_left", "lower_right", an int or an int tensor (B,)'
+        fail_value(function, "align", repr(align), expected)
+    return align
 
 
 def _dense_band(
@@ -373,10 +368,10 @@ def _intersect(a: MaskStructure, b: MaskStructure) -> MaskStructure:
     )
 
 
-def _tightest(a: int | None, b: int | None, pick) -> int | None:  # type: ignore[no-untyped-def]
+def _tightest(a: int | None, b: int | None, pick: Callable[[int, int], int]) -> int | None:
     if a is None or b is None:
         return b if a is None else a
-    return int(pick(a, b))
+    return pick(a, b)
 
 
 def _least(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -389,10 +384,18 @@ def _pair_documents(
     query_a: Tensor, key_a: Tensor, query_b: Tensor, key_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ids that agree exactly where both given pairs of ids agree."""
-    pairs = torch.stack((torch.cat((query_a, key_a), 1), torch.cat((query_b, key_b), 1)), -1)
-    _, ids = torch.unique(pairs.view(-1, 2), dim=0, return_inverse=True)
-    ids = ids.view(pairs.shape[:2])
+    ids_a, ids_b = torch.cat((query_a, key_a), 1), torch.cat((query_b, key_b), 1)
+    ids = _rank(ids_a) * ids_a.shape[1] + _rank(ids_b)
     return ids[:, : query_a.shape[1]].contiguous(), ids[:, query_a.shape[1] :].contiguous()
+
+
+def _rank(ids: Tensor) -> Tensor:
+    """Each id as the number of smaller ones in its row: ids of any size become small ones.
+
+    `torch.unique` would do the same, but its result's shape depends on the data, and a compiled
+    graph must not.
+    """
+    return torch.searchsorted(ids.sort(dim=-1).values, ids)
 
 
 def _require_integers(function: str, argument: str, value: object, dimensions: int) -> None:

@@ -1,4 +1,4 @@
-"""The torch operators behind the public functions, in the namespace `rowmax`: schemas, fakes, autograd.
+"""The torch operators (namespace `rowmax`) of the public functions: schemas, fakes, autograd.
 
 Each op is opaque to torch: forward and backward are one op each, and its implementation asks
 `dispatch` for the backend. Nothing here computes; nothing here knows a backend.
@@ -137,9 +137,7 @@ def _masked_softmax_backward(
     grad_weights: Tensor, weights: Tensor, scale: float, backend: str
 ) -> Tensor:
     problem = SoftmaxProblem.from_flat((weights, *(None,) * 8, scale))
-    return dispatch.choose(backend, problem).masked_softmax_backward(
-        grad_weights, weights, scale
-    )
+    return dispatch.choose(backend, problem).masked_softmax_backward(grad_weights, weights, scale)
 
 
 def _layer_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,8 +21,6 @@ class AttentionProblem(NamedTuple):
     int64 tensor, present when dropout_p > 0. Dropout counts batch elements from `batch_start`.
     """
 
-    op_name = "attention"
-
     query: Tensor
     key: Tensor
     value: Tensor
@@ -36,6 +34,10 @@ class AttentionProblem(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     batch_start: int = 0
+
+    @property
+    def op_name(self) -> str:
+        return "attention"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -56,11 +58,13 @@ class AttentionProblem(NamedTuple):
 class SoftmaxProblem(NamedTuple):
     """softmax over the last dimension of scale * scores (B, H, Lq, Lk), masked."""
 
-    op_name = "masked_softmax"
-
     scores: Tensor
     mask: MaskStructure
     scale: float
+
+    @property
+    def op_name(self) -> str:
+        return "masked_softmax"
 
     def flat(self) -> tuple[Any, ...]:
         return (self.scores, *self.mask, self.scale)
@@ -73,18 +77,18 @@ class SoftmaxProblem(NamedTuple):
 class LayerNormProblem(NamedTuple):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x (..., N)."""
 
-    op_name = "layer_norm"
-
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     eps: float
 
+    @property
+    def op_name(self) -> str:
+        return "layer_norm"
+
 
 class AddLayerNormProblem(NamedTuple):
     """Layer norm of residual + dropout(x), both (..., N), keeping the sum."""
-
-    op_name = "add_layer_norm"
 
     x: Tensor
     residual: Tensor
@@ -94,15 +98,21 @@ class AddLayerNormProblem(NamedTuple):
     dropout_p: float
     seed: Tensor | None
 
+    @property
+    def op_name(self) -> str:
+        return "add_layer_norm"
+
 
 class RMSNormProblem(NamedTuple):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., N)."""
 
-    op_name = "rms_norm"
-
     x: Tensor
     weight: Tensor | None
     eps: float
+
+    @property
+    def op_name(self) -> str:
+        return "rms_norm"
 
 
 Problem = (

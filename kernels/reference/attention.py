@@ -40,7 +40,7 @@ class NaiveAttention(NamedTuple):
 
 def naive_attention(problem: AttentionProblem) -> NaiveAttention:
     """The forward pass, differentiable by autograd; computes in float32 or float64."""
-    batch, heads, query_len, key_len = problem.shape
+    _, heads, query_len, key_len = problem.shape
     dtype = statistics_dtype(problem.query.dtype)
     device = problem.query.device
     query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)

@@ -98,9 +98,7 @@ def _normalise_backward(
     d_y = grad_y.to(dtype)
     d_x_hat = d_y if weight is None else d_y * weight
     d_x = rstd.unsqueeze(-1) * (
-        d_x_hat
-        - d_x_hat.mean(-1, keepdim=True)
-        - x_hat * (d_x_hat * x_hat).mean(-1, keepdim=True)
+        d_x_hat - d_x_hat.mean(-1, keepdim=True) - x_hat * (d_x_hat * x_hat).mean(-1, keepdim=True)
     )
     return d_x.contiguous(), _over_rows(d_y * x_hat, weight), _over_rows(d_y, bias)
 
