@@ -1,0 +1,7 @@
+"""``python -m rowmax.transformer``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

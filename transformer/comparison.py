@@ -1,0 +1,169 @@
+"""The naive and the fused path side by side: the same training steps, each in its own process.
+
+``python -m rowmax.transformer.comparison`` is the process that is measured; ``compare`` starts
+one for each backend and ``table`` shows what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import checkpoint as checkpoints
+from . import corpus
+from .config import PRESETS, ModelConfig, TrainingConfig
+from .data import Dataset
+from .model import EncoderDecoder
+from .training import Trainer
+
+STEPS = 100
+# Pairs to draw the steps' batches from: enough for STEPS batches that are all different.
+_PAIRS = 20_000
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One backend's first steps. Memory in bytes: of the process, and what training added."""
+
+    backend: str
+    losses: list[float]
+    tokens_per_second: float
+    peak_memory: int
+    training_memory: int
+
+
+def measure(run: Path, backend: str, steps: int) -> Measurement:
+    """Train the demo's model for its first steps in this process."""
+    tokenizer = checkpoints.load(checkpoints.newest(run)).tokenizer
+    preset = PRESETS["demo"]
+    model_config = ModelConfig(**{**preset.model, "vocab_size": tokenizer.vocab_size})
+    config = TrainingConfig(**preset.training)
+    pairs = list(corpus.splits(train=_PAIRS).train)
+    dataset = Dataset(pairs, tokenizer, model_config.max_length)
+
+    def new_trainer() -> Trainer:
+        torch.manual_seed(config.seed)
+        return Trainer(EncoderDecoder(model_config, backend), dataset, config)
+
+    # The first calls load or compile kernels and grow thread pools: not what is compared.
+    warm_up = new_trainer()
+    for _ in range(_WARM_UP):
+        warm_up.step()
+    del warm_up
+    gc.collect()
+
+    before = _reset_peak_memory()
+    trainer = new_trainer()
+    start = time.perf_counter()
+    results = [trainer.step() for _ in range(steps)]
+    seconds = time.perf_counter() - start
+    peak = _peak_memory()
+    return Measurement(
+        backend=backend,
+        losses=[result.loss for result in results],
+        tokens_per_second=sum(result.tokens for result in results) / seconds,
+        peak_memory=peak,
+        training_memory=peak - before,
+    )
+
+
+def compare(run: Path, backends: tuple[str, str], steps: int = STEPS) -> list[Measurement]:
+    """Measure each backend in a process of its own, with this process's number of threads."""
+    measurements = []
+    for backend in backends:
+        command = [sys.executable, "-m", __name__, str(run), backend, str(steps)]
+        command += ["--threads", str(torch.get_num_threads())]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measurements.append(Measurement(**json.loads(output)))
+    return measurements
+
+
+def largest_difference(first: Measurement, second: Measurement) -> float:
+    """The largest difference between the two losses of a step."""
+    return max(abs(a - b) for a, b in zip(first.losses, second.losses, strict=True))
+
+
+def table(naive: Measurement, fused: Measurement) -> str:
+    """Both paths as text."""
+    rows = (
+        ("", f"naive ({naive.backend})", f"fused ({fused.backend})", "ratio"),
+        (
+            "tokens/s",
+            f"{naive.tokens_per_second:,.0f}",
+            f"{fused.tokens_per_second:,.0f}",
+            f"{fused.tokens_per_second / naive.tokens_per_second:.2f}",
+        ),
+        (
+            "peak memory of the process, MiB",
+            f"{naive.peak_memory / 2**20:,.0f}",
+            f"{fused.peak_memory / 2**20:,.0f}",
+            f"{fused.peak_memory / naive.peak_memory:.2f}",
+        ),
+        (
+            "  of which training, MiB",
+            f"{naive.training_memory / 2**20:,.0f}",
+            f"{fused.training_memory / 2**20:,.0f}",
+            f"{fused.training_memory / naive.training_memory:.2f}",
+        ),
+        (
+            f"loss after {len(naive.losses)} steps",
+            f"{naive.losses[-1]:.6f}",
+            f"{fused.losses[-1]:.6f}",
+            "",
+        ),
+    )
+    lines = [f"{name:<33}{first:>18}{second:>18}{ratio:>8}" for name, first, second, ratio in rows]
+    lines.append(
+        f"largest difference in loss over these {len(naive.losses)} steps: "
+        f"{largest_difference(naive, fused):.2e}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _status(field: str) -> int | None:
+    """A size in bytes from Linux's account of this process; None elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _reset_peak_memory() -> int:
+    """Forget the peak so far where the system can; the memory that is in use now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS") or _peak_memory()
+
+
+def _peak_memory() -> int:
+    """The most memory that was in use since the last reset (else since the start)."""
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def main() -> None:
+    """Measure one backend and print the result as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="directory with the demo's checkpoints")
+    parser.add_argument("backend")
+    parser.add_argument("steps", type=int)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(json.dumps(measure(args.run, args.backend, args.steps).__dict__))
+
+
+if __name__ == "__main__":
+    main()

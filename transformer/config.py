@@ -1,0 +1,158 @@
+"""Settings of the model and of training, and the presets that hold good values of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_C = TypeVar("_C")
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or out of range."""
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _require_positive_int(name: str, got: object) -> None:
+    is_int = isinstance(got, int) and not isinstance(got, bool)
+    _require(is_int and got > 0, name, "a positive integer", got)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the Transformer; the defaults are the base model of the paper's table 3."""
+
+    vocab_size: int
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    d_model: int = 512
+    heads: int = 8
+    d_ff: int = 2048
+    dropout: float = 0.1  # on every sub-layer's output and on the embeddings (section 5.4)
+    attention_dropout: float = 0.0  # on the attention weights: not in the paper, often used
+    pre_norm: bool = False  # normalise before each sub-layer instead of after it
+    max_length: int = 256  # tokens of a sentence, its end symbol included
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "heads", "d_ff"):
+            _require_positive_int(name, getattr(self, name))
+        _require_positive_int("max_length", self.max_length)
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            _require(isinstance(value, int | float) and 0 <= value < 1, name, "0 <= p < 1", value)
+        _require(isinstance(self.pre_norm, bool), "pre_norm", "true or false", self.pre_norm)
+        _require(
+            self.d_model % self.heads == 0,
+            "d_model",
+            f"a multiple of heads = {self.heads}",
+            self.d_model,
+        )
+        _require(self.d_model % 2 == 0, "d_model", "an even number (sine and cosine)", self.d_model)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of training. The same settings, data and backend give bitwise the same weights."""
+
+    steps: int = 100_000
+    warmup: int = 4_000
+    learning_rate: float = 1.0  # a factor on the paper's schedule
+    batch_tokens: int = 25_000  # source tokens, and as many target tokens (section 5.1)
+    label_smoothing: float = 0.1
+    clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "warmup", "batch_tokens"):
+            _require_positive_int(name, getattr(self, name))
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, int | float) and 0 < value < float("inf"),
+                name,
+                "a positive number",
+                value,
+            )
+        _require(
+            isinstance(self.label_smoothing, int | float) and 0 <= self.label_smoothing < 1,
+            "label_smoothing",
+            "0 <= value < 1",
+            self.label_smoothing,
+        )
+        _require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**63,
+            "seed",
+            "an integer from 0 to 2**63 - 1",
+            self.seed,
+        )
+
+
+def from_mapping(kind: type[_C], values: Mapping[str, Any]) -> _C:
+    """A configuration from a JSON object; unknown and missing settings are errors."""
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r} for {kind.__name__}")
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and name not in values:
+            raise ConfigError(f"setting {name!r} of {kind.__name__} is missing")
+    return kind(**values)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that go together. ``vocab_size`` is what the tokenizer is asked for."""
+
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    vocab_size: int
+    about: str
+
+
+PRESETS: dict[str, Preset] = {
+    "base": Preset(
+        model={},
+        training={},
+        vocab_size=37_000,
+        about="the paper's base model: 6 + 6 layers of 512, for millions of pairs and a GPU",
+    ),
+    "small": Preset(
+        model={
+            "encoder_layers": 3,
+            "decoder_layers": 3,
+            "d_model": 256,
+            "heads": 4,
+            "d_ff": 512,
+            "dropout": 0.3,
+            "attention_dropout": 0.1,
+        },
+        training={"steps": 3_000, "warmup": 800, "batch_tokens": 4_000},
+        vocab_size=6_000,
+        about="3 + 3 layers of 256, for some ten thousand pairs on a CPU",
+    ),
+    "demo": Preset(
+        model={
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "d_model": 128,
+            "heads": 4,
+            "d_ff": 512,
+            "dropout": 0.0,
+            "max_length": 64,
+        },
+        training={
+            "steps": 1_500,
+            "warmup": 300,
+            "batch_tokens": 2_000,
+            "label_smoothing": 0.0,
+        },
+        vocab_size=1_600,
+        about="2 + 2 layers of 128, trained on the built-in corpus in minutes",
+    ),
+}

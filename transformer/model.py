@@ -1,0 +1,295 @@
+"""The Transformer of 'Attention Is All You Need' (Vaswani et al., 2017) on rowmax's kernels.
+
+Sections and equations named here are the paper's. Shapes: B sentences, L positions (Ls in the
+source, Lt in the target), H heads of size D, d_model = H * D.
+
+A layer takes and returns two tensors, ``x`` and ``residual``: what the next sub-layer reads and
+what its output is added to. In the paper (post-norm) they are one and the same; with
+``pre_norm`` the residual is the sum that no norm has touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import Causal, KeyLengths, add_layer_norm, attention, layer_norm
+from .config import ModelConfig
+
+# Keys and values of one attention, each (B, H, L, D).
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Embedding(nn.Module):
+    """Token embeddings times sqrt(d_model) plus sinusoidal positions (sections 3.4 and 3.5).
+
+    The same matrix embeds the source and the target and, transposed, is the linear map before
+    the softmax.
+    """
+
+    positions: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        nn.init.normal_(self.weight, std=config.d_model**-0.5)
+        self.register_buffer("positions", sinusoids(config.max_length, config.d_model), False)
+        self.dropout = config.dropout
+
+    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """(B, L) token ids at positions ``start`` and on -> (B, L, d_model)."""
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens: expected an int64 tensor (batch, length), got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        end = start + tokens.shape[1]
+        if end > len(self.positions):
+            raise ValueError(f"sentence of {end} tokens: max_length is {len(self.positions)}")
+        embedded = F.embedding(tokens, self.weight) * math.sqrt(self.weight.shape[1])
+        return F.dropout(embedded + self.positions[start:end], self.dropout, self.training)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., d_model) -> (..., vocab_size), the scores before the softmax."""
+        return F.linear(x, self.weight)
+
+
+def sinusoids(length: int, d_model: int) -> Tensor:
+    """PE(pos, 2i) = sin(pos / 10000^(2i / d_model)), PE(pos, 2i + 1) = cos(same): (L, d_model)."""
+    position = torch.arange(length, dtype=torch.float64)[:, None]
+    dimension = torch.arange(0, d_model, 2, dtype=torch.float64)
+    angle = position / 10_000 ** (dimension / d_model)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(torch.get_default_dtype())
+
+
+class MultiHeadAttention(nn.Module):
+    """MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O (section 3.2.2).
+
+    The projections of all heads stand side by side in one matrix each for Q, K and V.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.w_q = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.w_k = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.w_v = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.w_o = nn.Linear(config.d_model, config.d_model, bias=False)
+        for projection in (self.w_q, self.w_k, self.w_v, self.w_o):
+            nn.init.xavier_uniform_(projection.weight)
+        self.heads = config.heads
+        self.dropout = config.attention_dropout
+        self.backend = backend
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, L, d_model) -> (B, H, L, D), a view."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor) -> KeysValues:
+        return self.split_heads(self.w_k(x)), self.split_heads(self.w_v(x))
+
+    def forward(
+        self, x: Tensor, keys_values: KeysValues, mask: Causal | KeyLengths | None
+    ) -> Tensor:
+        """Queries from ``x`` (B, Lq, d_model); keys and values from wherever they were made."""
+        keys, values = keys_values
+        heads = attention(
+            self.split_heads(self.w_q(x)),
+            keys,
+            values,
+            mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.w_o(heads.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = max(0, x W1 + b1) W2 + b2 (section 3.3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_1 = nn.Linear(config.d_model, config.d_ff)
+        self.w_2 = nn.Linear(config.d_ff, config.d_model)
+        for linear in (self.w_1, self.w_2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_2(F.relu(self.w_1(x)))
+
+
+class Norm(nn.Module):
+    """Layer normalisation over d_model. Needed by itself only where a pre-norm stack starts."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model))
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, backend=self.backend)
+
+
+class AddNorm(nn.Module):
+    """ "Add & Norm": LayerNorm(residual + Dropout(Sublayer(x))) (sections 3.1 and 5.4).
+
+    Post-norm hands the normalised sum on as the next residual. Pre-norm hands on the sum itself:
+    its norm then is the one in front of the next sub-layer, or, after the last, the stack's.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model))
+        self.dropout = config.dropout
+        self.pre_norm = config.pre_norm
+        self.backend = backend
+
+    def forward(self, sublayer: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (B, L, d_model) -> (normalised, next residual)."""
+        normalised, total = add_layer_norm(
+            sublayer,
+            residual,
+            self.weight,
+            self.bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return normalised, total if self.pre_norm else normalised
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward, each with its Add & Norm (figure 1, left)."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(config, backend)
+        self.add_norm_1 = AddNorm(config, backend)
+        self.feed_forward = FeedForward(config)
+        self.add_norm_2 = AddNorm(config, backend)
+
+    def forward(self, x: Tensor, residual: Tensor, mask: KeyLengths) -> tuple[Tensor, Tensor]:
+        attended = self.self_attention(x, self.self_attention.keys_values(x), mask)
+        x, residual = self.add_norm_1(attended, residual)
+        return self.add_norm_2(self.feed_forward(x), residual)
+
+
+class DecoderLayer(nn.Module):
+    """Masked self-attention, attention to the source, feed-forward (figure 1, right)."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(config, backend)
+        self.add_norm_1 = AddNorm(config, backend)
+        self.source_attention = MultiHeadAttention(config, backend)
+        self.add_norm_2 = AddNorm(config, backend)
+        self.feed_forward = FeedForward(config)
+        self.add_norm_3 = AddNorm(config, backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        own: KeysValues,
+        source: KeysValues,
+        own_mask: Causal,
+        source_mask: KeyLengths,
+    ) -> tuple[Tensor, Tensor]:
+        """``own``: of the target so far, ``source``: of the top encoder layer's output."""
+        x, residual = self.add_norm_1(self.self_attention(x, own, own_mask), residual)
+        x, residual = self.add_norm_2(self.source_attention(x, source, source_mask), residual)
+        return self.add_norm_3(self.feed_forward(x), residual)
+
+
+@dataclass
+class DecoderState:
+    """What decoding token by token keeps between steps, for each decoder layer.
+
+    ``source`` holds keys and values of the encoder's output, made once; ``own`` those of the
+    target tokens so far.
+    """
+
+    source: list[KeysValues]
+    source_mask: KeyLengths
+    own: list[KeysValues]
+
+    @property
+    def length(self) -> int:
+        """Target tokens so far."""
+        return self.own[0][0].shape[2] if self.own else 0
+
+    def select(self, rows: Tensor) -> None:
+        """Go on from these rows (B,) of the batch, each still translating its own sentence."""
+        self.own = [(keys[rows], values[rows]) for keys, values in self.own]
+
+
+class EncoderDecoder(nn.Module):
+    """The whole model. ``backend`` names the kernels; it doesn't change what is computed."""
+
+    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.encoder = nn.ModuleList(
+            EncoderLayer(config, backend) for _ in range(config.encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderLayer(config, backend) for _ in range(config.decoder_layers)
+        )
+        if config.pre_norm:
+            self.encoder_norm = Norm(config, backend)
+            self.decoder_norm = Norm(config, backend)
+
+    def forward(self, source: Tensor, source_lengths: Tensor, target: Tensor) -> Tensor:
+        """Scores of the next token at every target position.
+
+        ``source`` (B, Ls), ``source_lengths`` (B,), ``target`` (B, Lt) starting with BOS
+        -> (B, Lt, vocab_size).
+        """
+        return self.decode(target, self.start(source, source_lengths))
+
+    def encode(self, source: Tensor, mask: KeyLengths) -> Tensor:
+        """(B, Ls) -> (B, Ls, d_model), the output of the top encoder layer."""
+        residual = self.embedding(source)
+        x = self.encoder_norm(residual) if self.config.pre_norm else residual
+        for layer in self.encoder:
+            x, residual = layer(x, residual, mask)
+        return x
+
+    def start(self, source: Tensor, source_lengths: Tensor) -> DecoderState:
+        """Encode the source; every decoder layer projects its own keys and values from it."""
+        mask = KeyLengths(source_lengths)
+        memory = self.encode(source, mask)
+        decoder = cast("Iterable[DecoderLayer]", self.decoder)
+        return DecoderState(
+            source=[layer.source_attention.keys_values(memory) for layer in decoder],
+            source_mask=mask,
+            own=[],
+        )
+
+    def decode(self, target: Tensor, state: DecoderState) -> Tensor:
+        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size)."""
+        residual = self.embedding(target, start=state.length)
+        x = self.decoder_norm(residual) if self.config.pre_norm else residual
+        # The last of the queries stands at the last key, whatever came before.
+        causal = Causal(align="lower_right")
+        own = []
+        for number, layer in enumerate(cast("Iterable[DecoderLayer]", self.decoder)):
+            keys, values = layer.self_attention.keys_values(x)
+            if state.own:
+                earlier_keys, earlier_values = state.own[number]
+                keys = torch.cat((earlier_keys, keys), dim=2)
+                values = torch.cat((earlier_values, values), dim=2)
+            own.append((keys, values))
+            x, residual = layer(
+                x, residual, own[-1], state.source[number], causal, state.source_mask
+            )
+        state.own = own
+        return self.embedding.logits(x)

@@ -1,0 +1,246 @@
+"""Training: the loss, the paper's schedule, one step, and the loop around it.
+
+Everything that a step does follows from the weights, Adam's moments and (seed, step): the batch
+by ``Dataset.plan(seed, epoch)``, the dropout masks by the generator's seed, set anew for each
+step. A checkpoint therefore needs no generator's state, and a run that was killed and resumed
+computes bitwise what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint, CheckpointError
+from .config import TrainingConfig
+from .data import Dataset
+from .model import EncoderDecoder
+from .tokenizer import PAD, Tokenizer
+
+
+class TrainingError(Exception):
+    """Training that can't go on."""
+
+
+def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy with label smoothing, the mean over the tokens that aren't padding.
+
+    ``logits`` (B, L, V), ``target`` (B, L). The wanted distribution q gives the right token
+    1 - smoothing and spreads the rest evenly over the V tokens (section 5.4). Its cross entropy
+    is KL(q || p) + H(q); H(q) doesn't depend on the model, so the gradients are those of the
+    KL divergence.
+    """
+    return F.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), ignore_index=PAD, label_smoothing=smoothing
+    )
+
+
+def schedule(step: int, d_model: int, warmup: int, factor: float = 1.0) -> float:
+    """Learning rate of step 1, 2, ...: linear warm-up, then 1 / sqrt(step) (section 5.3)."""
+    return factor * d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for the dropout masks of one step, unrelated to those of other seeds and steps."""
+    high, low = np.random.SeedSequence([seed, step]).generate_state(2, np.uint32).tolist()
+    return (high << 32 | low) >> 1
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """``loss`` is the mean over the batch; ``tokens`` counts both sides without padding."""
+
+    loss: float
+    tokens: int
+
+
+class Trainer:
+    """A model, its optimiser and the place in the data."""
+
+    def __init__(self, model: EncoderDecoder, dataset: Dataset, config: TrainingConfig) -> None:
+        self.model = model
+        self.dataset = dataset
+        self.config = config
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), betas=(0.9, 0.98), eps=1e-9, fused=True
+        )
+        self.steps_done = 0
+        self.epoch = 0
+        self.position = 0  # batches done in this epoch
+        self._plan = dataset.plan(config.batch_tokens, config.seed, self.epoch)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        config = self.config
+        return schedule(
+            self.steps_done + 1, self.model.config.d_model, config.warmup, config.learning_rate
+        )
+
+    def step(self) -> StepResult:
+        """One batch forward and backward, and one update."""
+        if self.position == len(self._plan):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, self.epoch)
+        batch = self.dataset.batch(self._plan[self.position]).to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.steps_done += 1
+        self.position += 1
+
+        torch.manual_seed(step_seed(self.config.seed, self.steps_done))
+        self.model.train()
+        self.optimizer.zero_grad()
+        logits = self.model(batch.source, batch.source_lengths, batch.target_in)
+        loss = smoothed_loss(logits, batch.target_out, self.config.label_smoothing)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        result = StepResult(loss.item(), batch.tokens)
+        if not (math.isfinite(result.loss) and math.isfinite(norm.item())):
+            raise TrainingError(
+                f"step {self.steps_done}: loss {result.loss}, gradient norm {norm.item()}; the "
+                "weights are as they were before it. A lower --learning-rate or a longer --warmup "
+                "may help"
+            )
+        self.optimizer.step()
+        return result
+
+    @torch.inference_mode()
+    def validate(self, dataset: Dataset) -> float:
+        """Mean cross entropy for each target token, without smoothing or dropout."""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        for indices in dataset.plan(self.config.batch_tokens):
+            batch = dataset.batch(indices).to(self.device)
+            logits = self.model(batch.source, batch.source_lengths, batch.target_in)
+            count = int(batch.target_lengths.sum())
+            total += smoothed_loss(logits, batch.target_out, 0.0).item() * count
+            tokens += count
+        return total / tokens
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Adam's state, each tensor under its parameter's name."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's training.json holds."""
+        return {
+            "training": dataclasses.asdict(self.config),
+            "data": self.dataset.fingerprint(),
+            "step": self.steps_done,
+            "epoch": self.epoch,
+            "position": self.position,
+        }
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on where the checkpoint was written."""
+        state = saved.training
+        if state.get("data") != self.dataset.fingerprint():
+            raise CheckpointError(
+                f"{saved.path}: was trained on other data, or on these with another tokenizer or "
+                "length limit; resume with the same files and settings"
+            )
+        try:
+            step, epoch, position = (int(state[name]) for name in ("step", "epoch", "position"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{saved.path}: training.json is damaged: {error}") from error
+        checkpoints.copy_tensors(saved.weights, dict(self.model.named_parameters()), saved.path)
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=self.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        checkpoints.copy_tensors(saved.optimizer, self.optimizer_tensors(), saved.path)
+        self.steps_done, self.epoch, self.position = step, epoch, position
+        self._plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, epoch)
+
+
+class Throughput:
+    """Tokens a second over the training steps alone: validation and saving don't count."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def __float__(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def fit(
+    trainer: Trainer,
+    tokenizer: Tokenizer,
+    run: Path,
+    validation: Dataset | None = None,
+    save_every: int = 500,
+    keep: int = 5,
+    extra: Mapping[str, Any] | None = None,
+    stream: TextIO | None = None,
+) -> Throughput:
+    """Train to the configured number of steps, with a progress bar on ``stream`` (stderr).
+
+    Validates and writes a checkpoint every ``save_every`` steps and at the end. ``extra`` is
+    put into the checkpoints' training.json.
+    """
+    stream = sys.stderr if stream is None else stream
+    config = trainer.config
+    throughput = Throughput()
+    loss = math.nan
+    with tqdm(
+        total=config.steps,
+        initial=trainer.steps_done,
+        desc="training",
+        unit="step",
+        file=stream,
+        dynamic_ncols=True,
+    ) as bar:
+        while trainer.steps_done < config.steps:
+            rate = trainer.learning_rate
+            start = time.perf_counter()
+            result = trainer.step()
+            throughput.add(result.tokens, time.perf_counter() - start)
+            loss = result.loss if math.isnan(loss) else 0.95 * loss + 0.05 * result.loss
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, {float(throughput):,.0f} tokens/s, lr {rate:.1e}",
+                refresh=False,
+            )
+            bar.update()
+            if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps:
+                if validation is not None:
+                    bar.write(
+                        f"step {trainer.steps_done}: training loss {loss:.4f}, validation loss "
+                        f"{trainer.validate(validation):.4f}",
+                        file=stream,
+                    )
+                checkpoints.save(
+                    run,
+                    trainer.steps_done,
+                    trainer.model,
+                    tokenizer,
+                    trainer.optimizer_tensors(),
+                    {**trainer.state(), **(extra or {})},
+                    keep,
+                )
+    return throughput
