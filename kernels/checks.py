@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -67,7 +68,20 @@ def require_broadcastable(
     return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
 
 
-def require_probability(function: str, argument: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        fail_value(function, argument, value, "a probability in [0, 1]")
-    return float(value)
+def require_number(function: str, argument: str, value: object) -> float:
+    """A finite Python or NumPy number; a tensor is none, for it might want a gradient."""
+    if isinstance(value, Tensor) or not (
+        isinstance(value, int | float) or hasattr(value, "__float__")
+    ):
+        fail_type(function, argument, type(value).__name__, "a number")
+    number = float(value)
+    if not -math.inf < number < math.inf:
+        fail_value(function, argument, number, "a finite number")
+    return number
+
+
+def require_probability(function: str, argument: str, value: object) -> float:
+    probability = require_number(function, argument, value)
+    if not 0.0 <= probability <= 1.0:
+        fail_value(function, argument, probability, "a probability in [0, 1]")
+    return probability

@@ -6,7 +6,6 @@ dropout; @ v ('Attention Is All You Need', equation 1, with what has been added 
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
@@ -21,6 +20,7 @@ from .checks import (
     require_device,
     require_float,
     require_like,
+    require_number,
     require_probability,
     require_tensor,
     shape_text,
@@ -153,20 +153,24 @@ def attention_problem(
     draw_seed: bool,
 ) -> AttentionProblem:
     """The checked, canonical form of `attention`'s arguments."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_float("attention", name, tensor)
+    q, k, v = autocast(q, k, v)
     shape = _check_qkv(q, k, v)
-    q, k, v = _autocast(q, k, v)
     slopes = offset = None
     if isinstance(bias, ALiBi):
         slopes, offset = bias.parameters(shape, q)
         bias = None
     elif bias is not None:
         bias = _check_bias(bias, shape, q)
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
+    if softcap is not None:
+        softcap = require_number("attention", "softcap", softcap)
+        if softcap <= 0:
+            fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
     if scale is None:
         scale = float(q.shape[3]) ** -0.5 if q.shape[3] > 0 else 1.0
-    elif not math.isfinite(scale):
-        fail_value("attention", "scale", scale, "a finite number, or None for D ** -0.5")
+    else:
+        scale = require_number("attention", "scale", scale)
     dropout_p = require_probability("attention", "dropout_p", dropout_p)
     if sinks is not None:
         require_float("attention", "sinks", sinks)
@@ -184,8 +188,8 @@ def attention_problem(
         alibi_offset=offset,
         sinks=sinks,
         mask=structure_of(as_mask("attention", mask), shape, q),
-        scale=float(scale),
-        softcap=None if softcap is None else float(softcap),
+        scale=scale,
+        softcap=softcap,
         dropout_p=dropout_p,
         seed=_seed("attention", seed, dropout_p) if draw_seed else None,
     )
@@ -213,8 +217,7 @@ def masked_softmax(
         fail_value(
             "masked_softmax", "scores", f"shape {shape_text(scores.shape)}", "1 to 4 dimensions"
         )
-    if not math.isfinite(scale):
-        fail_value("masked_softmax", "scale", scale, "a finite number")
+    scale = require_number("masked_softmax", "scale", scale)
     view = scores
     if scores.dim() == 3:
         view = scores.unsqueeze(1)
@@ -225,7 +228,7 @@ def masked_softmax(
         as_mask("masked_softmax", mask), (batch, heads, query_len, key_len), scores
     )
     weights = ops.masked_softmax(
-        SoftmaxProblem(view, structure, float(scale)),
+        SoftmaxProblem(view, structure, scale),
         dispatch.check_name("masked_softmax", backend),
     )
     return weights.view(scores.shape)
@@ -248,8 +251,8 @@ def layer_norm(
     Returns:
         (..., N) in x's dtype; statistics in float32 or wider.
     """
-    _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
-    problem = LayerNormProblem(x, weight, bias, float(eps))
+    eps = _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
+    problem = LayerNormProblem(x, weight, bias, eps)
     return ops.layer_norm(problem, dispatch.check_name("layer_norm", backend))
 
 
@@ -267,15 +270,20 @@ def add_layer_norm(
     """The Transformer's "Add & Normalize" in one pass: layer norm of residual + dropout(x).
 
     Args:
-        x: (..., N), the sub-layer's output. residual: same shape, dtype and device.
+        x: (..., N), the sub-layer's output. residual: same shape, dtype and device; under
+            torch.autocast, where a sub-layer's output may be narrower, both take the wider dtype.
         weight, bias: (N,) or None. eps: added to the variance.
         dropout_p, seed: as in `attention`; Philox of (seed, row, column).
 
     Returns:
         (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
     """
-    _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
+    require_float("add_layer_norm", "x", x)
     require_float("add_layer_norm", "residual", residual)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    eps = _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
     require_like("add_layer_norm", "residual", residual, "x", x)
     if residual.shape != x.shape:
         fail_value(
@@ -290,7 +298,7 @@ def add_layer_norm(
         residual,
         weight,
         bias,
-        float(eps),
+        eps,
         dropout_p,
         _seed("add_layer_norm", seed, dropout_p),
     )
@@ -312,8 +320,8 @@ def rms_norm(
     Returns:
         (..., N) in x's dtype; the mean square in float32 or wider.
     """
-    _check_norm("rms_norm", x, eps, weight=weight)
-    problem = RMSNormProblem(x, weight, float(eps))
+    eps = _check_norm("rms_norm", x, eps, weight=weight)
+    problem = RMSNormProblem(x, weight, eps)
     return ops.rms_norm(problem, dispatch.check_name("rms_norm", backend))
 
 
@@ -323,7 +331,6 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         ("k", k, "(B, Hkv, Lk, D)"),
         ("v", v, "(B, Hkv, Lk, Dv)"),
     ):
-        require_float("attention", name, tensor)
         if tensor.dim() != 4:
             fail_value("attention", name, f"shape {shape_text(tensor.shape)}", dims)
         require_like("attention", name, tensor, "q", q)
@@ -361,11 +368,13 @@ def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> Te
     return require_broadcastable("attention", "bias", bias, shape, "(B, Hq, Lq, Lk)")
 
 
-def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | None) -> None:
+def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | None) -> float:
+    """eps as a float, all arguments checked."""
     require_float(function, "x", x)
     if x.dim() == 0:
         fail_value(function, "x", "a 0-d tensor", "shape (..., N)")
-    if not (eps >= 0 and math.isfinite(eps)):
+    eps = require_number(function, "eps", eps)
+    if eps < 0:
         fail_value(function, "eps", eps, "a finite number >= 0")
     for name, parameter in parameters.items():
         if parameter is None:
@@ -376,6 +385,7 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
             fail_value(
                 function, name, f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
             )
+    return eps
 
 
 def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
@@ -398,10 +408,12 @@ def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor 
     return torch.tensor(seed, dtype=torch.int64)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type) or tensors[0].dtype == torch.float64:
+    if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(
+        tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    )

@@ -83,9 +83,10 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return _Conjunction((*self._parts(), *other._parts()))
+        return _Conjunction((*self.parts(), *other.parts()))
 
-    def _parts(self) -> tuple[Mask, ...]:
+    def parts(self) -> tuple[Mask, ...]:
+        """The masks that were joined by `&` into this one."""
         return (self,)
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
@@ -100,7 +101,7 @@ class Mask:
 class _Conjunction(Mask):
     masks: tuple[Mask, ...]
 
-    def _parts(self) -> tuple[Mask, ...]:
+    def parts(self) -> tuple[Mask, ...]:
         return self.masks
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:

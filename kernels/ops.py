@@ -407,6 +407,17 @@ _BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rms_norm_backward": (_rms_norm_backward, _rms_norm_backward_fake),
 }
 
+
+def _below_autocast(operator: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    """`operator` with autocast off: else it would narrow the products inside a backend as well."""
+
+    def kernel(*args: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return operator(*args)
+
+    return kernel
+
+
 for _name, (_implementation, _fake, _setup, _autograd) in _FORWARD.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
@@ -417,3 +428,7 @@ for _name, (_implementation, _fake) in _BACKWARD.items():
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"rowmax::{_name}", _no_double_backward(_name), lib=_library)
+for _name in _SCHEMAS:
+    _operator = getattr(torch.ops.rowmax, _name).default
+    _library.impl(_name, _below_autocast(_operator, "cpu"), "AutocastCPU")
+    _library.impl(_name, _below_autocast(_operator, "cuda"), "AutocastCUDA")

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from . import dispatch, ops
 from .biases import ALiBi
-from .checks import fail_type, fail_value, require_float, require_tensor, shape_text
-from .functional import attention_problem
-from .masks import Mask
+from .checks import (
+    fail_type,
+    fail_value,
+    require_float,
+    require_probability,
+    require_tensor,
+    shape_text,
+)
+from .functional import attention_problem, autocast
+from .layout import statistics_dtype
+from .masks import Align, Causal, Mask, Window
+from .problem import AttentionProblem
 
 
 def attention_varlen(
@@ -46,12 +57,7 @@ def attention_varlen(
         if tensor.dim() != 3:
             got = f"shape {shape_text(tensor.shape)}"
             fail_value("attention_varlen", name, got, "shape (total, H, D)")
-    if mask is not None and not isinstance(mask, Mask):
-        fail_type(
-            "attention_varlen", "mask", type(mask).__name__, "None or Causal, Window or their `&`"
-        )
-    if bias is not None and not isinstance(bias, ALiBi):
-        fail_type("attention_varlen", "bias", type(bias).__name__, "None or ALiBi")
+    _check_positional(mask, bias)
     starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if len(starts_q) != len(starts_k):
@@ -61,16 +67,20 @@ def attention_varlen(
             f"{len(starts_k)} entries",
             f"{len(starts_q)}, as `cu_seqlens_q`",
         )
+    if v.shape[0] != k.shape[0]:
+        fail_value("attention_varlen", "v", f"{v.shape[0]} rows", f"{k.shape[0]}, as `k`")
+    name = dispatch.check_name("attention_varlen", backend)
+    dropout_p = require_probability("attention_varlen", "dropout_p", dropout_p)
     if dropout_p > 0.0 and seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-    name = dispatch.check_name("attention_varlen", backend)
-    outs = [q.new_empty((0, q.shape[1], v.shape[2]))]
-    lses = [q.new_empty((q.shape[1], 0), dtype=torch.promote_types(q.dtype, torch.float32))]
-    for b in range(len(starts_q) - 1):
-        rows, columns = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
-        heads = (q[rows], k[columns], v[columns])
+
+    q, k, v = autocast(q, k, v)
+    problems: list[AttentionProblem] = []
+    for b, (rows, columns) in enumerate(zip(pairwise(starts_q), pairwise(starts_k), strict=True)):
         problem = attention_problem(
-            *(tensor.transpose(0, 1).unsqueeze(0) for tensor in heads),
+            _heads_first(q[slice(*rows)]),
+            _heads_first(k[slice(*columns)]),
+            _heads_first(v[slice(*columns)]),
             mask,
             bias,
             scale,
@@ -80,11 +90,41 @@ def attention_varlen(
             sinks,
             draw_seed=True,
         )
-        out, lse = ops.attention(problem._replace(batch_start=b), name)
+        problems.append(problem._replace(batch_start=b))
+    outs = [q.new_empty((0, q.shape[1], v.shape[2]))]
+    lses = [q.new_empty((q.shape[1], 0), dtype=statistics_dtype(q.dtype))]
+    for problem in problems:
+        out, lse = ops.attention(problem, name)
         outs.append(out.squeeze(0).transpose(0, 1))
         lses.append(lse.squeeze(0))
     joined = torch.cat(outs)
     return (joined, torch.cat(lses, dim=1)) if return_lse else joined
+
+
+def _heads_first(sequence: Tensor) -> Tensor:
+    """(L, H, D) seen as (1, H, L, D)."""
+    return sequence.transpose(0, 1).unsqueeze(0)
+
+
+def _check_positional(mask: object, bias: object) -> None:
+    """Masks and biases must speak of positions only: a tensor in them would need packing too."""
+    kinds = "None or Causal, Window or their `&`"
+    if mask is not None and not isinstance(mask, Mask):
+        fail_type("attention_varlen", "mask", type(mask).__name__, kinds)
+    for part in () if mask is None else mask.parts():
+        if not isinstance(part, Causal | Window):
+            fail_type("attention_varlen", "mask", type(part).__name__, kinds)
+        _check_align("mask", part.align)
+    if bias is not None:
+        if not isinstance(bias, ALiBi):
+            fail_type("attention_varlen", "bias", type(bias).__name__, "None or ALiBi")
+        _check_align("bias", bias.align)
+
+
+def _check_align(argument: str, align: Align) -> None:
+    if isinstance(align, Tensor):
+        expected = '"upper_left", "lower_right" or an int'
+        fail_type("attention_varlen", argument, "a tensor as `align`", expected)
 
 
 def _starts(argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
@@ -95,7 +135,7 @@ def _starts(argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail_value("attention_varlen", argument, f"shape {shape_text(cu_seqlens.shape)}", expected)
     starts: list[int] = cu_seqlens.tolist()
-    falls = any(a > b for a, b in zip(starts, starts[1:], strict=False))
+    falls = any(a > b for a, b in pairwise(starts))
     if starts[0] != 0 or starts[-1] != total or falls:
         fail_value("attention_varlen", argument, starts, expected)
     return starts

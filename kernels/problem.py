@@ -52,7 +52,8 @@ class AttentionProblem(NamedTuple):
     @classmethod
     def from_flat(cls, fields: tuple[Any, ...]) -> AttentionProblem:
         mask_end = 7 + len(MaskStructure._fields)
-        return cls(*fields[:7], MaskStructure(*fields[7:mask_end]), *fields[mask_end:])
+        mask = MaskStructure(*fields[7:mask_end])
+        return cls._make((*fields[:7], mask, *fields[mask_end:]))
 
 
 class SoftmaxProblem(NamedTuple):

@@ -95,7 +95,7 @@ def _on(device: torch.device | str, mask: Mask | Tensor) -> Mask | Tensor:
     if isinstance(mask, Tensor):
         return mask.to(device)
     joined: Mask | None = None
-    for part in mask._parts():
+    for part in mask.parts():
         fields = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in vars(part).items()
