@@ -22,8 +22,8 @@ from ..problem import (
 
 _DTYPES = (torch.float32, torch.float64)
 _IMPLEMENTED = {
-    "attention": "attention",
-    "attention_backward": "attention",
+    "attention": "attention_launch",
+    "attention_backward": "attention_launch",
 }
 
 

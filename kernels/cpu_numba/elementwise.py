@@ -8,6 +8,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .host import vector_bits
 from .simd import Vector, broadcast, constant, fma, integer_vector, llvm_vector
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -135,3 +136,91 @@ def at_least(typing: Any, words: Vector, threshold: types.Type) -> Any:
         return builder.icmp_unsigned(">=", args[0], broadcast(builder, llvm_vector(words), limit))
 
     return from_words(words, types.int64), generate
+
+
+@intrinsic
+def philox_columns(
+    typing: Any,
+    group: types.Type,
+    word1: types.Type,
+    word2: types.Type,
+    word3: types.Type,
+    seed: types.Type,
+    like: types.Type,
+) -> Any:
+    """The words of consecutive counters (group + n, word1, word2, word3), in memory's order.
+
+    Lane l of vector v, of the four returned, is word i % 4 of counter group + i // 4 with
+    i = v * lanes + l: four neighbouring columns share a counter, as in `reference/philox.py`.
+
+    Here the words lie in 64-bit lanes: the machine's 32 x 32 -> 64 bit product reads the low halves
+    and ignores the high ones, so a round is a product, a shift and an exclusive or, twice.
+    """
+    vector = integer_vector(like)
+    counters = vector_bits() // 64
+    wide = ir.VectorType(ir.IntType(64), counters)
+    words = ir.VectorType(ir.IntType(32), 2 * counters)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        low_half = constant(wide, 0xFFFFFFFF)
+        shift = constant(wide, 32)
+        i64, word = ir.IntType(64), ir.IntType(32)
+
+        def spread(scalar: ir.Value) -> ir.Value:
+            return broadcast(builder, wide, builder.zext(builder.trunc(scalar, word), i64))
+
+        def product(value: ir.Value, factor: int) -> ir.Value:
+            return builder.mul(builder.and_(value, low_half), constant(wide, factor))
+
+        def interleave(even: ir.Value, odd: ir.Value, size: int) -> ir.Value:
+            """even[0], odd[0], even[1], odd[1], ..."""
+            order = [lane + half * size for lane in range(size) for half in range(2)]
+            index = ir.Constant(ir.VectorType(word, 2 * size), order)
+            return builder.shuffle_vector(even, odd, index)
+
+        k0 = builder.trunc(args[4], word)
+        k1 = builder.trunc(builder.lshr(args[4], ir.Constant(i64, 32)), word)
+        keys = []
+        for _ in range(PHILOX_ROUNDS):
+            keys.append(tuple(broadcast(builder, wide, builder.zext(k, i64)) for k in (k0, k1)))
+            k0 = builder.add(k0, ir.Constant(word, PHILOX_WEYL[0]))
+            k1 = builder.add(k1, ir.Constant(word, PHILOX_WEYL[1]))
+
+        columns = []
+        for start in range(0, vector.lanes, counters):
+            steps = [ir.Constant(i64, start + lane) for lane in range(counters)]
+            c0 = builder.add(spread(args[0]), ir.Constant(wide, steps))
+            c1, c2, c3 = spread(args[1]), spread(args[2]), spread(args[3])
+            for key0, key1 in keys:
+                product0 = product(c0, PHILOX_MULTIPLIERS[0])
+                product1 = product(c2, PHILOX_MULTIPLIERS[1])
+                c0 = builder.xor(builder.xor(builder.lshr(product1, shift), c1), key0)
+                c2 = builder.xor(builder.xor(builder.lshr(product0, shift), c3), key1)
+                c1, c3 = product1, product0
+            first, second = (
+                builder.or_(builder.and_(low, low_half), builder.shl(high, shift))
+                for low, high in ((c0, c1), (c2, c3))
+            )
+            pairs = interleave(first, second, counters)
+            for half in range(2):
+                index = list(range(half * counters, (half + 1) * counters))
+                index_kind = ir.VectorType(word, counters)
+                part = builder.shuffle_vector(pairs, pairs, ir.Constant(index_kind, index))
+                columns.append(builder.bitcast(part, words))
+        if vector.lanes < words.count:
+            columns = [
+                builder.shuffle_vector(
+                    pair,
+                    pair,
+                    ir.Constant(
+                        ir.VectorType(word, vector.lanes), list(range(at, at + vector.lanes))
+                    ),
+                )
+                for pair in columns
+                for at in range(0, words.count, vector.lanes)
+            ]
+        return context.make_tuple(builder, sig.return_type, columns)
+
+    i64 = types.int64
+    result = types.UniTuple(vector, 4)
+    return result(i64, i64, i64, i64, i64, like), generate

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -238,6 +239,11 @@ def lanes_of(typing: Any, like: Any) -> Any:
         return ir.Constant(ir.IntType(64), LANES[dtype])
 
     return types.int64(like), generate
+
+
+def lanes_in(dtype: torch.dtype) -> int:
+    """How many elements of a torch dtype a vector holds."""
+    return vector_bits() // (8 * dtype.itemsize)
 
 
 @jit

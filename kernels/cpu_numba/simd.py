@@ -146,6 +146,38 @@ def integers_at(typing: Any, address: types.Type) -> Any:
 
 
 @intrinsic
+def bytes_at(typing: Any, address: types.Type) -> Any:
+    """The int64 `address` as a pointer to bytes (bools)."""
+    kind = Pointer(types.uint8)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def as_integers32(typing: Any, source: types.Type) -> Any:
+    """The same address as a pointer to int32 elements."""
+    kind = Pointer(types.int32)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(kind))
+
+    return kind(source), generate
+
+
+@intrinsic
+def item_size(typing: Any, like: types.Type) -> Any:
+    """Bytes an element of `like`'s type takes."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(64), like.bitwidth // 8)
+
+    return types.int64(like), generate
+
+
+@intrinsic
 def cast(typing: Any, value: types.Type, like: types.Type) -> Any:
     """The float64 `value` as an element of `like`'s type."""
 
@@ -436,3 +468,57 @@ def take_ticket(typing: Any, counter: types.Type) -> Any:
         return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(counter), generate
+
+
+@intrinsic
+def finish_task(typing: Any, counter: types.Type) -> Any:
+    """As `take_ticket`, and a barrier: who draws the last number sees what all others wrote."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def first_lanes(typing: Any, vector: types.Type, count: types.Type) -> Any:
+    """The first `count` lanes of the vector, and zeros, whatever the others held."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        mask = _first_lanes(builder, args[1], vector.lanes)
+        return builder.select(mask, args[0], ir.Constant(args[0].type, None))
+
+    return vector(vector, types.int64), generate
+
+
+@intrinsic
+def load_flags(typing: Any, source: types.Type, like: types.Type) -> Any:
+    """Bools from consecutive bytes, as many as a vector of `like` has lanes."""
+    lanes = LANES[like]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = ir.VectorType(ir.IntType(8), lanes)
+        flags = builder.load(builder.bitcast(args[0], kind.as_pointer()), align=1)
+        return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
+
+    return Vector(types.boolean, lanes)(source, like), generate
+
+
+@intrinsic
+def load_first_flags(
+    typing: Any, source: types.Type, like: types.Type, count: types.Type
+) -> Any:
+    """The first `count` bools and False; what lies beyond is not read."""
+    lanes = LANES[like]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = ir.VectorType(ir.IntType(8), lanes)
+        mask = _first_lanes(builder, args[2], lanes)
+        address = builder.bitcast(args[0], kind.as_pointer())
+        align = ir.Constant(ir.IntType(32), 1)
+        zeros = ir.Constant(kind, None)
+        name = f"llvm.masked.load.{suffix(kind)}.p0"
+        flags = call_llvm(builder, name, kind, [address, align, mask, zeros])
+        return builder.icmp_unsigned("!=", flags, zeros)
+
+    return Vector(types.boolean, lanes)(source, like, types.int64), generate
