@@ -49,9 +49,13 @@ def row_lines(row: Row) -> list[str]:
     rate = "-" if row.rate is None else f"{row.rate / 1e9:.3g}"
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
     line = f"{row.case.kind:<{_kind_width(suite)}} {shape_text(row.case.shape):<15} {step:<7}"
-    line += f"{cells}{ratio:>7}{rate:>8}{share:>6}"
+    line += f"{cells}{ratio:>7}{rate:>8}{share:>6}{' ~' if is_noisy(row) else ''}"
     faults = [_clip(f"  {name} not timed: {fault}") for name, fault in row.faults.items()]
     return [line, *faults]
+
+
+def is_noisy(row: Row) -> bool:
+    return any(timing.spread > NOISY for timing in row.timings.values())
 
 
 def summary_lines(rows: Iterable[Row]) -> list[str]:
@@ -62,12 +66,12 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
         lines.append(f"  {suite:<14} {kind:<15} {step:<17} {mean:6.2f}   over {shapes}")
     if len(lines) == 2:
         lines.append("  none: no line has both rowmax and a peer")
-    noisy = sum(timing.spread > NOISY for row in rows for timing in row.timings.values())
-    total = sum(len(row.timings) for row in rows)
+    noisy = sum(map(is_noisy, rows))
     if noisy:
+        share = f"{100 * NOISY:.0f}%"
         lines.append(
-            f"noise: in {noisy} of {total} timings the quartiles are more than "
-            f"{100 * NOISY:.0f}% of the median apart"
+            f"noise: {noisy} of {len(rows)} lines, marked ~, hold a timing whose quartiles are more "
+            f"than {share} apart"
         )
     faults = sum(len(row.faults) for row in rows)
     if faults:
