@@ -25,7 +25,7 @@ _ELEMENTS = {torch.float32: np.float32, torch.float64: np.float64}
 class Kernel:
     """A kernel `void kernel(record *)` with its record's fields.
 
-    `integers` and `reals` name the fields in order; `tickets` and `scratch`, the addresses of two
+    `integers` and `reals` name the fields in order; `tickets` and `scratch`, the addresses of eight
     zeroed counters and of the threads' memory, and `scratch_bytes`, each thread's share of it,
     come first in every record.
     """

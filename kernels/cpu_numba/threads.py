@@ -103,7 +103,7 @@ _workspace = _Workspace()
 
 
 def workspace(threads: int, bytes_each: int) -> tuple[int, int]:
-    """(tickets, scratch): two zeroed int64 counters, and `threads` pieces of `bytes_each` bytes.
+    """(tickets, scratch): eight zeroed int64 counters, and `threads` pieces of `bytes_each` bytes.
 
     All aligned to 64 bytes; `bytes_each` must be a multiple of 64. Contents are arbitrary, and
     the memory belongs to the calling thread until its next call.

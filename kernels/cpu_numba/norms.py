@@ -1,0 +1,172 @@
+"""From a norm's problem to its kernels: layouts, allocations, and what is copied and why."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from .microkernel import lanes_in
+from .norms_backward import BACKWARD
+from .norms_forward import FORWARD
+from .rows import chunk_rows, count_rows, rows_of, task_rows
+
+
+def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, eps = problem
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, None, centred=True)
+    return y, mean, rstd
+
+
+def layer_norm_backward(
+    problem: LayerNormProblem, grad_y: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, _ = problem
+    _, d_x, d_weight, d_bias = _backward(x, grad_y, None, mean, rstd, weight, bias, 0.0, None)
+    return d_x, d_weight, d_bias
+
+
+def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, eps, dropout_p, seed = problem
+    return _forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
+
+
+def add_layer_norm_backward(
+    problem: AddLayerNormProblem,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, weight, bias, _, dropout_p, seed = problem
+    return _backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
+
+
+def rms_norm(problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
+    x, weight, eps = problem
+    y, _, _, rstd = _forward(x, None, weight, None, eps, 0.0, None, centred=False)
+    return y, rstd
+
+
+def rms_norm_backward(
+    problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, weight, _ = problem
+    _, d_x, d_weight, _ = _backward(x, grad_y, None, None, rstd, weight, None, 0.0, None)
+    return d_x, d_weight
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, total, mean, rstd; total and mean are uninitialised where there is none."""
+    shape, columns = x.shape, x.shape[-1]
+    rows = count_rows(x)
+    y = x.new_empty(shape)
+    mean, rstd = x.new_empty(shape[:-1]), x.new_empty(shape[:-1])
+    x, x_row = rows_of(x)
+    total, residual_address, residual_row, scratch = y, 0, 0, 0
+    if residual is not None:
+        total = x.new_empty(shape)
+        residual, residual_row = rows_of(residual)
+        residual_address = residual.data_ptr()
+        scratch = _factor_bytes(x)
+    weight, bias = _parameter(weight, 1.0, x), _parameter(bias, 0.0, x)
+    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
+    task = task_rows(columns)
+    FORWARD(
+        x.dtype,
+        -(-rows // task),
+        scratch,
+        (
+            *(x.data_ptr(), x_row, residual_address, residual_row),
+            *(weight.data_ptr(), bias.data_ptr()),
+            *(y.data_ptr(), total.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
+            *(rows, columns, task, centred, dropping, threshold, key),
+        ),
+        (eps, keep_scale),
+    )
+    return y, total, mean, rstd
+
+
+def _backward(
+    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+    shape, columns = x.shape, x.shape[-1]
+    rows = count_rows(x)
+    empty = x.new_empty(0)
+    d_total = x.new_empty(shape)
+    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
+    d_x = x.new_empty(shape) if dropping else empty
+    d_weight = empty if weight is None else x.new_empty(columns)
+    d_bias = empty if bias is None else x.new_empty(columns)
+    x, x_row = rows_of(x)
+    grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
+    grad_total_address, grad_total_row = 0, 0
+    if grad_total is not None:
+        grad_total, grad_total_row = rows_of(grad_total.to(x.dtype))
+        grad_total_address = grad_total.data_ptr()
+    rstd = rstd.contiguous()
+    mean = rstd if mean is None else mean.contiguous()
+    scale = _parameter(weight, 1.0, x)
+    chunk = chunk_rows(rows, columns)
+    # Without any row one chunk still writes the zeros of d_weight and d_bias.
+    chunks = max(1, -(-rows // chunk))
+    lanes = lanes_in(x.dtype)
+    partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes))
+    BACKWARD(
+        x.dtype,
+        chunks,
+        _factor_bytes(x) if dropping else 0,
+        (
+            *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
+            *(grad_total_address, grad_total_row),
+            *(mean.data_ptr(), rstd.data_ptr(), scale.data_ptr(), d_total.data_ptr()),
+            *(d_x.data_ptr(), partials.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr()),
+            *(rows, columns, chunks, chunk, mean is not rstd, threshold, key),
+        ),
+        (keep_scale,),
+    )
+    if weight is not None:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_total, d_weight, d_bias
+
+
+def _parameter(parameter: Tensor | None, absent: float, x: Tensor) -> Tensor:
+    """(N,), contiguous and in x's dtype: small beside x, so that kernels need no case for it."""
+    if parameter is None:
+        return x.new_full((x.shape[-1],), absent)
+    return parameter.to(x.dtype).contiguous()
+
+
+def _factor_bytes(x: Tensor) -> int:
+    block = 4 * lanes_in(x.dtype)
+    return -(-x.shape[-1] // block) * block * x.element_size()
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:
+    """Whether there is any, the least word that is kept, the key, and the factor of what is kept."""
+    if dropout_p == 0.0 or seed is None:
+        return False, 0, 0, 1.0
+    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return True, threshold, int(seed), keep_scale
