@@ -98,7 +98,7 @@ class _Grammar:
 
     def amount(self) -> int:
         """A number whose length, not only whose value, is spread evenly."""
-        digits = self.pick((1, 2, 3, 3, 4, 4, 4, 5, 5, 5, 6))
+        digits = self.pick((2, 3, 3, 4, 4, 5, 5, 6))
         return self.rng.randrange(10 ** (digits - 1), 10**digits)
 
     def number(self) -> Pair:

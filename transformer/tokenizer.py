@@ -46,14 +46,9 @@ class Tokenizer:
         bpe = tokenizers.Tokenizer(models.BPE())
         # NFC: decomposed Hangul or accents, as some systems write them, become one code point.
         bpe.normalizer = normalizers.NFC()
-        # A leading space makes a word the same token at the start of a sentence as within it;
-        # single digits let numbers generalise.
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+        # `train` and `encode` put the leading space that makes a word the same token at the
+        # start of a sentence as within it; here it would also come before every line's blank.
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

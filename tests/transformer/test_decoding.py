@@ -1,0 +1,211 @@
+"""Greedy decoding and beam search against searches that are too simple to be wrong."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rowmax.transformer import (
+    EncoderDecoder,
+    ModelConfig,
+    SentenceTooLongError,
+    Tokenizer,
+    beam_search,
+    corpus,
+    greedy,
+    translate,
+)
+from rowmax.transformer.data import pad
+from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty
+from rowmax.transformer.tokenizer import BOS, EOS, PAD
+
+
+def random_model(vocab_size: int, max_length: int, seed: int = 0) -> EncoderDecoder:
+    """Untrained, but with answers that end, and differ: the weights of the last norm, drawn at
+    random, undo the likeness of what goes in and what comes out that shared embeddings give."""
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        vocab_size, 1, 1, d_model=16, heads=2, d_ff=32, dropout=0.1, max_length=max_length
+    )
+    model = EncoderDecoder(config, "reference")
+    with torch.no_grad():
+        model.decoder[-1].add_norm_3.weight.normal_(std=2)
+    return model
+
+
+def sources(count: int, vocab_size: int, longest: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return pad([torch.randint(3, vocab_size, (n,), generator=generator).tolist() for n in lengths])
+
+
+def log_probabilities(model, source, sequences) -> list[float]:
+    """log P of each sequence as a translation of one sentence (1, Ls), without a cache."""
+    model.eval()
+    tokens, lengths = pad(sequences)
+    target = torch.cat((torch.full((len(tokens), 1), BOS), tokens[:, :-1]), 1)
+    with torch.inference_mode():
+        rows = source.expand(len(tokens), -1)
+        scores = model(rows, torch.full((len(tokens),), source.shape[1]), target).log_softmax(-1)
+    each = scores.gather(2, tokens[:, :, None])[:, :, 0]
+    return torch.where(torch.arange(tokens.shape[1]) < lengths[:, None], each, 0).sum(1).tolist()
+
+
+def simple_greedy(model, source, limit) -> list[int]:
+    """Run the whole model anew for each token."""
+    model.eval()
+    tokens = [BOS]
+    while len(tokens) <= limit:
+        with torch.inference_mode():
+            logits = model(source, torch.tensor([source.shape[1]]), torch.tensor([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+        if tokens[-1] == EOS:
+            return tokens[1:-1]
+    return tokens[1:]
+
+
+@pytest.fixture(scope="module")
+def reverser() -> EncoderDecoder:
+    """Half taught to write its source backwards, so that its answers end, some of them wrong."""
+    model = random_model(12, 20)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for seed in range(60):
+        source, lengths = sources(32, 12, 9, seed)
+        answers = [row[:n].flip(0).tolist() for row, n in zip(source, lengths, strict=True)]
+        target, _ = pad([[BOS, *answer, EOS] for answer in answers])
+        logits = model(source, lengths, target[:, :-1])
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=PAD
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_greedy(reverser):
+    source, lengths = sources(30, 12, 9, seed=100)
+    expected = [
+        simple_greedy(reverser, source[row : row + 1, :length], 20)
+        for row, length in enumerate(lengths)
+    ]
+    assert greedy(reverser, source, lengths) == expected
+    # The case is worth testing: they end, and not all at once.
+    assert len({len(tokens) for tokens in expected}) > 3
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_beam_finds_the_best_of_all(seed, alpha):
+    """Against every sequence of up to 4 tokens from a vocabulary of 6."""
+    model = random_model(6, 4, seed)
+    source, lengths = sources(3, 6, 4, seed)
+    answers = beam_search(model, source, lengths, beam=300, alpha=alpha)
+    others = [token for token in range(6) if token != EOS]
+    for row, length in enumerate(lengths):
+        one = source[row : row + 1, :length]
+        finished = [
+            [*tokens, EOS] for n in range(4) for tokens in itertools.product(others, repeat=n)
+        ]
+        cut = [list(tokens) for tokens in itertools.product(others, repeat=4)]
+        every = finished + cut
+        scores = [
+            log_p / length_penalty(len(tokens), alpha)
+            for tokens, log_p in zip(every, log_probabilities(model, one, every), strict=True)
+        ]
+        best = every[scores.index(max(scores))]
+        assert answers[row] == [token for token in best if token != EOS]
+
+
+def test_a_wider_beam_finds_likelier_translations(reverser):
+    """In the sum over sentences: for a single one it may not."""
+    source, lengths = sources(30, 12, 9, seed=101)
+
+    def total(outputs):
+        return sum(
+            log_probabilities(reverser, source[row : row + 1, : lengths[row]], [ended])[0]
+            for row, tokens in enumerate(outputs)
+            for ended in [tokens + [EOS] * (len(tokens) < 20)]
+        )
+
+    narrow = total(greedy(reverser, source, lengths))
+    wide = total(beam_search(reverser, source, lengths, beam=5, alpha=0.0))
+    assert wide > narrow
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_a_sentence_does_not_depend_on_its_batch(reverser, beam):
+    source, lengths = sources(20, 12, 9, seed=102)
+    together = beam_search(reverser, source, lengths, beam)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        assert beam_search(reverser, source[one, :length], lengths[one], beam) == [together[row]]
+
+
+def test_the_length_limit_is_the_sentences_own():
+    """Source length + 50, whatever the longest of the batch may reach (section 6.1)."""
+    model = random_model(12, 200)
+    with torch.no_grad():  # never ends
+        model.embedding.weight[EOS] = 0
+        model.embedding.weight[:, 0] = 0
+        model.embedding.weight[5:, 0] = 9
+        model.decoder[-1].add_norm_3.weight.zero_()
+        model.decoder[-1].add_norm_3.bias[0] = 1
+    source, lengths = pad([[5], [5, 6, 7, 8]])
+    for outputs in (greedy(model, source, lengths), beam_search(model, source, lengths, 2)):
+        assert [len(tokens) for tokens in outputs] == [1 + EXTRA_LENGTH, 4 + EXTRA_LENGTH]
+
+
+def test_no_output_beyond_the_models_positions():
+    model = random_model(12, 6)
+    source, lengths = sources(20, 12, 6)
+    for outputs in (greedy(model, source, lengths), beam_search(model, source, lengths, 3)):
+        assert max(len(tokens) for tokens in outputs) == 6
+
+
+def test_a_beam_wider_than_the_vocabulary():
+    model = random_model(5, 6)
+    source, lengths = sources(2, 5, 4)
+    assert len(beam_search(model, source, lengths, beam=40)) == 2
+
+
+def test_empty_batch():
+    model = random_model(12, 20)
+    source, lengths = torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    assert greedy(model, source, lengths) == beam_search(model, source, lengths) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"beam": 0}, "beam must be at least 1"), ({"alpha": -0.1}, "alpha must not be negative")],
+)
+def test_bad_arguments(arguments, message):
+    model = random_model(12, 20)
+    with pytest.raises(ValueError, match=message):
+        beam_search(model, *sources(1, 12, 4), **arguments)
+
+
+@pytest.fixture(scope="module")
+def pair_of_model_and_tokenizer() -> tuple[EncoderDecoder, Tokenizer]:
+    tokenizer = Tokenizer.train((side for pair in corpus.generate(300) for side in pair), 400)
+    return random_model(400, 30), tokenizer
+
+
+@pytest.mark.parametrize("beam", [1, 2])
+def test_translate_keeps_order_and_blank_lines(pair_of_model_and_tokenizer, beam):
+    model, tokenizer = pair_of_model_and_tokenizer
+    sentences = ["오늘은 5월이에요.", "", "민수는 지금 책을 읽고 있어요.", " \t", "구"]
+    together = translate(model, tokenizer, sentences, beam=beam, batch_tokens=60)
+    assert together == [translate(model, tokenizer, [each], beam=beam)[0] for each in sentences]
+    assert together[1] == together[3] == ""
+    assert len(set(together)) == 4
+    assert translate(model, tokenizer, [], beam=beam) == []
+
+
+def test_a_sentence_beyond_the_limit(pair_of_model_and_tokenizer):
+    model, tokenizer = pair_of_model_and_tokenizer
+    length = len(tokenizer.encode(["구 " * 40])[0]) + 1
+    with pytest.raises(SentenceTooLongError, match=f"sentence 2 has {length} tokens, .* most 30"):
+        translate(model, tokenizer, ["구", "구 " * 40])

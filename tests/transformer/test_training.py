@@ -1,0 +1,239 @@
+"""The loss, the schedule, a training step, and the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+
+from rowmax.transformer import (
+    CheckpointError,
+    ConfigError,
+    Dataset,
+    EncoderDecoder,
+    ModelConfig,
+    Tokenizer,
+    Trainer,
+    TrainingConfig,
+    TrainingError,
+    corpus,
+    fit,
+    translate,
+)
+from rowmax.transformer import checkpoint as checkpoints
+from rowmax.transformer.tokenizer import PAD
+from rowmax.transformer.training import schedule, smoothed_loss, step_seed
+
+PAIRS = [pair for pair in corpus.generate(400) if len(pair.english) < 40][:60]
+TOKENIZER = Tokenizer.train((side for pair in PAIRS for side in pair), 400)
+SETTINGS = TrainingConfig(steps=12, warmup=10, batch_tokens=150, seed=3)
+
+
+def new_trainer(backend: str = "reference", dropout: float = 0.1, **changes) -> Trainer:
+    config = dataclasses.replace(SETTINGS, **changes)
+    torch.manual_seed(config.seed)
+    model = ModelConfig(
+        TOKENIZER.vocab_size, 1, 1, d_model=32, heads=2, d_ff=64, dropout=dropout, max_length=40
+    )
+    return Trainer(EncoderDecoder(model, backend), Dataset(PAIRS, TOKENIZER, 40), config)
+
+
+def weights(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_label_smoothing_is_the_kl_divergence_up_to_a_constant(smoothing):
+    torch.manual_seed(0)
+    target = torch.tensor([[3, 1, 4], [2, PAD, PAD]])
+    logits = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    real = target != PAD
+    wanted = torch.full((2, 3, 6), smoothing / 6, dtype=torch.float64)
+    wanted.scatter_add_(2, target[..., None], torch.full((2, 3, 1), 1 - smoothing).double())
+    entropy = -torch.special.xlogy(wanted, wanted).sum(-1)[real].mean()
+    divergence = torch.nn.functional.kl_div(
+        logits.log_softmax(-1)[real], wanted[real], reduction="batchmean"
+    )
+    loss = smoothed_loss(logits, target, smoothing)
+    torch.testing.assert_close(loss, divergence + entropy)
+    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, divergence)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][~real] == 0).all()
+
+
+def test_schedule():
+    """Equation 3: highest at the end of the warm-up, then falling as 1 / sqrt(step)."""
+    rates = [schedule(step, d_model=512, warmup=4000) for step in range(1, 16_001)]
+    assert max(rates) == rates[3_999] == pytest.approx(512**-0.5 * 4000**-0.5)
+    assert rates[0] == pytest.approx(rates[3_999] / 4000)
+    assert rates[1_999] == pytest.approx(rates[3_999] / 2)
+    assert rates[15_999] == pytest.approx(rates[3_999] / 2)
+    assert schedule(7, 512, 4000, factor=3.0) == pytest.approx(3 * rates[6])
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(seed, step) for seed in range(50) for step in range(50)}
+    assert len(seeds) == 2_500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_the_optimiser_follows_the_schedule():
+    trainer = new_trainer()
+    for step in range(1, 4):
+        trainer.step()
+        expected = schedule(step, 32, SETTINGS.warmup)
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [expected]
+    assert trainer.optimizer.defaults["betas"] == (0.9, 0.98)
+    assert trainer.optimizer.defaults["eps"] == 1e-9
+
+
+def test_gradients_are_clipped():
+    trainer = new_trainer(clip=1e-3)
+    trainer.step()
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learns_a_few_sentences_by_heart():
+    trainer = new_trainer(dropout=0.0, steps=150, warmup=60, label_smoothing=0.0, batch_tokens=600)
+    first = trainer.step().loss
+    for _ in range(149):
+        last = trainer.step().loss
+    assert first > 5
+    assert last < 0.1
+    outputs = translate(trainer.model, TOKENIZER, [pair.korean for pair in PAIRS])
+    right = sum(a == pair.english for a, pair in zip(outputs, PAIRS, strict=True))
+    assert right >= 0.9 * len(PAIRS)
+
+
+def test_a_step_follows_from_seed_and_step_alone():
+    """Whatever others draw from torch's generator in between."""
+    first, second = new_trainer(), new_trainer()
+    for _ in range(4):
+        first.step()
+        torch.rand(17)
+        second.step()
+    assert all(map(torch.equal, weights(first), weights(second)))
+    other = new_trainer(seed=4)
+    other.model.load_state_dict(new_trainer().model.state_dict())
+    other.step()
+    assert not torch.equal(weights(other)[0], weights(new_trainer())[0])
+
+
+def test_every_pair_is_used_once_an_epoch():
+    trainer = new_trainer()
+    batches = len(trainer.dataset.plan(SETTINGS.batch_tokens, SETTINGS.seed, 0))
+    for _ in range(batches):
+        trainer.step()
+    assert (trainer.epoch, trainer.position) == (0, batches)
+    trainer.step()
+    assert (trainer.epoch, trainer.position) == (1, 1)
+
+
+def test_backends_train_alike():
+    losses = []
+    for backend in ("reference", "auto"):
+        trainer = new_trainer(backend)
+        losses.append([trainer.step().loss for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite():
+    trainer = new_trainer()
+    trainer.step()
+    before = weights(trainer)
+    with torch.no_grad():
+        trainer.model.decoder[0].feed_forward.w_2.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match="step 2: loss nan"):
+        trainer.step()
+    after = weights(trainer)
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert sum(changed) == 1  # the one set above
+
+
+def test_validation_is_the_mean_over_tokens():
+    trainer = new_trainer(dropout=0.3)
+    dataset = trainer.dataset
+    total = tokens = 0.0
+    trainer.model.eval()
+    with torch.no_grad():
+        for index in range(len(dataset)):
+            batch = dataset.batch([index])
+            logits = trainer.model(batch.source, batch.source_lengths, batch.target_in)
+            scores = logits[0].log_softmax(-1).gather(1, batch.target_out[0][:, None])
+            total -= scores.sum().item()
+            tokens += len(scores)
+    assert trainer.validate(dataset) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_resuming_gives_the_same_weights_as_going_on(tmp_path):
+    """At any step, within an epoch or at its border."""
+    straight = new_trainer()
+    batches = len(straight.dataset.plan(SETTINGS.batch_tokens, SETTINGS.seed, 0))
+    assert batches < 11  # so that an epoch ends on the way
+    for _ in range(12):
+        straight.step()
+    for cut in (1, batches, batches + 1, 11):
+        first = new_trainer()
+        for _ in range(cut):
+            first.step()
+        path = checkpoints.save(
+            tmp_path / str(cut),
+            cut,
+            first.model,
+            TOKENIZER,
+            first.optimizer_tensors(),
+            first.state(),
+        )
+        second = new_trainer()
+        second.restore(checkpoints.load(path))
+        while second.steps_done < 12:
+            second.step()
+        assert all(map(torch.equal, weights(second), weights(straight)))
+
+
+def test_fit_validates_saves_and_shows_progress(tmp_path):
+    trainer = new_trainer()
+    stream = io.StringIO()
+    throughput = fit(
+        trainer, TOKENIZER, tmp_path, trainer.dataset, save_every=5, keep=2, stream=stream
+    )
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [
+        "checkpoint-00000010",
+        "checkpoint-00000012",
+    ]
+    shown = stream.getvalue()
+    for step in (5, 10, 12):
+        assert f"step {step}: training loss" in shown
+    assert "validation loss" in shown
+    assert "12/12" in shown
+    assert "tokens/s" in shown
+    assert float(throughput) > 0
+
+
+def test_resuming_with_other_data(tmp_path):
+    trainer = new_trainer()
+    trainer.step()
+    path = checkpoints.save(
+        tmp_path, 1, trainer.model, TOKENIZER, trainer.optimizer_tensors(), trainer.state()
+    )
+    other = Trainer(trainer.model, Dataset(PAIRS[1:], TOKENIZER, 40), SETTINGS)
+    with pytest.raises(CheckpointError, match="was trained on other data"):
+        other.restore(checkpoints.load(path))
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"steps": 0}, "steps: expected a positive integer, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive number"),
+        ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
+        ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= value < 1"),
+        ({"seed": -1}, "seed: expected an integer from 0"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainingConfig(**setting)
