@@ -68,10 +68,9 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
         lines.append("  none: no line has both rowmax and a peer")
     noisy = sum(map(is_noisy, rows))
     if noisy:
-        share = f"{100 * NOISY:.0f}%"
         lines.append(
-            f"noise: {noisy} of {len(rows)} lines, marked ~, hold a timing whose quartiles are more "
-            f"than {share} apart"
+            f"noise: {noisy} of {len(rows)} lines, marked ~, hold a timing whose quartiles are "
+            f"more than {100 * NOISY:.0f}% apart"
         )
     faults = sum(len(row.faults) for row in rows)
     if faults:
