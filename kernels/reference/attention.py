@@ -154,7 +154,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _as_gradient_of(tensor: Tensor, gradient: Tensor) -> Tensor:
     """`gradient` (B, Hq, L, D) summed over each group of heads, in `tensor`'s dtype and layout."""
-    batch, heads, length, head_dim = tensor.shape
+    heads, head_dim = tensor.shape[1], tensor.shape[3]
     if gradient.shape[1] != heads:
-        gradient = gradient.reshape(batch, heads, -1, length, head_dim).sum(2)
+        gradient = gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)
     return empty_heads(tensor, head_dim).copy_(gradient)

@@ -107,7 +107,8 @@ def _over_rows(terms: Tensor, parameter: Tensor | None) -> Tensor:
     """The sum over all rows, as a gradient of `parameter`; empty when that is absent."""
     if parameter is None:
         return terms.new_empty(0)
-    return terms.reshape(-1, terms.shape[-1]).sum(0).to(parameter.dtype)
+    rows = terms.shape[:-1].numel()
+    return terms.reshape(rows, terms.shape[-1]).sum(0).to(parameter.dtype)
 
 
 def _keep(problem: AddLayerNormProblem, dtype: torch.dtype) -> Tensor:
@@ -118,4 +119,4 @@ def _keep(problem: AddLayerNormProblem, dtype: torch.dtype) -> Tensor:
     columns = x.shape[-1]
     rows = x.numel() // columns if columns else 0
     keep = rows_keep(problem.seed.to(x.device), problem.dropout_p, rows, columns)
-    return (keep * keep_scale(problem.dropout_p)).to(dtype).view(x.shape)
+    return (keep.to(dtype) * keep_scale(problem.dropout_p)).view(x.shape)

@@ -138,7 +138,7 @@ def assert_parity(got: Results, arguments: Arguments) -> None:
     For the largest error and for the root mean square of all errors alike,
 
         error(got) <= 2 * error(naive path in the same dtype)
-                      + eps(stored dtype) * |oracle| + SUMMATION * eps(float32 or 64) * magnitude
+                      + eps(result's dtype) * |oracle| + SUMMATION * eps(float32 or 64) * magnitude
 
     where `magnitude` is what the sums would be if no term cancelled another (`magnitudes`): a
     lucky naive path, exact on a tiny case, would otherwise demand exactness. Where the oracle is
@@ -147,15 +147,21 @@ def assert_parity(got: Results, arguments: Arguments) -> None:
     expected = oracle(arguments)
     plain = naive(arguments)
     terms = magnitudes(arguments)
+    computed = torch.promote_types(arguments.q.dtype, torch.float32)
     assert got.keys() == expected.keys()
     for name, tensor in got.items():
-        assert_close(name, tensor, expected[name], plain[name], terms[name])
+        assert_close(name, tensor, expected[name], plain[name], terms[name], computed)
 
 
 def assert_close(
-    name: str, got: Tensor, expected: Tensor, plain: Tensor, magnitude: Tensor
+    name: str,
+    got: Tensor,
+    expected: Tensor,
+    plain: Tensor,
+    magnitude: Tensor,
+    computed: torch.dtype,
 ) -> None:
-    """The rule of `assert_parity` for one tensor."""
+    """The rule of `assert_parity` for one tensor, whose sums are `computed` in that dtype."""
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}"
     wide = got.to(torch.float64)
     finite = torch.isfinite(expected)
@@ -165,11 +171,8 @@ def assert_close(
         return
     error = (wide - expected)[finite]
     plain_error = (plain.to(torch.float64) - expected)[finite]
-    stored, summed = (
-        torch.finfo(got.dtype).eps,
-        torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps,
-    )
-    rounding = stored * expected[finite].abs() + SUMMATION * summed * magnitude[finite]
+    rounding = torch.finfo(got.dtype).eps * expected[finite].abs()
+    rounding = rounding + SUMMATION * torch.finfo(computed).eps * magnitude[finite]
     for norm, of in (
         ("largest", lambda t: t.abs().max()),
         ("rms", lambda t: t.square().mean().sqrt()),

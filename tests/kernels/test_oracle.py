@@ -1,0 +1,95 @@
+"""The oracle itself: in float64 against plain Python, its gradients against differences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import ALiBi, Causal, KeyLengths, Window
+from rowmax.kernels.reference import naive_attention
+
+from . import loops
+from .support import Arguments, assert_close, naive_problem, oracle
+
+
+def rand(*size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def tiny(**changes: Any) -> Arguments:
+    return replace(Arguments(q=rand(2, 4, 5, 3), k=rand(2, 2, 7, 3), v=rand(2, 2, 7, 4)), **changes)
+
+
+TINY = {
+    "plain": tiny(),
+    "scale": tiny(options={"scale": -0.7}),
+    "softcap": tiny(options={"softcap": 0.8}),
+    "causal": tiny(mask=Causal("lower_right")),
+    "window_lengths": tiny(mask=Window(2, 1, 1) & KeyLengths(torch.tensor([0, 4]))),
+    "dense": tiny(mask=rand(4, 5, 7) > 0),
+    "bias": tiny(bias=rand(4, 1, 7)),
+    "bias_minus_inf": tiny(bias=rand(5, 7).masked_fill(rand(5, 7) > 0, -torch.inf)),
+    "alibi": tiny(bias=ALiBi(rand(2, 4).abs(), align="lower_right")),
+    "sinks": tiny(sinks=rand(4)),
+    "sinks_masked": tiny(sinks=rand(4), mask=KeyLengths(torch.tensor([0, 4]))),
+    "dropout": tiny(options={"dropout_p": 0.4, "seed": 2**40 + 7}),
+    "dropout_negative_seed": tiny(options={"dropout_p": 0.6, "seed": -3}),
+    "dropout_all": tiny(options={"dropout_p": 1.0, "seed": 3}),
+    "everything": tiny(
+        mask=Causal(3) & KeyLengths(torch.tensor([6, 2])),
+        bias=rand(2, 1, 5, 7),
+        sinks=rand(4),
+        options={"softcap": 1.2, "scale": 0.9, "dropout_p": 0.3, "seed": 11},
+    ),
+}
+
+
+@pytest.mark.parametrize("arguments", TINY.values(), ids=TINY.keys())
+def test_forward_is_what_plain_python_says(arguments: Arguments) -> None:
+    outs, lses = loops.attention(arguments)
+    results = oracle(arguments)
+    for name, flat in (("out", outs), ("lse", lses)):
+        expected = torch.tensor(flat, dtype=torch.float64).view(results[name].shape)
+        torch.testing.assert_close(results[name], expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["plain", "window_lengths", "bias", "sinks_masked", "everything"])
+def test_gradients_by_finite_differences(name: str) -> None:
+    arguments = TINY[name]
+    leaves = {
+        key: value.clone().requires_grad_() for key, value in arguments.differentiable().items()
+    }
+
+    def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        changed: dict[str, Any] = dict(zip(leaves, tensors, strict=True))
+        result = naive_attention(naive_problem(replace(arguments, **changed)))
+        return result.out, result.lse.masked_fill(result.lse == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(forward, tuple(leaves.values()))
+
+
+def test_the_tolerance_is_a_tolerance() -> None:
+    """What passes and what fails: twice the naive error, an element wrong, NaN, a lost -inf."""
+    expected = rand(64)
+    plain = (expected * (1 + 1e-6)).float()
+    limits = (expected, plain, expected.abs(), torch.float32)
+    assert_close("same", plain, *limits)
+    assert_close("twice", (expected * (1 - 1.9e-6)).float(), *limits)
+    with pytest.raises(AssertionError, match="error"):
+        assert_close("thrice too far", (expected * (1 + 6e-6)).float(), *limits)
+    one_wrong = plain.clone()
+    one_wrong[5] += 1e-4
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_close("one wrong", one_wrong, *limits)
+    one_wrong[5] = torch.nan
+    with pytest.raises(AssertionError, match="NaN"):
+        assert_close("NaN", one_wrong, *limits)
+    infinite = expected.clone()
+    infinite[3] = -torch.inf
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_close("finite where it must not be", plain, infinite, *limits[1:])

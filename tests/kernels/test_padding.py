@@ -1,0 +1,155 @@
+"""Rows that may attend nothing, and keys and queries that nobody uses, whatever these hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import (
+    Causal,
+    Dense,
+    Documents,
+    KeyLengths,
+    Mask,
+    QueryLengths,
+    Window,
+    masked_softmax,
+)
+
+from .backends import device_of, doing, dtype_name, refused
+from .cases import Case, Shape, lengths
+from .support import Arguments, run
+
+SHAPE = Shape(2, 4, 2, 11, 11, 8, 8)
+COLUMNS = torch.arange(11)
+MASKS: dict[str, Mask | Tensor] = {
+    "keys": KeyLengths(lengths(0, 7)),
+    "keys_queries": KeyLengths(lengths(11, 7)) & QueryLengths(lengths(0, 6)),
+    "causal_before": Causal(-4),
+    "causal_tensor": Causal(lengths(-11, -2)) & KeyLengths(lengths(11, 5)),
+    "window_beyond": Window(2, 0, 8),
+    "dense_columns": Dense(COLUMNS < 6),
+    "dense_rows": (COLUMNS < 6).view(11, 1) & (COLUMNS % 2 == 0),
+    "dense_none": torch.zeros(1, dtype=torch.bool),
+    "documents": Documents(COLUMNS.expand(2, 11) // 3, COLUMNS.expand(2, 11) // 2 + 2),
+}
+POISONS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+
+
+def padded(mask: Mask | Tensor, dtype: torch.dtype, backend: str) -> tuple[Arguments, Tensor]:
+    """Arguments of a padded call, and which query may attend which key."""
+    case = Case("padded", SHAPE, lambda shape, generator: mask)
+    arguments = case.build(dtype, device_of(backend))
+    dense = mask.dense(*SHAPE.scores) if isinstance(mask, Mask) else mask.expand(SHAPE.scores)
+    return arguments, dense.to(arguments.q.device)
+
+
+def features(name: str, dtype: torch.dtype) -> set[str]:
+    return {"attention", dtype_name(dtype), *(["documents"] if name == "documents" else [])}
+
+
+EVERY_MASK = pytest.mark.parametrize("name", MASKS)
+EVERY_DTYPE = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name
+)
+
+
+@EVERY_MASK
+@EVERY_DTYPE
+def test_a_row_that_may_attend_nothing_gives_zeros(
+    name: str, dtype: torch.dtype, backend: str
+) -> None:
+    arguments, allowed = padded(MASKS[name], dtype, backend)
+    if refused(backend, features(name, dtype), lambda: run(backend, arguments)):
+        return
+    results = run(backend, arguments)
+    empty = ~allowed.any(-1)
+    unused = ~allowed.any(2).unflatten(1, (SHAPE.Hkv, -1)).any(2)
+    assert empty.any() or unused.any(), "nothing is padding in this case"
+    assert (results["lse"][empty] == -torch.inf).all()
+    assert torch.isfinite(results["lse"][~empty]).all()
+    for gradient, nobody in (("out", empty), ("d_q", empty), ("d_k", unused), ("d_v", unused)):
+        assert (results[gradient][nobody] == 0).all(), gradient
+        assert torch.isfinite(results[gradient]).all(), gradient
+
+
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+@EVERY_MASK
+@EVERY_DTYPE
+def test_what_nobody_uses_may_hold_anything(
+    name: str, dtype: torch.dtype, poison: float, backend: str
+) -> None:
+    """Bitwise the same results with zeros and with NaN or infinities in the padding."""
+    clean, allowed = padded(MASKS[name], dtype, backend)
+    unused = ~allowed.any(2).any(1)[:, None, :, None]
+    empty = ~allowed.any(-1, keepdim=True)
+
+    def with_padding(value: float) -> Arguments:
+        assert clean.grad_out is not None
+        assert clean.grad_lse is not None
+        return replace(
+            clean,
+            q=clean.q.masked_fill(empty, value),
+            k=clean.k.masked_fill(unused, value),
+            v=clean.v.masked_fill(unused, value),
+            grad_out=clean.grad_out.masked_fill(empty, value),
+            grad_lse=clean.grad_lse.masked_fill(empty.squeeze(-1), value),
+        )
+
+    if refused(backend, features(name, dtype), lambda: run(backend, with_padding(poison))):
+        return
+    expected = run(backend, with_padding(0.0))
+    for key, tensor in run(backend, with_padding(poison)).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+def test_padding_masked_by_the_bias_alone(dtype: torch.dtype, poison: float, backend: str) -> None:
+    """A key whose bias is -inf for every query is padding too; so are NaN biases under the mask."""
+    shape = SHAPE.scores
+    bias = torch.zeros(1, 1, 1, 11).masked_fill(COLUMNS >= 7, -torch.inf).to(dtype)
+
+    def arguments(value: float, positions: Tensor | bool) -> Arguments:
+        built = padded(KeyLengths(lengths(9, 9)), dtype, backend)[0]
+        hidden = (COLUMNS >= 7)[:, None].to(built.k.device)
+        under_mask = bias.masked_fill((COLUMNS >= 9) & positions, value)
+        return replace(
+            built,
+            k=built.k.masked_fill(hidden, value),
+            v=built.v.masked_fill(hidden, value),
+            bias=under_mask.expand(shape).to(built.k.device),
+        )
+
+    if refused(backend, features("bias", dtype), lambda: run(backend, arguments(0.0, False))):
+        return
+    expected = run(backend, arguments(0.0, False))
+    for key, tensor in run(backend, arguments(poison, True)).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("softmax_backend", doing("masked_softmax"))
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+def test_masked_scores_may_hold_anything(poison: float, softmax_backend: str) -> None:
+    mask = torch.rand(2, 3, 5, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[0, 0, 2] = False
+    mask = mask.to(device_of(softmax_backend))
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(2, 3, 5, 9, generator=generator).to(mask.device)
+    grad = torch.randn(2, 3, 5, 9, generator=generator).to(mask.device)
+
+    def both(fill: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        leaf = fill(scores).requires_grad_()
+        weights = masked_softmax(leaf, mask, backend=softmax_backend)
+        return weights.detach(), torch.autograd.grad(weights, leaf, fill(grad))[0]
+
+    clean = both(lambda tensor: tensor.masked_fill(~mask, 0.0))
+    dirty = both(lambda tensor: tensor.masked_fill(~mask, poison))
+    for got, expected in zip(dirty, clean, strict=True):
+        assert torch.equal(got, expected)
+    assert (dirty[0][~mask] == 0).all()
+    assert (dirty[1][~mask] == 0).all()

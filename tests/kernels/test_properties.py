@@ -1,0 +1,222 @@
+"""Properties of attention that hold for any input, on inputs that hypothesis makes up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+
+from .backends import doing, dtype_name, refused
+from .cases import Case, Shape
+from .support import Arguments, assert_parity, run
+
+BACKENDS = pytest.mark.parametrize("backend", doing("attention"))
+SIZES = st.integers(1, 40)
+
+shapes = st.builds(
+    lambda groups, **sizes: Shape(Hq=groups * sizes["Hkv"], **sizes),
+    groups=st.integers(1, 3),
+    B=st.integers(1, 3),
+    Hkv=st.integers(1, 2),
+    Lq=SIZES,
+    Lk=SIZES,
+    D=st.integers(1, 20),
+    Dv=st.integers(1, 20),
+)
+aligns: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from(["upper_left", "lower_right"]), st.integers(-20, 40)
+)
+
+
+def integers(shape: tuple[int, ...], low: int, high: int) -> st.SearchStrategy[Tensor]:
+    size = torch.Size(shape).numel()
+    numbers = st.lists(st.integers(low, high), min_size=size, max_size=size)
+    return numbers.map(lambda values: torch.tensor(values, dtype=torch.int64).view(shape))
+
+
+@st.composite
+def masks(draw: st.DrawFn, shape: Shape) -> Mask:
+    """A conjunction of one to three masks of any kind."""
+    per_batch = integers((shape.B,), -10, 50)
+    side = st.one_of(st.none(), st.integers(0, 12))
+    one = st.one_of(
+        st.builds(Causal, st.one_of(aligns, per_batch)),
+        st.builds(Window, side, side, st.one_of(aligns, per_batch)),
+        st.builds(KeyLengths, per_batch),
+        st.builds(QueryLengths, per_batch),
+        st.builds(
+            Documents, integers((shape.B, shape.Lq), 0, 2), integers((shape.B, shape.Lk), 0, 2)
+        ),
+        st.tuples(*(st.sampled_from([1, size]) for size in shape.scores))
+        .flatmap(lambda size: integers(size, 0, 3))
+        .map(lambda values: Dense(values > 0)),
+    )
+    joined, *others = draw(st.lists(one, min_size=1, max_size=3))
+    for other in others:
+        joined = joined & other
+    return joined
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Arguments:
+    """Arguments with any mask, and bias, sinks, softcap, scale and dropout each now and then."""
+    shape = draw(shapes)
+    mask = draw(st.one_of(st.none(), masks(shape)))
+    options: dict[str, Any] = {}
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-1, 1))
+    if draw(st.booleans()):
+        options |= {
+            "dropout_p": draw(st.floats(0, 1)),
+            "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        }
+    if draw(st.integers(0, 3)) == 0:
+        options["softcap"] = draw(st.floats(0.1, 10))
+    bias_size = draw(
+        st.one_of(st.none(), st.tuples(*(st.sampled_from([1, n]) for n in shape.scores)))
+    )
+    case = Case(
+        f"hypothesis {draw(st.integers(0, 999))}",
+        shape,
+        None if mask is None else lambda shape, generator: mask,
+        None if bias_size is None else lambda shape, draw_tensor: draw_tensor(*bias_size),
+        sinks=draw(st.integers(0, 3)) == 0,
+        options=options,
+        layout=draw(st.sampled_from(["plain", "heads_last", "strided", "transposed"])),
+    )
+    arguments = case.build(dtype)
+    if bias_size is None and draw(st.integers(0, 3)) == 0:
+        slopes = torch.rand(shape.Hq, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        arguments = replace(arguments, bias=ALiBi(slopes, draw(aligns)))
+    return arguments
+
+
+def features(arguments: Arguments) -> set[str]:
+    found = {"attention", dtype_name(arguments.q.dtype)}
+    if isinstance(arguments.mask, Mask):
+        found |= {"documents" for part in arguments.mask.parts() if isinstance(part, Documents)}
+    if isinstance(arguments.bias, ALiBi):
+        found.add("alibi")
+    if arguments.sinks is not None:
+        found.add("sinks")
+    return found | set(arguments.options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
+@BACKENDS
+def test_any_combination_agrees_with_the_oracle(backend: str, dtype: torch.dtype) -> None:
+    @settings(max_examples=80)
+    @given(problems(dtype))
+    def check(arguments: Arguments) -> None:
+        if not refused(backend, features(arguments), lambda: run(backend, arguments)):
+            assert_parity(run(backend, arguments), arguments)
+
+    check()
+
+
+simple = st.builds(
+    lambda shape, number: Case(f"simple {number}", shape).build(torch.float64),
+    shapes,
+    st.integers(0, 999),
+)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+
+
+@BACKENDS
+@given(arguments=simple, seed=st.integers(0, 999))
+def test_the_order_of_keys_does_not_matter(backend: str, arguments: Arguments, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(arguments.shape[3], generator=generator)
+    mask = torch.rand(arguments.shape, generator=generator) < 0.7
+    plain = run(backend, replace(arguments, mask=mask))
+    moved = run(
+        backend,
+        replace(
+            arguments, k=arguments.k[:, :, order], v=arguments.v[:, :, order], mask=mask[..., order]
+        ),
+    )
+    for name in ("out", "lse", "d_q"):
+        close(moved[name], plain[name])
+    for name in ("d_k", "d_v"):
+        close(moved[name], plain[name][:, :, order])
+
+
+@BACKENDS
+@given(arguments=simple, shift=st.floats(-50, 50))
+def test_a_shift_of_a_row_moves_its_lse_alone(
+    backend: str, arguments: Arguments, shift: float
+) -> None:
+    rows = torch.full((*arguments.shape[:3], 1), shift, dtype=torch.float64)
+    plain, shifted = run(backend, arguments), run(backend, replace(arguments, bias=rows))
+    close(shifted["lse"], plain["lse"] + shift)
+    for name in ("out", "d_q", "d_k", "d_v"):
+        torch.testing.assert_close(shifted[name], plain[name], rtol=1e-11, atol=1e-12)
+
+
+@BACKENDS
+@given(arguments=problems(torch.float32))
+def test_a_batch_element_does_not_know_its_batch(backend: str, arguments: Arguments) -> None:
+    """Bitwise, on fused backends, and without dropout, which counts batch elements."""
+    options = {key: value for key, value in arguments.options.items() if key == "scale"}
+    arguments = replace(arguments, mask=None, bias=None, sinks=None, options=options)
+    together = run(backend, arguments)
+    assert arguments.grad_out is not None
+    assert arguments.grad_lse is not None
+    for b in range(arguments.shape[0]):
+        one = slice(b, b + 1)
+        alone = run(
+            backend,
+            replace(
+                arguments,
+                q=arguments.q[one],
+                k=arguments.k[one],
+                v=arguments.v[one],
+                grad_out=arguments.grad_out[one],
+                grad_lse=arguments.grad_lse[one],
+            ),
+        )
+        for name, tensor in alone.items():
+            if backend == "reference":  # torch's batched products do depend on the batch
+                torch.testing.assert_close(tensor, together[name][one], rtol=1e-4, atol=1e-5)
+            else:
+                assert torch.equal(tensor, together[name][one]), name
+
+
+@BACKENDS
+@given(arguments=simple)
+def test_heads_are_separate_and_groups_are_repeats(backend: str, arguments: Arguments) -> None:
+    together = run(backend, arguments)
+    groups = arguments.q.shape[1] // arguments.k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (arguments.k, arguments.v))
+    repeated = run(backend, replace(arguments, k=k, v=v))
+    for name in ("out", "lse", "d_q"):
+        close(repeated[name], together[name])
+    for name in ("d_k", "d_v"):
+        close(repeated[name].unflatten(1, (-1, groups)).sum(2), together[name])
+    assert arguments.grad_out is not None
+    assert arguments.grad_lse is not None
+    for h in range(arguments.shape[1]):
+        one = slice(h, h + 1)
+        alone = run(
+            backend,
+            replace(
+                arguments,
+                q=arguments.q[:, one],
+                k=k[:, one],
+                v=v[:, one],
+                grad_out=arguments.grad_out[:, one],
+                grad_lse=arguments.grad_lse[:, one],
+            ),
+        )
+        for name in ("out", "lse", "d_q"):
+            close(alone[name], together[name][:, one])
