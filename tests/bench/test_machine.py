@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from rowmax.bench import fma
@@ -25,11 +27,15 @@ def test_the_loop_is_made_of_vector_instructions() -> None:
     assert not any("ptr" in line or "(%r" in line for line in lines)
 
 
-def test_peak_is_plausible_and_scales_with_threads() -> None:
-    one = fma.peak(1, seconds=0.005, tries=3)
-    two = fma.peak(2, seconds=0.005, tries=3)
-    assert 1e9 < one < 1e12
-    assert 1.2 * one < two < 2.8 * one
+def test_peak_counts_operations_over_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fma, "_seconds", lambda rounds: rounds * 2e-9)
+    one = 2 * fma.CHAINS * fma.LANES / 2e-9
+    assert fma.peak(1) == pytest.approx(one)
+    assert fma.peak(3) == pytest.approx(3 * one)
+
+
+def test_peak_of_this_machine_is_plausible() -> None:
+    assert 1e8 < fma.peak(1, seconds=0.005, tries=3) < 1e13
 
 
 def test_a_loop_that_takes_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +51,13 @@ def test_a_loop_with_a_wrong_result_is_refused(monkeypatch: pytest.MonkeyPatch) 
         fma.peak(1)
 
 
-def test_copy_rate_is_plausible() -> None:
-    assert 1e8 < copy_rate(1 << 16, tries=2) < 1e13
+@pytest.mark.parametrize("elements, repeats", [(1 << 23, 1), (1 << 20, 4)])
+def test_copy_rate_counts_bytes_read_and_written(
+    elements: int, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("rowmax.bench.machine.perf_counter", lambda: float(next(ticks)))
+    assert copy_rate(elements, tries=2) == 2 * 4 * elements * repeats
 
 
 def test_limits_and_description(monkeypatch: pytest.MonkeyPatch) -> None:
