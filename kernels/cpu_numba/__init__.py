@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 
-from ..problem import (
-    AddLayerNormProblem,
-    AttentionProblem,
-    LayerNormProblem,
-    Problem,
-    RMSNormProblem,
-    SoftmaxProblem,
-)
+from ..problem import AttentionProblem, Problem, SoftmaxProblem
 
 _DTYPES = (torch.float32, torch.float64)
 _IMPLEMENTED = {
     "attention": "attention_launch",
     "attention_backward": "attention_launch",
+    "masked_softmax": "softmax",
+    "masked_softmax_backward": "softmax",
+    "layer_norm": "norms",
+    "layer_norm_backward": "norms",
+    "add_layer_norm": "norms",
+    "add_layer_norm_backward": "norms",
+    "rms_norm": "norms",
+    "rms_norm_backward": "norms",
 }
 
 
@@ -47,6 +48,8 @@ def declines(problem: Problem) -> str | None:
         return f"{first.dtype} is not done yet (float32 and float64 are)"
     if isinstance(problem, AttentionProblem):
         return _declines_attention(problem)
+    if isinstance(problem, SoftmaxProblem) and problem.mask.query_documents is not None:
+        return "Documents masks are not done yet"
     return None
 
 

@@ -163,7 +163,7 @@ def _factor_bytes(x: Tensor) -> int:
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:
-    """Whether there is any, the least word that is kept, the key, and the factor of what is kept."""
+    """Whether there is any, the least word kept, the key, and the factor of what is kept."""
     if dropout_p == 0.0 or seed is None:
         return False, 0, 0, 1.0
     # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left

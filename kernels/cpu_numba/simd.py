@@ -522,3 +522,17 @@ def load_first_flags(
         return builder.icmp_unsigned("!=", flags, zeros)
 
     return Vector(types.boolean, lanes)(source, like, types.int64), generate
+
+
+@intrinsic
+def largest_lane(typing: Any, vector: types.Type) -> Any:
+    """The largest of all lanes; none may be NaN."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        largest = builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
+        for lane in range(1, vector.lanes):
+            value = builder.extract_element(args[0], ir.Constant(ir.IntType(32), lane))
+            largest = builder.select(builder.fcmp_ordered(">", value, largest), value, largest)
+        return largest
+
+    return vector.dtype(vector), generate

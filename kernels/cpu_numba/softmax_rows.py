@@ -1,0 +1,246 @@
+"""The kernels of masked softmax, forward and backward: keys in the lanes, row by row.
+
+    weights = softmax(scale * scores) over the keys that the mask allows, 0 elsewhere
+    d_scores = scale * weights * (grad - sum(weights * grad)),  grad taken as 0 where weights are 0
+
+The exponentials are 2^((s - max s) * |scale| * log2 e) with s = sign(scale) * scores: the
+difference is rounded once, however large the scores. Bands and lengths leave each row one range of
+keys, and only that is read; a dense mask turns what it forbids into -inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .call import Kernel, read
+from .elementwise import exp2
+from .jit import jit
+from .microkernel import lanes_of
+from .simd import (
+    add_lanes,
+    bytes_at,
+    cast,
+    first_lanes,
+    integers_at,
+    largest_lane,
+    load,
+    load_first,
+    load_first_flags,
+    load_flags,
+    maximum,
+    multiply_add,
+    pointer,
+    select,
+    splat,
+    store,
+    store_first,
+    take_ticket,
+)
+
+# Beyond any position, and far from overflow when a position is added.
+NO_BOUND = 2**60
+LOG2_E = 1.4426950408889634
+
+
+@jit
+def _key_range(call, batch, query):
+    """(first, end) of the keys that bands and lengths allow; first == end when there are none."""
+    lower, upper, end = call.band_lower, call.band_upper, call.keys
+    if call.band != 0:
+        band = integers_at(call.band) + batch * 2
+        lower, upper = max(lower, band[0]), min(upper, band[1])
+    if call.key_lengths != 0:
+        end = min(end, integers_at(call.key_lengths)[batch])
+    if call.query_lengths != 0 and query >= integers_at(call.query_lengths)[batch]:
+        end = 0
+    first = max(0, query + max(lower, -NO_BOUND))
+    end = max(0, min(end, query + min(upper, NO_BOUND) + 1))
+    return min(first, end), end
+
+
+@jit
+def _set_row(target, first, end, value):
+    """target[first:end] = value."""
+    for c in range(first, end, lanes_of(value)):
+        store_first(target + c, splat(value), end - c)
+
+
+@jit
+def _mask_row(scores, flags, sign, target, keys, zero):
+    """target = sign * scores where the flags are true, -inf elsewhere."""
+    lanes = lanes_of(zero)
+    signs, forbidden = splat(sign), splat(cast(-math.inf, zero))
+    rest = keys % lanes
+    for c in range(0, keys - rest, lanes):
+        allowed = load_flags(flags + c, zero)
+        store(target + c, select(allowed, load(scores + c) * signs, forbidden))
+    if rest > 0:
+        c = keys - rest
+        allowed = load_first_flags(flags + c, zero, rest)
+        result = select(allowed, load_first(scores + c, rest) * signs, forbidden)
+        store_first(target + c, result, rest)
+
+
+@jit
+def _row_maximum(row, sign, keys, zero):
+    """The largest sign * row; -inf of nothing; NaN is passed over, the exponentials keep it."""
+    lanes = lanes_of(zero)
+    signs = splat(sign)
+    m0 = m1 = m2 = m3 = splat(cast(-math.inf, zero))
+    c = 0
+    while c + 4 * lanes <= keys:
+        m0 = maximum(load(row + c) * signs, m0)
+        m1 = maximum(load(row + (c + lanes)) * signs, m1)
+        m2 = maximum(load(row + (c + 2 * lanes)) * signs, m2)
+        m3 = maximum(load(row + (c + 3 * lanes)) * signs, m3)
+        c += 4 * lanes
+    while c + lanes <= keys:
+        m0 = maximum(load(row + c) * signs, m0)
+        c += lanes
+    largest = largest_lane(maximum(maximum(m0, m1), maximum(m2, m3)))
+    while c < keys:
+        if row[c] * sign > largest:
+            largest = row[c] * sign
+        c += 1
+    return largest
+
+
+@jit
+def _exponentials(row, sign, largest, factor, target, keys, zero):
+    """target = 2^((sign * row - largest) * factor); returns their sum."""
+    lanes = lanes_of(zero)
+    signs, largests, factors = splat(sign), splat(largest), splat(factor)
+    total = splat(zero)
+    rest = keys % lanes
+    for c in range(0, keys - rest, lanes):
+        weight = exp2((load(row + c) * signs - largests) * factors)
+        store(target + c, weight)
+        total = total + weight
+    if rest > 0:
+        c = keys - rest
+        weight = exp2((load_first(row + c, rest) * signs - largests) * factors)
+        store_first(target + c, weight, rest)
+        total = total + first_lanes(weight, rest)
+    return add_lanes(total)
+
+
+@jit
+def _scale_row(row, factor, keys):
+    """row *= factor."""
+    lanes = lanes_of(factor)
+    factors = splat(factor)
+    rest = keys % lanes
+    for c in range(0, keys - rest, lanes):
+        store(row + c, load(row + c) * factors)
+    if rest > 0:
+        c = keys - rest
+        store_first(row + c, load_first(row + c, rest) * factors, rest)
+
+
+def weigh(argument):
+    """scores (B, H, Lq, Lk) with any leading strides, in elements; weights the same, contiguous.
+
+    key_lengths, query_lengths (B,) and band (B, 2), int64, or absent (0). dense: bytes with a
+    stride for each of the four dimensions, 0 where broadcast and 1 for the keys; or absent (0).
+    """
+    call = read(argument)
+    zero = call.zero
+    tickets = integers_at(call.tickets)
+    queries, keys = call.queries, call.keys
+    # A scale of 0 is a sign of 0: -inf must not be multiplied by it once it stands for 'masked'.
+    sign, factor = zero, cast(1.0, zero)
+    if call.scale != 0.0:
+        sign = cast(math.copysign(1.0, call.scale), zero)
+        factor = cast(abs(call.scale) * LOG2_E, zero)
+    one = cast(1.0, zero)
+    while True:
+        first_row = take_ticket(tickets) * call.task_rows
+        if first_row >= call.rows:
+            break
+        for index in range(first_row, min(first_row + call.task_rows, call.rows)):
+            query, head = index % queries, index // queries
+            batch, head = head // call.heads, head % call.heads
+            offset = batch * call.scores_batch + head * call.scores_head
+            row = pointer(call.scores, zero) + (offset + query * call.scores_query)
+            target = pointer(call.weights, zero) + index * keys
+            first, end = _key_range(call, batch, query)
+            row_sign = sign
+            if call.dense != 0:
+                offset = batch * call.dense_batch + head * call.dense_head
+                flags = bytes_at(call.dense) + (offset + query * call.dense_query)
+                if call.dense_key == 1:
+                    _mask_row(row + first, flags + first, sign, target + first, end - first, zero)
+                    row, row_sign = target, one
+                elif flags[0] == 0:
+                    end = first
+            largest = _row_maximum(row + first, row_sign, end - first, zero)
+            if largest == -math.inf:
+                largest = zero
+            total = _exponentials(
+                row + first, row_sign, largest, factor, target + first, end - first, zero
+            )
+            # A sum of 0 is one of no key, or of scores that are all -inf: the weights stay 0.
+            inverse = one if total == zero else one / total
+            _scale_row(target + first, inverse, end - first)
+            # Where a score is NaN the whole row is, as in the equation.
+            _set_row(target, 0, first, inverse * zero)
+            _set_row(target, end, keys, inverse * zero)
+
+
+def differentiate_weights(argument):
+    """weights, grad, d_scores (rows, keys); weights and grad with a row stride, in elements."""
+    call = read(argument)
+    zero = call.zero
+    tickets = integers_at(call.tickets)
+    keys = call.keys
+    lanes = lanes_of(zero)
+    scales, zeros = splat(cast(call.scale, zero)), splat(zero)
+    while True:
+        first_row = take_ticket(tickets) * call.task_rows
+        if first_row >= call.rows:
+            break
+        for index in range(first_row, min(first_row + call.task_rows, call.rows)):
+            weights = pointer(call.weights, zero) + index * call.weights_row
+            grad = pointer(call.grad, zero) + index * call.grad_row
+            target = pointer(call.d_scores, zero) + index * keys
+            s0 = s1 = zeros
+            c = 0
+            while c + 2 * lanes <= keys:
+                w0, w1 = load(weights + c), load(weights + (c + lanes))
+                g0 = select(w0 == zeros, zeros, load(grad + c))
+                g1 = select(w1 == zeros, zeros, load(grad + (c + lanes)))
+                s0, s1 = multiply_add(w0, g0, s0), multiply_add(w1, g1, s1)
+                c += 2 * lanes
+            while c < keys:
+                w0 = load_first(weights + c, keys - c)
+                g0 = select(w0 == zeros, zeros, load_first(grad + c, keys - c))
+                s0 = multiply_add(w0, g0, s0)
+                c += lanes
+            dots = splat(add_lanes(s0 + s1))
+            rest = keys % lanes
+            for c in range(0, keys - rest, lanes):
+                w0 = load(weights + c)
+                g0 = select(w0 == zeros, zeros, load(grad + c))
+                store(target + c, scales * w0 * (g0 - dots))
+            if rest > 0:
+                c = keys - rest
+                w0 = load_first(weights + c, rest)
+                g0 = select(w0 == zeros, zeros, load_first(grad + c, rest))
+                store_first(target + c, scales * w0 * (g0 - dots), rest)
+
+
+FORWARD = Kernel(
+    weigh,
+    (
+        *("scores", "scores_batch", "scores_head", "scores_query", "weights"),
+        *("heads", "queries", "keys", "rows", "task_rows"),
+        *("band_lower", "band_upper", "band", "key_lengths", "query_lengths"),
+        *("dense", "dense_batch", "dense_head", "dense_query", "dense_key"),
+    ),
+    ("scale",),
+)
+BACKWARD = Kernel(
+    differentiate_weights,
+    ("weights", "weights_row", "grad", "grad_row", "d_scores", "keys", "rows", "task_rows"),
+    ("scale",),
+)
