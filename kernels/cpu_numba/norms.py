@@ -132,7 +132,7 @@ def _backward(
     partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes))
     BACKWARD(
         x.dtype,
-        chunks,
+        min(chunks, max(1, -(-rows // task_rows(columns)))),
         _factor_bytes(x) if dropping else 0,
         (
             *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),

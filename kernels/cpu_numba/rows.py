@@ -48,6 +48,6 @@ def chunk_rows(rows: int, columns: int) -> int:
     """How many rows a chunk sums into one partial gradient; from the shape alone.
 
     A chunk costs two rows to write and to read again, so it should have many; but there should be
-    chunks for all threads, and no long chain of sums in one precision.
+    chunks for all threads, and no more than 128 sums one after another in one precision.
     """
-    return max(task_rows(columns), min(128, max(16, rows // 64)))
+    return min(128, max(16, rows // 64, task_rows(columns)))

@@ -1,0 +1,264 @@
+"""What is special to the Numba norms and softmax: lanes, chunks, tickets and strides.
+
+Their numbers against float64 are tested with those of all backends.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import Causal, add_layer_norm, dispatch, layer_norm, masked_softmax, rms_norm
+from rowmax.kernels.reference import rows_keep
+from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_threshold, philox4x32
+
+if dispatch.unavailable("numba") is not None:
+    pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
+
+from rowmax.kernels.cpu_numba.call import Kernel, read
+from rowmax.kernels.cpu_numba.norms_forward import draw_factors
+from rowmax.kernels.cpu_numba.rows import chunk_rows, rows_of
+from rowmax.kernels.cpu_numba.simd import cast, pointer
+
+DTYPES = (torch.float32, torch.float64)
+NORMS = {
+    "layer_norm": lambda x, w, b: layer_norm(x, w, b, backend="numba"),
+    "add_layer_norm": lambda x, w, b: add_layer_norm(
+        x, x.flip(0), w, b, dropout_p=0.3, seed=5, backend="numba"
+    )[0],
+    "rms_norm": lambda x, w, b: rms_norm(x, w, backend="numba"),
+}
+EVERY_NORM = pytest.mark.parametrize("name", NORMS)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The output and the gradients of all inputs, with a random gradient of the output."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    found = torch.autograd.grad(
+        output, leaves, draw(*output.shape, dtype=output.dtype), allow_unused=True
+    )
+    return [output.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
+# --- the order of sums ----------------------------------------------------------------------------
+
+
+@EVERY_NORM
+@pytest.mark.usefixtures("_threads")
+def test_norms_give_the_same_bits_on_any_number_of_threads(name: str) -> None:
+    x, weight, bias = draw(3001, 41), draw(41), draw(41)
+    assert chunk_rows(3001, 41) < 3001 / 4
+    runs = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        runs.append(gradients(NORMS[name], x.float(), weight.float(), bias.float()))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.usefixtures("_threads")
+def test_softmax_gives_the_same_bits_on_any_number_of_threads() -> None:
+    runs = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        runs.append(
+            gradients(
+                lambda s: masked_softmax(s, Causal(), 0.3, backend="numba"), draw(2, 3, 150, 150)
+            )
+        )
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@EVERY_NORM
+@pytest.mark.parametrize("columns", [24, 700])
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+def test_rows_around_the_edges_of_chunks(name: str, columns: int, chunks: int, excess: int) -> None:
+    chunk = chunk_rows(0, columns)
+    rows = chunks * chunk + excess
+    assert chunk_rows(rows, columns) == chunk
+    x, weight, bias = draw(rows, columns), draw(columns), draw(columns)
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if name == "rms_norm":
+            return rms_norm(x, weight, backend="reference")
+        if name == "layer_norm":
+            return layer_norm(x, weight, bias, backend="reference")
+        keep = rows_keep(torch.tensor(5), 0.3, rows, columns).to(x.dtype)
+        total = x.flip(0) + x * keep * keep_scale(0.3)
+        return layer_norm(total, weight, bias, backend="reference")
+
+    for found, expected in zip(
+        gradients(NORMS[name], x, weight, bias),
+        gradients(reference, x, weight, bias),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_partial_sums_keep_what_float32_can() -> None:
+    """65536 rows of 1 + small values: one running sum would lose the small ones."""
+    rows, columns = 65536, 8
+    x, grad = draw(rows, columns, dtype=torch.float32), torch.ones(rows, columns)
+    grad += 1e-3 * draw(rows, columns, dtype=torch.float32)
+    bias = torch.zeros(columns, requires_grad=True)
+    layer_norm(x, None, bias, backend="numba").backward(grad)
+    assert bias.grad is not None
+    exact = grad.double().sum(0)
+    assert (bias.grad.double() - exact).abs().max() / exact.abs().max() < 2.0**-22
+
+
+# --- strides --------------------------------------------------------------------------------------
+
+
+def test_rows_with_a_common_stride_are_not_copied() -> None:
+    wide = draw(4, 5, 60)
+    for view, stride in (
+        (wide[..., :20], 60),
+        (wide[..., 20:41], 60),
+        (wide[:, 1:2], 300),
+        (wide[1:3], 60),
+        (wide[0, 0], 60),
+        (wide[:1, :1], 60),
+        (wide[0, 0].expand(7, 60), 0),
+        (wide[::2, 0], 600),
+    ):
+        rows, found = rows_of(view)
+        assert rows.data_ptr() == view.data_ptr()
+        assert view.shape[:-1].numel() == 1 or found == stride
+
+
+def test_rows_without_a_common_stride_are_copied() -> None:
+    wide = draw(4, 5, 60)
+    for view in (wide[:, ::2], wide.transpose(0, 1), wide[..., ::2], wide.transpose(1, 2)):
+        rows, stride = rows_of(view)
+        assert torch.equal(rows, view)
+        assert rows.is_contiguous()
+        assert stride == view.shape[-1]
+
+
+@EVERY_NORM
+@EVERY_DTYPE
+def test_strided_rows_give_the_bits_of_contiguous_ones(name: str, dtype: torch.dtype) -> None:
+    wide = draw(6, 4, 90, dtype=dtype)
+    weight, bias = draw(33, dtype=dtype), draw(33, dtype=dtype)
+    for view in (wide[..., 7:40], wide.transpose(0, 1)[..., :33], wide[:, :1, 50:83]):
+        plain = gradients(NORMS[name], view.contiguous(), weight, bias)
+        strided = gradients(NORMS[name], view, weight, bias)
+        assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+def test_nothing_beyond_a_row_is_read_or_written() -> None:
+    """Rows inside a wider tensor whose other columns are NaN, at every number of tail lanes."""
+    for columns in range(1, 70):
+        wide = torch.full((3, columns + 40), float("nan"))
+        wide[:, 20 : 20 + columns] = draw(3, columns, dtype=torch.float32)
+        inner = wide[:, 20 : 20 + columns]
+        for y in (
+            *add_layer_norm(inner, inner, dropout_p=0.5, seed=1, backend="numba"),
+            rms_norm(inner, backend="numba"),
+            masked_softmax(inner, backend="numba"),
+        ):
+            assert y.isfinite().all()
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_lanes_drop_what_the_definition_drops(p: float, dtype: torch.dtype) -> None:
+    """x = 1 and residual = 0: the sum is dropout's factor itself."""
+    for columns in (*range(1, 40), 63, 64, 65, 128, 200):
+        for seed in (0, 7, -3, 2**62 + 11):
+            ones = torch.ones(3, columns, dtype=dtype)
+            _, total = add_layer_norm(ones, ones * 0, dropout_p=p, seed=seed, backend="numba")
+            keep = rows_keep(torch.tensor(seed), p, 3, columns)
+            assert torch.equal(total, keep.to(dtype) * keep_scale(p))
+
+
+def factors_of_row(argument):
+    """`target` (columns, rounded up to four vectors): the factors of one row."""
+    call = read(argument)
+    keep = cast(call.keep_scale, call.zero)
+    target = pointer(call.target, call.zero)
+    draw_factors(target, call.row, call.columns, call.threshold, keep, call.seed, call.zero)
+
+
+FACTORS = Kernel(factors_of_row, ("target", "row", "columns", "threshold", "seed"), ("keep_scale",))
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("row", [5, 2**31 + 1, 2**32 + 5, 2**40 - 1])
+def test_rows_beyond_32_bits_have_words_of_their_own(row: int, dtype: torch.dtype) -> None:
+    columns, p, seed = 128, 0.4, 123456789123
+    target = torch.empty(columns, dtype=dtype)
+    FACTORS(dtype, 1, 0, (target.data_ptr(), row, columns, keep_threshold(p), seed), (1.0,))
+    words = philox4x32(
+        (
+            torch.arange(columns // 4),
+            torch.tensor(row % 2**32),
+            torch.tensor(row // 2**32),
+            torch.tensor(NORM_STREAM),
+        ),
+        torch.tensor(seed),
+    )
+    keep = torch.stack(torch.broadcast_tensors(*words), -1).flatten() >= keep_threshold(p)
+    assert torch.equal(target, keep.to(dtype))
+
+
+# --- other vector widths --------------------------------------------------------------------------
+
+_AT_ANOTHER_WIDTH = """
+import torch
+from rowmax.kernels import Dense, add_layer_norm, masked_softmax
+torch.manual_seed(0)
+for columns in (3, 50):
+    runs = []
+    for backend, dtype in (("reference", torch.float64), ("numba", torch.float32)):
+        torch.manual_seed(0)
+        x, r, w = (torch.randn(s, columns).to(dtype).requires_grad_() for s in (5, 5, 1))
+        mask = Dense(torch.rand(5, columns) < 0.5)
+        y, total = add_layer_norm(x, r, w[0], dropout_p=0.4, seed=9, backend=backend)
+        p = masked_softmax(total, mask, 0.7, backend=backend)
+        (y * p + total.sin()).sum().backward()
+        runs.append([t.double() for t in (y, total, p, x.grad, r.grad, w.grad)])
+    for a, b in zip(*runs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [128, 256])
+def test_narrower_vectors(bits: int) -> None:
+    from rowmax.kernels.cpu_numba.host import native_vector_bits
+
+    if bits >= native_vector_bits():
+        pytest.skip(f"the tests above ran at {native_vector_bits()} bits")
+    subprocess.run(
+        [sys.executable, "-c", _AT_ANOTHER_WIDTH],
+        env={**os.environ, "ROWMAX_VECTOR_BITS": str(bits)},
+        check=True,
+        timeout=300,
+    )
