@@ -19,7 +19,6 @@ from .attention_tiles import (
     LN_2,
     REALS,
     add_bias,
-    aligned,
     drop_weights,
     in_range,
     key_ranges,

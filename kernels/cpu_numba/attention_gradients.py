@@ -107,19 +107,20 @@ def _dot_rows(a, a_row, b, b_row, r, columns, zero):
 
 
 @jit
-def _gradient_of_weight(scores, d_weights, row, lse2, delta, allowed, masked):
+def _gradient_of_weight(scores, d_weights, row, lse2, delta, allowed, masked, zeros):
     """One vector of P and of dS, in the place of S and dP."""
     weight = exp2(load(scores + row) - lse2)
     if masked:
-        weight = select(allowed, weight, weight - weight)
+        weight = select(allowed, weight, zeros)
     store(scores + row, weight)
     store(d_weights + row, weight * (load(d_weights + row) - delta))
 
 
 @jit
-def _gradient_of_dropped(scores, d_weights, row, lse2, delta, allowed, words, threshold, keep_scale):
+def _gradient_of_dropped(
+    scores, d_weights, row, lse2, delta, allowed, words, threshold, keep_scale, zeros
+):
     """The same with dropout: P * M in the place of S."""
-    zeros = keep_scale - keep_scale
     weight = select(allowed, exp2(load(scores + row) - lse2), zeros)
     keep = select(at_least(words, threshold), keep_scale, zeros)
     store(scores + row, weight * keep)
@@ -133,6 +134,7 @@ def _gradient_block(
     """P (or P * M) in the place of the block's scores, and dS in the place of its dP."""
     zero = call.zero
     lanes = lanes_of(zero)
+    zeros = splat(zero)
     for v in range(0, width, lanes):
         row_lse, row_delta = load(lse2 + v), load(delta + v)
         low = load_integers(as_integers32(first) + v, zero)
@@ -141,7 +143,7 @@ def _gradient_block(
             for k in range(keys):
                 allowed = in_range(k0 + k, low, high, zero)
                 _gradient_of_weight(
-                    scores, d_weights, k * width + v, row_lse, row_delta, allowed, masked
+                    scores, d_weights, k * width + v, row_lse, row_delta, allowed, masked, zeros
                 )
             continue
         keep_scale = splat(cast(call.keep_scale, zero))
@@ -168,6 +170,7 @@ def _gradient_block(
                         words,
                         call.threshold,
                         keep_scale,
+                        zeros,
                     )
 
 

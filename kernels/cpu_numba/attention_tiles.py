@@ -154,32 +154,25 @@ def random_words(call, b, h, start, v, group):
 
 
 @jit
-def drop(row, words, threshold):
+def drop(row, words, threshold, zeros):
     """Zero the elements of one vector of weights that dropout drops."""
-    weights = load(row)
-    store(row, select(at_least(words, threshold), weights, weights - weights))
+    store(row, select(at_least(words, threshold), load(row), zeros))
 
 
 @jit
 def drop_weights(call, b, h, start, width, k0, keys, weights):
     """Zero the dropped weights of a (keys, width) block; the kept ones are scaled at the end."""
     lanes = lanes_of(weights)
+    zeros = splat(call.zero)
     for v in range(0, width, lanes):
         for group in range(k0 // 4, (k0 + keys + 3) // 4):
             w0, w1, w2, w3 = random_words(call, b, h, start, v, group)
             k = 4 * group - k0
             if k >= 0:
-                drop(weights + (k * width + v), w0, call.threshold)
+                drop(weights + (k * width + v), w0, call.threshold, zeros)
             if 0 <= k + 1 < keys:
-                drop(weights + ((k + 1) * width + v), w1, call.threshold)
+                drop(weights + ((k + 1) * width + v), w1, call.threshold, zeros)
             if 0 <= k + 2 < keys:
-                drop(weights + ((k + 2) * width + v), w2, call.threshold)
+                drop(weights + ((k + 2) * width + v), w2, call.threshold, zeros)
             if k + 3 < keys:
-                drop(weights + ((k + 3) * width + v), w3, call.threshold)
-
-
-@jit
-def aligned(elements, like):
-    """`elements` rounded up to whole vectors, so that scratch arrays stay aligned."""
-    lanes = lanes_of(like)
-    return (elements + lanes - 1) // lanes * lanes
+                drop(weights + ((k + 3) * width + v), w3, call.threshold, zeros)

@@ -24,10 +24,17 @@ from .host import vector_bits
 
 CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
 
-jit = functools.partial(numba.njit, nogil=True, error_model="numpy", boundscheck=False)
+# Called from other kernels only: no wrappers for Python or C, which would double the compile time.
+jit = functools.partial(
+    numba.njit,
+    nogil=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)
 
 
-def cache_directory() -> Path:
+def cache_directory(kernel: Callable[..., None]) -> Path:
     """ROWMAX_CACHE_DIR, or rowmax/ in the user's cache directory; a folder for each version."""
     asked = os.environ.get(CACHE_VARIABLE)
     if asked:
@@ -38,24 +45,35 @@ def cache_directory() -> Path:
         root = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "rowmax"
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rowmax"
-    return root / f"numba-{_fingerprint()}"
+    return root / f"numba-{_fingerprint(kernel)}"
 
 
-@functools.cache
-def _fingerprint() -> str:
+def _fingerprint(kernel: Callable[..., None]) -> str:
     digest = hashlib.sha256()
     versions = (numba.__version__, llvmlite.__version__, sys.version, vector_bits())
     digest.update(repr(versions).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    for module in sorted(_modules_behind(kernel.__module__)):
+        digest.update(Path(str(sys.modules[module].__file__)).read_bytes())
     return digest.hexdigest()[:16]
 
 
+def _modules_behind(name: str) -> set[str]:
+    """The modules of this package whose functions `name` uses, directly or not, and itself."""
+    found, open_ends = {name}, [name]
+    while open_ends:
+        for value in list(vars(sys.modules[open_ends.pop()]).values()):
+            origin = getattr(value, "__module__", None)
+            if isinstance(origin, str) and origin not in found and origin.startswith(__package__):
+                found.add(origin)
+                open_ends.append(origin)
+    return found
+
+
 @contextmanager
-def _cache_in_user_directory() -> Iterator[None]:
+def _cache_in(directory: Path) -> Iterator[None]:
     """Numba reads its configuration when a function is declared; it is put back at once."""
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_directory())
+    config.CACHE_DIR = str(directory)
     try:
         yield
     finally:
@@ -65,7 +83,7 @@ def _cache_in_user_directory() -> Iterator[None]:
 @functools.cache
 def machine_function(kernel: Callable[..., None], argument: Any) -> int:
     """The address of `void kernel(argument *)` in machine code; compiled, or read from disk, once."""
-    with _cache_in_user_directory():
+    with _cache_in(cache_directory(kernel)):
         compiled = numba.cfunc(numba.void(numba.types.CPointer(argument)), cache=True)(kernel)
     _kept_alive.append(compiled)
     address: int = compiled.address

@@ -15,7 +15,8 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     weights = scores.new_empty(scores.shape)
     if scores.stride(3) != 1:
         scores = scores.contiguous()
-    dense, dense_address, dense_strides = mask.dense, 0, (0, 0, 0, 0)
+    dense, dense_address = mask.dense, 0
+    dense_strides: tuple[int, ...] = (0, 0, 0, 0)
     if dense is not None:
         if dense.shape[3] != 1 and dense.stride(3) != 1:
             dense = dense.contiguous()
