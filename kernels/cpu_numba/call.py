@@ -36,6 +36,7 @@ class Kernel:
         self.kernel = kernel
         self.integers = tuple(integers)
         self.reals = tuple(reals)
+        self._functions: dict[torch.dtype, int] = {}
         self._struct = struct.Struct(f"{3 + len(self.integers)}q{len(self.reals)}dd")
         self._records = {
             dtype: numba.from_dtype(
@@ -60,7 +61,10 @@ class Kernel:
         """Run on as many threads as there are tasks, with `scratch_bytes` of memory for each."""
         if tasks == 0:
             return
-        function = machine_function(self.kernel, self._records[dtype])
+        function = self._functions.get(dtype)
+        if function is None:
+            function = machine_function(self.kernel, self._records[dtype])
+            self._functions[dtype] = function
         count = threads.thread_count(tasks)
         scratch_bytes = -(-scratch_bytes // 64) * 64
         tickets, scratch = threads.workspace(count, scratch_bytes)

@@ -8,6 +8,7 @@ from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD
 from .norms_forward import FORWARD
+from .results import new_result
 from .rows import chunk_rows, count_rows, rows_of, task_rows
 
 
@@ -69,12 +70,12 @@ def _forward(
     """y, total, mean, rstd; total and mean are uninitialised where there is none."""
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
-    y = x.new_empty(shape)
+    y = new_result(x, shape)
     mean, rstd = x.new_empty(shape[:-1]), x.new_empty(shape[:-1])
     x, x_row = rows_of(x)
     total, residual_address, residual_row, scratch = y, 0, 0, 0
     if residual is not None:
-        total = x.new_empty(shape)
+        total = new_result(x, shape)
         residual, residual_row = rows_of(residual)
         residual_address = residual.data_ptr()
         scratch = _factor_bytes(x)
@@ -111,9 +112,9 @@ def _backward(
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     empty = x.new_empty(0)
-    d_total = x.new_empty(shape)
+    d_total = new_result(x, shape)
     dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
-    d_x = x.new_empty(shape) if dropping else empty
+    d_x = new_result(x, shape) if dropping else empty
     d_weight = empty if weight is None else x.new_empty(columns)
     d_bias = empty if bias is None else x.new_empty(columns)
     x, x_row = rows_of(x)
@@ -154,6 +155,8 @@ def _parameter(parameter: Tensor | None, absent: float, x: Tensor) -> Tensor:
     """(N,), contiguous and in x's dtype: small beside x, so that kernels need no case for it."""
     if parameter is None:
         return x.new_full((x.shape[-1],), absent)
+    if parameter.dtype == x.dtype and parameter.is_contiguous():
+        return parameter
     return parameter.to(x.dtype).contiguous()
 
 

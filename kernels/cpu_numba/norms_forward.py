@@ -123,14 +123,14 @@ def _row_moments(row, mean, columns, count, zero):
 def _write_row(row, mean, shift, rstd, weight, bias, y, columns, zero):
     """y = ((row - mean) - shift) * rstd * weight + bias."""
     lanes = lanes_of(zero)
-    means, shifts, scales = splat(mean), splat(shift), splat(rstd)
+    means, shifts, scales = splat(mean), splat(-shift * rstd), splat(rstd)
     rest = columns % lanes
     for c in range(0, columns - rest, lanes):
-        normal = ((load(row + c) - means) - shifts) * scales
+        normal = multiply_add(load(row + c) - means, scales, shifts)
         store(y + c, multiply_add(normal, load(weight + c), load(bias + c)))
     if rest > 0:
         c = columns - rest
-        normal = ((load_first(row + c, rest) - means) - shifts) * scales
+        normal = multiply_add(load_first(row + c, rest) - means, scales, shifts)
         result = multiply_add(normal, load_first(weight + c, rest), load_first(bias + c, rest))
         store_first(y + c, result, rest)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import SoftmaxProblem
+from .results import new_result
 from .rows import count_rows, rows_of, task_rows
 from .softmax_rows import BACKWARD, FORWARD, NO_BOUND
 
@@ -12,7 +13,7 @@ from .softmax_rows import BACKWARD, FORWARD, NO_BOUND
 def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     scores, mask, scale = problem
     _, heads, queries, keys = scores.shape
-    weights = scores.new_empty(scores.shape)
+    weights = new_result(scores, scores.shape)
     if scores.stride(3) != 1:
         scores = scores.contiguous()
     dense, dense_address = mask.dense, 0
@@ -44,7 +45,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
 
 
 def masked_softmax_backward(grad_weights: Tensor, weights: Tensor, scale: float) -> Tensor:
-    d_scores = weights.new_empty(weights.shape)
+    d_scores = new_result(weights, weights.shape)
     weights, weights_row = rows_of(weights)
     grad, grad_row = rows_of(grad_weights.to(weights.dtype))
     rows, keys = count_rows(weights), weights.shape[-1]

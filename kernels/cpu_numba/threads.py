@@ -91,12 +91,14 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self.memory = np.empty(0, dtype=np.uint8)
+        self.size, self.start = -1, 0
 
     def address(self, size: int) -> int:
-        if self.memory.size < size + _ALIGNMENT:
+        if self.size < size:
             self.memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-        start = self.memory.ctypes.data
-        return start + -start % _ALIGNMENT
+            start: int = self.memory.ctypes.data
+            self.size, self.start = size, start + -start % _ALIGNMENT
+        return self.start
 
 
 _workspace = _Workspace()
