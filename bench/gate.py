@@ -1,9 +1,13 @@
 """The correctness gate: nothing is timed that is not right.
 
-A candidate passes where its largest error against float64 is at most twice that of the naive path
-in the candidate's own dtype, plus a few roundings of the largest element; outputs and gradients
-alike. rowmax.kernels is checked with the very weights dropped that its seed drops; torch's paths
-draw theirs from a generator of their own, so they are checked with dropout off.
+rowmax.kernels passes where its largest error against float64 is at most twice that of the naive
+path in the same dtype, plus a few roundings of the largest element; outputs and gradients alike.
+It is checked with the very weights dropped that its seed drops.
+
+Torch's paths are checked for computing the same thing, not for how exactly: some of them round
+more than the naive path (the weight's gradient in `layer_norm`, at 65536 rows), and to leave out
+a fast peer for that would flatter rowmax. They draw dropout from a generator of their own, so they
+are checked with dropout off.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from .inputs import Inputs, Outputs, to_float64
 from .peers import Function, oracle, run_pass
 
 ROUNDINGS = 16
+SUBJECT_FACTOR = 2.0  # times the naive path's error
+PEER_FACTOR = 64.0
 
 
 @dataclass(frozen=True)
@@ -39,24 +45,23 @@ class Gate:
         self.inputs = inputs
         self._pieces: dict[bool, list[Piece]] = {}
 
-    def fault(self, function: Function, *, drops_as_rowmax: bool) -> str | None:
-        """What is wrong with `function`; None when it passes."""
-        inputs: Any = self.inputs
-        if not drops_as_rowmax:
-            inputs = replace(inputs, dropout_p=0.0)
+    def fault(self, function: Function, *, is_subject: bool) -> str | None:
+        """What is wrong with `function`, rowmax's own or a peer's; None when it passes."""
+        inputs: Any = self.inputs if is_subject else replace(self.inputs, dropout_p=0.0)
+        factor = SUBJECT_FACTOR if is_subject else PEER_FACTOR
         outputs = run_pass(function, inputs, backward=self.case.backward)
-        for piece in self._pieces_of(drops_as_rowmax):
+        for piece in self._pieces_of(is_subject):
             if len(outputs) != len(piece.exact):
                 return f"expected {len(piece.exact)} results, got {len(outputs)}"
             for index, got in enumerate(outputs):
                 part = got if piece.part is None else got[piece.part]
-                fault = compare(part, piece.plain[index], piece.exact[index])
+                fault = compare(part, piece.plain[index], piece.exact[index], factor)
                 if fault is not None:
                     return f"result {index} of {len(outputs)}: {fault}"
         return None
 
-    def _pieces_of(self, drops_as_rowmax: bool) -> list[Piece]:
-        with_keep = drops_as_rowmax and self.inputs.dropout_p > 0.0
+    def _pieces_of(self, is_subject: bool) -> list[Piece]:
+        with_keep = is_subject and self.inputs.dropout_p > 0.0
         if with_keep not in self._pieces:
             self._pieces[with_keep] = list(self._compute(with_keep))
         return self._pieces[with_keep]
@@ -70,15 +75,15 @@ class Gate:
             yield Piece(part, exact, plain)
 
 
-def compare(got: Tensor, plain: Tensor, exact: Tensor) -> str | None:
+def compare(got: Tensor, plain: Tensor, exact: Tensor, factor: float) -> str | None:
     """The rule above, for one tensor."""
     if got.shape != exact.shape:
         return f"expected shape {tuple(exact.shape)}, got {tuple(got.shape)}"
     if exact.numel() == 0:
         return None
     error = _largest(got.detach().double() - exact.detach())
-    allowed = 2 * _largest(plain.detach().double() - exact.detach())
-    allowed += ROUNDINGS * torch.finfo(got.dtype).eps * _largest(exact.detach())
+    rounding = ROUNDINGS * torch.finfo(got.dtype).eps * _largest(exact.detach())
+    allowed = factor * _largest(plain.detach().double() - exact.detach()) + rounding
     # written so that a NaN fails
     if error <= allowed:
         return None

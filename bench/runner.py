@@ -85,7 +85,7 @@ def run_case(case: Case, functions: Mapping[str, Function], budget: Budget, limi
         try:
             call()
             first_call[name] = perf_counter() - started
-            fault = gate.fault(function, drops_as_rowmax=name == SUBJECT)
+            fault = gate.fault(function, is_subject=name == SUBJECT)
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
