@@ -22,7 +22,8 @@ def fail_type(function: str, argument: str, got: object, expected: str) -> NoRet
 
 
 def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
+    sizes = ", ".join(str(size) for size in shape)
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
 def require_tensor(function: str, argument: str, value: object) -> Tensor:

@@ -108,7 +108,7 @@ def attention_backward(
         d_scores = d_scores * (1.0 - torch.tanh(naive.scores / problem.softcap) ** 2)
     d_key = d_scores.transpose(-1, -2) @ naive.query
 
-    d_bias = d_sinks = problem.query.new_empty(0)
+    d_bias, d_sinks = problem.query.new_empty(0), problem.query.new_empty(0)
     if bias_grad and problem.bias is not None:
         d_bias = d_shifted.sum_to_size(problem.bias.shape).to(problem.bias.dtype).contiguous()
     if sinks_grad and problem.sinks is not None:

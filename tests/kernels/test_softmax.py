@@ -1,0 +1,119 @@
+"""masked_softmax against float64, forward and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import Causal, Dense, Documents, KeyLengths, Mask, Window, masked_softmax
+
+from .backends import device_of, doing, dtype_name, refused
+from .cases import lengths
+from .support import DTYPES, assert_close
+
+
+@pytest.fixture(params=doing("masked_softmax"))
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+MASKS: dict[str, Mask | Tensor | None] = {
+    "none": None,
+    "causal": Causal("lower_right"),
+    "window_keys": Window(3, 1, "upper_left") & KeyLengths(lengths(9, 2)),
+    "empty_rows": KeyLengths(lengths(0, 5)),
+    "dense": torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.5,
+    "dense_row": Dense(torch.arange(9) % 3 > 0),
+    "documents": Documents(torch.arange(7).expand(2, 7) // 3, torch.arange(9).expand(2, 9) // 3),
+}
+
+
+def judge(
+    backend: str, scores: Tensor, mask: Mask | Tensor | None, scale: float, features: set[str]
+) -> None:
+    scores = scores.to(device_of(backend))
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(scores.shape, generator=generator, dtype=torch.float64).to(scores)
+    features = features | {"masked_softmax", dtype_name(scores.dtype)}
+    if refused(backend, features, lambda: masked_softmax(scores, mask, scale, backend=backend)):
+        return
+    leaf = scores.detach().requires_grad_()
+    weights = masked_softmax(leaf, mask, scale, backend=backend)
+    assert weights.dtype == scores.dtype
+    assert weights.shape == scores.shape
+    (d_scores,) = torch.autograd.grad(weights, leaf, grad)
+
+    def equation(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = scores.detach().to(dtype).requires_grad_()
+        terms = scale * leaf
+        if mask is not None:
+            shape = (1,) * (4 - scores.dim()) + tuple(scores.shape)
+            if scores.dim() == 3:
+                shape = (scores.shape[0], 1, *scores.shape[1:])
+            dense = mask.dense(*shape) if isinstance(mask, Mask) else mask.expand(shape)
+            terms = terms.masked_fill(~dense.view(scores.shape).to(scores.device), -torch.inf)
+        highest = terms.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        powers = torch.exp(terms - highest)
+        weights = powers / powers.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+        return weights.detach(), torch.autograd.grad(weights, leaf, grad.to(dtype))[0]
+
+    if not scores.numel():
+        return
+    statistics = torch.promote_types(scores.dtype, torch.float32)
+    oracle, plain = equation(torch.float64), equation(statistics)
+    row = 1 + abs(scale) * scores.double().abs().amax(-1, keepdim=True)
+    size = oracle[0] * row
+    product = grad.double().abs() * oracle[0]
+    d_size = abs(scale) * size * (grad.double().abs() + product.sum(-1, keepdim=True))
+    # the backward has the stored weights, in a half dtype with its rounding
+    d_size = d_size * torch.finfo(scores.dtype).eps / torch.finfo(statistics).eps
+    for name, got, index, magnitude in (
+        ("weights", weights, 0, size),
+        ("d_scores", d_scores, 1, d_size),
+    ):
+        stored = plain[index].to(got.dtype)
+        assert_close(name, got.detach(), oracle[index], stored, magnitude, statistics)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name: str, dtype: torch.dtype, backend: str) -> None:
+    scores = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(2)).to(dtype)
+    judge(backend, scores, MASKS[name], 0.7, {name} & {"documents"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (9,), (5, 9), (3, 5, 9), (2, 2, 1, 1), (1, 2, 3, 1000), (2, 1, 70, 129)],
+    ids=str,
+)
+def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    judge(backend, scores, None, -1.3, set())
+    judge(backend, scores * 100, torch.arange(shape[-1]) % 4 != 1, 1.0, set())
+
+
+@pytest.mark.parametrize(
+    "shape", [(0,), (0, 3), (3, 0), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)], ids=str
+)
+def test_empty(shape: tuple[int, ...], backend: str) -> None:
+    scores = torch.ones(shape, device=device_of(backend), requires_grad=True)
+    weights = masked_softmax(scores, backend=backend)
+    assert weights.shape == shape
+    weights.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.shape == shape
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_layouts(layout: str, backend: str) -> None:
+    scores = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(4))
+    moved = {
+        "transposed": scores.transpose(1, 3).contiguous().transpose(1, 3),
+        "strided": scores.repeat_interleave(2, -1)[..., ::2],
+        "expanded": scores[:, :1].expand(2, 3, 7, 9),
+    }[layout]
+    judge(backend, moved, Causal("upper_left"), 1.0, set())
