@@ -74,11 +74,11 @@ class _Grammar:
         self.rng = rng
         # Each family with its share of the corpus.
         self.families: tuple[tuple[Callable[[], Pair], float], ...] = (
-            (self.number, 0.08),
+            (self.number, 0.10),
             (self.calendar_date, 0.09),
             (self.clock_time, 0.08),
             (self.price, 0.12),
-            (self.action, 0.40),
+            (self.action, 0.38),
             (self.journey, 0.11),
             (self.two_actions, 0.07),
             (self.existence, 0.05),
@@ -98,7 +98,7 @@ class _Grammar:
 
     def amount(self) -> int:
         """A number whose length, not only whose value, is spread evenly."""
-        digits = self.pick((2, 3, 3, 4, 4, 5, 5, 6))
+        digits = self.pick((2, 3, 3, 4, 4, 5, 5))
         return self.rng.randrange(10 ** (digits - 1), 10**digits)
 
     def number(self) -> Pair:
@@ -142,7 +142,7 @@ class _Grammar:
         ko, en = self._time_of_day()
         frame = self.pick(("now", "start", "leave", "meet"))
         if frame == "now":
-            return Pair(f"지금은 {korean.is_(ko)}.", f"It is {en} now.")
+            return Pair(f"지금은 {korean.is_(ko)}.", _sentence(f"it is now {en}"))
         if frame == "start":
             event_ko, event_en = self.pick(lexicon.EVENTS)
             return Pair(

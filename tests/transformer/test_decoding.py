@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,46 @@ def test_a_wider_beam_finds_likelier_translations(reverser):
     narrow = total(greedy(reverser, source, lengths))
     wide = total(beam_search(reverser, source, lengths, beam=5, alpha=0.0))
     assert wide > narrow
+
+
+def test_length_penalty():
+    """Equation 14 of Wu et al. (2016)."""
+    assert length_penalty(1, 0.6) == 1
+    assert length_penalty(7, 0.6) == 2**0.6
+    assert length_penalty(7, 0.0) == 1
+
+
+class Chain:
+    """In place of a model: each token's successor depends on that token alone."""
+
+    config = ModelConfig(10, max_length=12)
+
+    def __init__(self) -> None:
+        """EOS at once with probability 0.6, or else, surely, 3, 4, 5, 6, 7, 8, EOS."""
+        self.scores = torch.full((10, 10), -1e9)
+        self.scores[BOS, [EOS, 3]] = torch.tensor([0.6, 0.4]).log()
+        for token in range(3, 8):
+            self.scores[token, token + 1] = 0.0
+        self.scores[8, EOS] = 0.0
+
+    def eval(self) -> None:
+        pass
+
+    def start(self, *_: torch.Tensor) -> Chain:
+        return self
+
+    def select(self, _: torch.Tensor) -> None:
+        pass
+
+    def decode(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:
+        return self.scores[tokens]
+
+
+@pytest.mark.parametrize("alpha, answer", [(0.0, []), (0.5, []), (1.0, [3, 4, 5, 6, 7, 8])])
+def test_waits_for_a_longer_answer_that_can_still_win(alpha, answer):
+    """log 0.6 = -0.51 against log 0.4 / 2 ** alpha, of which the length penalty is the 2."""
+    model: Any = Chain()
+    assert beam_search(model, torch.tensor([[3]]), torch.tensor([1]), 2, alpha) == [answer]
 
 
 @pytest.mark.parametrize("beam", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def sentences(seed: int = 0, length: int = 9) -> tuple[torch.Tensor, torch.Tenso
     return source, torch.tensor([9, 5, 1, 7]), target
 
 
-def torch_layer(layer: nn.Module, kind: type[nn.Module], norms: list[nn.Module], pre: bool):
+def torch_layer(layer: Any, kind: type[nn.Module], norms: list[nn.Module], pre: bool):
     """torch's layer with the weights of ours; ``norms`` in the order of torch's."""
     theirs = kind(24, 3, 40, dropout=0.0, batch_first=True, norm_first=pre, dtype=torch.float64)
     attentions = [(theirs.self_attn, layer.self_attention)]
@@ -180,8 +181,9 @@ def test_layers_share_no_weights():
     model = small()
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     assert len(set(pointers)) == len(pointers)
-    first, second = model.encoder
-    assert not torch.equal(first.self_attention.w_q.weight, second.self_attention.w_q.weight)
+    first, second = model.encoder[0].get_parameter, model.encoder[1].get_parameter
+    name = "self_attention.w_q.weight"
+    assert not torch.equal(first(name), second(name))
 
 
 def test_the_base_model_is_the_papers():
@@ -219,7 +221,8 @@ def test_dropout_only_in_training():
 
 @pytest.mark.parametrize("where", ["dropout", "attention_dropout"])
 def test_each_dropout_does_something(where):
-    model = small(**{"dropout": 0.0, "attention_dropout": 0.0, where: 0.3})
+    settings: dict[str, Any] = {"dropout": 0.0, "attention_dropout": 0.0, where: 0.3}
+    model = small(**settings)
     inputs = sentences()
     assert not torch.equal(model.train()(*inputs), model.eval()(*inputs))
 

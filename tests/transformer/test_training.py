@@ -124,6 +124,13 @@ def test_a_step_follows_from_seed_and_step_alone():
     assert not torch.equal(weights(other)[0], weights(new_trainer())[0])
 
 
+def test_each_step_has_dropout_masks_of_its_own():
+    trainer = new_trainer()
+    for step in (1, 2, 3):
+        trainer.step()
+        assert torch.initial_seed() == step_seed(SETTINGS.seed, step)
+
+
 def test_every_pair_is_used_once_an_epoch():
     trainer = new_trainer()
     batches = len(trainer.dataset.plan(SETTINGS.batch_tokens, SETTINGS.seed, 0))
