@@ -105,6 +105,7 @@ def check_name(function: str, backend: object) -> str:
     return backend
 
 
+@functools.cache
 def load(name: str) -> Backend:
     """The backend's package. Light: what it needs beyond torch is imported on first use."""
     return cast(Backend, importlib.import_module(f".{_FOLDERS[name]}", __package__))

@@ -69,5 +69,7 @@ def _declines_attention(problem: AttentionProblem) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in _IMPLEMENTED:
-        return getattr(importlib.import_module(f".{_IMPLEMENTED[name]}", __package__), name)
+        function = getattr(importlib.import_module(f".{_IMPLEMENTED[name]}", __package__), name)
+        globals()[name] = function  # found without this detour from now on
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

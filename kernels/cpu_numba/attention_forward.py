@@ -19,6 +19,7 @@ from .attention_tiles import (
     LN_2,
     REALS,
     add_bias,
+    attends_none,
     drop_weights,
     in_range,
     key_ranges,
@@ -30,9 +31,10 @@ from .jit import jit
 from .microkernel import VECTORS, lanes_of, multiply, transpose
 from .simd import (
     any_lane,
-    cast,
     as_integers32,
+    cast,
     integers_at,
+    item_size,
     load,
     load_integers,
     maximum,
@@ -40,9 +42,7 @@ from .simd import (
     pointer,
     select,
     splat,
-    splat_integer,
     store,
-    item_size,
     take_ticket,
 )
 
@@ -149,21 +149,27 @@ def _forward_tile(call, b, h, start, scratch):
     for v in range(0, width, lanes):
         store(row_max + v, splat(cast(-math.inf, zero)))
         store(row_sum + v, splat(cast(0.0, zero)))
-    if begin >= end:
-        for at in range(0, call.value_dim * width, lanes):
-            store(out_t + at, splat(cast(0.0, zero)))
-    else:
+    if begin < end:
         if rows < width:
             for at in range(0, call.head_dim * width, lanes):
                 store(query_t + at, splat(cast(0.0, zero)))
         transpose(
             query, call.query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero)
         )
+    started = False
     for k0 in range(begin, end, BLOCK_KEYS):
         keys = min(BLOCK_KEYS, end - k0)
+        if attends_none(call, b, h, start, rows, k0, keys):
+            continue
         key_block, value_block = key + k0 * call.key_row, value + k0 * call.value_row
         multiply(
-            vectors, keys, call.head_dim, key_block, call.key_row, 1, query_t, width, scores, width, False
+            vectors,
+            keys,
+            call.head_dim,
+            (key_block, call.key_row, 1),
+            (query_t, width),
+            (scores, width),
+            False,
         )
         if call.bias != 0 or call.dense != 0:
             add_bias(call, b, h, start, rows, width, k0, keys, scores, bias)
@@ -171,13 +177,23 @@ def _forward_tile(call, b, h, start, scratch):
         moved = _softmax_block(
             masked, k0, keys, width, scores, row_max, row_sum, rescale, first, last, zero
         )
-        if moved and k0 > begin:
+        if moved and started:
             _scale_columns(out_t, call.value_dim, width, rescale)
         if call.dropout != 0:
             drop_weights(call, b, h, start, width, k0, keys, scores)
         multiply(
-            vectors, call.value_dim, keys, value_block, 1, call.value_row, scores, width, out_t, width, k0 > begin
+            vectors,
+            call.value_dim,
+            keys,
+            (value_block, 1, call.value_row),
+            (scores, width),
+            (out_t, width),
+            started,
         )
+        started = True
+    if not started:
+        for at in range(0, call.value_dim * width, lanes):
+            store(out_t + at, splat(zero))
     _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale)
 
 
@@ -196,9 +212,7 @@ def _forward(argument):
         if task >= call.batch * call.heads * tiles:
             break
         head, tile = task // tiles, tiles - 1 - task % tiles
-        _forward_tile(
-            call, head // call.heads, head % call.heads, tile * VECTORS * lanes, scratch
-        )
+        _forward_tile(call, head // call.heads, head % call.heads, tile * VECTORS * lanes, scratch)
 
 
 FORWARD = Kernel(_forward, INTEGERS, REALS)

@@ -21,6 +21,7 @@ from .attention_tiles import (
     LOG2_E,
     REALS,
     add_bias,
+    attends_none,
     in_range,
     key_ranges,
     random_words,
@@ -47,7 +48,6 @@ from .simd import (
     store_first,
     take_ticket,
 )
-
 
 _GRADIENTS = (
     *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
@@ -201,7 +201,7 @@ def _multiply_wide(columns, rows, depth, a, a_row, b, b_row, c):
     lanes = lanes_of(a)
     for at in range(0, columns, VECTORS * lanes):
         vectors = min(VECTORS, (columns - at) // lanes)
-        multiply(vectors, rows, depth, a, a_row, 1, b + at, b_row, c + at, columns, True)
+        multiply(vectors, rows, depth, (a, a_row, 1), (b + at, b_row), (c + at, columns), True)
 
 
 @jit
@@ -258,7 +258,14 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
             query, query_row = query_rows, head_columns
         if dead or value_columns != call.value_dim:
             _copy_rows(
-                grad_out, grad_out_row, grad_out_rows, value_columns, rows, call.value_dim, lse, zero
+                grad_out,
+                grad_out_row,
+                grad_out_rows,
+                value_columns,
+                rows,
+                call.value_dim,
+                lse,
+                zero,
             )
             grad_out, grad_out_row = grad_out_rows, value_columns
         if rows < width:
@@ -278,12 +285,26 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
 
     for k0 in range(begin, end, BLOCK_KEYS):
         keys = min(BLOCK_KEYS, end - k0)
+        if attends_none(call, b, h, start, rows, k0, keys):
+            continue
         key_block, value_block = key + k0 * call.key_row, value + k0 * call.value_row
         multiply(
-            vectors, keys, call.head_dim, key_block, call.key_row, 1, query_t, width, scores, width, False
+            vectors,
+            keys,
+            call.head_dim,
+            (key_block, call.key_row, 1),
+            (query_t, width),
+            (scores, width),
+            False,
         )
         multiply(
-            vectors, keys, call.value_dim, value_block, call.value_row, 1, grad_out_t, width, d_weights, width, False
+            vectors,
+            keys,
+            call.value_dim,
+            (value_block, call.value_row, 1),
+            (grad_out_t, width),
+            (d_weights, width),
+            False,
         )
         if call.bias != 0 or call.dense != 0:
             add_bias(call, b, h, start, rows, width, k0, keys, scores, bias)
@@ -304,14 +325,18 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
                 _add_bias_gradient(
                     whole, call.d_bias_row, call.d_bias_column, rows, width, keys, d_weights
                 )
-        _multiply_wide(
-            value_columns, keys, rows, scores, width, grad_out, grad_out_row, d_value + k0 * value_columns
-        )
-        _multiply_wide(
-            head_columns, keys, rows, d_weights, width, query, query_row, d_key + k0 * head_columns
-        )
+        to = d_value + k0 * value_columns
+        _multiply_wide(value_columns, keys, rows, scores, width, grad_out, grad_out_row, to)
+        to = d_key + k0 * head_columns
+        _multiply_wide(head_columns, keys, rows, d_weights, width, query, query_row, to)
         multiply(
-            vectors, call.head_dim, keys, key_block, 1, call.key_row, d_weights, width, d_query_t, width, True
+            vectors,
+            call.head_dim,
+            keys,
+            (key_block, 1, call.key_row),
+            (d_weights, width),
+            (d_query_t, width),
+            True,
         )
     factor = splat(cast(call.plain_scale, zero))
     for at in range(0, call.head_dim * width, lanes):
@@ -335,11 +360,15 @@ def _backward_head(call, b, head, scratch, d_key, d_value):
     d_key_out = pointer(call.d_key, zero) + (b * call.d_key_batch + head * call.d_key_head)
     d_value_out = pointer(call.d_value, zero) + (b * call.d_value_batch + head * call.d_value_head)
     scale = cast(call.plain_scale, zero)
+    _write_rows(d_key, head_columns, d_key_out, call.d_key_row, call.key_len, call.head_dim, scale)
     _write_rows(
-        d_key, head_columns, d_key_out, call.d_key_row, call.key_len, call.head_dim, scale
-    )
-    _write_rows(
-        d_value, value_columns, d_value_out, call.d_value_row, call.key_len, call.value_dim, cast(1.0, zero)
+        d_value,
+        value_columns,
+        d_value_out,
+        call.d_value_row,
+        call.key_len,
+        call.value_dim,
+        cast(1.0, zero),
     )
 
 

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from ..layout import empty_heads
 from ..problem import AttentionProblem
-from .attention_gradients import BACKWARD
-from .attention_gradients import scratch_elements as backward_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
+from .attention_gradients import BACKWARD
+from .attention_gradients import scratch_elements as backward_scratch
 from .attention_tiles import LOG2_E, NO_BOUND
 from .microkernel import VECTORS, lanes_in
-
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -48,14 +47,14 @@ def attention_backward(
     problem = _prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
-    grad_out = _unit_last_stride(grad_out)
+    grad_out, out, lse = _unit_last_stride(grad_out), _unit_last_stride(out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     d_bias, wide = None, False
     if bias_grad and bias is not None:
         wide = tuple(bias.shape) != problem.shape
         d_bias = torch.zeros(bias.shape, dtype=torch.float64 if wide else query.dtype)
 
-    batch, heads, query_len, key_len = problem.shape
+    batch, _, query_len, key_len = problem.shape
     key_heads = key.shape[1]
     # A bias that several heads or batch elements share has one gradient: the same thread takes
     # them all, one after another.
@@ -83,30 +82,36 @@ def attention_backward(
         ),
         (problem.scale * LOG2_E, _keep_scale(problem.dropout_p), problem.scale),
     )
-    empty = query.new_empty(0)
-    d_bias = empty if d_bias is None or bias is None else d_bias.to(bias.dtype)
-    return d_query, d_key, d_value, d_bias, empty
+    if d_bias is None or bias is None:
+        d_bias = query.new_empty(0)
+    else:
+        d_bias = d_bias.to(bias.dtype)
+    return d_query, d_key, d_value, d_bias, query.new_empty(0)
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
     """The problem with everything a kernel reads in a form that it can read."""
-    bias, dense = problem.bias, problem.mask.dense
+    bias, mask = problem.bias, problem.mask
     if bias is not None:
         bias = _unit_last_stride(bias.to(problem.query.dtype))
-    if bias is not None or dense is not None:
+        problem = problem._replace(bias=bias)
+    if bias is not None or mask.dense is not None:
         problem = _without_unattended(problem)
-    mask = problem.mask._replace(
-        key_lengths=_contiguous(problem.mask.key_lengths),
-        query_lengths=_contiguous(problem.mask.query_lengths),
-        band=_contiguous(problem.mask.band),
-    )
-    return problem._replace(
-        query=_unit_last_stride(problem.query),
-        key=_unit_last_stride(problem.key),
-        value=_unit_last_stride(problem.value),
-        bias=bias,
-        mask=mask,
-    )
+    query, key, value = problem.query, problem.key, problem.value
+    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
+        problem = problem._replace(
+            query=_unit_last_stride(query),
+            key=_unit_last_stride(key),
+            value=_unit_last_stride(value),
+        )
+    tensors = (mask.key_lengths, mask.query_lengths, mask.band)
+    if any(tensor is not None and not tensor.is_contiguous() for tensor in tensors):
+        key_lengths, query_lengths, band = (
+            None if tensor is None else tensor.contiguous() for tensor in tensors
+        )
+        mask = mask._replace(key_lengths=key_lengths, query_lengths=query_lengths, band=band)
+        problem = problem._replace(mask=mask)
+    return problem
 
 
 def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
@@ -117,7 +122,7 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     """
     if bool(torch.isfinite(problem.key.sum() + problem.value.sum())):
         return problem
-    batch, heads, query_len, key_len = problem.shape
+    batch, _, query_len, key_len = problem.shape
     allowed = problem.mask.allowed(query_len, key_len, problem.query.device)
     if problem.bias is not None:
         attended = problem.bias != -torch.inf
@@ -169,12 +174,8 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _unit_last_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous (or has one element), else a copy."""
+    """The tensor itself where its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

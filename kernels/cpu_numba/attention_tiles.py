@@ -12,18 +12,17 @@ from .elementwise import at_least, philox
 from .jit import jit
 from .microkernel import VECTORS, lanes_of, transpose
 from .simd import (
-    cast,
     as_integers32,
+    bytes_at,
+    cast,
     integers_at,
     lane_numbers,
     load,
-    load_integers,
     pointer,
     select,
     splat,
     splat_integer,
     store,
-    bytes_at,
 )
 
 BLOCK_KEYS = 128  # keys whose scores are in the scratch at once
@@ -99,6 +98,23 @@ def in_range(k, low, high, like):
 
 
 @jit
+def attends_none(call, b, h, start, rows, k0, keys):
+    """Whether the dense mask forbids a whole block, which then is neither read nor computed."""
+    if call.dense == 0:
+        return False
+    allowed = bytes_at(call.dense) + (b * call.dense_batch + h * call.dense_head)
+    allowed = allowed + (start * call.dense_row + k0 * call.dense_column)
+    for r in range(1 if call.dense_row == 0 else rows):
+        row = allowed + r * call.dense_row
+        seen = row[0] & 0
+        for k in range(1 if call.dense_column == 0 else keys):
+            seen |= row[k * call.dense_column]
+        if seen != 0:
+            return False
+    return True
+
+
+@jit
 def add_bias(call, b, h, start, rows, width, k0, keys, scores, bias):
     """scores += log2(e) * bias, and -inf where the bias or the dense mask says so.
 
@@ -121,9 +137,7 @@ def add_bias(call, b, h, start, rows, width, k0, keys, scores, bias):
         else:
             for k in range(keys):
                 for r in range(rows):
-                    bias[k * width + r] = (
-                        source[r * call.bias_row + k * call.bias_column] * factor
-                    )
+                    bias[k * width + r] = source[r * call.bias_row + k * call.bias_column] * factor
     else:
         for k in range(keys):
             for v in range(0, width, lanes):

@@ -82,7 +82,7 @@ def _cache_in(directory: Path) -> Iterator[None]:
 
 @functools.cache
 def machine_function(kernel: Callable[..., None], argument: Any) -> int:
-    """The address of `void kernel(argument *)` in machine code; compiled, or read from disk, once."""
+    """The address of `void kernel(argument *)` as machine code, compiled or read from disk once."""
     with _cache_in(cache_directory(kernel)):
         compiled = numba.cfunc(numba.void(numba.types.CPointer(argument)), cache=True)(kernel)
     _kept_alive.append(compiled)

@@ -2,7 +2,7 @@
 
     C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
 
-A's elements are broadcast, B's and C's rows are vectors: a tile of ROWS x VECTORS registers of C
+A's elements are broadcast, B's and C's rows are vectors: a tile of up to 4 x VECTORS registers of C
 stays in registers for the whole depth, with no packing of A or B. Strides are in elements; only
 the columns of B and C are contiguous. Which way a matrix is read is a matter of strides alone:
 
@@ -26,7 +26,7 @@ from .simd import LANES, Pointer, broadcast, fma, llvm_element, load_vector, sto
 
 # Registers of C: 16 of AVX-512's 32, and 8 of the 16 that AVX and NEON's halves leave room for.
 VECTORS = 4 if vector_bits() == 512 else 2
-ROWS = 4
+TALL_TILES = vector_bits() == 512  # 8 x 2 registers
 
 
 def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
@@ -83,7 +83,11 @@ def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int
     k_next = builder.add(k, ir.Constant(i64, 1))
     a_next, b_next = builder.gep(a_k, [a_depth]), builder.gep(b_k, [b_depth])
     builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
-    for phi, first, following in ((k, ir.Constant(i64, 0), k_next), (a_k, a, a_next), (b_k, b, b_next)):
+    for phi, first, following in (
+        (k, ir.Constant(i64, 0), k_next),
+        (a_k, a, a_next),
+        (b_k, b, b_next),
+    ):
         phi.add_incoming(first, entry)
         phi.add_incoming(following, loop)
     for cell in cells:
@@ -128,19 +132,20 @@ def _tile(
         builder.call(function, [*args[2:10], builder.trunc(args[10], ir.IntType(1))])
         return context.get_dummy_value()
 
-    sig = types.void(
-        rows, vectors, i64, a, i64, i64, b, i64, c, i64, types.boolean
-    )
+    sig = types.void(rows, vectors, i64, a, i64, i64, b, i64, c, i64, types.boolean)
     return sig, generate
 
 
 @jit
-def multiply(vectors, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add):
+def multiply(vectors, rows, depth, left, right, result, add):
     """C[r, :] (+)= sum_k A[r, k] B[k, :] over `vectors` (1 to VECTORS) vectors of columns.
 
-    A[r, k] = a[r * a_row + k * a_depth]; B[k, :] starts at b + k * b_depth; C[r, :] at c + r * c_row.
-    With `add` the product is added to C, else it replaces it.
+    `left` is A as (pointer, row stride, depth stride), `right` B as (pointer, depth stride),
+    `result` C as (pointer, row stride). With `add` the product is added to C, else it replaces it.
     """
+    a, a_row, a_depth = left
+    b, b_depth = right
+    c, c_row = result
     r = 0
     if vectors == 4:
         while r + 4 <= rows:
@@ -157,9 +162,11 @@ def multiply(vectors, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
             _tile(1, 3, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
             r += 1
     elif vectors == 2:
-        while r + 8 <= rows:
-            _tile(8, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 8
+        if TALL_TILES:
+            while r + 8 <= rows:
+                at, to = a + r * a_row, c + r * c_row
+                _tile(8, 2, depth, at, a_row, a_depth, b, b_depth, to, c_row, add)
+                r += 8
         while r + 4 <= rows:
             _tile(4, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
             r += 4
@@ -256,7 +263,11 @@ def transpose(source, source_row, target, target_row, rows, columns, factor):
     for r in range(0, full_rows, lanes):
         for c in range(0, full_columns, lanes):
             _transpose_block(
-                source + (r * source_row + c), source_row, target + (c * target_row + r), target_row, factor
+                source + (r * source_row + c),
+                source_row,
+                target + (c * target_row + r),
+                target_row,
+                factor,
             )
     for r in range(rows):
         for c in range(full_columns if r < full_rows else 0, columns):

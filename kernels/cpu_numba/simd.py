@@ -55,13 +55,13 @@ def llvm_vector(vector: Vector) -> ir.VectorType:
 
 
 @register_model(Pointer)
-class _PointerModel(models.PrimitiveModel):  # type: ignore[misc]
+class _PointerModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Pointer) -> None:
         super().__init__(manager, kind, llvm_element(kind.dtype).as_pointer())
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector) -> None:
         super().__init__(manager, kind, llvm_vector(kind))
 
@@ -188,8 +188,8 @@ def cast(typing: Any, value: types.Type, like: types.Type) -> Any:
 
 
 @infer_global(operator.add)
-class _PointerAdd(AbstractTemplate):  # type: ignore[misc]
-    def generic(self, args: Any, kws: Any) -> Any:
+class _PointerAdd(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
         if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
             return signature(args[0], args[0], types.int64)
         return None
@@ -201,8 +201,8 @@ def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
 
 
 @infer_global(operator.getitem)
-class _PointerGet(AbstractTemplate):  # type: ignore[misc]
-    def generic(self, args: Any, kws: Any) -> Any:
+class _PointerGet(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
         if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
             return signature(args[0].dtype, args[0], types.int64)
         return None
@@ -214,8 +214,8 @@ def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
 
 
 @infer_global(operator.setitem)
-class _PointerSet(AbstractTemplate):  # type: ignore[misc]
-    def generic(self, args: Any, kws: Any) -> Any:
+class _PointerSet(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
         if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
             return signature(types.none, args[0], types.int64, args[0].dtype)
         return None
@@ -336,12 +336,12 @@ def lane_numbers(typing: Any, like: types.Type) -> Any:
     return kind(like), generate
 
 
-def _define_arithmetic(function: Any, float_instruction: str, int_instruction: str | None) -> None:
+def _define_arithmetic(function: Any, float_instruction: str, int_instruction: str) -> None:
     """Lane-wise `function` of two equal vectors."""
 
     @infer_global(function)
-    class _Template(AbstractTemplate):  # type: ignore[misc]
-        def generic(self, args: Any, kws: Any) -> Any:
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, _kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 return signature(args[0], *args)
             return None
@@ -355,8 +355,8 @@ def _define_arithmetic(function: Any, float_instruction: str, int_instruction: s
 
 def _define_comparison(function: Any, predicate: str) -> None:
     @infer_global(function)
-    class _Template(AbstractTemplate):  # type: ignore[misc]
-        def generic(self, args: Any, kws: Any) -> Any:
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, _kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 return signature(Vector(types.boolean, args[0].lanes), *args)
             return None
@@ -372,7 +372,7 @@ for _function, _float, _int in (
     (operator.add, "fadd", "add"),
     (operator.sub, "fsub", "sub"),
     (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", None),
+    (operator.truediv, "fdiv", "sdiv"),
 ):
     _define_arithmetic(_function, _float, _int)
 for _function, _predicate in (
@@ -386,8 +386,8 @@ for _function, _predicate in (
 
 
 @infer_global(operator.and_)
-class _And(AbstractTemplate):  # type: ignore[misc]
-    def generic(self, args: Any, kws: Any) -> Any:
+class _And(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
         if isinstance(args[0], Vector) and args[0] == args[1]:
             return signature(args[0], *args)
         return None
@@ -505,9 +505,7 @@ def load_flags(typing: Any, source: types.Type, like: types.Type) -> Any:
 
 
 @intrinsic
-def load_first_flags(
-    typing: Any, source: types.Type, like: types.Type, count: types.Type
-) -> Any:
+def load_first_flags(typing: Any, source: types.Type, like: types.Type, count: types.Type) -> Any:
     """The first `count` bools and False; what lies beyond is not read."""
     lanes = LANES[like]
 

@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _openmp_parallel() -> Callable[..., None] | None:
-    """GOMP_parallel(function, argument, threads, flags) of torch's OpenMP runtime, if it has one."""
+    """GOMP_parallel(function, argument, threads, flags) of torch's OpenMP runtime, or None."""
     folder = Path(torch.__file__).parent / "lib"
     for library in sorted(folder.glob("libtorch_cpu.*")) + sorted(folder.glob("lib*omp*")):
         try:
@@ -66,7 +66,7 @@ def thread_count(tasks: int) -> int:
 
 
 def run(function: int, argument: int, threads: int) -> None:
-    """Call `void function(void *argument)` once on each of `threads` threads; the GIL is released."""
+    """Call `void function(void *argument)` once on each of `threads` threads, without the GIL."""
     worker = _worker(function)
     if threads == 1:
         worker(argument)
