@@ -91,9 +91,9 @@ def test_softmax_gives_the_same_bits_on_any_number_of_threads() -> None:
 
 
 @EVERY_NORM
-@pytest.mark.parametrize("columns", [24, 700])
+@pytest.mark.parametrize("columns", [24, 700, 2055])
 @pytest.mark.parametrize("chunks", [1, 2, 3])
-@pytest.mark.parametrize("excess", [-1, 0, 1])
+@pytest.mark.parametrize("excess", [-2, -1, 0, 1, 3])
 def test_rows_around_the_edges_of_chunks(name: str, columns: int, chunks: int, excess: int) -> None:
     chunk = chunk_rows(0, columns)
     rows = chunks * chunk + excess
@@ -190,7 +190,7 @@ def test_nothing_beyond_a_row_is_read_or_written() -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_lanes_drop_what_the_definition_drops(p: float, dtype: torch.dtype) -> None:
     """x = 1 and residual = 0: the sum is dropout's factor itself."""
-    for columns in (*range(1, 40), 63, 64, 65, 128, 200):
+    for columns in (*range(1, 40), 63, 64, 65, 128, 200, 255, 256, 257, 600):
         for seed in (0, 7, -3, 2**62 + 11):
             ones = torch.ones(3, columns, dtype=dtype)
             _, total = add_layer_norm(ones, ones * 0, dropout_p=p, seed=seed, backend="numba")
@@ -203,7 +203,7 @@ def factors_of_row(argument):
     call = read(argument)
     keep = cast(call.keep_scale, call.zero)
     target = pointer(call.target, call.zero)
-    draw_factors(target, call.row, call.columns, call.threshold, keep, call.seed, call.zero)
+    draw_factors(target, call.row, 0, call.columns, call.threshold, keep, call.seed, call.zero)
 
 
 FACTORS = Kernel(factors_of_row, ("target", "row", "columns", "threshold", "seed"), ("keep_scale",))
