@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
-from .norms_backward import BACKWARD
-from .norms_forward import FORWARD
+from .norms_backward import BACKWARD, GROUP
+from .norms_forward import FACTOR_BLOCK, FORWARD
 from .results import new_result
 from .rows import chunk_rows, count_rows, rows_of, task_rows
 
@@ -73,19 +73,18 @@ def _forward(
     y = new_result(x, shape)
     mean, rstd = x.new_empty(shape[:-1]), x.new_empty(shape[:-1])
     x, x_row = rows_of(x)
-    total, residual_address, residual_row, scratch = y, 0, 0, 0
+    total, residual_address, residual_row = y, 0, 0
     if residual is not None:
         total = new_result(x, shape)
         residual, residual_row = rows_of(residual)
         residual_address = residual.data_ptr()
-        scratch = _factor_bytes(x)
     weight, bias = _parameter(weight, 1.0, x), _parameter(bias, 0.0, x)
     dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
     task = task_rows(columns)
     FORWARD(
         x.dtype,
         -(-rows // task),
-        scratch,
+        FACTOR_BLOCK * x.element_size(),
         (
             *(x.data_ptr(), x_row, residual_address, residual_row),
             *(weight.data_ptr(), bias.data_ptr()),
@@ -134,7 +133,7 @@ def _backward(
     BACKWARD(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
-        _factor_bytes(x) if dropping else 0,
+        (FACTOR_BLOCK + 4 * GROUP) * x.element_size(),
         (
             *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
             *(grad_total_address, grad_total_row),
@@ -158,11 +157,6 @@ def _parameter(parameter: Tensor | None, absent: float, x: Tensor) -> Tensor:
     if parameter.dtype == x.dtype and parameter.is_contiguous():
         return parameter
     return parameter.to(x.dtype).contiguous()
-
-
-def _factor_bytes(x: Tensor) -> int:
-    block = 4 * lanes_in(x.dtype)
-    return -(-x.shape[-1] // block) * block * x.element_size()
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:

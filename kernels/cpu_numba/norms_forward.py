@@ -38,6 +38,8 @@ from .simd import (
 )
 
 NORM_STREAM = 0x6E6F726D
+# Columns whose dropout is drawn at a time: small enough to stay in the first cache.
+FACTOR_BLOCK = 256
 _WORD = 0xFFFFFFFF
 
 
@@ -49,12 +51,16 @@ def fill(target, columns, value):
 
 
 @jit
-def draw_factors(factors, row, columns, threshold, keep_scale, seed, zero):
-    """What dropout multiplies a row by, `keep_scale` or 0; rounded up to four whole vectors."""
+def draw_factors(factors, row, first, columns, threshold, keep_scale, seed, zero):
+    """What dropout multiplies `columns` elements of a row by, `keep_scale` or 0.
+
+    `first`, the first column, is a multiple of 4; `columns` is rounded up to four whole vectors.
+    """
     lanes = lanes_of(zero)
     kept, dropped = splat(keep_scale), splat(zero)
     for c in range(0, columns, 4 * lanes):
-        w0, w1, w2, w3 = philox_columns(c // 4, row & _WORD, row >> 32, NORM_STREAM, seed, zero)
+        group = (first + c) // 4
+        w0, w1, w2, w3 = philox_columns(group, row & _WORD, row >> 32, NORM_STREAM, seed, zero)
         store(factors + c, select(at_least(w0, threshold), kept, dropped))
         store(factors + (c + lanes), select(at_least(w1, threshold), kept, dropped))
         store(factors + (c + 2 * lanes), select(at_least(w2, threshold), kept, dropped))
@@ -63,7 +69,7 @@ def draw_factors(factors, row, columns, threshold, keep_scale, seed, zero):
 
 @jit
 def _add_row(x, factors, residual, total, columns, zero):
-    """total = residual + x * factors."""
+    """total = residual + x * factors, for at most FACTOR_BLOCK columns."""
     lanes = lanes_of(zero)
     rest = columns % lanes
     for c in range(0, columns - rest, lanes):
@@ -140,7 +146,7 @@ def normalise(argument):
 
     x and residual have a row stride of their own, in elements; all else is contiguous. Without a
     residual (0) x itself is normalised; without `centred` the mean is taken as 0 and not stored.
-    Scratch: one row of dropout's factors, rounded up to four vectors.
+    Scratch: FACTOR_BLOCK elements.
     """
     call = read(argument)
     zero = call.zero
@@ -151,8 +157,8 @@ def normalise(argument):
     adding, dropping, centred = call.residual != 0, call.dropping != 0, call.centred != 0
     weight, bias = pointer(call.weight, zero), pointer(call.bias, zero)
     factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
-    if adding and not dropping:
-        fill(factors, columns, cast(1.0, zero))
+    keep_scale = cast(call.keep_scale, zero)
+    fill(factors, FACTOR_BLOCK, cast(1.0, zero))
     while True:
         first = take_ticket(tickets) * call.task_rows
         if first >= call.rows:
@@ -162,12 +168,13 @@ def normalise(argument):
             if adding:
                 total = pointer(call.total, zero) + index * columns
                 residual = pointer(call.residual, zero) + index * call.residual_row
-                if dropping:
-                    keep_scale = cast(call.keep_scale, zero)
-                    draw_factors(
-                        factors, index, columns, call.threshold, keep_scale, call.seed, zero
-                    )
-                _add_row(row, factors, residual, total, columns, zero)
+                for c in range(0, columns, FACTOR_BLOCK):
+                    width = min(FACTOR_BLOCK, columns - c)
+                    if dropping:
+                        draw_factors(
+                            factors, index, c, width, call.threshold, keep_scale, call.seed, zero
+                        )
+                    _add_row(row + c, factors, residual + c, total + c, width, zero)
                 row = total
             mean = zero
             if centred:

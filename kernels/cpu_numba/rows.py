@@ -50,4 +50,4 @@ def chunk_rows(rows: int, columns: int) -> int:
     A chunk costs two rows to write and to read again, so it should have many; but there should be
     chunks for all threads, and no more than 128 sums one after another in one precision.
     """
-    return min(128, max(16, rows // 64, task_rows(columns)))
+    return min(128, max(16, rows // 64, task_rows(columns))) // 4 * 4
