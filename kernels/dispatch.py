@@ -117,7 +117,7 @@ def unavailable(name: str) -> str | None:
     try:
         return load(name).unavailable()
     except ModuleNotFoundError as error:
-        return f"its package is not part of this installation ({error})"
+        return f"this version of rowmax does not contain it ({error}); a later one may"
 
 
 def choose(name: str, problem: Problem) -> Backend:
