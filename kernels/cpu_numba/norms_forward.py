@@ -24,8 +24,8 @@ from .microkernel import lanes_of
 from .simd import (
     add_lanes,
     cast,
-    first_lanes,
     integers_at,
+    lanes_before,
     load,
     load_first,
     multiply_add,
@@ -116,7 +116,8 @@ def _row_moments(row, mean, columns, count, zero):
         c += 4 * lanes
     while c < columns:
         rest = columns - c
-        d0 = first_lanes(load_first(row + c, rest) - means, rest)
+        d0 = load_first(row + c, rest) - means
+        d0 = select(lanes_before(rest, zero), d0, splat(zero))
         s0 = s0 + d0
         q0 = multiply_add(d0, d0, q0)
         c += lanes

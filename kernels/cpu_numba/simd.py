@@ -481,14 +481,14 @@ def finish_task(typing: Any, counter: types.Type) -> Any:
 
 
 @intrinsic
-def first_lanes(typing: Any, vector: types.Type, count: types.Type) -> Any:
-    """The first `count` lanes of the vector, and zeros, whatever the others held."""
+def lanes_before(typing: Any, count: types.Type, like: types.Type) -> Any:
+    """True in the first `count` lanes of a vector of `like`."""
+    lanes = LANES[like]
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        mask = _first_lanes(builder, args[1], vector.lanes)
-        return builder.select(mask, args[0], ir.Constant(args[0].type, None))
+        return _first_lanes(builder, args[0], lanes)
 
-    return vector(vector, types.int64), generate
+    return Vector(types.boolean, lanes)(types.int64, like), generate
 
 
 @intrinsic
@@ -527,10 +527,18 @@ def largest_lane(typing: Any, vector: types.Type) -> Any:
     """The largest of all lanes; none may be NaN."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        largest = builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
-        for lane in range(1, vector.lanes):
-            value = builder.extract_element(args[0], ir.Constant(ir.IntType(32), lane))
-            largest = builder.select(builder.fcmp_ordered(">", value, largest), value, largest)
-        return largest
+        value, lanes = args[0], vector.lanes
+        while lanes > 1:
+            lanes //= 2
+            undefined = ir.Constant(value.type, ir.Undefined)
+            index = ir.VectorType(ir.IntType(32), lanes)
+            low, high = (
+                builder.shuffle_vector(
+                    value, undefined, ir.Constant(index, list(range(start, start + lanes)))
+                )
+                for start in (0, lanes)
+            )
+            value = builder.select(builder.fcmp_ordered(">", low, high), low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return vector.dtype(vector), generate

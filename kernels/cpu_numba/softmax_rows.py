@@ -20,8 +20,8 @@ from .simd import (
     add_lanes,
     bytes_at,
     cast,
-    first_lanes,
     integers_at,
+    lanes_before,
     largest_lane,
     load,
     load_first,
@@ -94,15 +94,11 @@ def _row_maximum(row, sign, keys, zero):
         m2 = maximum(load(row + (c + 2 * lanes)) * signs, m2)
         m3 = maximum(load(row + (c + 3 * lanes)) * signs, m3)
         c += 4 * lanes
-    while c + lanes <= keys:
-        m0 = maximum(load(row + c) * signs, m0)
-        c += lanes
-    largest = largest_lane(maximum(maximum(m0, m1), maximum(m2, m3)))
     while c < keys:
-        if row[c] * sign > largest:
-            largest = row[c] * sign
-        c += 1
-    return largest
+        allowed = lanes_before(keys - c, zero)
+        m0 = maximum(select(allowed, load_first(row + c, keys - c) * signs, m0), m0)
+        c += lanes
+    return largest_lane(maximum(maximum(m0, m1), maximum(m2, m3)))
 
 
 @jit
@@ -120,7 +116,7 @@ def _exponentials(row, sign, largest, factor, target, keys, zero):
         c = keys - rest
         weight = exp2((load_first(row + c, rest) * signs - largests) * factors)
         store_first(target + c, weight, rest)
-        total = total + first_lanes(weight, rest)
+        total = total + select(lanes_before(rest, zero), weight, splat(zero))
     return add_lanes(total)
 
 
@@ -157,9 +153,9 @@ def weigh(argument):
         first_row = take_ticket(tickets) * call.task_rows
         if first_row >= call.rows:
             break
+        query, head = first_row % queries, first_row // queries
+        batch, head = head // call.heads, head % call.heads
         for index in range(first_row, min(first_row + call.task_rows, call.rows)):
-            query, head = index % queries, index // queries
-            batch, head = head // call.heads, head % call.heads
             offset = batch * call.scores_batch + head * call.scores_head
             row = pointer(call.scores, zero) + (offset + query * call.scores_query)
             target = pointer(call.weights, zero) + index * keys
@@ -185,6 +181,11 @@ def weigh(argument):
             # Where a score is NaN the whole row is, as in the equation.
             _set_row(target, 0, first, inverse * zero)
             _set_row(target, end, keys, inverse * zero)
+            query += 1
+            if query == queries:
+                query, head = 0, head + 1
+            if head == call.heads:
+                head, batch = 0, batch + 1
 
 
 def differentiate_weights(argument):
