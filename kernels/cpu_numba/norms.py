@@ -67,11 +67,12 @@ def _forward(
     seed: Tensor | None,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, total, mean, rstd; total and mean are uninitialised where there is none."""
+    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     y = new_result(x, shape)
-    mean, rstd = x.new_empty(shape[:-1]), x.new_empty(shape[:-1])
+    rstd = x.new_empty(shape[:-1])
+    mean = x.new_empty(shape[:-1]) if centred else rstd
     x, x_row = rows_of(x)
     total, residual_address, residual_row = y, 0, 0
     if residual is not None:
@@ -110,12 +111,11 @@ def _backward(
     """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
-    empty = x.new_empty(0)
     d_total = new_result(x, shape)
     dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
-    d_x = new_result(x, shape) if dropping else empty
-    d_weight = empty if weight is None else x.new_empty(columns)
-    d_bias = empty if bias is None else x.new_empty(columns)
+    d_x = new_result(x, shape) if dropping else x.new_empty(0)
+    d_weight = x.new_empty(0 if weight is None else columns)
+    d_bias = x.new_empty(0 if bias is None else columns)
     x, x_row = rows_of(x)
     grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
     grad_total_address, grad_total_row = 0, 0
