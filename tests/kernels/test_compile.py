@@ -159,11 +159,11 @@ def test_one_graph_serves_other_lengths_and_seeds(backend: str) -> None:
 def test_a_mask_from_outside(backend: str) -> None:
     made = inputs(backend)
     mask = Causal() & KeyLengths(made["lengths"])
-    qkv = [made[name] for name in "qkv"]
-    check(lambda q, k, v: attention(q, k, v, mask, backend=backend), *qkv)
+    q, k, v = (made[name] for name in "qkv")
+    check(lambda q, k, v: attention(q, k, v, mask, backend=backend), q, k, v)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    expected = attention(*qkv, mask, backend=backend)
-    torch.testing.assert_close(compiled(*qkv, mask, backend=backend), expected)
+    expected = attention(q, k, v, mask, backend=backend)
+    torch.testing.assert_close(compiled(q, k, v, mask, backend=backend), expected)
 
 
 def test_the_seed_is_drawn_in_the_graph(backend: str) -> None:

@@ -78,20 +78,21 @@ def test_fresh_memory_is_never_read(name: str, dtype: torch.dtype, backend: str)
 def norms(backend: str) -> Results:
     """Every norm that the backend does, with gradients, on enough rows for several threads."""
     generator = torch.Generator().manual_seed(0)
-    x, residual = (torch.randn(3000, 40, generator=generator) for _ in "xr")
+    made = torch.randn(2, 3000, 40, generator=generator).to(device_of(backend))
     results: Results = {}
     for name in ("layer_norm", "add_layer_norm", "rms_norm"):
         if backend not in doing(name):
             continue
-        leaves = [
-            t.clone().to(device_of(backend)).requires_grad_() for t in (x, residual, x[0], x[1])
-        ]
+        x, residual = (tensor.clone().requires_grad_() for tensor in made)
+        weight, bias = (tensor[0].clone().requires_grad_() for tensor in made)
+        leaves = (x, residual, weight, bias)
+        outputs: tuple[Tensor, ...]
         if name == "layer_norm":
-            outputs: tuple[Tensor, ...] = (layer_norm(leaves[0], *leaves[2:], backend=backend),)
+            outputs = (layer_norm(x, weight, bias, backend=backend),)
         elif name == "rms_norm":
-            outputs = (rms_norm(leaves[0], leaves[2], backend=backend),)
+            outputs = (rms_norm(x, weight, backend=backend),)
         else:
-            outputs = add_layer_norm(*leaves, dropout_p=0.1, seed=1, backend=backend)  # type: ignore[misc]
+            outputs = add_layer_norm(*leaves, dropout_p=0.1, seed=1, backend=backend)
         torch.stack([output.sin().sum() for output in outputs]).sum().backward()
         for n, tensor in enumerate((*outputs, *(leaf.grad for leaf in leaves))):
             if tensor is not None:

@@ -96,7 +96,7 @@ def test_conjunction_is_flat_and_takes_masks_only() -> None:
     a, b, c = Causal(), KeyLengths(lengths(1)), QueryLengths(lengths(2))
     assert ((a & b) & c).parts() == (a & (b & c)).parts() == (a, b, c)
     with pytest.raises(TypeError):
-        a & torch.ones(1, dtype=torch.bool)  # type: ignore[operator]
+        a & torch.ones(1, dtype=torch.bool)
 
 
 def test_documents_of_any_ids_join() -> None:

@@ -155,7 +155,7 @@ def test_gradcheck_of_attention(name: str, backend: str) -> None:
     }
 
     def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        named = dict(zip(leaves, tensors, strict=True))
+        named: dict[str, Any] = dict(zip(leaves, tensors, strict=True))
         q, k, v = (named.pop(key) for key in "qkv")
         return attention(
             q, k, v, arguments.mask, return_lse=True, backend=backend, **named, **arguments.options
@@ -178,8 +178,8 @@ def test_gradcheck_of_the_rest(name: str, backend: str) -> None:
         "layer_norm": (lambda *t: layer_norm(*t, backend=backend), (x, weight, bias)),
         "rms_norm": (lambda *t: rms_norm(*t, backend=backend), (x, weight)),
         "add_layer_norm": (
-            lambda x, other, *t: add_layer_norm(
-                x, other, *t, dropout_p=0.3, seed=2, backend=backend
+            lambda x, other, weight, bias: add_layer_norm(
+                x, other, weight, bias, dropout_p=0.3, seed=2, backend=backend
             ),
             (x, other, weight, bias),
         ),
@@ -193,8 +193,10 @@ def test_only_wanted_gradients(backend: str) -> None:
     """Each input alone may require a gradient; lse alone may receive one; none is fine too."""
     device = device_of(backend)
     sizes = {"q": (2, 4, 5, 8), "k": (2, 2, 9, 8), "v": (2, 2, 9, 6), "bias": (4, 1, 9)}
-    tensors = {name: rand(device, *size) for name, size in sizes.items()}
-    everything = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    tensors: dict[str, Any] = {name: rand(device, *size) for name, size in sizes.items()}
+    everything: dict[str, Any] = {
+        name: tensor.clone().requires_grad_() for name, tensor in tensors.items()
+    }
     out, lse = attention(**everything, return_lse=True, backend=backend)
     expected = torch.autograd.grad(out.sum() + lse.sum(), tuple(everything.values()))
     for name, gradient in zip(tensors, expected, strict=True):

@@ -41,6 +41,10 @@ def integers(shape: tuple[int, ...], low: int, high: int) -> st.SearchStrategy[T
     return numbers.map(lambda values: torch.tensor(values, dtype=torch.int64).view(shape))
 
 
+def random_dense_mask(size: tuple[int, ...], seed: int) -> Mask:
+    return Dense(torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.7)
+
+
 @st.composite
 def masks(draw: st.DrawFn, shape: Shape) -> Mask:
     """A conjunction of one to three masks of any kind."""
@@ -54,9 +58,11 @@ def masks(draw: st.DrawFn, shape: Shape) -> Mask:
         st.builds(
             Documents, integers((shape.B, shape.Lq), 0, 2), integers((shape.B, shape.Lk), 0, 2)
         ),
-        st.tuples(*(st.sampled_from([1, size]) for size in shape.scores))
-        .flatmap(lambda size: integers(size, 0, 3))
-        .map(lambda values: Dense(values > 0)),
+        st.builds(
+            random_dense_mask,
+            st.tuples(*(st.sampled_from([1, size]) for size in shape.scores)),
+            st.integers(0, 999),
+        ),
     )
     joined, *others = draw(st.lists(one, min_size=1, max_size=3))
     for other in others:
