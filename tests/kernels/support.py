@@ -171,7 +171,8 @@ def assert_close(
         return
     error = (wide - expected)[finite]
     plain_error = (plain.to(torch.float64) - expected)[finite]
-    rounding = torch.finfo(got.dtype).eps * expected[finite].abs()
+    stored = torch.finfo(got.dtype)
+    rounding = stored.eps * expected[finite].abs() + stored.tiny  # which covers underflow
     rounding = rounding + SUMMATION * torch.finfo(computed).eps * magnitude[finite]
     for norm, of in (
         ("largest", lambda t: t.abs().max()),
