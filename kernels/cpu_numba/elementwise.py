@@ -79,6 +79,44 @@ def exp2(typing: Any, x: Vector) -> Any:
     return x(x), generate
 
 
+def _philox_rounds(
+    builder: ir.IRBuilder, counter: tuple[ir.Value, ...], seed: ir.Value
+) -> tuple[ir.Value, ...]:
+    """Philox4x32-10 of four counter words in 64-bit lanes; the words come in the low halves.
+
+    The machine's 32 x 32 -> 64 bit product reads the low halves and ignores the high ones, so in
+    64-bit lanes a round is a product, a shift and an exclusive or, twice, with no conversion.
+    """
+    c0, c1, c2, c3 = counter
+    wide = c0.type
+    low_half, shift = constant(wide, 0xFFFFFFFF), constant(wide, 32)
+    i64, word = ir.IntType(64), ir.IntType(32)
+    k0 = builder.trunc(seed, word)
+    k1 = builder.trunc(builder.lshr(seed, ir.Constant(i64, 32)), word)
+
+    def product(value: ir.Value, factor: int) -> ir.Value:
+        return builder.mul(builder.and_(value, low_half), constant(wide, factor))
+
+    def spread(key: ir.Value) -> ir.Value:
+        return broadcast(builder, wide, builder.zext(key, i64))
+
+    for _ in range(PHILOX_ROUNDS):
+        product0 = product(c0, PHILOX_MULTIPLIERS[0])
+        product1 = product(c2, PHILOX_MULTIPLIERS[1])
+        c0 = builder.xor(builder.xor(builder.lshr(product1, shift), c1), spread(k0))
+        c2 = builder.xor(builder.xor(builder.lshr(product0, shift), c3), spread(k1))
+        c1, c3 = product1, product0
+        k0 = builder.add(k0, ir.Constant(word, PHILOX_WEYL[0]))
+        k1 = builder.add(k1, ir.Constant(word, PHILOX_WEYL[1]))
+    return c0, c1, c2, c3
+
+
+def _spread_word(builder: ir.IRBuilder, wide: ir.VectorType, scalar: ir.Value) -> ir.Value:
+    """The low 32 bits of an int64 in every 64-bit lane."""
+    word = builder.trunc(scalar, ir.IntType(32))
+    return broadcast(builder, wide, builder.zext(word, ir.IntType(64)))
+
+
 @intrinsic
 def philox(
     typing: Any,
@@ -98,28 +136,16 @@ def philox(
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         kind = llvm_vector(vector)
         wide = ir.VectorType(ir.IntType(64), vector.lanes)
-        word = ir.IntType(32)
-
-        def multiply(value: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
-            product = builder.mul(builder.zext(value, wide), constant(wide, factor))
-            high = builder.trunc(builder.lshr(product, constant(wide, 32)), kind)
-            return high, builder.trunc(product, kind)
-
-        def spread(scalar: ir.Value) -> ir.Value:
-            return broadcast(builder, kind, builder.trunc(scalar, word))
-
-        c0, c1, c2, c3 = spread(args[0]), args[1], spread(args[2]), spread(args[3])
-        k0 = builder.trunc(args[4], word)
-        k1 = builder.trunc(builder.lshr(args[4], ir.Constant(ir.IntType(64), 32)), word)
-        for _ in range(PHILOX_ROUNDS):
-            high0, low0 = multiply(c0, PHILOX_MULTIPLIERS[0])
-            high1, low1 = multiply(c2, PHILOX_MULTIPLIERS[1])
-            c0 = builder.xor(builder.xor(high1, c1), broadcast(builder, kind, k0))
-            c2 = builder.xor(builder.xor(high0, c3), broadcast(builder, kind, k1))
-            c1, c3 = low1, low0
-            k0 = builder.add(k0, ir.Constant(word, PHILOX_WEYL[0]))
-            k1 = builder.add(k1, ir.Constant(word, PHILOX_WEYL[1]))
-        return context.make_tuple(builder, sig.return_type, [c0, c1, c2, c3])
+        counter = (
+            _spread_word(builder, wide, args[0]),
+            builder.zext(args[1], wide),
+            _spread_word(builder, wide, args[2]),
+            _spread_word(builder, wide, args[3]),
+        )
+        words = _philox_rounds(builder, counter, args[4])
+        return context.make_tuple(
+            builder, sig.return_type, [builder.trunc(word, kind) for word in words]
+        )
 
     i64 = types.int64
     result = types.UniTuple(vector, 4)
@@ -152,9 +178,6 @@ def philox_columns(
 
     Lane l of vector v, of the four returned, is word i % 4 of counter group + i // 4 with
     i = v * lanes + l: four neighbouring columns share a counter, as in `reference/philox.py`.
-
-    Here the words lie in 64-bit lanes: the machine's 32 x 32 -> 64 bit product reads the low halves
-    and ignores the high ones, so a round is a product, a shift and an exclusive or, twice.
     """
     vector = integer_vector(like)
     counters = vector_bits() // 64
@@ -166,37 +189,19 @@ def philox_columns(
         shift = constant(wide, 32)
         i64, word = ir.IntType(64), ir.IntType(32)
 
-        def spread(scalar: ir.Value) -> ir.Value:
-            return broadcast(builder, wide, builder.zext(builder.trunc(scalar, word), i64))
-
-        def product(value: ir.Value, factor: int) -> ir.Value:
-            return builder.mul(builder.and_(value, low_half), constant(wide, factor))
-
         def interleave(even: ir.Value, odd: ir.Value, size: int) -> ir.Value:
             """even[0], odd[0], even[1], odd[1], ..."""
             order = [lane + half * size for lane in range(size) for half in range(2)]
             index = ir.Constant(ir.VectorType(word, 2 * size), order)
             return builder.shuffle_vector(even, odd, index)
 
-        k0 = builder.trunc(args[4], word)
-        k1 = builder.trunc(builder.lshr(args[4], ir.Constant(i64, 32)), word)
-        keys = []
-        for _ in range(PHILOX_ROUNDS):
-            keys.append(tuple(broadcast(builder, wide, builder.zext(k, i64)) for k in (k0, k1)))
-            k0 = builder.add(k0, ir.Constant(word, PHILOX_WEYL[0]))
-            k1 = builder.add(k1, ir.Constant(word, PHILOX_WEYL[1]))
-
         columns = []
         for start in range(0, vector.lanes, counters):
             steps = [ir.Constant(i64, start + lane) for lane in range(counters)]
-            c0 = builder.add(spread(args[0]), ir.Constant(wide, steps))
-            c1, c2, c3 = spread(args[1]), spread(args[2]), spread(args[3])
-            for key0, key1 in keys:
-                product0 = product(c0, PHILOX_MULTIPLIERS[0])
-                product1 = product(c2, PHILOX_MULTIPLIERS[1])
-                c0 = builder.xor(builder.xor(builder.lshr(product1, shift), c1), key0)
-                c2 = builder.xor(builder.xor(builder.lshr(product0, shift), c3), key1)
-                c1, c3 = product1, product0
+            group0 = _spread_word(builder, wide, args[0])
+            rest = (_spread_word(builder, wide, argument) for argument in args[1:4])
+            counter = (builder.add(group0, ir.Constant(wide, steps)), *rest)
+            c0, c1, c2, c3 = _philox_rounds(builder, counter, args[4])
             first, second = (
                 builder.or_(builder.and_(low, low_half), builder.shl(high, shift))
                 for low, high in ((c0, c1), (c2, c3))
