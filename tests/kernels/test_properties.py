@@ -19,20 +19,20 @@ from .cases import Case, Shape
 from .support import Arguments, assert_parity, run
 
 BACKENDS = pytest.mark.parametrize("backend", doing("attention"))
-SIZES = st.integers(1, 40)
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 129, 257]))  # several tiles
 
 shapes = st.builds(
     lambda groups, **sizes: Shape(Hq=groups * sizes["Hkv"], **sizes),
     groups=st.integers(1, 3),
     B=st.integers(1, 3),
     Hkv=st.integers(1, 2),
-    Lq=SIZES,
-    Lk=SIZES,
+    Lq=LENGTHS,
+    Lk=LENGTHS,
     D=st.integers(1, 20),
     Dv=st.integers(1, 20),
 )
 aligns: st.SearchStrategy[Any] = st.one_of(
-    st.sampled_from(["upper_left", "lower_right"]), st.integers(-20, 40)
+    st.sampled_from(["upper_left", "lower_right"]), st.integers(-20, 40), st.integers(-300, 300)
 )
 
 
@@ -46,11 +46,19 @@ def random_dense_mask(size: tuple[int, ...], seed: int) -> Mask:
     return Dense(torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.7)
 
 
+def random_documents(shape: Shape, seed: int) -> Mask:
+    generator = torch.Generator().manual_seed(seed)
+    return Documents(
+        torch.randint(3, (shape.B, shape.Lq), generator=generator),
+        torch.randint(3, (shape.B, shape.Lk), generator=generator),
+    )
+
+
 @st.composite
 def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
     """A conjunction of one to three masks of any kind."""
-    per_batch = integers((shape.B,), -10, 50)
-    side = st.one_of(st.none(), st.integers(0, 12))
+    per_batch = st.one_of(integers((shape.B,), -10, 50), integers((shape.B,), -20, 300))
+    side = st.one_of(st.none(), st.integers(0, 12), st.integers(0, 200))
     kinds = [
         st.builds(Causal, st.one_of(aligns, per_batch)),
         st.builds(Window, side, side, st.one_of(aligns, per_batch)),
@@ -63,8 +71,7 @@ def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
         ),
     ]
     if "documents" not in without:
-        queries, keys = (integers((shape.B, length), 0, 2) for length in (shape.Lq, shape.Lk))
-        kinds.append(st.builds(Documents, queries, keys))
+        kinds.append(st.builds(random_documents, st.just(shape), st.integers(0, 999)))
     one = st.one_of(kinds)
     joined, *others = draw(st.lists(one, min_size=1, max_size=3))
     for other in others:
