@@ -97,13 +97,17 @@ class _Grammar:
     # Numbers, dates, times, prices.
 
     def amount(self) -> int:
-        """A number whose length, not only whose value, is spread evenly."""
-        digits = self.pick((2, 3, 3, 4, 4, 5, 5))
+        """A number whose length, not only whose value, is spread evenly; of those below 100
+        there are too few to learn them without the ones that are tested."""
+        digits = self.pick((3, 4, 5))
         return self.rng.randrange(10 ** (digits - 1), 10**digits)
 
     def number(self) -> Pair:
         value = self.amount()
-        return Pair(korean.sino(value), english_number(value))
+        ko, en = korean.sino(value), english_number(value)
+        if self.chance(0.5):
+            return Pair(ko, en)
+        return Pair(f"정답은 {korean.is_(ko)}.", f"The answer is {en}.")
 
     def calendar_date(self) -> Pair:
         day = date(1950, 1, 1) + timedelta(days=self.rng.randrange(100 * 365))
@@ -171,7 +175,7 @@ class _Grammar:
         )
 
     def price(self) -> Pair:
-        value = self.rng.randrange(1, 1000) * self.pick((100, 500, 1000))
+        value = self.rng.randrange(1, 1000) * self.pick((10, 100, 500, 1000))
         won_ko, won_en = f"{korean.sino(value)} 원", f"{english_number(value)} won"
         thing = self.pick(lexicon.GOODS)
         if self.chance(0.5):

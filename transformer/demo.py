@@ -21,7 +21,7 @@ from .training import Trainer, fit
 _VOCABULARY_PAIRS = 30_000
 # The mean of the last 5 checkpoints, as in section 6.1.
 _AVERAGED = 5
-_SAVE_EVERY = 50
+_SAVE_EVERY = 100
 _SHOWN = 5
 
 

@@ -275,7 +275,10 @@ class EncoderDecoder(nn.Module):
         )
 
     def decode(self, target: Tensor, state: DecoderState) -> Tensor:
-        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size)."""
+        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size).
+
+        Puts their keys and values into ``state``.
+        """
         residual = self.embedding(target, start=state.length)
         x = self.decoder_norm(residual) if self.config.pre_norm else residual
         # The last of the queries stands at the last key, whatever came before.

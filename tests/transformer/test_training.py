@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ SETTINGS = TrainingConfig(steps=12, warmup=10, batch_tokens=150, seed=3)
 
 
 def new_trainer(
-    backend: str = "reference", dropout: float = 0.1, pairs=PAIRS, **changes
+    backend: str = "reference", dropout: float = 0.1, pairs=PAIRS, **changes: Any
 ) -> Trainer:
     config = dataclasses.replace(SETTINGS, **changes)
     torch.manual_seed(config.seed)
@@ -99,15 +100,16 @@ def test_gradients_are_clipped():
 
 
 def test_learns_a_few_sentences_by_heart():
-    few = PAIRS[:12]
-    trainer = new_trainer(dropout=0.0, pairs=few, warmup=60, label_smoothing=0.0, batch_tokens=400)
+    few = PAIRS[:8]
+    settings = {"warmup": 40, "learning_rate": 0.5, "batch_tokens": 400, "label_smoothing": 0.0}
+    trainer = new_trainer(dropout=0.0, pairs=few, **settings)
     first = trainer.step().loss
-    for _ in range(149):
+    for _ in range(99):
         last = trainer.step().loss
     assert first > 5
     assert last < 0.1
     outputs = translate(trainer.model, TOKENIZER, [pair.korean for pair in few])
-    assert sum(a == pair.english for a, pair in zip(outputs, few, strict=True)) >= 10
+    assert outputs == [pair.english for pair in few]
 
 
 def test_a_step_follows_from_seed_and_step_alone():
