@@ -303,7 +303,6 @@ def _train(args: argparse.Namespace) -> None:
             validation = Dataset(validation_text, tokenizer, model_config.max_length)
         torch.manual_seed(config.seed)
         model = EncoderDecoder(model_config, args.backend).to(device)
-        _require_backend(model, args.backend)
         trainer = Trainer(model, dataset, config)
         if saved is not None:
             trainer.restore(saved)
@@ -351,18 +350,11 @@ def _load(args: argparse.Namespace) -> tuple[EncoderDecoder, Tokenizer]:
         raise UsageError(f"--length-penalty must not be negative, got {args.length_penalty}")
     saved = checkpoints.load_average(args.model, args.average)
     model = checkpoints.build_model(saved, args.backend).to(device)
-    _require_backend(model, args.backend)
-    return model, saved.tokenizer
-
-
-@torch.inference_mode()
-def _require_backend(model: EncoderDecoder, backend: str) -> None:
-    """Translate one token, so that kernels that can't do it say so before any work."""
-    token = torch.ones(1, 1, dtype=torch.int64, device=model.embedding.weight.device)
     try:
-        model(token, token[0], token)
+        model.probe()
     except RuntimeError as error:
-        raise UsageError(f"--backend {backend}: {error}") from error
+        raise UsageError(f"--backend {args.backend}: {error}") from error
+    return model, saved.tokenizer
 
 
 def _translate(args: argparse.Namespace) -> None:

@@ -255,6 +255,12 @@ class EncoderDecoder(nn.Module):
         """
         return self.decode(target, self.start(source, source_lengths))
 
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Run once on one token: RuntimeError where the backend can't do what this model needs."""
+        token = torch.ones(1, 1, dtype=torch.int64, device=self.embedding.weight.device)
+        self.eval()(token, token[0], token)
+
     def encode(self, source: Tensor, mask: KeyLengths) -> Tensor:
         """(B, Ls) -> (B, Ls, d_model), the output of the top encoder layer."""
         residual = self.embedding(source)

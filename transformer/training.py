@@ -71,6 +71,10 @@ class Trainer:
     """A model, its optimiser and the place in the data."""
 
     def __init__(self, model: EncoderDecoder, dataset: Dataset, config: TrainingConfig) -> None:
+        try:
+            model.probe()
+        except RuntimeError as error:
+            raise TrainingError(str(error)) from error
         self.model = model
         self.dataset = dataset
         self.config = config
@@ -215,6 +219,7 @@ def fit(
         unit="step",
         file=stream,
         dynamic_ncols=True,
+        mininterval=0.5,
     ) as bar:
         while trainer.steps_done < config.steps:
             rate = trainer.learning_rate

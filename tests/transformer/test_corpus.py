@@ -174,11 +174,8 @@ def test_seeds():
 def test_the_same_pairs_in_another_process():
     """Not dependent on PYTHONHASHSEED, say."""
     code = "from rowmax.transformer import corpus; print(ascii(corpus.generate(200)))"
-    outputs = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-        for _ in range(2)
-    }
-    assert outputs == {(ascii(corpus.generate(200)) + "\n").encode()}
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+    assert output == (ascii(corpus.generate(200)) + "\n").encode()
 
 
 def test_sentences_are_well_formed():

@@ -101,7 +101,12 @@ def test_gradients_are_clipped():
 
 def test_learns_a_few_sentences_by_heart():
     few = PAIRS[:8]
-    settings = {"warmup": 40, "learning_rate": 0.5, "batch_tokens": 400, "label_smoothing": 0.0}
+    settings: dict[str, Any] = {
+        "warmup": 40,
+        "learning_rate": 0.5,
+        "batch_tokens": 400,
+        "label_smoothing": 0.0,
+    }
     trainer = new_trainer(dropout=0.0, pairs=few, **settings)
     first = trainer.step().loss
     for _ in range(99):
