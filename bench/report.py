@@ -21,7 +21,7 @@ def machine_lines(machine: dict[str, Any], limits: Limits) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     load = machine["load_average"]
     load_text = "unknown" if load is None else " ".join(f"{value:.2f}" for value in load)
-    rate = max(limits.copy_bytes)  # the largest clone
+    rate = max(limits.copy_bytes)  # the largest copy
     hardware = f"{machine['cpu']}, {machine['instruction_set']}, {limits.threads} threads"
     peak = f"float32 FMA {limits.float32_flops / 1e9:.0f} GFLOP/s"
     copy = f"copy of {4 * rate >> 20} MiB {limits.copy_bytes[rate] / 1e9:.1f} GB/s"
