@@ -63,10 +63,9 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
         shifted = shifted + alibi_bias(
             problem.alibi_slopes.to(dtype), problem.alibi_offset, query_len, key_len
         )
-    if problem.bias is not None and allowed is not None:
-        # masked positions of the bias may hold anything too
-        shifted = shifted + problem.bias.to(dtype).expand(problem.shape).masked_fill(~allowed, 0.0)
-    if allowed is not None:
+    if problem.bias is not None:
+        shifted = shifted + problem.bias.to(dtype)
+    if allowed is not None:  # whatever the bias holds there, NaN too
         shifted = shifted.masked_fill(~allowed, -torch.inf)
     weights, lse = _softmax(shifted, problem.sinks)
 

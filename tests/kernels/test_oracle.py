@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -71,6 +73,18 @@ def test_gradients_by_finite_differences(name: str) -> None:
         return result.out, result.lse.masked_fill(result.lse == -torch.inf, 0.0)
 
     assert torch.autograd.gradcheck(forward, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("align", ["upper_left", "lower_right", -2, torch.tensor([1, 9])], ids=str)
+def test_alibi_is_what_its_paper_says(align: Any) -> None:
+    slopes = rand(2, 3).abs()
+    offsets = {"upper_left": [0, 0], "lower_right": [4, 4]}.get(str(align))
+    if offsets is None:
+        offsets = align.tolist() if isinstance(align, Tensor) else [align, align]
+    dense = ALiBi(slopes, align).dense(2, 3, 5, 9)
+    for b, h, i, j in product(range(2), range(3), range(5), range(9)):
+        expected = -float(slopes[b, h]) * abs(i + offsets[b] - j)
+        assert math.isclose(float(dense[b, h, i, j]), expected)
 
 
 def test_the_tolerance_is_a_tolerance() -> None:
