@@ -132,9 +132,7 @@ class _Grammar:
     def _time_of_day(self) -> tuple[str, str]:
         """A clock time: 오후 세 시 이십 분, 3:20 p.m."""
         half, suffix = self.pick((("오전", "a.m."), ("오후", "p.m.")))
-        hour, minute = self.rng.randrange(1, 13), self.rng.randrange(60)
-        if self.chance(0.4):
-            minute = self.pick((0, 30))
+        hour, minute = self.rng.randrange(1, 13), 5 * self.rng.randrange(12)
         ko = f"{half} {korean.native(hour)} 시"
         if minute == 30:
             ko += " 반"  # half past, the usual form

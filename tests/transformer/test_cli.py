@@ -102,7 +102,7 @@ def test_resume(trained, tmp_path, capsys):
     assert cli.main(command) == 2
     assert "already holds checkpoints: add --resume" in capsys.readouterr().err
     assert cli.main([*command, "--resume", "--warmup", "7"]) == 2
-    assert "with --warmup 7: it was trained with 200" in capsys.readouterr().err
+    assert "with --warmup 7: it was trained with 150" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
     assert "resuming after step 2" in capsys.readouterr().err
     expected, got = (
