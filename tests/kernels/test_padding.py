@@ -24,7 +24,9 @@ from .backends import device_of, doing, dtype_name, refused
 from .cases import Case, Shape, lengths
 from .support import Arguments, run
 
-SHAPE = Shape(2, 4, 2, 11, 11, 8, 8)
+# a head that fills whole vectors, which a kernel may read in place, and one that does not
+SHAPES = {"whole": Shape(2, 4, 2, 11, 11, 32, 16), "odd": Shape(2, 4, 2, 11, 11, 7, 9)}
+SHAPE = SHAPES["whole"]  # all have the same B, heads and lengths
 COLUMNS = torch.arange(11)
 MASKS: dict[str, Mask | Tensor] = {
     "keys": KeyLengths(lengths(0, 7)),
@@ -40,9 +42,11 @@ MASKS: dict[str, Mask | Tensor] = {
 POISONS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
-def padded(mask: Mask | Tensor, dtype: torch.dtype, backend: str) -> tuple[Arguments, Tensor]:
+def padded(
+    mask: Mask | Tensor, dtype: torch.dtype, backend: str, shape: Shape = SHAPE
+) -> tuple[Arguments, Tensor]:
     """Arguments of a padded call, and which query may attend which key."""
-    case = Case("padded", SHAPE, lambda shape, generator: mask)
+    case = Case("padded", shape, lambda shape, generator: mask)
     arguments = case.build(dtype, device_of(backend))
     dense = mask.dense(*SHAPE.scores) if isinstance(mask, Mask) else mask.expand(SHAPE.scores)
     return arguments, dense.to(arguments.q.device)
@@ -78,13 +82,14 @@ def test_a_row_that_may_attend_nothing_gives_zeros(
 
 
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @EVERY_MASK
 @EVERY_DTYPE
 def test_what_nobody_uses_may_hold_anything(
-    name: str, dtype: torch.dtype, poison: float, backend: str
+    name: str, shape: Shape, dtype: torch.dtype, poison: float, backend: str
 ) -> None:
     """Bitwise the same results with zeros and with NaN or infinities in the padding."""
-    clean, allowed = padded(MASKS[name], dtype, backend)
+    clean, allowed = padded(MASKS[name], dtype, backend, shape)
     unused = ~allowed.any(2).any(1)[:, None, :, None]
     empty = ~allowed.any(-1, keepdim=True)
 
