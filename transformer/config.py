@@ -147,7 +147,7 @@ PRESETS: dict[str, Preset] = {
             "max_length": 64,
         },
         training={
-            "steps": 1_600,
+            "steps": 2_400,
             "warmup": 150,
             "learning_rate": 0.25,
             "batch_tokens": 1_000,
