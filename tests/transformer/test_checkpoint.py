@@ -223,6 +223,20 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(run, tokenizer, monkeypatch,
     assert_holds(checkpoints.newest(run), 3)
 
 
+def test_a_checkpoint_appears_when_all_of_it_is_on_the_disk(tmp_path, tokenizer, monkeypatch):
+    """What a kill between any two flushes leaves behind."""
+    seen = []
+
+    def recorded(descriptor: int, flush=os.fsync) -> None:
+        flush(descriptor)
+        seen.append([path.name for path in checkpoints.checkpoints(tmp_path)])
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    path = save(tmp_path, 7, tokenizer)
+    # Each file and the directory itself; then, renamed, the directory above.
+    assert seen == [[]] * (len(FILES) + 1) + [[path.name]]
+
+
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
