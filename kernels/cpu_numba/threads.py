@@ -55,11 +55,6 @@ def _openmp_parallel() -> Callable[..., None] | None:
     return None
 
 
-def runtime_name() -> str:
-    """Which threads the kernels run on here."""
-    return "torch's OpenMP threads" if _openmp_parallel() else "a Python thread pool"
-
-
 def thread_count(tasks: int) -> int:
     """How many threads will take `tasks` tasks."""
     return 1 if _State.inherited else max(1, min(torch.get_num_threads(), tasks))
