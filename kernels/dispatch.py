@@ -44,7 +44,7 @@ class Backend(Protocol):
         """Why this backend does not do this problem; None when it does."""
 
     def attention(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, Lq, Dv), lse (B, Hq, Lq)."""
+        """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `layout.saved_lse_dtype`."""
 
     def attention_backward(
         self,

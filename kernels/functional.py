@@ -25,6 +25,7 @@ from .checks import (
     require_tensor,
     shape_text,
 )
+from .layout import statistics_dtype
 from .masks import Mask, as_mask, structure_of
 from .problem import (
     AddLayerNormProblem,
@@ -116,7 +117,7 @@ def attention(
         q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=True
     )
     out, lse = ops.attention(problem, dispatch.check_name("attention", backend))
-    return (out, lse) if return_lse else out
+    return (out, lse.to(statistics_dtype(out.dtype))) if return_lse else out
 
 
 def explain(

@@ -19,5 +19,14 @@ def empty_heads(like: Tensor, head_dim: int) -> Tensor:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lse, mean, rstd and of every sum: float32 or wider."""
+    """The dtype of mean, rstd, of the public lse and of every sum: float32 or wider."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def saved_lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the lse that the forward pass keeps for the backward pass.
+
+    A rounding of lse moves all weights of its row alike, by eps * |lse| in relative terms: several
+    times the error of a weight itself. So it is kept one step wider than the inputs.
+    """
+    return torch.float64 if dtype.itemsize >= 4 else torch.float32

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .layout import empty_heads, statistics_dtype
+from .layout import empty_heads, saved_lse_dtype, statistics_dtype
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -74,7 +74,7 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Lq, Dv), lse (B, Hq, Lq)."""
+    """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`."""
     result: tuple[Tensor, Tensor] = torch.ops.rowmax.attention(*problem.flat(), backend)
     return result
 
@@ -182,7 +182,7 @@ def _rms_norm_backward(grad_y: Tensor, rstd: Tensor, *args: Any) -> tuple[Tensor
 def _attention_fake(*args: Any) -> tuple[Tensor, Tensor]:
     query, value = args[0], args[2]
     out = empty_heads(query, value.shape[3])
-    return out, query.new_empty(query.shape[:3], dtype=statistics_dtype(query.dtype))
+    return out, query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
 
 
 def _attention_backward_fake(

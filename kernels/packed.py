@@ -132,11 +132,12 @@ def attention_varlen(
         )
         problems.append(problem._replace(batch_start=b))
     outs = [q.new_empty((0, q.shape[1], v.shape[2]))]
-    lses = [q.new_empty((q.shape[1], 0), dtype=statistics_dtype(q.dtype))]
+    lse_dtype = statistics_dtype(q.dtype)
+    lses = [q.new_empty((q.shape[1], 0), dtype=lse_dtype)]
     for problem in problems:
         out, lse = ops.attention(problem, name)
         outs.append(out.squeeze(0).transpose(0, 1))
-        lses.append(lse.squeeze(0))
+        lses.append(lse.squeeze(0).to(lse_dtype))
     joined = torch.cat(outs)
     return (joined, torch.cat(lses, dim=1)) if return_lse else joined
 

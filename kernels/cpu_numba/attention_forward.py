@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from .attention_tiles import (
     BLOCK_KEYS,
     INTEGERS,
@@ -114,9 +116,9 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors):
             store(at, select(empty, zeros, load(at) * load(factors + v)))
     out = pointer(call.out, zero) + (b * call.out_batch + h * call.out_head + start * call.out_row)
     transpose(out_t, width, out, call.out_row, call.value_dim, rows, cast(1.0, zero))
-    lse = pointer(call.lse, zero) + ((b * call.heads + h) * call.query_len + start)
+    lse = pointer(call.lse, 0.0) + ((b * call.heads + h) * call.query_len + start)
     for r in range(rows):
-        lse[r] = (row_max[r] + math.log2(row_sum[r])) * cast(LN_2, zero)
+        lse[r] = (row_max[r] + math.log2(np.float64(row_sum[r]))) * LN_2
 
 
 @jit

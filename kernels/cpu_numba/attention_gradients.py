@@ -1,7 +1,7 @@
 """Attention backward: one pass over a head, query tiles outside, key blocks inside.
 
 Every product is done once, and each sum has one order, whatever the number of threads. With
-P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
+P recomputed from lse (in two parts, as one float32 is too short for it), M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
 
     S^T = K Q^T        P^T = 2^(S^T - lse * log2 e)       (Q^T scaled by scale * log2 e)
     dP^T = V dO^T      dS^T = P^T * (M^T * dP^T - delta)  d_bias += dS
@@ -51,7 +51,7 @@ from .simd import (
 
 _GRADIENTS = (
     *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
-    "grad_lse",  # (B, Hq, Lq), contiguous, or absent
+    "grad_lse",  # (B, Hq, Lq) float64, contiguous, or absent
     *("d_query", "d_query_batch", "d_query_head", "d_query_row"),  # as query
     *("d_key", "d_key_batch", "d_key_head", "d_key_row"),
     *("d_value", "d_value_batch", "d_value_head", "d_value_row"),
@@ -107,9 +107,9 @@ def _dot_rows(a, a_row, b, b_row, r, columns, zero):
 
 
 @jit
-def _gradient_of_weight(scores, d_weights, row, lse2, delta, allowed, masked, zeros):
+def _gradient_of_weight(scores, d_weights, row, lse2, rest, delta, allowed, masked, zeros):
     """One vector of P and of dS, in the place of S and dP."""
-    weight = exp2(load(scores + row) - lse2)
+    weight = exp2(load(scores + row) - lse2 - rest)
     if masked:
         weight = select(allowed, weight, zeros)
     store(scores + row, weight)
@@ -118,10 +118,10 @@ def _gradient_of_weight(scores, d_weights, row, lse2, delta, allowed, masked, ze
 
 @jit
 def _gradient_of_dropped(
-    scores, d_weights, row, lse2, delta, allowed, words, threshold, keep_scale, zeros
+    scores, d_weights, row, lse2, rest, delta, allowed, words, threshold, keep_scale, zeros
 ):
     """The same with dropout: P * M in the place of S."""
-    weight = select(allowed, exp2(load(scores + row) - lse2), zeros)
+    weight = select(allowed, exp2(load(scores + row) - lse2 - rest), zeros)
     keep = select(at_least(words, threshold), keep_scale, zeros)
     store(scores + row, weight * keep)
     store(d_weights + row, weight * (load(d_weights + row) * keep - delta))
@@ -129,21 +129,29 @@ def _gradient_of_dropped(
 
 @jit
 def _gradient_block(
-    call, b, h, start, masked, k0, keys, width, scores, d_weights, lse2, delta, first, last
+    call, b, h, start, masked, k0, keys, width, scores, d_weights, lse2, rest, delta, first, last
 ):
     """P (or P * M) in the place of the block's scores, and dS in the place of its dP."""
     zero = call.zero
     lanes = lanes_of(zero)
     zeros = splat(zero)
     for v in range(0, width, lanes):
-        row_lse, row_delta = load(lse2 + v), load(delta + v)
+        row_lse, row_rest, row_delta = load(lse2 + v), load(rest + v), load(delta + v)
         low = load_integers(as_integers32(first) + v, zero)
         high = load_integers(as_integers32(last) + v, zero)
         if call.dropout == 0:
             for k in range(keys):
                 allowed = in_range(k0 + k, low, high, zero)
                 _gradient_of_weight(
-                    scores, d_weights, k * width + v, row_lse, row_delta, allowed, masked, zeros
+                    scores,
+                    d_weights,
+                    k * width + v,
+                    row_lse,
+                    row_rest,
+                    row_delta,
+                    allowed,
+                    masked,
+                    zeros,
                 )
             continue
         keep_scale = splat(cast(call.keep_scale, zero))
@@ -165,6 +173,7 @@ def _gradient_block(
                         d_weights,
                         k * width + v,
                         row_lse,
+                        row_rest,
                         row_delta,
                         allowed,
                         words,
@@ -224,13 +233,14 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
     query_rows = bias + BLOCK_KEYS * width
     grad_out_rows = query_rows + head_columns * width
     lse2 = grad_out_rows + value_columns * width
-    delta = lse2 + width
+    rest = lse2 + width
+    delta = rest + width
     first = delta + width
     last = first + width
 
     head = h // (call.heads // call.key_heads)
     row = (b * call.heads + h) * call.query_len + start
-    lse = pointer(call.lse, zero) + row
+    lse = pointer(call.lse, 0.0) + row
     query_row, grad_out_row = call.query_row, call.grad_out_row
     query = pointer(call.query, zero) + (
         b * call.query_batch + h * call.query_head + start * query_row
@@ -272,16 +282,19 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
             _fill(query_t, call.head_dim * width, zero)
             _fill(grad_out_t, call.value_dim * width, zero)
             _fill(lse2, width, zero)
+            _fill(rest, width, zero)
             _fill(delta, width, zero)
         scale = cast(call.scale, zero)
         transpose(query, query_row, query_t, width, rows, call.head_dim, scale)
         transpose(grad_out, grad_out_row, grad_out_t, width, rows, call.value_dim, cast(1.0, zero))
         for r in range(rows):
             # +inf makes every weight of a row that attends nothing 2^-inf = 0
-            lse2[r] = math.inf if lse[r] == -math.inf else lse[r] * cast(LOG2_E, zero)
+            both = math.inf if lse[r] == -math.inf else lse[r] * LOG2_E
+            lse2[r] = cast(both, zero)
+            rest[r] = cast(0.0 if both == math.inf else both - lse2[r], zero)
             delta[r] = _dot_rows(grad_out, grad_out_row, out, call.out_row, r, call.value_dim, zero)
             if call.grad_lse != 0 and lse[r] != -math.inf:
-                delta[r] -= (pointer(call.grad_lse, zero) + row)[r]
+                delta[r] -= cast((pointer(call.grad_lse, 0.0) + row)[r], zero)
 
     for k0 in range(begin, end, BLOCK_KEYS):
         keys = min(BLOCK_KEYS, end - k0)
@@ -310,7 +323,21 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
             add_bias(call, b, h, start, rows, width, k0, keys, scores, bias)
         masked = k0 < common_first or k0 + keys - 1 > common_last
         _gradient_block(
-            call, b, h, start, masked, k0, keys, width, scores, d_weights, lse2, delta, first, last
+            call,
+            b,
+            h,
+            start,
+            masked,
+            k0,
+            keys,
+            width,
+            scores,
+            d_weights,
+            lse2,
+            rest,
+            delta,
+            first,
+            last,
         )
         if call.d_bias != 0:
             offset = b * call.d_bias_batch + h * call.d_bias_head
@@ -403,5 +430,5 @@ BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "plain_scale"))
 def scratch_elements(width: int, lanes: int, key_len: int, head_dim: int, value_dim: int) -> int:
     """Elements of scratch that a thread of `BACKWARD` needs for tiles of `width` queries."""
     head, value = (-(-columns // lanes) * lanes for columns in (head_dim, value_dim))
-    tile = width * (2 * head_dim + value_dim + 3 * BLOCK_KEYS + head + value + 4)
+    tile = width * (2 * head_dim + value_dim + 3 * BLOCK_KEYS + head + value + 5)
     return tile + key_len * (head + value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import empty_heads
+from ..layout import empty_heads, saved_lse_dtype
 from ..problem import AttentionProblem
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
@@ -19,7 +19,7 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     problem = _prepared(problem)
     query, value = problem.query, problem.value
     out = empty_heads(query, value.shape[3])
-    lse = query.new_empty(query.shape[:3])
+    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
     batch, heads, query_len, _ = query.shape
     tile = VECTORS * lanes_in(query.dtype)
     width = min(tile, _round_up(query_len, lanes_in(query.dtype)))

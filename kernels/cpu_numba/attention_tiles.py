@@ -37,7 +37,7 @@ INTEGERS = (
     *("key", "key_batch", "key_head", "key_row"),  # (B, Hkv, Lk, D)
     *("value", "value_batch", "value_head", "value_row"),  # (B, Hkv, Lk, Dv)
     *("out", "out_batch", "out_head", "out_row"),  # (B, Hq, Lq, Dv)
-    "lse",  # (B, Hq, Lq), contiguous
+    "lse",  # (B, Hq, Lq) float64, contiguous
     *("batch", "heads", "key_heads", "query_len", "key_len", "head_dim", "value_dim"),
     *("band_lower", "band_upper", "band"),  # bounds on j - i; band (B, 2) int64
     *("key_lengths", "query_lengths"),  # (B,) int64

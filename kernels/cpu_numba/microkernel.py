@@ -3,7 +3,9 @@
     C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
 
 A's elements are broadcast, B's and C's rows are vectors: a tile of up to 4 x VECTORS registers of C
-stays in registers for the whole depth, with no packing of A or B. Strides are in elements; only
+stays in registers for the whole depth, with no packing of A or B. The old C is added at the end:
+a sum over many blocks is then one of short sums, whose rounding error grows with the root of the
+block's depth, not of the whole length. Strides are in elements; only
 the columns of B and C are contiguous. Which way a matrix is read is a matter of strides alone:
 
     S^T = K Q^T         A = K,  rows = keys, depth = D       B = Q^T, columns = queries
@@ -58,10 +60,6 @@ def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int
         return b.gep(c, [offset])
 
     cells = [(r, v) for r in range(rows) for v in range(vectors)]
-    before = {
-        cell: builder.select(add, load_vector(builder, c_at(builder, *cell), vector, element), zero)
-        for cell in cells
-    }
     a_offsets = [builder.mul(a_row, ir.Constant(i64, r)) for r in range(rows)]
     some = builder.icmp_signed(">", depth, ir.Constant(i64, 0))
     builder.cbranch(some, loop, done)
@@ -91,17 +89,19 @@ def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int
         phi.add_incoming(first, entry)
         phi.add_incoming(following, loop)
     for cell in cells:
-        sums[cell].add_incoming(before[cell], entry)
+        sums[cell].add_incoming(zero, entry)
         sums[cell].add_incoming(after[cell], loop)
 
     builder.position_at_end(done)
+    products = {}
     for cell in cells:
-        result = builder.phi(vector)
-        result.add_incoming(before[cell], entry)
-        result.add_incoming(after[cell], loop)
-        before[cell] = result
-    for cell in cells:
-        store_vector(builder, before[cell], c_at(builder, *cell))
+        products[cell] = builder.phi(vector)
+        products[cell].add_incoming(zero, entry)
+        products[cell].add_incoming(after[cell], loop)
+    for cell, product in products.items():
+        before = load_vector(builder, c_at(builder, *cell), vector, element)
+        total = builder.fadd(builder.select(add, before, zero), product)
+        store_vector(builder, total, c_at(builder, *cell))
     builder.ret_void()
     return function
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..biases import alibi_bias
-from ..layout import empty_heads, statistics_dtype
+from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
 from .philox import attention_keep, keep_scale
 
@@ -81,7 +81,8 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     naive = naive_attention(problem)
-    return empty_heads(problem.query, problem.value.shape[3]).copy_(naive.out), naive.lse
+    out = empty_heads(problem.query, problem.value.shape[3]).copy_(naive.out)
+    return out, naive.lse.to(saved_lse_dtype(out.dtype))
 
 
 def attention_backward(
