@@ -1,14 +1,15 @@
 """Attention backward: one pass over a head, query tiles outside, key blocks inside.
 
 Every product is done once, and each sum has one order, whatever the number of threads. With
-P recomputed from lse (in two parts, as one float32 is too short for it), M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
+P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
 
     S^T = K Q^T        P^T = 2^(S^T - lse * log2 e)       (Q^T scaled by scale * log2 e)
     dP^T = V dO^T      dS^T = P^T * (M^T * dP^T - delta)  d_bias += dS
     dV += (P * M)^T dO     dK += scale * dS^T Q           columns of the head in the lanes
     dQ^T += scale * K^T dS^T                              queries in the lanes
 
-(Dao et al. 2022, algorithm 4.) A task is one head of K and V with all query heads that share it.
+(Dao et al. 2022, algorithm 4.) lse * log2 e comes as a rounded value and the rest of it. A task is
+one head of K and V with all query heads that share it.
 """
 
 from __future__ import annotations
