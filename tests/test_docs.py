@@ -1,0 +1,80 @@
+"""What the documentation shows is what the code does: snippets, signatures, commands, links."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowmax import kernels
+from rowmax.bench.cli import build_parser as bench_parser
+from rowmax.transformer.cli import parser as transformer_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PARSERS = {"rowmax.transformer": transformer_parser, "rowmax.bench": bench_parser}
+
+# a fenced block, with its language and, where a block without one follows at once, its output
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"python -m (rowmax\.\w+)((?:[^\n`\\]|\\\n)*)")
+
+
+def test_readme_snippets_print_what_readme_shows() -> None:
+    """All Python of the README as one script in a fresh process, output compared."""
+    blocks = [block for block in BLOCK.findall(PAGES_TEXT["README.md"]) if block[0] == "python"]
+    assert blocks
+    script = "\n".join(code for _, code, _ in blocks)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "".join(output for _, _, output in blocks)
+
+
+def test_signatures_in_the_contract() -> None:
+    """`out = attention(q, k, ...)` in docs/contract.md has the names and defaults of the code."""
+    calls = re.findall(
+        r"^```python\nout = (\w+)\((.*?)\)\n```", PAGES_TEXT["contract.md"], re.M | re.S
+    )
+    assert calls
+    for name, written in calls:
+        parameters = inspect.signature(getattr(kernels, name)).parameters.values()
+        expected = [
+            parameter.name
+            if parameter.default is inspect.Parameter.empty
+            else f"{parameter.name}={parameter.default!r}".replace("'", '"')
+            for parameter in parameters
+        ]
+        assert [part.strip() for part in written.split(",")] == expected
+
+
+def commands() -> list[Any]:
+    found = []
+    for page, text in PAGES_TEXT.items():
+        for module, rest in COMMAND.findall(text):
+            if module in PARSERS:
+                words = shlex.split(rest.replace("\\\n", " "), comments=True)
+                found.append(pytest.param(module, words, id=f"{page}: {module} {' '.join(words)}"))
+    return found
+
+
+PAGES_TEXT = {page.name: page.read_text("utf-8") for page in PAGES}
+
+
+@pytest.mark.parametrize("module,words", commands())
+def test_commands_are_understood(module: str, words: list[str]) -> None:
+    """Every command on a page has options that exist and values that they take."""
+    try:
+        PARSERS[module]().parse_args(words)
+    except SystemExit as ended:
+        assert ended.code == 0 and "--help" in words, f"{module} refuses {words}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
