@@ -281,7 +281,7 @@ def add_layer_norm(
     """
     require_float("add_layer_norm", "x", x)
     require_float("add_layer_norm", "residual", residual)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x.device.type):
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     eps = _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
@@ -412,9 +412,14 @@ def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not _autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
     )
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether torch.autocast is on for the device; some, "meta" among them, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

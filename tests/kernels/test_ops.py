@@ -224,6 +224,18 @@ def test_modes_without_gradients(backend: str) -> None:
         assert torch.equal(attention(inside, inside, inside, Causal(), backend=backend), expected)
 
 
+def test_meta_tensors() -> None:
+    """Shapes and dtypes without data, as for a model built on the meta device."""
+    q = torch.zeros(2, 4, 5, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    out, lse = attention(q, q[:, :2], q[:, :2, :, :3], Causal(), return_lse=True)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5, 3), torch.bfloat16, "meta")
+    assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
+    out.sum().backward()
+    assert q.grad is not None
+    y, total = add_layer_norm(q, q, dropout_p=0.1)
+    assert y.shape == total.shape == q.shape
+
+
 FUNCTIONS: dict[str, Callable[[Tensor, str], Any]] = {
     "attention": lambda x, backend: attention(x, x, x, backend=backend),
     "masked_softmax": lambda x, backend: masked_softmax(x, backend=backend),
