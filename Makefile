@@ -3,6 +3,7 @@
 #
 #   make demo      train the reference Transformer on the built-in corpus and translate with it
 #   make test      the tests
+#   make compile   compile every form of the GPU kernels for GPUs that need not be there
 #   make lint      ruff and mypy
 #   make bench     the speed tables
 #   make clean     remove build products and caches
@@ -32,7 +33,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CHECKED := kernels transformer bench tests setup.py
 TYPING := build/typing/rowmax
 
-.PHONY: demo test lint bench install clean distclean
+.PHONY: demo test compile lint bench install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -40,6 +41,10 @@ demo: $(PACKAGE)
 
 test: $(PACKAGE)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
+compile: $(PACKAGE)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/ahead_of_time
 
 # mypy knows a package by its folder's name, so it sees the folders through links that bear the
 # import names.

@@ -103,6 +103,9 @@ def extension_arguments() -> dict[str, Any]:
 setup(
     package_dir=PACKAGE_DIR,
     packages=all_packages(),
-    package_data={package: ["py.typed"] for package in PACKAGE_DIR},
+    package_data={
+        **{package: ["py.typed"] for package in PACKAGE_DIR},
+        "rowmax.kernels.gpu_triton": ["configurations.json"],
+    },
     **extension_arguments(),
 )

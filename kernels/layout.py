@@ -1,4 +1,4 @@
-"""The memory layout of results: torch-only, so that fakes and every backend agree on strides."""
+"""The memory layout of tensors: torch-only, so that fakes and every backend agree on strides."""
 
 from __future__ import annotations
 
@@ -30,3 +30,34 @@ def saved_lse_dtype(dtype: torch.dtype) -> torch.dtype:
     times the error of a weight itself. So it is kept one step wider than the inputs.
     """
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
+
+
+def count_rows(tensor: Tensor) -> int:
+    return tensor.shape[:-1].numel()
+
+
+def rows_of(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor and its row stride in elements; a copy only where rows have no common stride.
+
+    Rows have one when the last dimension is contiguous and the others collapse into one.
+    """
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    stride = _row_stride(tensor)
+    return (tensor.contiguous(), tensor.shape[-1]) if stride is None else (tensor, stride)
+
+
+def _row_stride(tensor: Tensor) -> int | None:
+    *leading, columns = zip(tensor.shape, tensor.stride(), strict=True)
+    if columns[0] > 1 and columns[1] != 1:
+        return None
+    row_stride, expected = 0, None
+    for size, stride in reversed(leading):
+        if size == 1:
+            continue
+        if expected is None:
+            row_stride = stride
+        elif stride != expected:
+            return None
+        expected = stride * size
+    return row_stride

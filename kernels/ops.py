@@ -29,7 +29,8 @@ _MASK = (
 _ATTENTION = (
     "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, "
     f"Tensor? alibi_offset, Tensor? sinks, {_MASK}, float scale, float? softcap, "
-    "float dropout_p, Tensor? seed, SymInt batch_start, str backend"
+    "float dropout_p, Tensor? seed, SymInt batch_start, Tensor? query_starts, Tensor? key_starts, "
+    "SymInt longest_query, SymInt longest_key, str backend"
 )
 _ADD_LAYER_NORM = (
     "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, "

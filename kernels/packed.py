@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,14 +17,14 @@ from .checks import (
     fail_type,
     fail_value,
     require_float,
-    require_probability,
     require_tensor,
     shape_text,
 )
-from .functional import attention_problem, autocast
+from .functional import attention_problem
 from .layout import statistics_dtype
-from .masks import Align, Causal, Mask, Window
-from .problem import AttentionProblem
+from .masks import Align, Causal, Mask, Window, offset_of, structure_of
+
+_T = TypeVar("_T", Mask, ALiBi)
 
 
 @overload
@@ -110,36 +113,43 @@ def attention_varlen(
     if v.shape[0] != k.shape[0]:
         fail_value("attention_varlen", "v", f"{v.shape[0]} rows", f"{k.shape[0]}, as `k`")
     name = dispatch.check_name("attention_varlen", backend)
-    dropout_p = require_probability("attention_varlen", "dropout_p", dropout_p)
-    if dropout_p > 0.0 and seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
-
-    q, k, v = autocast(q, k, v)
-    problems: list[AttentionProblem] = []
-    for b, (rows, columns) in enumerate(zip(pairwise(starts_q), pairwise(starts_k), strict=True)):
-        problem = attention_problem(
-            _heads_first(q[slice(*rows)]),
-            _heads_first(k[slice(*columns)]),
-            _heads_first(v[slice(*columns)]),
-            mask,
-            bias,
-            scale,
-            softcap,
-            dropout_p,
-            seed,
-            sinks,
-            draw_seed=True,
-        )
-        problems.append(problem._replace(batch_start=b))
-    outs = [q.new_empty((0, q.shape[1], v.shape[2]))]
-    lse_dtype = statistics_dtype(q.dtype)
-    lses = [q.new_empty((q.shape[1], 0), dtype=lse_dtype)]
-    for problem in problems:
-        out, lse = ops.attention(problem, name)
-        outs.append(out.squeeze(0).transpose(0, 1))
-        lses.append(lse.squeeze(0).to(lse_dtype))
-    joined = torch.cat(outs)
-    return (joined, torch.cat(lses, dim=1)) if return_lse else joined
+    problem = attention_problem(
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        None,
+        None,
+        scale,
+        softcap,
+        dropout_p,
+        seed,
+        sinks,
+        draw_seed=True,
+    )
+    lengths_q, lengths_k = (
+        [end - start for start, end in pairwise(starts)] for starts in (starts_q, starts_k)
+    )
+    shape = (len(lengths_q), q.shape[1], max(lengths_q, default=0), max(lengths_k, default=0))
+    like = problem.query
+    parts = [_aligned(part, lengths_q, lengths_k, like) for part in _parts(mask)]
+    structure = structure_of(functools.reduce(operator.and_, parts) if parts else None, shape, like)
+    slopes = slope_offset = None
+    if bias is not None:
+        slopes, slope_offset = _aligned(bias, lengths_q, lengths_k, like).parameters(shape, like)
+    out, lse = ops.attention(
+        problem._replace(
+            mask=structure,
+            alibi_slopes=slopes,
+            alibi_offset=slope_offset,
+            query_starts=torch.tensor(starts_q, dtype=torch.int64, device=like.device),
+            key_starts=torch.tensor(starts_k, dtype=torch.int64, device=like.device),
+            longest_query=shape[2],
+            longest_key=shape[3],
+        ),
+        name,
+    )
+    joined = out.squeeze(0).transpose(0, 1)
+    return (joined, lse.squeeze(0).to(statistics_dtype(q.dtype))) if return_lse else joined
 
 
 def _heads_first(sequence: Tensor) -> Tensor:
@@ -152,7 +162,7 @@ def _check_positional(mask: object, bias: object) -> None:
     kinds = "None or Causal, Window or their `&`"
     if mask is not None and not isinstance(mask, Mask):
         fail_type("attention_varlen", "mask", type(mask).__name__, kinds)
-    for part in () if mask is None else mask.parts():
+    for part in _parts(mask):
         if not isinstance(part, Causal | Window):
             fail_type("attention_varlen", "mask", type(part).__name__, kinds)
         _check_align("mask", part.align)
@@ -160,6 +170,23 @@ def _check_positional(mask: object, bias: object) -> None:
         if not isinstance(bias, ALiBi):
             fail_type("attention_varlen", "bias", type(bias).__name__, "None or ALiBi")
         _check_align("bias", bias.align)
+
+
+def _parts(mask: Mask | None) -> tuple[Mask, ...]:
+    return () if mask is None else mask.parts()
+
+
+def _aligned(part: _T, lengths_q: list[int], lengths_k: list[int], like: Tensor) -> _T:
+    """`part` with an `align` that says of each sequence where its query 0 stands."""
+    align = part.align  # type: ignore[attr-defined]
+    if align is None:
+        for query_len, key_len in zip(lengths_q, lengths_k, strict=True):
+            offset_of("attention_varlen", None, (1, 1, query_len, key_len), like)
+    if align != "lower_right":
+        return part
+    offsets = [key_len - query_len for query_len, key_len in zip(lengths_q, lengths_k, strict=True)]
+    lower_right = torch.tensor(offsets, dtype=torch.int64, device=like.device)
+    return replace(part, align=lower_right)  # type: ignore[type-var]
 
 
 def _check_align(argument: str, align: Align) -> None:

@@ -19,6 +19,11 @@ class AttentionProblem(NamedTuple):
     query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv); bias 4-D with each dimension
     full or 1; alibi_slopes (B | 1, Hq) with alibi_offset (B | 1,) int64; sinks (Hq,); seed a 0-d
     int64 tensor, present when dropout_p > 0. Dropout counts batch elements from `batch_start`.
+
+    Packed: with query_starts and key_starts (n + 1,) int64, query (1, Hq, total_q, D), key and
+    value hold n sequences one after another, each a batch element to masks, ALiBi and dropout.
+    Their masks speak of positions only, and there is no bias tensor; longest_query and
+    longest_key are the largest lengths.
     """
 
     query: Tensor
@@ -34,6 +39,10 @@ class AttentionProblem(NamedTuple):
     dropout_p: float
     seed: Tensor | None
     batch_start: int = 0
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    longest_query: int = 0
+    longest_key: int = 0
 
     @property
     def op_name(self) -> str:
@@ -41,8 +50,10 @@ class AttentionProblem(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, Hq, Lq, Lk)."""
+        """(B, Hq, Lq, Lk); packed, (n, Hq, longest_query, longest_key)."""
         batch, heads, query_len, _ = self.query.shape
+        if self.query_starts is not None:
+            return self.query_starts.shape[0] - 1, heads, self.longest_query, self.longest_key
         return batch, heads, query_len, self.key.shape[2]
 
     def flat(self) -> tuple[Any, ...]:

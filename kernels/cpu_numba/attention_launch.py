@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import sequences
 from ..layout import empty_heads, saved_lse_dtype
 from ..problem import AttentionProblem
 from .attention_forward import FORWARD
@@ -16,6 +17,8 @@ from .microkernel import VECTORS, lanes_in
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    if problem.query_starts is not None:
+        return sequences.attention(attention, problem)
     problem = _prepared(problem)
     query, value = problem.query, problem.value
     out = empty_heads(query, value.shape[3])
@@ -43,6 +46,10 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if problem.query_starts is not None:
+        return sequences.attention_backward(
+            *(attention_backward, problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
+        )
     bias = problem.bias
     problem = _prepared(problem)
     query, key, value = problem.query, problem.key, problem.value

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..layout import count_rows, rows_of
 from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD, GROUP
 from .norms_forward import FACTOR_BLOCK, FORWARD
 from .results import new_result
-from .rows import chunk_rows, count_rows, rows_of, task_rows
+from .rows import chunk_rows, task_rows
 
 
 def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..layout import count_rows, rows_of
 from ..problem import SoftmaxProblem
 from .results import new_result
-from .rows import count_rows, rows_of, task_rows
+from .rows import task_rows
 from .softmax_rows import BACKWARD, FORWARD, NO_BOUND
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import sequences
 from ..biases import alibi_bias
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
@@ -80,6 +81,8 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    if problem.query_starts is not None:
+        return sequences.attention(attention, problem)
     naive = naive_attention(problem)
     out = empty_heads(problem.query, problem.value.shape[3]).copy_(naive.out)
     return out, naive.lse.to(saved_lse_dtype(out.dtype))
@@ -94,6 +97,10 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if problem.query_starts is not None:
+        return sequences.attention_backward(
+            *(attention_backward, problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
+        )
     naive = naive_attention(problem)
     attends_nothing = (naive.lse == -torch.inf).unsqueeze(-1)
     d_out = grad_out.to(naive.out.dtype).masked_fill(attends_nothing, 0.0)

@@ -46,7 +46,9 @@ def doing(op: str) -> list[str]:
 
 
 def device_of(backend: str) -> torch.device:
-    return torch.device("cuda" if backend == "triton" else "cpu")
+    """Where the backend's tensors lie; on the CPU when Triton's interpreter runs its kernels."""
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

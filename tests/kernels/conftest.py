@@ -3,12 +3,14 @@ from __future__ import annotations
 import hypothesis
 import pytest
 
-from . import backends
+from . import backends, interpreter
 
 hypothesis.settings.register_profile(
     "rowmax", derandomize=True, deadline=None, max_examples=25, database=None
 )
 hypothesis.settings.load_profile("rowmax")
+
+interpreter.repair()
 
 
 @pytest.fixture(params=backends.doing("attention"))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from rowmax.kernels import (
     ALiBi,
@@ -20,11 +19,13 @@ from rowmax.kernels import (
     add_layer_norm,
     attention,
     attention_varlen,
+    dispatch,
     explain,
     layer_norm,
     masked_softmax,
     rms_norm,
 )
+from rowmax.kernels.functional import attention_problem
 
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
 META = torch.zeros(2, 4, 5, 8, device="meta")
@@ -231,8 +232,17 @@ def test_misspelt_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["numba", "native", "triton"])
-def test_a_device_that_no_fused_backend_knows(name: str) -> None:
+def test_a_device_that_a_backend_does_not_know(name: str) -> None:
     """A named backend refuses with its reason; it never crashes on memory that is not there."""
-    q: Tensor = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(RuntimeError, match=f"backend '{name}' can't do this: ."):
-        attention(q, q, q, softcap=1.0, sinks=torch.zeros(1), backend=name)
+    refusals = {
+        "numba": ("tensors on meta, not on the CPU", torch.zeros(1, 1, 2, 4, device="meta")),
+        "native": ("layer_norm only, not attention", torch.zeros(1, 1, 2, 4)),
+        "triton": ("tensors on meta, not on c", torch.zeros(1, 1, 2, 4, device="meta")),
+    }
+    reason, q = refusals[name]
+    problem = attention_problem(
+        *(q, q, q, None, None, None, None, 0.0, None, None), draw_seed=False
+    )
+    if dispatch.unavailable(name) is None:
+        with pytest.raises(RuntimeError, match=f"backend '{name}' can't do this: .*{reason}"):
+            dispatch.choose(name, problem)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rowmax.kernels import Causal, add_layer_norm, dispatch, layer_norm, masked_softmax, rms_norm
+from rowmax.kernels.layout import rows_of
 from rowmax.kernels.reference import rows_keep
 from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_threshold, philox4x32
 
@@ -23,7 +24,7 @@ if dispatch.unavailable("numba") is not None:
 
 from rowmax.kernels.cpu_numba.call import Kernel, read
 from rowmax.kernels.cpu_numba.norms_forward import draw_factors
-from rowmax.kernels.cpu_numba.rows import chunk_rows, rows_of
+from rowmax.kernels.cpu_numba.rows import chunk_rows
 from rowmax.kernels.cpu_numba.simd import cast, pointer
 
 DTYPES = (torch.float32, torch.float64)

@@ -1,0 +1,191 @@
+"""Attention forward: online softmax over blocks of keys, one program a tile of queries.
+
+With scores in base 2, each block of keys adds
+
+    S = Q K^T * scale * log2(e);  m' = max(m, max_k S);  P = 2^(S - m')
+    l = l * 2^(m - m') + sum_k P;   O = O * 2^(m - m') + drop(P) V
+
+At the end out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022).
+A sink is a key of weight 2^(sink - m) without a value: it starts m and l.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LN_2,
+    LOG2_E,
+    accumulate,
+    head_of,
+    kept_words,
+    key_blocks,
+    limits,
+    load_rows,
+    scores_of,
+    sequence_of,
+    store_rows,
+)
+from .philox import load_seed
+
+
+@triton.jit
+def _attend(
+    state,
+    tile,
+    terms,
+    dropout,
+    k0,
+    MASKED: tl.constexpr,
+    HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(O, m, l) after the block of keys from k0 on."""
+    out_tile, row_max, row_sum = state
+    query_tile, key, value, i0, first, end, b, h = tile
+    dtype = out_tile.dtype
+    BLOCK_M: tl.constexpr = query_tile.shape[0]
+    key_tile = load_rows(key, k0, first, end, MASKED, HEAD_DIM)
+    product = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION, out_dtype=dtype)
+    i = i0 + tl.arange(0, BLOCK_M)[:, None]
+    j = k0 + tl.arange(0, BLOCK_N)[None, :]
+    scores, allowed, _ = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
+    weights = tl.math.exp2(scores - shift[:, None])
+    rescale = tl.math.exp2(row_max - shift)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    if dropout is not None:
+        seed, threshold, batch_start = dropout
+        words = kept_words(i0, k0, b + batch_start, h, seed, BLOCK_M, BLOCK_N, False)
+        weights = tl.where(words >= threshold, weights, 0.0)
+    value_tile = load_rows(value, k0, first, end, MASKED, VALUE_DIM)
+    if HOLES:
+        # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
+        attended = tl.max(allowed.to(tl.int32), 0) > 0
+        value_tile = tl.where(attended[:, None], value_tile, 0.0).to(value_tile.dtype)
+    out_tile = accumulate(out_tile * rescale[:, None], weights, value_tile, PRECISION)
+    return out_tile, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+def forward(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    mask,
+    bias,
+    alibi,
+    sinks,
+    packed,
+    seed,
+    threshold,
+    batch_start,
+    keep_scale: tl.float64,
+    score_factor: tl.float64,
+    cap_factor: tl.float64,
+    heads,
+    key_heads,
+    query_len,
+    key_len,
+    query_rows,
+    DTYPE: tl.constexpr,
+    LEFT: tl.constexpr,
+    HOLES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv), out (B, Hq, Lq, Dv).
+
+    lse (B, Hq, Lq) contiguous; sinks (Hq,) or None; `mask`, `bias`, `alibi` as in
+    `attention_tiles`; `packed` as in `sequence_of`: then the tensors have one batch element of
+    `query_rows` queries, and query_len and key_len are the longest ones. Sums are in DTYPE. LEFT:
+    the band has a lower bound. HOLES: a dense mask, documents or a bias may forbid any pair.
+    Grid: tiles of BLOCK_M queries x Hq x B.
+    """
+    tiles = tl.cdiv(query_len, BLOCK_M)
+    program = tl.program_id(0)
+    # the last tiles, the longest under a causal mask, come first
+    i0 = (tiles - 1 - program % tiles) * BLOCK_M
+    h = program // tiles % heads
+    b = (program // tiles // heads).to(tl.int64)
+    key_head = h // (heads // key_heads)
+
+    place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
+    bounds = limits(mask, b, query_len, key_len)
+    lower, upper, queries, keys = bounds
+    first, end, begin, full_begin, full_end = key_blocks(
+        i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
+    )
+    dropout = None
+    if DROPOUT:
+        dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start)
+
+    query_head = head_of(query, place, h.to(tl.int64), first_query, BLOCK_M, BLOCK_D)
+    query_tile = load_rows(query_head, i0, 0, query_len, True, HEAD_DIM)
+    wide_head = key_head.to(tl.int64)
+    key = head_of(key, place, wide_head, first_key, BLOCK_N, BLOCK_D)
+    value = head_of(value, place, wide_head, first_key, BLOCK_N, BLOCK_DV)
+
+    out_tile = tl.zeros((BLOCK_M, BLOCK_DV), DTYPE)
+    row_max = tl.full((BLOCK_M,), -float("inf"), DTYPE)
+    row_sum = tl.zeros((BLOCK_M,), DTYPE)
+    if sinks is not None:
+        row_max = tl.zeros((BLOCK_M,), DTYPE) + tl.load(sinks + h).to(DTYPE) * LOG2_E
+        row_sum = tl.full((BLOCK_M,), 1.0, DTYPE)
+    state = (out_tile, row_max, row_sum)
+    tile = (query_tile, key, value, i0, first, end, b, h)
+    terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
+    if HOLES:
+        full_begin, full_end = end, end
+    edges = (begin, full_begin, full_end, end)
+    for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
+        if (PHASE == 0 and (LEFT or HOLES)) or (PHASE > 0 and not HOLES):
+            for k0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
+                state = _attend(
+                    state,
+                    tile,
+                    terms,
+                    dropout,
+                    k0,
+                    PHASE != 1,
+                    HOLES,
+                    SOFTCAP,
+                    PRECISION,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    BLOCK_N,
+                )
+
+    out_tile, row_max, row_sum = state
+    i = i0 + tl.arange(0, BLOCK_M)
+    beyond = i >= queries  # such a row has only the sink
+    empty = beyond | (row_sum == 0.0)
+    total = tl.where(empty, 1.0, row_sum)
+    factor = tl.full((1,), keep_scale, DTYPE) / total
+    out_tile = tl.where(empty[:, None], 0.0, out_tile * factor[:, None])
+    store_rows(out, place, h.to(tl.int64), first_query, i0, query_len, out_tile, VALUE_DIM)
+
+    wide = lse.dtype.element_ty
+    row_lse = (row_max.to(wide) + tl.log2(total.to(wide))) * LN_2
+    nothing = tl.full((BLOCK_M,), -float("inf"), wide)
+    if sinks is not None:
+        nothing = tl.zeros((BLOCK_M,), wide) + tl.load(sinks + h).to(wide)
+    row_lse = tl.where(empty, nothing, row_lse)
+    row = (place * heads + h) * query_rows + first_query + i
+    tl.store(lse + row, row_lse, mask=i < query_len)

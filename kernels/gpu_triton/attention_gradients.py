@@ -1,0 +1,455 @@
+"""Attention backward: one kernel for d_key and d_value, one for d_query, no atomics.
+
+With P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
+
+    P = 2^(S - lse * log2 e)        dP = dO V^T        dS = P * (M * dP - delta)      d_bias = dS
+    dV = (P * M)^T dO               dK = scale * dS^T Q                dQ = scale * dS K
+
+(Dao et al. 2022, algorithm 4.) lse * log2 e comes as a rounded value and the rest of it. Each sum
+has one order, so the bits are the same in every run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LOG2_E,
+    accumulate,
+    head_of,
+    kept_words,
+    key_blocks,
+    limits,
+    load_rows,
+    query_blocks,
+    scores_of,
+    sequence_of,
+    store_rows,
+)
+from .philox import load_seed
+
+
+@triton.jit
+def prepare(
+    grad_out,
+    out,
+    lse,
+    grad_lse,
+    shift,
+    rest,
+    delta,
+    packed,
+    heads,
+    query_len,
+    query_rows,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """shift + rest = lse * log2 e and delta = sum(dO * O) - dlse of every row.
+
+    grad_out, out (B, Hq, Lq, Dv); lse, grad_lse (or None), shift, rest (or None: lse is no wider
+    than shift) and delta (B, Hq, Lq), contiguous. A row that attends nothing gets shift = inf,
+    which makes all its weights 0, and delta = 0. Grid: tiles of BLOCK_M queries x Hq x B.
+    """
+    tiles = tl.cdiv(query_len, BLOCK_M)
+    program = tl.program_id(0)
+    i0 = program % tiles * BLOCK_M
+    h = (program // tiles % heads).to(tl.int64)
+    b = (program // tiles // heads).to(tl.int64)
+    place, first_query, _, query_len, _ = sequence_of(packed, b, query_len, 0)
+    i = i0 + tl.arange(0, BLOCK_M)
+    row = (place * heads + h) * query_rows + first_query + i
+    inside = i < query_len
+    dtype = delta.dtype.element_ty
+
+    row_lse = tl.load(lse + row, mask=inside, other=-float("inf"))
+    dead = row_lse == -float("inf")
+    both = tl.where(dead, 0.0, row_lse) * LOG2_E
+    high = both.to(dtype)
+    tl.store(shift + row, tl.where(dead, float("inf"), high), mask=inside)
+    if rest is not None:
+        tl.store(rest + row, (both - high.to(both.dtype)).to(dtype), mask=inside)
+
+    grad_head = head_of(grad_out, place, h, first_query, BLOCK_M, BLOCK_DV)
+    grad_tile = load_rows(grad_head, i0, 0, query_len, True, VALUE_DIM)
+    out_head = head_of(out, place, h, first_query, BLOCK_M, BLOCK_DV)
+    out_tile = load_rows(out_head, i0, 0, query_len, True, VALUE_DIM)
+    row_delta = tl.sum(grad_tile.to(dtype) * out_tile.to(dtype), 1)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + row, mask=inside, other=0.0).to(dtype)
+    tl.store(delta + row, tl.where(dead, 0.0, row_delta), mask=inside)
+
+
+@triton.jit
+def load_statistics(shift, rest, delta, at, inside):
+    """shift, rest (0 where it is absent) and delta; shift = inf where not `inside`."""
+    high = tl.load(shift + at, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + at, mask=inside, other=0.0)
+    if rest is not None:
+        return high, tl.load(rest + at, mask=inside, other=0.0), row_delta
+    return high, tl.zeros_like(high), row_delta
+
+
+@triton.jit
+def score_gradients(
+    left,
+    right,
+    d_left,
+    d_right,
+    i,
+    j,
+    place,
+    statistics,
+    terms,
+    dropout,
+    MASKED: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(P * M, dS before the softcap, dS after it, allowed) of one tile.
+
+    (left, right, d_left, d_right) are (Q, K, dO, V), or with KEYS_FIRST (K, Q, V, dO): then the
+    tile is transposed. `place` is (i0, j0, b, h); `statistics` broadcast against the tile.
+    """
+    shift, rest, delta = statistics
+    i0, j0, b, h = place
+    dtype = delta.dtype
+    product = tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=dtype)
+    scores, allowed, slope = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
+    weights = tl.math.exp2(scores - shift - rest)
+    d_weights = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION, out_dtype=dtype)
+    kept = weights
+    if dropout is not None:
+        seed, threshold, batch_start, keep_scale = dropout
+        M: tl.constexpr = right.shape[0] if KEYS_FIRST else left.shape[0]
+        N: tl.constexpr = left.shape[0] if KEYS_FIRST else right.shape[0]
+        words = kept_words(i0, j0, b + batch_start, h, seed, M, N, KEYS_FIRST)
+        factor = tl.where(words >= threshold, tl.full((1, 1), keep_scale, dtype), 0.0)
+        kept = weights * factor
+        d_weights *= factor
+    d_scores = weights * (d_weights - delta)
+    if MASKED:  # a product with a key that may hold NaN is masked, not multiplied by 0
+        d_scores = tl.where(allowed, d_scores, 0.0)
+    d_product = d_scores * slope if SOFTCAP else d_scores
+    return kept, d_scores, d_product, allowed
+
+
+@triton.jit
+def _add_queries(
+    state,
+    tile,
+    statistics,
+    terms,
+    dropout,
+    i0,
+    MASKED: tl.constexpr,
+    DEAD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(d_key / scale, d_value) after the block of queries from i0 on."""
+    d_key_tile, d_value_tile = state
+    key_tile, value_tile, query, grad_out, j0, first, end, b, h = tile
+    query_tile = load_rows(query, i0, first, end, MASKED, HEAD_DIM)
+    grad_tile = load_rows(grad_out, i0, first, end, MASKED, VALUE_DIM)
+    i = i0 + tl.arange(0, BLOCK_M)
+    j = j0 + tl.arange(0, BLOCK_N)
+    shift, rest, delta, row = statistics
+    high, low, row_delta = load_statistics(shift, rest, delta, row + i, (i >= first) & (i < end))
+    if DEAD:  # a row that attends nothing may hold NaN
+        alive = (high < float("inf"))[:, None]
+        query_tile = tl.where(alive, query_tile, 0.0).to(query_tile.dtype)
+        grad_tile = tl.where(alive, grad_tile, 0.0).to(grad_tile.dtype)
+    kept, _, d_product, _ = score_gradients(
+        key_tile,
+        query_tile,
+        value_tile,
+        grad_tile,
+        i[None, :],
+        j[:, None],
+        (i0, j0, b, h),
+        (high[None, :], low[None, :], row_delta[None, :]),
+        terms,
+        dropout,
+        MASKED,
+        True,
+        SOFTCAP,
+        PRECISION,
+    )
+    d_value_tile = accumulate(d_value_tile, kept, grad_tile, PRECISION)
+    d_key_tile = accumulate(d_key_tile, d_product, query_tile, PRECISION)
+    return d_key_tile, d_value_tile
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+def key_gradients(
+    query,
+    key,
+    value,
+    grad_out,
+    d_key,
+    d_value,
+    shift,
+    rest,
+    delta,
+    mask,
+    bias,
+    alibi,
+    packed,
+    seed,
+    threshold,
+    batch_start,
+    keep_scale: tl.float64,
+    scale: tl.float64,
+    score_factor: tl.float64,
+    cap_factor: tl.float64,
+    heads,
+    key_heads,
+    query_len,
+    key_len,
+    query_rows,
+    DTYPE: tl.constexpr,
+    LEFT: tl.constexpr,
+    HOLES: tl.constexpr,
+    DEAD: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """d_key (B, Hkv, Lk, D) and d_value (B, Hkv, Lk, Dv), summed over the heads of each group.
+
+    Arguments as in `forward` and `prepare`. DEAD: some row may attend nothing; GROUP: Hq / Hkv.
+    Grid: tiles of BLOCK_N keys x Hkv x B.
+    """
+    tiles = tl.cdiv(key_len, BLOCK_N)
+    program = tl.program_id(0)
+    j0 = program % tiles * BLOCK_N  # under a causal mask the first tiles are the longest
+    key_head = program // tiles % key_heads
+    b = (program // tiles // key_heads).to(tl.int64)
+
+    place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
+    bounds = limits(mask, b, query_len, key_len)
+    lower, upper, queries, keys = bounds
+    first, end, begin, full_begin, full_end = query_blocks(
+        j0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
+    )
+    terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
+    dropout = None
+    if DROPOUT:
+        dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start, keep_scale)
+
+    wide_head = key_head.to(tl.int64)
+    key_tile = load_rows(
+        head_of(key, place, wide_head, first_key, BLOCK_N, BLOCK_D), j0, 0, keys, True, HEAD_DIM
+    )
+    value_tile = load_rows(
+        head_of(value, place, wide_head, first_key, BLOCK_N, BLOCK_DV), j0, 0, keys, True, VALUE_DIM
+    )
+    state = (tl.zeros((BLOCK_N, BLOCK_D), DTYPE), tl.zeros((BLOCK_N, BLOCK_DV), DTYPE))
+
+    if HOLES:
+        full_begin, full_end = end, end
+    edges = (begin, full_begin, full_end, end)
+    for member in range(GROUP):
+        h = key_head * GROUP + member
+        wide_h = tl.full((), h, tl.int64)
+        query_head = head_of(query, place, wide_h, first_query, BLOCK_M, BLOCK_D)
+        grad_head = head_of(grad_out, place, wide_h, first_query, BLOCK_M, BLOCK_DV)
+        tile = (key_tile, value_tile, query_head, grad_head, j0, first, end, b, h)
+        statistics = (shift, rest, delta, (place * heads + h) * query_rows + first_query)
+        for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
+            if PHASE == 0 or not HOLES:
+                for i0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_M):
+                    state = _add_queries(
+                        state,
+                        tile,
+                        statistics,
+                        terms,
+                        dropout,
+                        i0,
+                        PHASE != 1,
+                        DEAD,
+                        SOFTCAP,
+                        PRECISION,
+                        HEAD_DIM,
+                        VALUE_DIM,
+                        BLOCK_M,
+                        BLOCK_N,
+                    )
+
+    d_key_tile, d_value_tile = state
+    counted = (j0 + tl.arange(0, BLOCK_N) < keys)[:, None]
+    d_key_tile = tl.where(counted, d_key_tile * tl.full((1, 1), scale, DTYPE), 0.0)
+    d_value_tile = tl.where(counted, d_value_tile, 0.0)
+    store_rows(d_key, place, wide_head, first_key, j0, key_len, d_key_tile, HEAD_DIM)
+    store_rows(d_value, place, wide_head, first_key, j0, key_len, d_value_tile, VALUE_DIM)
+
+
+@triton.jit
+def _add_keys(
+    d_query_tile,
+    tile,
+    statistics,
+    terms,
+    dropout,
+    d_bias,
+    j0,
+    MASKED: tl.constexpr,
+    HOLES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """d_query / scale after the block of keys from j0 on; writes d_bias where it is asked for."""
+    query_tile, grad_tile, key, value, i0, first, end, b, h = tile
+    key_tile = load_rows(key, j0, first, end, MASKED, HEAD_DIM)
+    value_tile = load_rows(value, j0, first, end, MASKED, VALUE_DIM)
+    i = (i0 + tl.arange(0, BLOCK_M))[:, None]
+    j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+    _, d_scores, d_product, allowed = score_gradients(
+        query_tile,
+        key_tile,
+        grad_tile,
+        value_tile,
+        i,
+        j,
+        (i0, j0, b, h),
+        statistics,
+        terms,
+        dropout,
+        MASKED,
+        False,
+        SOFTCAP,
+        PRECISION,
+    )
+    if d_bias is not None:
+        target, batch, head, row, column = d_bias
+        at = target + b * batch + h * head + i.to(tl.int64) * row + j * column
+        tl.store(at, d_scores.to(target.dtype.element_ty), mask=allowed)
+    if HOLES:
+        # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
+        attended = tl.max(allowed.to(tl.int32), 0) > 0
+        key_tile = tl.where(attended[:, None], key_tile, 0.0).to(key_tile.dtype)
+    return accumulate(d_query_tile, d_product, key_tile, PRECISION)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+def query_gradients(
+    query,
+    key,
+    value,
+    grad_out,
+    d_query,
+    d_bias,
+    shift,
+    rest,
+    delta,
+    mask,
+    bias,
+    alibi,
+    packed,
+    seed,
+    threshold,
+    batch_start,
+    keep_scale: tl.float64,
+    scale: tl.float64,
+    score_factor: tl.float64,
+    cap_factor: tl.float64,
+    heads,
+    key_heads,
+    query_len,
+    key_len,
+    query_rows,
+    DTYPE: tl.constexpr,
+    LEFT: tl.constexpr,
+    HOLES: tl.constexpr,
+    DEAD: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """d_query (B, Hq, Lq, D), and d_bias (zeros before) of a bias that nothing shares, or None.
+
+    Arguments as in `forward` and `prepare`. Grid: tiles of BLOCK_M queries x Hq x B.
+    """
+    tiles = tl.cdiv(query_len, BLOCK_M)
+    program = tl.program_id(0)
+    i0 = (tiles - 1 - program % tiles) * BLOCK_M
+    h = program // tiles % heads
+    b = (program // tiles // heads).to(tl.int64)
+    wide_head, key_head = h.to(tl.int64), (h // (heads // key_heads)).to(tl.int64)
+
+    place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
+    bounds = limits(mask, b, query_len, key_len)
+    lower, upper, queries, keys = bounds
+    first, end, begin, full_begin, full_end = key_blocks(
+        i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
+    )
+    terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
+    dropout = None
+    if DROPOUT:
+        dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start, keep_scale)
+
+    query_head = head_of(query, place, wide_head, first_query, BLOCK_M, BLOCK_D)
+    grad_head = head_of(grad_out, place, wide_head, first_query, BLOCK_M, BLOCK_DV)
+    query_tile = load_rows(query_head, i0, 0, query_len, True, HEAD_DIM)
+    grad_tile = load_rows(grad_head, i0, 0, query_len, True, VALUE_DIM)
+    key = head_of(key, place, key_head, first_key, BLOCK_N, BLOCK_D)
+    value = head_of(value, place, key_head, first_key, BLOCK_N, BLOCK_DV)
+    i = i0 + tl.arange(0, BLOCK_M)
+    row = (place * heads + h) * query_rows + first_query + i
+    high, low, row_delta = load_statistics(shift, rest, delta, row, i < query_len)
+    statistics = (high[:, None], low[:, None], row_delta[:, None])
+    tile = (query_tile, grad_tile, key, value, i0, first, end, b, h)
+    d_query_tile = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
+
+    if HOLES:
+        full_begin, full_end = end, end
+    edges = (begin, full_begin, full_end, end)
+    for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
+        if (PHASE == 0 and (LEFT or HOLES)) or (PHASE > 0 and not HOLES):
+            for j0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
+                d_query_tile = _add_keys(
+                    d_query_tile,
+                    tile,
+                    statistics,
+                    terms,
+                    dropout,
+                    d_bias,
+                    j0,
+                    PHASE != 1,
+                    HOLES,
+                    SOFTCAP,
+                    PRECISION,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
+
+    counted = ((high < float("inf")) & (i < queries))[:, None]
+    d_query_tile = tl.where(counted, d_query_tile * tl.full((1, 1), scale, DTYPE), 0.0)
+    store_rows(d_query, place, wide_head, first_query, i0, query_len, d_query_tile, HEAD_DIM)

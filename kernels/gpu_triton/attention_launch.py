@@ -1,0 +1,329 @@
+"""From an attention problem to its kernels: grids, strides, allocations, and what is copied."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
+from ..problem import AttentionProblem
+from .attention_bias_gradients import bias_gradients
+from .attention_forward import forward
+from .attention_gradients import key_gradients, prepare, query_gradients
+from .configurations import Configuration, configuration
+
+_LOG2_E = math.log2(math.e)
+_NO_BOUND = 2**30
+
+
+class Launch(Protocol):
+    """Runs `kernel` once for each tile of (queries, keys, planes)."""
+
+    def __call__(
+        self,
+        kernel: Any,
+        problem: AttentionProblem,
+        extent: tuple[int, int, int],
+        arguments: dict[str, Any],
+        /,
+    ) -> None: ...
+
+
+def launch_kernel(
+    kernel: Any,
+    problem: AttentionProblem,
+    extent: tuple[int, int, int],
+    arguments: dict[str, Any],
+) -> None:
+    """A dimension of `extent` that is 1 is not divided."""
+    config = configuration(kernel.fn.__name__, problem)
+    rows, columns, planes = extent
+    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n) * planes
+    if programs == 0:
+        return
+    with device_of(problem.query):
+        kernel[(programs,)](**arguments, **compiled_form(kernel, config))
+
+
+def compiled_form(kernel: Any, config: Configuration) -> dict[str, int]:
+    """The arguments of `kernel` that `config` decides."""
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    return {
+        **{name: size for name, size in sizes.items() if name in kernel.arg_names},
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def attention(problem: AttentionProblem, launch: Launch = launch_kernel) -> tuple[Tensor, Tensor]:
+    problem = _prepared(problem)
+    query, value = problem.query, problem.value
+    out = empty_heads(query, value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    batch, heads, query_len, _ = problem.shape
+    launch(
+        forward,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "out": _rows(out),
+            "lse": lse,
+            "sinks": problem.sinks,
+            **_packed(problem),
+            **_tensors(problem),
+            **_common(problem),
+            **_constants(problem),
+        },
+    )
+    return out, lse
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    sinks_grad: bool,
+    launch: Launch = launch_kernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = _prepared(problem)
+    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    grad_out, out, lse = _readable(grad_out), _readable(out), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    dtype = statistics_dtype(query.dtype)
+    shift = torch.empty_like(lse, dtype=dtype)
+    rest = None if lse.dtype == dtype else torch.empty_like(shift)
+    delta = torch.empty_like(shift)
+    d_bias, shared = query.new_empty(0), False
+    if bias_grad and bias is not None:
+        d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+        shared = tuple(bias.shape) != problem.shape
+
+    batch, heads, query_len, key_len = problem.shape
+    constants = _constants(problem)
+    arguments = {
+        "grad_out": _rows(grad_out),
+        "shift": shift,
+        "rest": rest,
+        "delta": delta,
+        "scale": problem.scale,
+        "DEAD": _may_be_dead(problem),
+        **_tensors(problem),
+        **_common(problem),
+        **constants,
+    }
+    launch(
+        prepare,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "grad_out": _rows(grad_out),
+            "out": _rows(out),
+            "lse": lse,
+            "grad_lse": grad_lse,
+            "shift": shift,
+            "rest": rest,
+            "delta": delta,
+            "heads": heads,
+            "query_len": query_len,
+            **_packed(problem),
+            "VALUE_DIM": constants["VALUE_DIM"],
+            "BLOCK_DV": constants["BLOCK_DV"],
+        },
+    )
+    key_heads = key.shape[1]
+    launch(
+        key_gradients,
+        problem,
+        (1, key_len, key_heads * batch),
+        {
+            "d_key": _rows(d_key),
+            "d_value": _rows(d_value),
+            "GROUP": heads // key_heads if key_heads else 1,
+            **_packed(problem),
+            **arguments,
+        },
+    )
+    whole = d_bias if bias_grad and not shared else None
+    launch(
+        query_gradients,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "d_query": _rows(d_query),
+            "d_bias": _broadcast(whole),
+            **_packed(problem),
+            **arguments,
+        },
+    )
+    if shared:
+        each = [size > 1 for size in d_bias.shape]
+        launch(
+            bias_gradients,
+            problem,
+            (d_bias.shape[2], d_bias.shape[3], d_bias.shape[0] * d_bias.shape[1]),
+            {
+                "d_bias": d_bias,
+                "batches": batch,
+                **dict(
+                    zip(("EACH_BATCH", "EACH_HEAD", "EACH_QUERY", "EACH_KEY"), each, strict=True)
+                ),
+                **arguments,
+            },
+        )
+    return d_query, d_key, d_value, d_bias, _sinks_gradient(problem, lse, delta, sinks_grad)
+
+
+def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wanted: bool) -> Tensor:
+    """-sum over batch and rows of exp(sink - lse) * delta."""
+    sinks = problem.sinks
+    if not wanted or sinks is None:
+        return problem.query.new_empty(0)
+    taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
+    return -(taken * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _may_be_dead(problem: AttentionProblem) -> bool:
+    """Whether some row that a kernel looks at may attend nothing."""
+    mask = problem.mask
+    _, _, query_len, key_len = problem.shape
+    if mask.dense is not None or mask.query_documents is not None or problem.bias is not None:
+        return True
+    if mask.band is not None or (mask.band_upper is not None and mask.band_upper < 0):
+        return True
+    lower = mask.band_lower
+    return lower is not None and (mask.key_lengths is not None or query_len + lower > key_len)
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _prepared(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with everything a kernel reads in a form that it can read."""
+    mask = problem.mask
+    return problem._replace(
+        query=_readable(problem.query),
+        key=_readable(problem.key),
+        value=_readable(problem.value),
+        mask=mask._replace(
+            **{
+                name: None if tensor is None else tensor.contiguous()
+                for name in ("key_lengths", "query_lengths", "band")
+                for tensor in (getattr(mask, name),)
+            }
+        ),
+    )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous and 32-bit offsets reach all; or a copy."""
+    near = tensor.shape[2] * abs(tensor.stride(2)) < 2**31
+    return tensor if tensor.stride(3) == 1 and near else tensor.contiguous()
+
+
+def _rows(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor, *tensor.stride()[:3])
+
+
+def _broadcast(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """The tensor and its strides, 0 for every dimension of size 1."""
+    if tensor is None:
+        return None
+    return (tensor, *_strides(tensor))
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _packed(problem: AttentionProblem) -> dict[str, Any]:
+    """Where packed sequences start, and how many rows lse has a head."""
+    starts = (problem.query_starts, problem.key_starts)
+    return {
+        "packed": None if problem.query_starts is None else starts,
+        "query_rows": problem.query.shape[2],
+    }
+
+
+def _tensors(problem: AttentionProblem) -> dict[str, Any]:
+    return {name: _rows(getattr(problem, name)) for name in ("query", "key", "value")}
+
+
+def _common(problem: AttentionProblem) -> dict[str, Any]:
+    """The arguments that every attention kernel takes."""
+    mask = problem.mask
+    _, heads, query_len, key_len = problem.shape
+    documents: tuple[Any, ...] = (None, None)
+    if mask.query_documents is not None and mask.key_documents is not None:
+        documents = tuple(
+            (ids, ids.stride(0)) for ids in (mask.query_documents, mask.key_documents)
+        )
+    alibi = None
+    if problem.alibi_slopes is not None and problem.alibi_offset is not None:
+        slopes, offset = problem.alibi_slopes, problem.alibi_offset
+        alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
+    cap = problem.softcap
+    return {
+        "mask": (
+            _NO_BOUND * -1 if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),
+            _NO_BOUND if mask.band_upper is None else min(mask.band_upper, _NO_BOUND),
+            mask.band,
+            mask.key_lengths,
+            mask.query_lengths,
+            *documents,
+            _broadcast(mask.dense),
+        ),
+        "bias": _broadcast(problem.bias),
+        "alibi": alibi,
+        "seed": 0 if problem.seed is None else _seed(problem.seed),
+        # p = 1 wants 2**32, one more than a word holds; keep_scale = 0 drops what is left
+        "threshold": min(round(problem.dropout_p * 2**32), 2**32 - 1),
+        "batch_start": problem.batch_start,
+        "keep_scale": 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
+        "score_factor": problem.scale * _LOG2_E if cap is None else problem.scale / cap,
+        "cap_factor": 0.0 if cap is None else cap * _LOG2_E,
+        "heads": heads,
+        "key_heads": problem.key.shape[1],
+        "query_len": query_len,
+        "key_len": key_len,
+    }
+
+
+def _seed(seed: Tensor) -> Tensor | int:
+    """A seed on the GPU is read there: no wait, and a CUDA graph may change it."""
+    return seed if seed.is_cuda else int(seed)
+
+
+def _constants(problem: AttentionProblem) -> dict[str, Any]:
+    """What an attention kernel is compiled for."""
+    mask, dtype = problem.mask, problem.query.dtype
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "DTYPE": tl.float64 if statistics_dtype(dtype) == torch.float64 else tl.float32,
+        "LEFT": mask.band_lower is not None or mask.band is not None,
+        "HOLES": (
+            mask.dense is not None or mask.query_documents is not None or problem.bias is not None
+        ),
+        "DROPOUT": problem.dropout_p > 0.0,
+        "SOFTCAP": problem.softcap is not None,
+        "PRECISION": "ieee" if exact else "tf32",
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
+    }

@@ -1,0 +1,239 @@
+"""What the attention kernels share: ranges of keys and queries, scores, masks, dropout.
+
+Tiles are written for any orientation: `i` and `j`, the positions of queries and keys, are tensors
+that broadcast against each other, (M, 1) and (1, N) or (1, M) and (N, 1). Arguments that belong
+together come as one tuple; an absent part is None, decided when the kernel is compiled:
+
+    tensor  (pointer, batch stride, head stride, row stride), in elements; columns are contiguous
+    mask    (band lower, band upper, band (B, 2) int64, key lengths (B,) int64, query lengths (B,)
+            int64, query documents (B, Lq) int64, key documents (B, Lk) int64, dense), the last
+            None or (bool pointer, four strides)
+    bias    None or (pointer, four strides), a broadcast dimension with stride 0
+    alibi   None or (slopes, batch stride, head stride, offsets (B | 1,) int64, stride)
+
+Scores are in base 2 everywhere: score * log2 e, so that weights are one exp2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from .philox import philox4x32
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2.0))
+NO_BOUND = tl.constexpr(2**30)  # a band bound that no position reaches
+
+
+@triton.jit
+def limits(mask, b, query_len, key_len):
+    """Of batch element b: lower and upper bound of j - i, and how many queries and keys count."""
+    lower, upper, band, key_lengths, query_lengths = mask[0], mask[1], mask[2], mask[3], mask[4]
+    lower = tl.full((), lower, tl.int32)
+    upper = tl.full((), upper, tl.int32)
+    queries = tl.full((), query_len, tl.int32)
+    keys = tl.full((), key_len, tl.int32)
+    if band is not None:
+        lower = tl.maximum(lower, tl.maximum(tl.load(band + 2 * b), -NO_BOUND).to(tl.int32))
+        upper = tl.minimum(upper, tl.minimum(tl.load(band + 2 * b + 1), NO_BOUND).to(tl.int32))
+    if key_lengths is not None:
+        keys = tl.minimum(keys, tl.load(key_lengths + b)).to(tl.int32)
+    if query_lengths is not None:
+        queries = tl.minimum(queries, tl.load(query_lengths + b)).to(tl.int32)
+    # bounds that exclude each other leave no key; a key that nobody attends must not be read
+    keys = tl.where(lower > upper, 0, keys)
+    return lower, upper, queries, keys
+
+
+@triton.jit
+def sequence_of(packed, b, query_len, key_len):
+    """Where batch element b lies: (index in memory, first query, first key, Lq, Lk).
+
+    `packed` is None or (query starts, key starts), (n + 1,) int64 each.
+    """
+    if packed is not None:
+        first_query, first_key = tl.load(packed[0] + b), tl.load(packed[1] + b)
+        queries = (tl.load(packed[0] + b + 1) - first_query).to(tl.int32)
+        keys = (tl.load(packed[1] + b + 1) - first_key).to(tl.int32)
+        place = (tl.zeros_like(first_query), first_query, first_key, queries, keys)
+    else:
+        nothing = tl.full((), 0, tl.int64)
+        lengths = (tl.full((), query_len, tl.int32), tl.full((), key_len, tl.int32))
+        place = (b, nothing, nothing, lengths[0], lengths[1])
+    return place
+
+
+@triton.jit
+def key_blocks(start, lower, upper, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys of the queries start, ..., start + BLOCK_M - 1.
+
+    Returns (first, end, begin, full_begin, full_end): some query attends each of the keys first
+    <= j < end and all attend those from full_begin to full_end; blocks start at `begin`.
+    """
+    last = tl.minimum(start + BLOCK_M, queries) - 1
+    first = tl.maximum(start + lower, 0)
+    end = tl.minimum(keys, last + upper + 1)
+    end = tl.where(start < queries, tl.maximum(end, 0), 0)
+    begin = first // BLOCK_N * BLOCK_N
+    full_begin = (tl.maximum(last + lower, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(tl.minimum(keys, start + upper + 1), 0) // BLOCK_N * BLOCK_N
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
+    full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
+    return first, end, begin, full_begin, full_end
+
+
+@triton.jit
+def query_blocks(start, lower, upper, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The queries of the keys start, ..., start + BLOCK_N - 1; as `key_blocks`."""
+    last = tl.minimum(start + BLOCK_N, keys) - 1
+    first = tl.maximum(start - upper, 0)
+    end = tl.minimum(queries, last - lower + 1)
+    end = tl.where(start < keys, tl.maximum(end, 0), 0)
+    begin = first // BLOCK_M * BLOCK_M
+    full_begin = (tl.maximum(last - upper, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    full_end = tl.maximum(tl.minimum(queries, start - lower + 1), 0) // BLOCK_M * BLOCK_M
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
+    full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
+    return first, end, begin, full_begin, full_end
+
+
+@triton.jit
+def head_of(tensor, b, h, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Head (b, h) from row `first` on for `load_rows`: address, row stride, a tile's offsets."""
+    row = tensor[3]
+    offsets = tl.arange(0, ROWS)[:, None] * row + tl.arange(0, COLUMNS)[None, :]
+    return tensor[0] + b * tensor[1] + h * tensor[2] + first * row, row, offsets
+
+
+@triton.jit
+def load_rows(head, start, first, end, GUARD: tl.constexpr, DIM: tl.constexpr):
+    """The tile of rows from `start` on of a `head_of`; zeros past column DIM.
+
+    With GUARD rows outside first <= row < end are zeros, and not read. Offsets within a head are
+    32-bit, and `start` joins the one address: 64-bit ones would fill the registers of every loop.
+    """
+    base, row_stride, offsets = head
+    at = base + start * row_stride + offsets
+    column = tl.arange(0, at.shape[1])[None, :]
+    if GUARD:
+        row = start + tl.arange(0, at.shape[0])[:, None]
+        inside = (row >= first) & (row < end)
+        if at.shape[1] != DIM:
+            inside = inside & (column < DIM)
+        return tl.load(at, mask=inside, other=0.0)
+    if at.shape[1] != DIM:
+        return tl.load(at, mask=column < DIM, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_rows(tensor, b, h, first, start, end, tile, DIM: tl.constexpr):
+    """Write the rows of `tile` that lie before `end`, and its first DIM columns.
+
+    `start` and `end` count from row `first` of head (b, h).
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    base, _, offsets = head_of(tensor, b, h, first + start, ROWS, COLUMNS)
+    at = base + offsets
+    inside = (start + tl.arange(0, ROWS)[:, None] < end) & (tl.arange(0, COLUMNS)[None, :] < DIM)
+    tl.store(at, tile.to(tensor[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to the last bits: by its series near 0, where 1 - e^-2|x| would cancel."""
+    e = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0.0, -large, large)
+    if x.dtype == tl.float64:
+        return large
+    s = x * x
+    series = x + x * s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835))))
+    return tl.where(s < 0.0625, series, large)
+
+
+@triton.jit
+def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Base-2 scores from q k^T, and where they count.
+
+    `terms` are (mask, bias, alibi, score_factor, cap_factor, bounds), the last (lower, upper,
+    queries, keys) of `limits`. score_factor is scale * log2 e; with a softcap c it is scale / c,
+    and cap_factor c * log2 e. Returns (scores, -inf where a query may not attend; allowed; the
+    softcap's derivative). Without MASKED every pair is within the bounds.
+    """
+    mask, bias, alibi, score_factor, cap_factor, bounds = terms
+    dtype = product.dtype
+    factor = tl.full((1, 1), score_factor, dtype)
+    slope = product
+    if SOFTCAP:
+        capped = _tanh(product * factor)
+        slope = 1.0 - capped * capped
+        scores = capped * tl.full((1, 1), cap_factor, dtype)
+    else:
+        scores = product * factor
+    if alibi is not None:
+        slopes, slopes_batch, slopes_head, offsets, offsets_batch = alibi
+        decay = tl.load(slopes + b * slopes_batch + h * slopes_head).to(dtype) * LOG2_E
+        offset = tl.load(offsets + b * offsets_batch).to(tl.int32)
+        scores -= decay * tl.abs(i + offset - j).to(dtype)
+    lower, upper, queries, keys = bounds
+    allowed = (j < keys) & (i < queries)
+    if MASKED:
+        allowed = allowed & (j - i >= lower) & (j - i <= upper)
+    if mask[5] is not None:
+        left = tl.load(mask[5][0] + b * mask[5][1] + i, mask=i < queries, other=0)
+        right = tl.load(mask[6][0] + b * mask[6][1] + j, mask=j < keys, other=0)
+        allowed = allowed & (left == right)
+    if mask[7] is not None:
+        dense, dense_batch, dense_head, dense_row, dense_column = mask[7]
+        at = dense + b * dense_batch + h * dense_head
+        at = at + i.to(tl.int64) * dense_row + j * dense_column
+        allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
+    if bias is not None:
+        added, bias_batch, bias_head, bias_row, bias_column = bias
+        at = added + b * bias_batch + h * bias_head
+        at = at + i.to(tl.int64) * bias_row + j * bias_column
+        added = tl.load(at, mask=allowed, other=0.0).to(dtype)
+        allowed = allowed & (added > -float("inf"))
+        scores += added * LOG2_E
+    if MASKED:
+        scores = tl.where(allowed, scores, -float("inf"))
+    return scores, allowed, slope
+
+
+@triton.jit
+def accumulate(total, left, right, PRECISION: tl.constexpr):
+    """total + left right, with `left` in the type of `right`."""
+    left = left.to(right.dtype)
+    if right.dtype.primitive_bitwidth >= 32:
+        # blocks are summed apart: one sum over the whole length would round far more
+        return total + tl.dot(left, right, input_precision=PRECISION, out_dtype=total.dtype)
+    return tl.dot(left, right, total, out_dtype=total.dtype)
+
+
+@triton.jit
+def kept_words(i0, j0, b, h, seed, M: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """The random word of every weight of a tile: (N, M) with KEYS_FIRST, else (M, N).
+
+    Four neighbouring keys share one Philox call; j0 is a multiple of 4.
+    """
+    group = (j0 // 4 + tl.arange(0, N // 4)).to(tl.uint32)
+    i = (i0 + tl.arange(0, M)).to(tl.uint32)
+    if KEYS_FIRST:
+        zeros = tl.zeros((N // 4, M), tl.uint32)
+        group, i = group[:, None] + zeros, i[None, :] + zeros
+    else:
+        zeros = tl.zeros((M, N // 4), tl.uint32)
+        group, i = group[None, :] + zeros, i[:, None] + zeros
+    head, batch = zeros + tl.full((), h, tl.uint32), zeros + b.to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(group, i, head, batch, seed)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., x, y] is word 2 x + y
+    if KEYS_FIRST:
+        tile = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (N, M))
+    else:
+        tile = tl.reshape(words, (M, N))
+    return tile
