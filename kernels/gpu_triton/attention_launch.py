@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, Protocol
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
+from .arguments import contiguous, dropout, on_device
 from .attention_bias_gradients import bias_gradients
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
@@ -47,7 +47,7 @@ def launch_kernel(
     programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n) * planes
     if programs == 0:
         return
-    with device_of(problem.query):
+    with on_device(problem.query):
         kernel[(programs,)](**arguments, **compiled_form(kernel, config))
 
 
@@ -98,7 +98,7 @@ def attention_backward(
     query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
     grad_out, out, lse = _readable(grad_out), _readable(out), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_lse = contiguous(grad_lse)
     dtype = statistics_dtype(query.dtype)
     shift = torch.empty_like(lse, dtype=dtype)
     rest = None if lse.dtype == dtype else torch.empty_like(shift)
@@ -204,11 +204,6 @@ def _may_be_dead(problem: AttentionProblem) -> bool:
     return lower is not None and (mask.key_lengths is not None or query_len + lower > key_len)
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
     """The problem with everything a kernel reads in a form that it can read."""
     mask = problem.mask
@@ -217,11 +212,9 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
         key=_readable(problem.key),
         value=_readable(problem.value),
         mask=mask._replace(
-            **{
-                name: None if tensor is None else tensor.contiguous()
-                for name in ("key_lengths", "query_lengths", "band")
-                for tensor in (getattr(mask, name),)
-            }
+            band=contiguous(mask.band),
+            key_lengths=contiguous(mask.key_lengths),
+            query_lengths=contiguous(mask.query_lengths),
         ),
     )
 
@@ -277,6 +270,7 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
         slopes, offset = problem.alibi_slopes, problem.alibi_offset
         alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
     cap = problem.softcap
+    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed)
     return {
         "mask": (
             _NO_BOUND * -1 if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),
@@ -289,11 +283,10 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
         ),
         "bias": _broadcast(problem.bias),
         "alibi": alibi,
-        "seed": 0 if problem.seed is None else _seed(problem.seed),
-        # p = 1 wants 2**32, one more than a word holds; keep_scale = 0 drops what is left
-        "threshold": min(round(problem.dropout_p * 2**32), 2**32 - 1),
+        "seed": seed,
+        "threshold": threshold,
+        "keep_scale": keep_scale,
         "batch_start": problem.batch_start,
-        "keep_scale": 1.0 / (1.0 - problem.dropout_p) if problem.dropout_p < 1.0 else 0.0,
         "score_factor": problem.scale * _LOG2_E if cap is None else problem.scale / cap,
         "cap_factor": 0.0 if cap is None else cap * _LOG2_E,
         "heads": heads,
@@ -301,11 +294,6 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
         "query_len": query_len,
         "key_len": key_len,
     }
-
-
-def _seed(seed: Tensor) -> Tensor | int:
-    """A seed on the GPU is read there: no wait, and a CUDA graph may change it."""
-    return seed if seed.is_cuda else int(seed)
 
 
 def _constants(problem: AttentionProblem) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ..layout import count_rows, rows_of, statistics_dtype
 from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from .arguments import contiguous, dropout, on_device
 from .norms_backward import average_rows, differentiate, sum_chunks
 from .norms_forward import normalise, normalise_blocks
-from .rows import backward_tile, chunk_rows, contiguous, forward_tile, on_device, stages
+from .rows import backward_tile, chunk_rows, forward_tile, stages
 
 # The tile in which partial sums are added: many loads in flight, and blocks of columns enough.
 _SUMMED_CHUNKS, _SUMMED_COLUMNS = 128, 32
@@ -84,7 +85,7 @@ def _forward(
     arguments = (
         *(x, x_row, residual, residual_row, contiguous(weight), contiguous(bias)),
         *(y, None if residual is None else total, mean if centred else None, rstd),
-        *(rows, columns, eps, *_dropout(dropout_p, seed)),
+        *(rows, columns, eps, *dropout(dropout_p, seed)),
     )
     tile = forward_tile(columns, x.dtype)
     with on_device(x):
@@ -143,7 +144,7 @@ def _backward(
         differentiate[(chunks * blocks,)](
             *(*inputs, grad_total, grad_total_row, mean, rstd, scale, means),
             *(d_total, d_x if dropout_p > 0.0 else None, weight_partials, bias_partials),
-            *(rows, columns, chunk, *_dropout(dropout_p, seed), tile.rows, tile.columns),
+            *(rows, columns, chunk, *dropout(dropout_p, seed), tile.rows, tile.columns),
             stages(tile, x.dtype, 2 if grad_total is None else 3),
             num_warps=tile.warps,
         )
@@ -155,14 +156,3 @@ def _backward(
                 num_warps=8,
             )
     return d_x, d_total, d_weight, d_bias
-
-
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor | int | None]:
-    """The least word kept, the factor of what is kept, and the key: None without dropout."""
-    if dropout_p == 0.0 or seed is None:
-        return 0, 1.0, None
-    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    # A seed on the GPU is read there: asking for its value would wait for all work before it.
-    return threshold, keep_scale, seed if seed.is_cuda else int(seed)

@@ -6,11 +6,9 @@ blocks of columns.
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..layout import statistics_dtype
 
@@ -76,12 +74,3 @@ def stages(tile: Tile, dtype: torch.dtype, inputs: int) -> int:
     """
     ahead = 2 * inputs * tile.rows * tile.columns * dtype.itemsize
     return 3 if ahead <= _AHEAD_BYTES and dtype != torch.float64 else 2
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device: it must be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

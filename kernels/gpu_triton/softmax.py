@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..layout import count_rows, rows_of
 from ..problem import SoftmaxProblem
-from .rows import contiguous, forward_tile, on_device
+from .arguments import contiguous, on_device
+from .rows import forward_tile
 from .softmax_rows import differentiate_weights, weigh
 
 _LOG2_E = 1.4426950408889634

@@ -1,0 +1,28 @@
+"""Arguments that every launch prepares alike: the device, dropout, contiguous helpers of a mask."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device; on the CPU, in the interpreter, there is none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor | int | None]:
+    """The least word kept, the factor of what is kept, and the key: None without dropout."""
+    if dropout_p == 0.0 or seed is None:
+        return 0, 1.0, None
+    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    # A seed on the GPU is read there: asking for its value would wait for all work before it.
+    return threshold, keep_scale, seed if seed.is_cuda else int(seed)
