@@ -3,6 +3,8 @@
 #
 #   make demo      train the reference Transformer on the built-in corpus and translate with it
 #   make test      the tests
+#   make test-interpreted  all cases of the GPU kernels in Triton's interpreter, of which `test`
+#                  takes a part
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there
 #   make lint      ruff and mypy
 #   make bench     the speed tables
@@ -33,7 +35,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CHECKED := kernels transformer bench tests setup.py
 TYPING := build/typing/rowmax
 
-.PHONY: demo test compile lint bench install clean distclean
+.PHONY: demo test test-interpreted compile lint bench install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -41,6 +43,9 @@ demo: $(PACKAGE)
 
 test: $(PACKAGE)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-interpreted: $(PACKAGE)
+	ROWMAX_INTERPRET_ALL=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/kernels -k triton
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
 compile: $(PACKAGE)

@@ -1,37 +1,42 @@
-"""`python -m rowmax.bench`: the command line. Exit status 2 is a wrong call, 1 a failed check."""
+"""`python -m rowmax.bench`: the command line. Exit status 2 is a wrong call, 1 a failed check.
+
+A peer that raises an error has no way to compute a case; that is reported, but no failed check.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from time import perf_counter
 from typing import TypeVar
 
 import torch
 
-from . import report
+from . import gpu, report, tune
 from .cases import PASSES, SUITES, Case, Shape, Suite, cases_of, shape_text
-from .machine import describe, load_average, measure_limits
-from .peers import PEERS, SLOW_TO_START
-from .runner import Row, candidates, run_case
-from .timing import Budget
+from .machine import Limits, describe, load_average, measure_limits
+from .options import UsageError, check_writable, listed, names_of, seconds_of
+from .peers import SLOW_TO_START, peers_of
+from .runner import Row, candidates, run_cases
+from .timing import Budget, timer_for
 
 FULL = Budget(seconds=4.0, least_rounds=5, most_rounds=200)
 QUICK = Budget(seconds=1.0, least_rounds=3, most_rounds=50)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 T = TypeVar("T")
-
-
-class UsageError(Exception):
-    """A call that can't be meant; its text goes to the user."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return speed(options)
+        return {"speed": speed, "tune": tune.run}[options.command](options)
     except UsageError as error:
         parser.exit(2, f"rowmax.bench: {error}\n")
 
@@ -52,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python -m rowmax.bench speed --shape 8,8,512,64 --kind plain,dropout",
     )
     command.add_argument(
-        "--suite", metavar="NAMES", help=f"comma-separated, of {_list(SUITES)}; default: all"
+        "--suite",
+        metavar="NAMES",
+        help=f"comma-separated, of {listed(SUITES)}; default: those whose device is here",
     )
     command.add_argument(
         "--shape",
@@ -62,7 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
         "for the norms; may be given more than once",
     )
     command.add_argument("--kind", metavar="NAMES", help="only these kinds of call")
-    command.add_argument("--pass", dest="steps", metavar="NAMES", help=f"of {_list(PASSES)}")
+    command.add_argument(
+        "--pass",
+        dest="steps",
+        metavar="NAMES",
+        help=f"of {listed(PASSES)} (alone); default: on the CPU without the last",
+    )
+    command.add_argument(
+        "--dtype", help=f"one of {listed(DTYPES)}; default: float32 on the CPU, bfloat16 on a GPU"
+    )
     command.add_argument("--peers", metavar="NAMES", help="only these peers")
     command.add_argument(
         "--backend", default="auto", help="of rowmax.kernels; default: %(default)s"
@@ -74,9 +89,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quick",
         action="store_true",
-        help="fewer rounds, without torch.compile and without the longest sequences",
+        help="fewer rounds, fewer shapes, and no peer that is compiled by torch",
     )
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the results here too")
+    command.add_argument(
+        "--stop-after", type=float, metavar="SECONDS", help="begin no further shape after this"
+    )
+    command.add_argument(
+        "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
+    )
+    tune.add_command(commands)
     return parser
 
 
@@ -87,43 +108,80 @@ def speed(options: argparse.Namespace) -> int:
     cases = _chosen_cases(options, suites)
     _check_backend(options.backend)
     budget = _budget(options)
+    stop_after = seconds_of("--stop-after", options.stop_after)
     if options.threads is not None:
         if options.threads < 1:
             raise UsageError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
     if options.json is not None:
-        _check_writable(options.json)
+        check_writable("--json", options.json)
 
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = perf_counter()
+    settings = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "backend": options.backend,
+        "peers": peers,
+        "quick": options.quick,
+        "seconds_a_line": budget.seconds,
+    }
     machine = describe()
-    sizes = [case.shape[0] * case.shape[1] for case in cases if case.suite == "cpu-norms"]
-    limits = measure_limits(sizes)
-    _print(report.machine_lines(machine, limits))
+    if any(suite.on_gpu for suite in suites):
+        machine["gpu"] = gpu.describe()
+    limits = _measure_limits(suites, cases)
+    _print(report.machine_lines(machine, limits, suites))
     rows: list[Row] = []
-    for case, is_first in _with_first(cases):
-        if is_first:
-            _print(report.header_lines(case.suite))
-        functions = candidates(case, peers, options.backend)
-        rows.append(run_case(case, functions, budget, limits))
-        _print(report.row_lines(rows[-1]))
+    for suite, of_suite in itertools.groupby(cases, key=lambda case: case.suite):
+        _print(report.header_lines(suite))
+        timer = timer_for(suite.device)
+        for _, group in itertools.groupby(of_suite, key=lambda case: (case.kind, case.shape)):
+            if stop_after is not None and perf_counter() - started > stop_after:
+                break
+            same = list(group)
+            functions = candidates(same[0], peers, options.backend)
+            for row in run_cases(same, functions, budget, limits[suite.device], timer):
+                rows.append(row)
+                _print(report.row_lines(row))
+                if options.json is not None:
+                    text = report.as_json(rows, machine, limits, settings, load_average())
+                    options.json.write_text(text, encoding="utf-8")
     _print(report.summary_lines(rows))
-    if options.json is not None:
-        settings = {
-            "started": started,
-            "backend": options.backend,
-            "peers": peers,
-            "quick": options.quick,
-            "seconds_a_line": budget.seconds,
-        }
-        text = report.as_json(rows, machine, limits, settings, load_average())
-        options.json.write_text(text, encoding="utf-8")
-    return 1 if any(row.faults for row in rows) else 0
+    if len(rows) < len(cases):
+        _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
+    return 1 if any(row.failed for row in rows) else 0
+
+
+def _measure_limits(suites: Iterable[Suite], cases: Iterable[Case]) -> dict[str, Limits]:
+    """By the device of the suites."""
+    limits: dict[str, Limits] = {}
+    for suite in suites:
+        if suite.device in limits:
+            continue
+        if suite.on_gpu:
+            limits[suite.device] = gpu.measure_limits(suite.dtype, timer_for(suite.device))
+        else:
+            sizes = [
+                case.shape[0] * case.shape[1] * case.suite.dtype.itemsize
+                for case in cases
+                if not case.suite.attention and not case.suite.on_gpu
+            ]
+            limits[suite.device] = measure_limits(sizes)
+    return limits
 
 
 def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
-    names = _names("--suite", options.suite, SUITES)
-    shapes = _shapes(options)
+    names = names_of("--suite", options.suite, SUITES)
+    has_gpu = torch.cuda.is_available()
+    if options.suite is None:
+        names = [name for name in names if has_gpu or not SUITES[name].on_gpu]
+    for name in names:
+        if SUITES[name].on_gpu and not has_gpu:
+            raise UsageError(f"--suite: {name} needs a GPU, and torch sees none")
     suites = [SUITES[name] for name in names]
+    if options.dtype is not None:
+        if options.dtype not in DTYPES:
+            raise UsageError(f"--dtype: expected one of {listed(DTYPES)}, got {options.dtype}")
+        suites = [replace(suite, dtype=DTYPES[options.dtype]) for suite in suites]
+    shapes = _shapes(options)
     if shapes:
         fitting = {len(shape) for shape in shapes}
         suites = [suite for suite in suites if len(suite.dimensions) in fitting]
@@ -137,23 +195,25 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
 
 
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
-    known = _unique(name for suite in suites for name in PEERS[suite.name])
-    names = _names("--peers", options.peers, known)
+    known = _unique(name for suite in suites for name in peers_of(suite))
+    names = names_of("--peers", options.peers, known)
     if options.quick and options.peers is None:
         names = [name for name in names if name not in SLOW_TO_START]
     return names
 
 
 def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[Case]:
-    kinds = _names("--kind", options.kind, _unique(kind for s in suites for kind in s.kinds))
-    steps = _names("--pass", options.steps, PASSES)
+    kinds = names_of("--kind", options.kind, _unique(kind for s in suites for kind in s.kinds))
+    steps = None if options.steps is None else names_of("--pass", options.steps, PASSES)
     own = _shapes(options)
     cases: list[Case] = []
     for suite in suites:
         shapes = [shape for shape in own if len(shape) == len(suite.dimensions)]
         if not own:
             shapes = list(suite.quick_shapes if options.quick else suite.shapes)
-        cases += cases_of(suite, shapes, kinds, steps)
+        cases += cases_of(suite, shapes, kinds, suite.steps if steps is None else steps)
+    if not cases:
+        raise UsageError("nothing to measure: no chosen kind suits a chosen shape")
     return cases
 
 
@@ -174,11 +234,8 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
 
 def _budget(options: argparse.Namespace) -> Budget:
     budget = QUICK if options.quick else FULL
-    if options.seconds is None:
-        return budget
-    if not options.seconds > 0:
-        raise UsageError(f"--seconds: expected a positive number, got {options.seconds}")
-    return Budget(options.seconds, budget.least_rounds, budget.most_rounds)
+    seconds = seconds_of("--seconds", options.seconds)
+    return budget if seconds is None else replace(budget, seconds=seconds)
 
 
 def _check_backend(name: str) -> None:
@@ -187,46 +244,14 @@ def _check_backend(name: str) -> None:
     if name == "auto":
         return
     if name not in dispatch.NAMES:
-        raise UsageError(f"--backend: expected one of auto, {_list(dispatch.NAMES)}, got {name}")
+        raise UsageError(f"--backend: expected one of auto, {listed(dispatch.NAMES)}, got {name}")
     reason = dispatch.unavailable(name)
     if reason is not None:
         raise UsageError(f"--backend: {name} does not work here: {reason}")
 
 
-def _check_writable(path: Path) -> None:
-    """Finds out before the measurement, not after it."""
-    try:
-        with path.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise UsageError(f"--json: can't write {path}: {error.strerror}") from error
-
-
-def _names(option: str, text: str | None, known: Sequence[str] | dict[str, Suite]) -> list[str]:
-    """The names in `text`, or all of them; in the order of `known`."""
-    if text is None:
-        return list(known)
-    asked = [name.strip() for name in text.split(",")]
-    for name in asked:
-        if name not in known:
-            raise UsageError(f"{option}: expected names of {_list(known)}; got {name!r}")
-    return [name for name in known if name in asked]
-
-
-def _list(names: Sequence[str] | dict[str, Suite]) -> str:
-    return ", ".join(names)
-
-
-def _unique(values: Iterator[T]) -> list[T]:
+def _unique(values: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(values))
-
-
-def _with_first(cases: Sequence[Case]) -> Iterator[tuple[Case, bool]]:
-    """Each case, and whether its suite begins with it."""
-    seen: set[str] = set()
-    for case in cases:
-        yield case, case.suite not in seen
-        seen.add(case.suite)
 
 
 def _print(lines: Sequence[str]) -> None:

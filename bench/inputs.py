@@ -1,40 +1,61 @@
-"""The tensors of a case: seeded, made once, given to every candidate alike."""
+"""The tensors of a case: seeded, made once on its device, given to every candidate alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import Causal, KeyLengths, Mask
-from ..kernels.reference import attention_keep, rows_keep
-from .cases import DROPOUT_P, Case
+from ..kernels import Causal, Dense, KeyLengths, Mask, Window
+from ..kernels.reference import keep_threshold, philox4x32, rows_keep
+from .cases import DROPOUT_P, GROUP, WINDOW, Case, Shape
 
 EPS = 1e-5
 SEED = 20170612
+# The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB.
+MOST_SCORES = 2**27
 
 Outputs = tuple[Tensor, ...]
+Index = tuple[slice, slice]  # of batch elements and of heads
+
+
+class Part(NamedTuple):
+    """Where a part of the inputs, and what is computed from it, lies in the whole."""
+
+    queries: Index
+    keys: Index
+    bias: Index
+
+    def of_results(self) -> tuple[Index, ...]:
+        """Of out and of the gradients of q, k, v and the bias."""
+        return self.queries, self.queries, self.keys, self.keys, self.bias
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
     q: Tensor  # (B, H, L, D)
-    k: Tensor
+    k: Tensor  # (B, Hkv, L, D)
     v: Tensor
     d_out: Tensor  # (B, H, L, D), the gradient that arrives at the output
-    allowed: Tensor | None  # bool, broadcastable to (B, H, L, L): True = may attend
-    causal: bool
+    allowed: Tensor | None  # bool, broadcastable to (B, 1, L, L): True = may attend
+    causal: bool  # a causal mask is all of `allowed`
     lengths: Tensor | None  # (B,) int64: how many keys are real
     mask: Mask | None  # the same in the words of rowmax.kernels
     dropout_p: float
     keep: Tensor | None = None  # what the gate multiplies the weights by, in place of dropout
+    bias: Tensor | None = None  # (1, H, L, L), added to the scaled scores
 
     @property
     def leaves(self) -> Outputs:
-        return self.q, self.k, self.v
+        return (self.q, self.k, self.v, *(() if self.bias is None else (self.bias,)))
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.q.shape[1] // self.k.shape[1]
 
     @property
     def pairs(self) -> int:
@@ -45,27 +66,66 @@ class AttentionInputs:
             return batch * heads * length * length
         return heads * int(self.allowed.expand(full).sum())
 
-    def pieces(self) -> Iterator[tuple[AttentionInputs, slice | None]]:
-        """The first and the last batch element: what the gate looks at.
+    def pieces(self) -> Iterator[tuple[AttentionInputs, Part | None]]:
+        """Something of the first and of the last batch element: what the gate looks at.
 
-        Batch elements do not depend on one another, and a float64 check of all of them would
-        take longer than the measurement.
+        Batch elements and key heads do not depend on one another, and a float64 check of all of
+        them would take longer than the measurement. Only a bias, whose gradient is summed over the
+        batch, wants all of the batch; then it is the first and the last head.
         """
-        for batch in sorted({0, self.q.shape[0] - 1}):
-            part = slice(batch, batch + 1)
-            allowed = self.allowed
-            if allowed is not None and allowed.shape[0] > 1:
-                allowed = allowed[part]
-            q, k, v = (leaf[part].detach().requires_grad_() for leaf in self.leaves)
-            yield replace(self, q=q, k=k, v=v, d_out=self.d_out[part], allowed=allowed), part
+        batch, heads, length, _ = self.q.shape
+        key_heads = self.k.shape[1]
+        whole = heads * length * length <= MOST_SCORES and self.bias is None
+        for is_last in (False, True):
+            b = slice(batch - 1, batch) if is_last else slice(0, 1)
+            if self.bias is not None:
+                b = slice(0, batch)
+            one = slice(key_heads - 1, key_heads) if is_last else slice(0, 1)
+            h = slice(0, key_heads) if whole else one
+            queries = slice(h.start * self.group, h.stop * self.group)
+            part = Part((b, queries), (b, h), (slice(0, 1), queries))
+            yield self._cut(part), part
+            if (batch == 1 or self.bias is not None) and (key_heads == 1 or whole):
+                return  # first and last are the same
 
-    def with_keep(self, part: slice | None) -> AttentionInputs:
+    def _cut(self, part: Part) -> AttentionInputs:
+        allowed, bias = self.allowed, self.bias
+        if allowed is not None and allowed.shape[0] > 1:
+            allowed = allowed[part.queries[0]]
+        return replace(
+            self,
+            q=self.q[part.queries].detach().requires_grad_(),
+            k=self.k[part.keys].detach().requires_grad_(),
+            v=self.v[part.keys].detach().requires_grad_(),
+            d_out=self.d_out[part.queries],
+            allowed=allowed,
+            bias=None if bias is None else bias[part.bias].detach().requires_grad_(),
+        )
+
+    def split(self) -> list[AttentionInputs]:
+        """Query heads that share a key head, one by one: together their scores may not fit."""
+        if self.group == 1:
+            return [self]
+        every = slice(0, self.q.shape[0])
+        parts = []
+        for head in range(self.q.shape[1]):
+            queries = slice(head, head + 1)
+            keys = slice(head // self.group, head // self.group + 1)
+            parts.append(self._cut(Part((every, queries), (every, keys), (slice(0, 1), queries))))
+        return parts
+
+    def join(self, results: Sequence[Outputs]) -> Outputs:
+        """The results for `self` from those for its `split()`."""
+        joined = [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
+        for index in range(2, len(joined)):  # gradients of k and v
+            joined[index] = joined[index].unflatten(1, (-1, self.group)).sum(2)
+        return tuple(joined)
+
+    def with_keep(self, part: Part | None) -> AttentionInputs:
         """Dropout made explicit, as `seed=SEED` makes rowmax.kernels drop weights."""
-        if self.dropout_p == 0.0:
+        if self.dropout_p == 0.0 or part is None:
             return self
-        shape = (*self.q.shape[:3], self.k.shape[2])
-        start = part.start if part is not None else 0
-        kept = attention_keep(torch.tensor(SEED), self.dropout_p, shape, start)
+        kept = _kept_weights(part.queries, self.k.shape[2], self.dropout_p, self.q.device)
         return replace(self, dropout_p=0.0, keep=kept.to(self.q.dtype) / (1 - self.dropout_p))
 
 
@@ -86,25 +146,30 @@ class NormInputs:
         candidates = (self.x, self.residual, self.weight, self.bias)
         return tuple(tensor for tensor in candidates if tensor is not None)
 
-    def pieces(self) -> Iterator[tuple[NormInputs, slice | None]]:
+    def pieces(self) -> Iterator[tuple[NormInputs, Part | None]]:
         """All rows at once: the gradient of the weight needs every one."""
         yield self, None
 
-    def with_keep(self, part: slice | None) -> NormInputs:  # noqa: ARG002 (one shape of method)
+    def split(self) -> list[NormInputs]:
+        return [self]
+
+    def join(self, results: Sequence[Outputs]) -> Outputs:
+        return results[0]
+
+    def with_keep(self, part: Part | None) -> NormInputs:  # noqa: ARG002 (one shape of method)
         if self.dropout_p == 0.0:
             return self
-        kept = rows_keep(torch.tensor(SEED), self.dropout_p, *self.x.shape)
+        seed = torch.tensor(SEED, device=self.x.device)
+        kept = rows_keep(seed, self.dropout_p, *self.x.shape)
         return replace(self, dropout_p=0.0, keep=kept.to(self.x.dtype) / (1 - self.dropout_p))
 
 
 Inputs = AttentionInputs | NormInputs
 
 
-def make_inputs(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
-    generator = torch.Generator().manual_seed(SEED)
-    if case.suite == "cpu-attention":
-        return _attention_inputs(case, dtype, generator)
-    return _norm_inputs(case, dtype, generator)
+def make_inputs(case: Case) -> Inputs:
+    draw = _Draw(case)
+    return _attention_inputs(case, draw) if case.suite.attention else _norm_inputs(case, draw)
 
 
 def to_float64(inputs: Any) -> Any:
@@ -116,60 +181,105 @@ def to_float64(inputs: Any) -> Any:
     return replace(inputs, **changed)
 
 
-def _attention_inputs(
-    case: Case, dtype: torch.dtype, generator: torch.Generator
-) -> AttentionInputs:
-    batch, _, length, _ = case.shape
-    q, k, v, d_out = (torch.randn(case.shape, generator=generator).to(dtype) for _ in range(4))
-    allowed = lengths = None
+class _Draw:
+    """Random tensors of a case's device and dtype, the same every time."""
+
+    def __init__(self, case: Case) -> None:
+        self.device = torch.device(case.suite.device)
+        self.dtype = case.suite.dtype
+        self.generator = torch.Generator(self.device).manual_seed(SEED)
+
+    def normal(self, *size: int) -> Tensor:
+        tensor = torch.randn(size, generator=self.generator, device=self.device)
+        return tensor.to(self.dtype)
+
+    def coins(self, *size: int) -> Tensor:
+        return torch.rand(size, generator=self.generator, device=self.device) < 0.5
+
+    def padding(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        """Lengths uniform in [length / 2, length], and the bool mask (batch, 1, 1, length)."""
+        lengths = torch.randint(
+            *((length + 1) // 2, length + 1, (batch,)),
+            generator=self.generator,
+            device=self.device,
+        )
+        real = torch.arange(length, device=self.device) < lengths[:, None]
+        return lengths, real[:, None, None, :]
+
+
+def _attention_inputs(case: Case, draw: _Draw) -> AttentionInputs:
+    batch, heads, length, size = case.shape
+    key_heads = heads // GROUP if case.kind == "gqa" else heads
+    keys: Shape = (batch, key_heads, length, size)
+    q, k, v, d_out = (draw.normal(*shape) for shape in (case.shape, keys, keys, case.shape))
+    causal = case.kind in ("causal", "gqa")
+    allowed = lengths = bias = None
     mask: Mask | None = None
-    if case.kind == "causal":
-        allowed = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    if causal or case.kind == "window":
+        allowed = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
         mask = Causal()
+    if case.kind == "window":
+        allowed = allowed.triu(-WINDOW) if allowed is not None else None
+        mask = Window(WINDOW, 0)
     elif case.kind == "padded":
-        lengths, allowed = _padding(batch, length, generator)
+        lengths, allowed = draw.padding(batch, length)
         mask = KeyLengths(lengths)
+    elif case.kind == "dense":
+        # with its own position, so that torch's paths, too, have a key for every query
+        allowed = draw.coins(length, length).fill_diagonal_(True).view(1, 1, length, length)
+        mask = Dense(allowed)
+    elif case.kind == "bias":
+        bias = draw.normal(1, heads, length, length).requires_grad_()
     return AttentionInputs(
         q.requires_grad_(),
         k.requires_grad_(),
         v.requires_grad_(),
         d_out,
         allowed,
-        case.kind == "causal",
+        causal,
         lengths,
         mask,
         DROPOUT_P if case.kind == "dropout" else 0.0,
+        bias=bias,
     )
 
 
-def _norm_inputs(case: Case, dtype: torch.dtype, generator: torch.Generator) -> NormInputs:
+def _norm_inputs(case: Case, draw: _Draw) -> NormInputs:
     rows, columns = case.shape
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype).requires_grad_()
+    def leaf(*size: int) -> Tensor:
+        return draw.normal(*size).requires_grad_()
 
     if case.kind == "masked_softmax":
         batch = 8 if rows % 8 == 0 else 1
-        lengths, allowed = _padding(batch, columns, generator)
-        scores = draw(batch, 1, rows // batch, columns)
-        d_weights = draw(*scores.shape).detach()
+        lengths, allowed = draw.padding(batch, columns)
+        scores = leaf(batch, 1, rows // batch, columns)
+        d_weights = draw.normal(*scores.shape)
         return NormInputs(
             scores, None, None, None, d_weights, allowed, KeyLengths(lengths), dropout_p=0.0
         )
     adds = case.kind == "add_layer_norm"
     return NormInputs(
-        x=draw(rows, columns),
-        residual=draw(rows, columns) if adds else None,
-        weight=draw(columns),
-        bias=None if case.kind == "rms_norm" else draw(columns),
-        d_out=draw(rows, columns).detach(),
+        x=leaf(rows, columns),
+        residual=leaf(rows, columns) if adds else None,
+        weight=leaf(columns),
+        bias=None if case.kind == "rms_norm" else leaf(columns),
+        d_out=draw.normal(rows, columns),
         allowed=None,
         mask=None,
         dropout_p=DROPOUT_P if adds else 0.0,
     )
 
 
-def _padding(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Lengths uniform in [length / 2, length], and the bool mask (batch, 1, 1, length)."""
-    lengths = torch.randint((length + 1) // 2, length + 1, (batch,), generator=generator)
-    return lengths, (torch.arange(length) < lengths[:, None])[:, None, None, :]
+def _kept_weights(queries: Index, length: int, dropout_p: float, device: torch.device) -> Tensor:
+    """bool (batch elements, heads, L, L): True where SEED keeps the weight.
+
+    As `attention_keep`, but of some heads only: the random words of all would not fit.
+    """
+    b, h = (torch.arange(part.start, part.stop, device=device) for part in queries)
+    row = torch.arange(length, device=device).view(-1, 1)
+    four_keys = torch.arange((length + 3) // 4, device=device)
+    counter = (four_keys, row, h.view(-1, 1, 1), b.view(-1, 1, 1, 1))
+    words = philox4x32(counter, torch.tensor(SEED, device=device))
+    kept = [word >= keep_threshold(dropout_p) for word in torch.broadcast_tensors(*words)]
+    return torch.stack(kept, dim=-1).flatten(-2)[..., :length]

@@ -1,13 +1,16 @@
-"""The candidates: rowmax.kernels and every path that torch itself offers.
+"""The candidates: rowmax.kernels, every path that torch itself offers, and packages beside it.
 
 A peer is one function from a case's inputs to its outputs, the first of which is differentiated.
-To add one, write the function and put a maker of it into `PEERS`; the maker is called once a case,
-so that `torch.compile` starts afresh for each.
+To add one, write the function, put a maker of it into `PEERS` and its name into the suites that it
+is for; the maker is called once for the cases of one kind and shape, so that `torch.compile` starts
+afresh for each. What a peer can't do it raises an error for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
+from .cases import BACKWARD, FORWARD_BACKWARD, Suite
 from .inputs import EPS, SEED, AttentionInputs, NormInputs, Outputs
+from .more_peers import Flex, allow_repeated_backward, flash_attn, liger_norm, xformers_attention
 
 Function = Callable[[Any], Outputs]
 Maker = Callable[[str], Function]  # from the kind of case
@@ -25,12 +30,21 @@ SUBJECT = "rowmax"
 
 
 def run_pass(function: Function, inputs: Any, *, backward: bool) -> Outputs:
-    """One measured call: the outputs, and with `backward` the gradients of all leaves."""
+    """The outputs, and with `backward` the gradients of all leaves."""
     if not backward:
         with torch.no_grad():
             return function(inputs)
     outputs = function(inputs)
     return (*outputs, *torch.autograd.grad(outputs[0], inputs.leaves, inputs.d_out))
+
+
+def measured_call(function: Function, inputs: Any, step: str) -> Callable[[], Outputs]:
+    """What is timed of a pass; for the backward alone, the forward has been done."""
+    if step == BACKWARD:
+        outputs = function(inputs)
+        gradients = partial(torch.autograd.grad, outputs[0], inputs.leaves, inputs.d_out)
+        return partial(gradients, retain_graph=True)
+    return partial(run_pass, function, inputs, backward=step == FORWARD_BACKWARD)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -42,6 +56,7 @@ def rowmax_attention(inputs: AttentionInputs, backend: str) -> Outputs:
         inputs.k,
         inputs.v,
         mask=inputs.mask,
+        bias=inputs.bias,
         dropout_p=inputs.dropout_p,
         seed=SEED if inputs.dropout_p > 0.0 else None,
         backend=backend,
@@ -50,29 +65,40 @@ def rowmax_attention(inputs: AttentionInputs, backend: str) -> Outputs:
 
 
 def sdpa(inputs: AttentionInputs) -> Outputs:
+    """By the backend that torch chooses."""
+    mask = None if inputs.causal else inputs.allowed
     out = F.scaled_dot_product_attention(
         inputs.q,
         inputs.k,
         inputs.v,
-        attn_mask=None if inputs.causal else inputs.allowed,
+        attn_mask=mask if inputs.bias is None else inputs.bias,
         is_causal=inputs.causal,
         dropout_p=inputs.dropout_p,
+        enable_gqa=inputs.group > 1,
     )
     return (out,)
 
 
-def sdpa_math(inputs: AttentionInputs) -> Outputs:
-    with sdpa_kernel(SDPBackend.MATH):
-        return sdpa(inputs)
+def sdpa_by(backend: SDPBackend) -> Function:
+    def function(inputs: AttentionInputs) -> Outputs:
+        with sdpa_kernel(backend):
+            return sdpa(inputs)
+
+    return function
 
 
 def naive_attention(inputs: AttentionInputs) -> Outputs:
     """softmax(q @ k^T / sqrt(D)) @ v as it is written; in float64 the gate's oracle."""
-    scores = (inputs.q * inputs.q.shape[-1] ** -0.5) @ inputs.k.transpose(-1, -2)
+    k, v = inputs.k, inputs.v
+    if inputs.group > 1:
+        k, v = (tensor.repeat_interleave(inputs.group, dim=1) for tensor in (k, v))
+    scores = (inputs.q * inputs.q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias
     if inputs.allowed is not None:
         scores = scores.masked_fill(~inputs.allowed, -torch.inf)
     weights = _dropped(scores.softmax(-1), inputs.dropout_p, inputs.keep)
-    return (weights @ inputs.v,)
+    return (weights @ v,)
 
 
 # --- norms ----------------------------------------------------------------------------------------
@@ -146,34 +172,56 @@ def _dropped(tensor: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
 def _compiled(function: Function) -> Function:
     """`torch.compile`, blind to what earlier cases compiled: it would give up after eight."""
     torch.compiler.reset()
+    allow_repeated_backward()
     return torch.compile(function, dynamic=False)
 
 
-PEERS: dict[str, dict[str, Maker]] = {
-    "cpu-attention": {
-        "sdpa": lambda _: sdpa,
-        "sdpa-math": lambda _: sdpa_math,
-        "naive": lambda _: naive_attention,
-        "compile": lambda _: _compiled(naive_attention),
-    },
-    "cpu-norms": {
-        "torch": lambda kind: lambda inputs: torch_norm(kind, inputs),
-        "naive": lambda kind: lambda inputs: naive_norm(kind, inputs),
-        "compile": lambda kind: _compiled(lambda inputs: naive_norm(kind, inputs)),
-    },
+def _flex(kind: str) -> Function:
+    torch.compiler.reset()
+    return Flex(kind)
+
+
+ATTENTION_PEERS: dict[str, Maker] = {
+    "sdpa": lambda _: sdpa,
+    "sdpa-flash": lambda _: sdpa_by(SDPBackend.FLASH_ATTENTION),
+    "sdpa-efficient": lambda _: sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-cudnn": lambda _: sdpa_by(SDPBackend.CUDNN_ATTENTION),
+    "sdpa-math": lambda _: sdpa_by(SDPBackend.MATH),
+    "naive": lambda _: naive_attention,
+    "flex": _flex,
+    "compile": lambda _: _compiled(naive_attention),
+    "flash-attn": lambda kind: partial(flash_attn, kind),
+    "xformers": lambda kind: partial(xformers_attention, kind),
 }
-SLOW_TO_START = ("compile",)  # left out by --quick
+NORM_PEERS: dict[str, Maker] = {
+    "torch": lambda kind: partial(torch_norm, kind),
+    "naive": lambda kind: partial(naive_norm, kind),
+    "compile": lambda kind: _compiled(lambda inputs: naive_norm(kind, inputs)),
+    "liger": lambda kind: partial(liger_norm, kind),
+}
+SLOW_TO_START = ("flex", "compile")  # left out by --quick
+# What a peer that is not torch's own is imported as.
+PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers", "liger": "liger_kernel"}
 
 
-def subject(suite: str, kind: str, backend: str) -> Function:
+def absent(name: str) -> bool:
+    """Whether the peer's package is not installed here."""
+    return name in PACKAGES and find_spec(PACKAGES[name]) is None
+
+
+def peers_of(suite: Suite) -> dict[str, Maker]:
+    """The suite's peers that are here, in the order of the table."""
+    makers = ATTENTION_PEERS if suite.attention else NORM_PEERS
+    return {name: makers[name] for name in suite.peers if not absent(name)}
+
+
+def subject(suite: Suite, kind: str, backend: str) -> Function:
     """rowmax.kernels itself."""
-    if suite == "cpu-attention":
+    if suite.attention:
         return lambda inputs: rowmax_attention(inputs, backend)
     return lambda inputs: rowmax_norm(kind, inputs, backend)
 
 
-def oracle(suite: str, kind: str) -> Function:
+def oracle(suite: Suite, kind: str) -> Function:
     """The naive path, which is the oracle when its inputs are float64."""
-    if suite == "cpu-attention":
-        return naive_attention
-    return lambda inputs: naive_norm(kind, inputs)
+    return naive_attention if suite.attention else partial(naive_norm, kind)

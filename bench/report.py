@@ -1,54 +1,62 @@
-"""The table, at most 100 columns wide, and the JSON."""
+"""The table, at most 100 columns wide for the suites of the CPU, and the JSON."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .cases import FORWARD, SUITES, shape_text
+from . import gpu
+from .cases import BACKWARD, FORWARD, FORWARD_BACKWARD, Suite, shape_text
 from .machine import Limits
-from .peers import PEERS, SUBJECT
+from .peers import SUBJECT, absent, peers_of
 from .runner import Row, group_means
 
 WIDTH = 100
 SCHEMA = 1
 # Quartiles further apart than this share of the median: the machine was not quiet.
 NOISY = 0.15
+_STEPS = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd", BACKWARD: "bwd"}
 
 
-def machine_lines(machine: dict[str, Any], limits: Limits) -> list[str]:
+def machine_lines(
+    machine: Mapping[str, Any], limits: Mapping[str, Limits], suites: Iterable[Suite]
+) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     load = machine["load_average"]
     load_text = "unknown" if load is None else " ".join(f"{value:.2f}" for value in load)
-    rate = max(limits.copy_bytes)  # the largest copy
-    hardware = f"{machine['cpu']}, {machine['instruction_set']}, {limits.threads} threads"
-    peak = f"float32 FMA {limits.float32_flops / 1e9:.0f} GFLOP/s"
-    copy = f"copy of {4 * rate >> 20} MiB {limits.copy_bytes[rate] / 1e9:.1f} GB/s"
-    return [
+    threads = f"{machine['torch_threads']} threads"
+    hardware = f"{machine['cpu']}, {machine['instruction_set']}, {threads}"
+    lines = [
         f"{hardware}; load average {load_text}",
         f"Python {machine['python']}, {packages}",
-        f"measured here: {peak}, {copy}",
     ]
+    if "gpu" in machine:
+        lines.append(gpu.text(machine["gpu"]))
+    lines += [f"measured here: {limit.text()}" for limit in limits.values()]
+    missing = dict.fromkeys(name for suite in suites for name in suite.peers if absent(name))
+    if missing:
+        lines.append(f"peers that are not installed here: {', '.join(missing)}")
+    return lines
 
 
-def header_lines(suite: str) -> list[str]:
-    names = "".join(f"{name:>{_cell_width(name)}}" for name in (SUBJECT, *PEERS[suite]))
-    unit = "GFLOP/s" if suite == "cpu-attention" else "GB/s"
-    line = f"{'kind':<{_kind_width(suite)}} {'shape':<15} {'pass':<7}{names}"
+def header_lines(suite: Suite) -> list[str]:
+    names = "".join(f"{name:>{_cell_width(name)}}" for name in (SUBJECT, *peers_of(suite)))
+    unit, _ = suite.rate_unit
+    line = f"{'kind':<{_kind_width(suite)}} {'shape':<{_shape_width(suite)}} {'pass':<7}{names}"
     line += f"{'ratio':>7}{unit:>8}{'limit':>6}"
     note = "(median ms; ratio: fastest peer / rowmax; limit: share of the machine's)"
-    return ["", f"{suite} {note}", line, "-" * len(line)]
+    return ["", f"{suite.name} {note}", line, "-" * len(line)]
 
 
 def row_lines(row: Row) -> list[str]:
     suite = row.case.suite
-    cells = "".join(_cell(row, name) for name in (SUBJECT, *PEERS[suite]))
-    step = "fwd" if row.case.step == FORWARD else "fwd+bwd"
+    cells = "".join(_cell(row, name) for name in (SUBJECT, *peers_of(suite)))
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-    rate = "-" if row.rate is None else f"{row.rate / 1e9:.3g}"
+    rate = "-" if row.rate is None else f"{row.rate / suite.rate_unit[1]:.3g}"
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
-    line = f"{row.case.kind:<{_kind_width(suite)}} {shape_text(row.case.shape):<15} {step:<7}"
+    shape = f"{shape_text(row.case.shape):<{_shape_width(suite)}}"
+    line = f"{row.case.kind:<{_kind_width(suite)}} {shape} {_STEPS[row.case.step]:<7}"
     line += f"{cells}{ratio:>7}{rate:>8}{share:>6}{' ~' if is_noisy(row) else ''}"
     faults = [_clip(f"  {name} not timed: {fault}") for name, fault in row.faults.items()]
     return [line, *faults]
@@ -79,19 +87,21 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def as_json(
-    rows: Iterable[Row],
-    machine: dict[str, Any],
-    limits: Limits,
-    settings: dict[str, Any],
+    rows: Sequence[Row],
+    machine: Mapping[str, Any],
+    limits: Mapping[str, Limits],
+    settings: Mapping[str, Any],
     load_at_end: tuple[float, float, float] | None,
 ) -> str:
-    rows = list(rows)
+    measured: dict[str, Any] = {}
+    for device, limit in limits.items():
+        measured |= limit.as_json() if device == "cpu" else {"gpu": limit.as_json()}
     document = {
         "schema": SCHEMA,
-        "machine": machine | {"load_average_at_end": load_at_end},
-        "limits": limits.as_json(),
+        "machine": {**machine, "load_average_at_end": load_at_end},
+        "limits": measured,
         "settings": settings,
-        "suites": {name: list(SUITES[name].dimensions) for name in {r.case.suite for r in rows}},
+        "suites": {row.case.suite.name: list(row.case.suite.dimensions) for row in rows},
         "rows": [row.as_json() for row in rows],
         "geometric_means": [
             {"suite": suite, "kind": kind, "pass": step, "ratio": mean, "shapes": count}
@@ -101,8 +111,12 @@ def as_json(
     return json.dumps(document, indent=2) + "\n"
 
 
-def _kind_width(suite: str) -> int:
-    return max(len(kind) for kind in SUITES[suite].kinds)
+def _kind_width(suite: Suite) -> int:
+    return max(len(kind) for kind in suite.kinds)
+
+
+def _shape_width(suite: Suite) -> int:
+    return max(15, *(len(shape_text(shape)) for shape in suite.shapes))
 
 
 def _cell_width(name: str) -> int:

@@ -1,19 +1,22 @@
-"""Runs a case: inputs, gate, interleaved timing, and the comparison with the fastest peer."""
+"""Runs cases: inputs, gate, interleaved timing, and the comparison with the fastest peer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from .cases import Case, attention_flops, norm_bytes
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
 from .machine import Limits
-from .peers import PEERS, SUBJECT, Function, run_pass, subject
-from .timing import Budget, Timing, geometric_mean, interleave
+from .peers import SUBJECT, Function, measured_call, oracle, peers_of, run_pass, subject
+from .timing import Budget, Timer, Timing, geometric_mean, interleave
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Row:
     case: Case
     timings: dict[str, Timing]
     faults: dict[str, str]  # what the gate found, or the error that was raised
+    failed: bool  # whether rowmax is among the faults, or the gate's findings are
     first_call: dict[str, float]  # seconds of the first call, compilation included
     rate: float | None  # rowmax: operations a second, or bytes a second for a norm
     share: float | None  # of the machine's limit for that rate
@@ -42,7 +46,8 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "suite": self.case.suite,
+            "suite": self.case.suite.name,
+            "dtype": str(self.case.suite.dtype).removeprefix("torch."),
             "kind": self.case.kind,
             "shape": list(self.case.shape),
             "pass": self.case.step,
@@ -66,53 +71,91 @@ class Row:
 
 def candidates(case: Case, peers: Iterable[str], backend: str) -> dict[str, Function]:
     """rowmax first, then the peers of the case's suite that were asked for."""
-    makers = PEERS[case.suite]
+    makers = peers_of(case.suite)
     functions = {SUBJECT: subject(case.suite, case.kind, backend)}
     functions |= {name: makers[name](case.kind) for name in makers if name in tuple(peers)}
     return functions
 
 
-def run_case(case: Case, functions: Mapping[str, Function], budget: Budget, limits: Limits) -> Row:
+def run_cases(
+    cases: Sequence[Case],
+    functions: Mapping[str, Function],
+    budget: Budget,
+    limits: Limits,
+    timer: Timer,
+) -> Iterator[Row]:
+    """The passes of one kind at one shape, which share inputs, oracle and what was compiled."""
+    inputs = make_inputs(cases[0])
+    naive = oracle(cases[0].suite, cases[0].kind)
+    gate = Gate(inputs, naive, backward=any(case.backward for case in cases))
+    for case in cases:
+        yield _run_case(case, inputs, gate, functions, budget, limits, timer)
+        release_memory()
+
+
+def _run_case(
+    case: Case,
+    inputs: Inputs,
+    gate: Gate,
+    functions: Mapping[str, Function],
+    budget: Budget,
+    limits: Limits,
+    timer: Timer,
+) -> Row:
     """Gate first, then time what passed."""
-    inputs = make_inputs(case)
-    gate = Gate(case, inputs)
     calls: dict[str, Callable[[], object]] = {}
     faults: dict[str, str] = {}
     first_call: dict[str, float] = {}
+    failed = False
     for name, function in functions.items():
-        call = partial(run_pass, function, inputs, backward=case.backward)
+        is_subject = name == SUBJECT
         started = perf_counter()
         try:
-            call()
-            first_call[name] = perf_counter() - started
-            fault = gate.fault(function, is_subject=name == SUBJECT)
+            with warnings.catch_warnings():
+                if not is_subject:  # torch warns of each reason why a path can't do the case
+                    warnings.simplefilter("ignore", UserWarning)
+                run_pass(function, inputs, backward=case.backward)
+                first_call[name] = perf_counter() - started
+                fault = gate.fault(function, backward=case.backward, is_subject=is_subject)
+            if fault is None:
+                calls[name] = measured_call(function, inputs, case.step)
+            else:
+                failed = True
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
-        if fault is None:
-            calls[name] = call
-        else:
+            failed |= is_subject
+        if fault is not None:
             faults[name] = fault
-    timings = interleave(calls, budget)
+            release_memory()
+    timings = interleave(calls, budget, timer)
+    for name in calls.keys() - timings.keys():
+        faults[name] = "out of GPU memory beside the other candidates"
     rate = share = None
     if SUBJECT in timings:
         work, limit = _work_and_limit(case, inputs, limits)
         rate = work / timings[SUBJECT].median
         share = rate / limit
-    return Row(case, timings, faults, first_call, rate, share)
+    return Row(case, timings, faults, failed, first_call, rate, share)
 
 
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
+def release_memory() -> None:
+    """Gives back what a graph or an error's traceback held of the GPU's memory."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def _work_and_limit(case: Case, inputs: Inputs, limits: Limits) -> tuple[int, float]:
     """Operations and operations a second, or bytes and bytes a second."""
     if isinstance(inputs, AttentionInputs):
-        work = attention_flops(inputs.pairs, inputs.q.shape[-1], backward=case.backward)
-        return work, limits.float32_flops
-    work = norm_bytes(case.kind, case.shape, backward=case.backward)
-    return work, limits.copy_rate(inputs.x.numel())
+        return attention_flops(inputs.pairs, inputs.q.shape[-1], case.step), limits.flops
+    work = norm_bytes(case.kind, case.shape, case.step, inputs.x.element_size())
+    return work, limits.copy_rate(inputs.x.nbytes)
 
 
 def group_means(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[float, int]]:
@@ -120,6 +163,6 @@ def group_means(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[float, 
     groups: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         if row.ratio is not None:
-            key = (row.case.suite, row.case.kind, row.case.step)
+            key = (row.case.suite.name, row.case.kind, row.case.step)
             groups.setdefault(key, []).append(row.ratio)
     return {key: (geometric_mean(ratios), len(ratios)) for key, ratios in groups.items()}

@@ -7,6 +7,8 @@ import os
 # OpenMP's threads spin while they wait, and so starve the other test process (or whatever else the
 # machine does). The runtime reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# NumPy's products in Triton's interpreter are too small for threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 

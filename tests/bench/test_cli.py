@@ -6,14 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rowmax.bench import cli
+from rowmax.bench.cases import SUITES
 from rowmax.bench.report import WIDTH, header_lines
 
 TINY = ["speed", "--seconds", "0.01", "--quick", "--backend", "reference"]
+ON_CPU = ["--suite", "cpu-attention,cpu-norms"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "speed.json"
     shapes = ["--shape", "2,2,9,4", "--shape", "16,8"]
-    assert cli.main([*TINY, *shapes, "--json", str(path)]) == 0
+    assert cli.main([*TINY, *ON_CPU, *shapes, "--json", str(path)]) == 0
     output = capsys.readouterr().out
     assert max(len(line) for line in output.splitlines()) <= WIDTH
     for word in ("cpu-attention", "cpu-norms", "(2,2,9,4)", "sdpa-math", "geometric means"):
@@ -50,7 +54,7 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_selection(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--shape", "1,1,4,4", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
-    assert cli.main([*TINY, *chosen]) == 0
+    assert cli.main([*TINY, *ON_CPU, *chosen]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "(1,1,4,4)" in line]
     assert len(rows) == 1
@@ -64,7 +68,7 @@ def test_the_selection(capsys: pytest.CaptureFixture[str]) -> None:
 def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     """Traced and run; what the compiler makes of it is torch's business."""
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "compile"]
-    assert cli.main([*TINY, *chosen]) == 0
+    assert cli.main([*TINY, *ON_CPU, *chosen]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "(16,8)" in line]
     assert "fault" not in row
 
@@ -76,7 +80,9 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
         (["--peers", "xformers"], "--peers: expected names of sdpa, sdpa-math"),
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
         (["--kind", "plain,odd"], "got 'odd'"),
-        (["--pass", "backward"], "--pass: expected names of forward, forward+backward"),
+        (["--pass", "sideways"], "--pass: expected names of forward, forward+backward, backward"),
+        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got int8"),
+        (["--stop-after", "0"], "--stop-after: expected a positive number"),
         (["--shape", "8,8,512"], "--shape: expected cpu-attention: batch,heads,length,head size"),
         (["--suite", "cpu-norms", "--shape", "8,8,512,64"], "cpu-norms: rows,columns"),
         (["--shape", "8,x"], "--shape: expected positive whole numbers"),
@@ -101,7 +107,7 @@ def test_a_kernel_that_fails_the_gate_is_exit_status_1(
 ) -> None:
     monkeypatch.setattr("rowmax.bench.peers.kernels.rms_norm", lambda x, *_arguments, **_options: x)
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "torch"]
-    assert cli.main([*TINY, *chosen]) == 1
+    assert cli.main([*TINY, *ON_CPU, *chosen]) == 1
     output = capsys.readouterr().out
     assert "rowmax not timed: result 0 of 1: largest error" in output
     assert "1 timings are missing" in output
@@ -109,7 +115,83 @@ def test_a_kernel_that_fails_the_gate_is_exit_status_1(
 
 @pytest.mark.parametrize("suite", ["cpu-attention", "cpu-norms"])
 def test_the_header_fits(suite: str) -> None:
-    assert max(len(line) for line in header_lines(suite)) <= WIDTH
+    assert max(len(line) for line in header_lines(SUITES[suite])) <= WIDTH
+
+
+def test_other_dtypes_and_the_backward_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "speed.json"
+    chosen = ["--shape", "1,2,12,8", "--shape", "16,8", "--dtype", "bfloat16", "--json", str(path)]
+    passes = ["--pass", "backward,forward+backward", "--kind", "causal,layer_norm"]
+    assert cli.main([*TINY, *ON_CPU, *chosen, *passes]) == 0
+    assert " bwd " in capsys.readouterr().out
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["pass"] for row in rows] == ["forward+backward", "backward"] * 2
+    for row in rows:
+        assert row["dtype"] == "bfloat16"
+        assert row["faults"] == {}
+        assert row["rowmax_rate_per_s"] > 0
+
+
+def test_the_gpus_suites_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every kind and pass; what a peer can't do is a line, and no failure."""
+    here = {name: replace(SUITES[name], device="cpu") for name in ("gpu-attention", "gpu-norms")}
+    monkeypatch.setattr(cli, "SUITES", here)
+    path = tmp_path / "speed.json"
+    shapes = ["--shape", "2,8,20,16", "--shape", "16,24"]
+    assert cli.main([*TINY, *shapes, "--json", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "sdpa-cudnn not timed: RuntimeError: " in output
+    assert max(len(line) for line in output.splitlines()) <= 150
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 8 * 3 + 4 * 3
+    for row in rows:
+        assert "rowmax" in row["seconds"]
+        assert row["dtype"] == "bfloat16"
+        assert row["ratio"] > 0
+
+
+def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured is there, and what was not is said."""
+    path = tmp_path / "speed.json"
+    chosen = ["--suite", "cpu-norms", "--shape", "16,8", "--shape", "8,8", "--json", str(path)]
+    assert cli.main([*TINY, *chosen, "--stop-after", "1e-9"]) == 0
+    assert "stopped after 1e-09 seconds: 16 lines not begun" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["speed", "--suite", "gpu-norms"], "--suite: gpu-norms needs a GPU"),
+        (["tune"], "TRITON_INTERPRET is set"),
+        (["tune", "--kernel", "backward"], "--kernel: expected names of forward, key_gradients"),
+        (["tune", "--dim", "65"], "--dim: expected names of 128, 64, 256"),
+        (["tune", "--arch", "sm_90"], "--arch: only with --compile"),
+        (["tune", "--seconds", "-1"], "--seconds: expected a positive number"),
+    ],
+)
+def test_wrong_calls_without_a_gpu(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    assert exit_info.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_nothing_to_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["speed", "--suite", "gpu-attention", "--shape", "1,12,8,8", "--kind", "gqa"])
+    assert exit_info.value.code == 2
+    assert "nothing to measure" in capsys.readouterr().err
 
 
 def test_as_a_module() -> None:

@@ -9,36 +9,93 @@ import pytest
 import torch
 
 from rowmax import kernels
-from rowmax.bench.cases import DROPOUT_P, FORWARD, FORWARD_BACKWARD, SUITES, Case
+from rowmax.bench import inputs as bench_inputs
+from rowmax.bench.cases import (
+    BACKWARD,
+    DROPOUT_P,
+    FORWARD,
+    FORWARD_BACKWARD,
+    PASSES,
+    SUITES,
+    Case,
+    Suite,
+)
 from rowmax.bench.gate import Gate, compare
-from rowmax.bench.inputs import SEED, AttentionInputs, NormInputs, Outputs, make_inputs
-from rowmax.bench.machine import Limits
-from rowmax.bench.peers import PEERS, naive_attention, naive_norm, run_pass, subject
-from rowmax.bench.runner import run_case
-from rowmax.bench.timing import Budget
+from rowmax.bench.inputs import SEED, AttentionInputs, Inputs, NormInputs, Outputs, make_inputs
+from rowmax.bench.machine import CpuLimits
+from rowmax.bench.peers import (
+    SLOW_TO_START,
+    measured_call,
+    naive_attention,
+    naive_norm,
+    oracle,
+    peers_of,
+    run_pass,
+    subject,
+)
+from rowmax.bench.runner import Row, run_cases
+from rowmax.bench.timing import Budget, HostTimer
 
-SHAPES = {"cpu-attention": (3, 2, 24, 8), "cpu-norms": (16, 24)}
-KINDS = [(suite.name, kind) for suite in SUITES.values() for kind in suite.kinds]
+ATTENTION, NORMS = SUITES["cpu-attention"], SUITES["cpu-norms"]
+# The GPU's kinds and peers too, on tensors that are here.
+HERE = [
+    *(ATTENTION, NORMS),
+    *(
+        replace(SUITES[name], device="cpu", dtype=dtype, name=f"{name}-{dtype}")
+        for name in ("gpu-attention", "gpu-norms")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+]
+KINDS = [
+    pytest.param(suite, kind, id=f"{suite.name}-{kind}") for suite in HERE for kind in suite.kinds
+]
+HALF = replace(ATTENTION, dtype=torch.bfloat16)
 
 
-def gate_of(kind: str, suite: str = "cpu-attention") -> Gate:
-    case = Case(suite, kind, SHAPES[suite], FORWARD_BACKWARD)
-    return Gate(case, make_inputs(case))
+def case_of(kind: str, suite: Suite, step: str = FORWARD_BACKWARD) -> Case:
+    heads = 16 if kind == "gqa" else 2
+    return Case(suite, kind, (3, heads, 24, 8) if suite.attention else (16, 24), step)
+
+
+def inputs_of(kind: str, suite: Suite = ATTENTION) -> Inputs:
+    return make_inputs(case_of(kind, suite))
+
+
+class Judge:
+    """The gate of a small case."""
+
+    def __init__(self, kind: str, suite: Suite = ATTENTION) -> None:
+        self.inputs = inputs_of(kind, suite)
+        self.gate = Gate(self.inputs, oracle(suite, kind), backward=True)
+
+    def fault(self, function: Callable[..., Outputs], *, is_subject: bool) -> str | None:
+        return self.gate.fault(function, backward=True, is_subject=is_subject)
+
+
+def gate_of(kind: str, suite: Suite = ATTENTION) -> Judge:
+    return Judge(kind, suite)
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
-def test_the_reference_passes(suite: str, kind: str) -> None:
+@pytest.mark.parametrize("most_scores", [bench_inputs.MOST_SCORES, 0], ids=["whole", "by_head"])
+def test_the_reference_passes(
+    suite: Suite, kind: str, most_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With dropout too: the gate knows which weights the seed drops."""
+    monkeypatch.setattr(bench_inputs, "MOST_SCORES", most_scores)
     function = subject(suite, kind, "reference")
-    assert gate_of(kind, suite).fault(function, is_subject=True) is None
+    gate = gate_of(kind, suite).gate
+    for backward in (False, True):
+        assert gate.fault(function, backward=backward, is_subject=True) is None
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
-def test_torchs_eager_paths_pass(suite: str, kind: str) -> None:
+def test_torchs_eager_paths_pass(suite: Suite, kind: str) -> None:
     gate = gate_of(kind, suite)
-    for name, make in PEERS[suite].items():
-        if name != "compile":
-            assert gate.fault(make(kind), is_subject=False) is None, name
+    for name, make in peers_of(suite).items():
+        if name in (*SLOW_TO_START, "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
+            continue  # tested by themselves, or on a GPU only
+        assert gate.fault(make(kind), is_subject=False) is None, name
 
 
 def no_mask(inputs: AttentionInputs) -> Outputs:
@@ -78,6 +135,11 @@ def not_a_number(inputs: AttentionInputs) -> Outputs:
     return (out,)
 
 
+def only_one_head_right(inputs: AttentionInputs) -> Outputs:
+    out = naive_attention(inputs)[0]
+    return (torch.cat((out[:, :1], 1.5 * out[:, 1:]), dim=1),)
+
+
 BROKEN = [
     no_mask,
     mask_off_by_one,
@@ -86,13 +148,24 @@ BROKEN = [
     half_precision,
     last_row_missing,
     not_a_number,
+    only_one_head_right,
 ]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_kernel_is_rejected(broken: Callable[[AttentionInputs], Outputs]) -> None:
+@pytest.mark.parametrize("most_scores", [bench_inputs.MOST_SCORES, 0], ids=["whole", "by_head"])
+@pytest.mark.parametrize("suite", [ATTENTION, HALF], ids=["float32", "bfloat16"])
+def test_a_broken_kernel_is_rejected(
+    suite: Suite,
+    broken: Callable[[AttentionInputs], Outputs],
+    most_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if suite is HALF and broken in (half_precision, wrong_gradient_only):
+        return  # no more wrong than the type itself
+    monkeypatch.setattr(bench_inputs, "MOST_SCORES", most_scores)
     for is_subject in (True, False):
-        fault = gate_of("padded").fault(broken, is_subject=is_subject)
+        fault = gate_of("padded", suite).fault(broken, is_subject=is_subject)
         assert fault is not None
         assert "largest error" in fault
 
@@ -117,12 +190,12 @@ def test_a_wrong_dropout_is_rejected() -> None:
         assert gate.fault(with_dropout(*wrong), is_subject=True) is not None, wrong
 
 
-@pytest.mark.parametrize("kind", SUITES["cpu-norms"].kinds)
+@pytest.mark.parametrize("kind", NORMS.kinds)
 def test_a_broken_norm_is_rejected(kind: str) -> None:
     def broken(inputs: NormInputs) -> Outputs:
         return tuple(1.001 * output for output in naive_norm(kind, inputs))
 
-    assert gate_of(kind, "cpu-norms").fault(broken, is_subject=False) is not None
+    assert gate_of(kind, NORMS).fault(broken, is_subject=False) is not None
 
 
 def test_rowmax_is_held_to_more_than_its_peers() -> None:
@@ -140,32 +213,67 @@ def test_missing_results_are_rejected() -> None:
     def one_result(inputs: NormInputs) -> Outputs:
         return naive_norm("add_layer_norm", inputs)[:1]
 
-    fault = gate_of("add_layer_norm", "cpu-norms").fault(one_result, is_subject=False)
+    fault = gate_of("add_layer_norm", NORMS).fault(one_result, is_subject=False)
     assert fault == "expected 6 results, got 5"
 
 
 def test_compare_names_the_shape() -> None:
-    fault = compare(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4), 2.0)
+    fault = compare(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4), is_subject=True)
     assert fault == "expected shape (2, 4), got (2, 3)"
 
 
+def rows_of(functions: dict[str, Callable[..., Outputs]], *cases: Case) -> list[Row]:
+    limits = CpuLimits(1, 1e9, {})
+    return list(run_cases(cases, functions, Budget(0.0, 2, 2), limits, HostTimer()))
+
+
+def raises(inputs: AttentionInputs) -> Outputs:
+    raise RuntimeError("out of luck\nsecond line")
+
+
 def test_no_time_is_reported_for_a_broken_kernel() -> None:
-    case = Case("cpu-attention", "padded", SHAPES["cpu-attention"], FORWARD)
-
-    def raises(inputs: AttentionInputs) -> Outputs:
-        raise RuntimeError("out of luck\nsecond line")
-
     functions = {"rowmax": no_mask, "naive": naive_attention, "raises": raises}
-    row = run_case(case, functions, Budget(0.0, 2, 2), Limits(1, 1e9, {}))
+    (row,) = rows_of(functions, case_of("padded", ATTENTION, FORWARD))
     assert set(row.timings) == {"naive"}
     assert "largest error" in row.faults["rowmax"]
     assert row.faults["raises"] == "RuntimeError: out of luck"
     assert row.ratio is row.rate is row.share is None
+    assert row.failed
+
+
+def test_a_peer_that_cannot_do_a_case_is_no_failure() -> None:
+    """But rowmax is, and so is a peer that computes something else."""
+    case = case_of("padded", ATTENTION, FORWARD)
+    (row,) = rows_of({"rowmax": naive_attention, "raises": raises}, case)
+    assert (row.failed, set(row.faults)) == (False, {"raises"})
+    (row,) = rows_of({"rowmax": raises, "naive": naive_attention}, case)
+    assert row.failed
+    (row,) = rows_of({"rowmax": naive_attention, "wrong": no_mask}, case)
+    assert row.failed
+
+
+def test_passes_share_their_inputs() -> None:
+    rows = rows_of(
+        {"rowmax": naive_attention}, *(case_of("causal", ATTENTION, step) for step in PASSES)
+    )
+    assert [row.case.step for row in rows] == list(PASSES)
+    assert all(not row.faults and row.rate for row in rows)
 
 
 def test_run_pass_gives_the_gradient_of_every_leaf() -> None:
-    inputs = gate_of("plain").inputs
+    inputs = inputs_of("plain")
     out, *gradients = run_pass(naive_attention, inputs, backward=True)
     assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in inputs.leaves]
     assert run_pass(naive_attention, inputs, backward=False)[0].requires_grad is False
     assert out.requires_grad
+
+
+def test_the_backward_alone_runs_again_and_again() -> None:
+    inputs = inputs_of("plain")
+    expected = run_pass(naive_attention, inputs, backward=True)[1:]
+    call = measured_call(naive_attention, inputs, BACKWARD)
+    for _ in range(3):
+        for gradient, right in zip(call(), expected, strict=True):
+            assert torch.equal(gradient, right)
+    assert len(measured_call(naive_attention, inputs, FORWARD_BACKWARD)()) == 4
+    assert len(measured_call(naive_attention, inputs, FORWARD)()) == 1

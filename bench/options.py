@@ -1,0 +1,41 @@
+"""What the commands' options have in common: lists of names, and errors that say what was meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """A call that can't be meant; its text goes to the user."""
+
+
+def names_of(option: str, text: str | None, known: Iterable[str]) -> list[str]:
+    """The names in `text`, or all of them; in the order of `known`."""
+    known = list(known)
+    if text is None:
+        return known
+    asked = [name.strip() for name in text.split(",")]
+    for name in asked:
+        if name not in known:
+            raise UsageError(f"{option}: expected names of {listed(known)}; got {name!r}")
+    return [name for name in known if name in asked]
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def seconds_of(option: str, seconds: float | None) -> float | None:
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"{option}: expected a positive number, got {seconds}")
+    return seconds
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Finds out before the measurement, not after it."""
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error

@@ -1,0 +1,198 @@
+"""Times forms of one Triton attention kernel: on inputs of its own, checked, in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels import Causal, Dense, Mask
+from ..kernels.functional import attention_problem
+from ..kernels.gpu_triton import interpreting
+from ..kernels.gpu_triton.attention_launch import (
+    attention,
+    attention_backward,
+    compiled_form,
+    launch_kernel,
+)
+from ..kernels.gpu_triton.configurations import Configuration, Key
+from ..kernels.problem import AttentionProblem
+from .timing import Budget, Timer, geometric_mean, interleave
+
+BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
+# Forms further behind the best than this after one sample are not timed again.
+HOPELESS = 1.5
+WIDTH = 2048  # heads times head size
+# Of each width of a type: batch and length.
+SIZES = {16: (4, 4096), 32: (4, 2048), 64: (2, 1024)}
+# Largest difference from the form in the table, as a share of the largest element.
+DIFFERENCE = {16: 2e-2, 32: 1e-4, 64: 1e-9}
+OUTPUTS = {
+    "forward": ("out", "lse"),
+    "key_gradients": ("d_key", "d_value"),
+    "query_gradients": ("d_query", "d_bias"),
+    "bias_gradients": ("d_bias",),
+}
+
+
+class Launched(NamedTuple):
+    """A kernel with all that one launch of it takes, to be launched again in other forms."""
+
+    kernel: Any
+    extent: tuple[int, int, int]
+    arguments: dict[str, Any]
+
+    def outputs(self) -> dict[str, Tensor]:
+        """The tensors that it writes."""
+        found: dict[str, Tensor] = {}
+        for name in OUTPUTS[self.kernel.fn.__name__]:
+            value = self.arguments.get(name)
+            if value is not None:
+                found[name] = value if isinstance(value, Tensor) else value[0]
+        return found
+
+    def run(self, form: Configuration) -> None:
+        rows, columns, planes = self.extent
+        programs = triton.cdiv(rows, form.block_m) * triton.cdiv(columns, form.block_n) * planes
+        self.kernel[(programs,)](**self.arguments, **compiled_form(self.kernel, form))
+
+    def compile(self, form: Configuration) -> None:
+        self.kernel.warmup(**self.arguments, **compiled_form(self.kernel, form), grid=(1,))
+
+
+class Trials:
+    """Measures forms on `device` with `timer`; 16-bit kernels in the type `half`."""
+
+    def __init__(
+        self,
+        timer: Timer,
+        device: torch.device,
+        half: torch.dtype = torch.bfloat16,
+        sizes: Mapping[int, tuple[int, int]] = SIZES,
+        width: int = WIDTH,
+    ) -> None:
+        self._timer = timer
+        self._device = device
+        self._dtypes = {16: half, 32: torch.float32, 64: torch.float64}
+        self._sizes, self._width = sizes, width
+
+    def time_forms(self, key: Key, forms: Sequence[Configuration]) -> dict[Configuration, float]:
+        """Seconds of each form that works, the geometric mean over several problems."""
+        times: dict[Configuration, list[float]] = {form: [] for form in forms}
+        for problem in self.problems(key):
+            measured = self._time_on(problem, key, list(times))
+            times = {form: [*times[form], seconds] for form, seconds in measured.items()}
+        return {form: geometric_mean(seconds) for form, seconds in times.items()}
+
+    def problems(self, key: Key) -> Iterator[AttentionProblem]:
+        """Problems of the key's features, one with all pairs and one that leaves some out."""
+        batch, length = self._sizes[key.bits]
+        heads = max(1, self._width // key.dim)
+        generator = torch.Generator(self._device).manual_seed(7)
+
+        def normal(*size: int) -> Tensor:
+            tensor = torch.randn(size, generator=generator, device=self._device)
+            return tensor.to(self._dtypes[key.bits])
+
+        q, k, v = (normal(batch, heads, length, key.dim) for _ in range(3))
+        dropout_p = 0.1 if "dropout" in key.features else 0.0
+
+        def problem(mask: Mask | None, bias: Tensor | None) -> AttentionProblem:
+            options: dict[str, Any] = {"scale": None, "softcap": None, "sinks": None}
+            options |= {"dropout_p": dropout_p, "seed": 7, "draw_seed": True}
+            return attention_problem(q, k, v, mask, bias, **options)
+
+        if "rich" not in key.features:
+            yield problem(None, None)
+            yield problem(Causal(), None)
+            return
+        yield problem(None, normal(1, heads, length, length))
+        if key.kernel != "bias_gradients":
+            coins = torch.rand(length, length, generator=generator, device=self._device) < 0.5
+            yield problem(Causal() & Dense(coins.fill_diagonal_(True)), None)
+
+    def _time_on(
+        self, problem: AttentionProblem, key: Key, forms: Sequence[Configuration]
+    ) -> dict[Configuration, float]:
+        launched = _launched(problem, key.kernel)
+        expected = {name: tensor.clone() for name, tensor in launched.outputs().items()}
+        _compile_all(launched, forms)
+        runs = {
+            form: partial(launched.run, form)
+            for form in forms
+            if self._works(launched, form, expected, DIFFERENCE[key.bits])
+        }
+        times = {form: self._timer.sample(run, 1) for form, run in runs.items()}
+        limit = HOPELESS * min(times.values(), default=0.0)
+        close = {str(list(form)): form for form, seconds in times.items() if seconds <= limit}
+        calls = {name: runs[form] for name, form in close.items()}
+        for name, timing in interleave(calls, BUDGET, self._timer).items():
+            times[close[name]] = timing.median
+        return times
+
+    def _works(
+        self,
+        launched: Launched,
+        form: Configuration,
+        expected: Mapping[str, Tensor],
+        difference: float,
+    ) -> bool:
+        """Whether the form runs and agrees with the one in the table."""
+        try:
+            for name, tensor in launched.outputs().items():
+                # d_bias is given as zeros, and may keep them where nothing is attended
+                tensor.fill_(0.0 if name == "d_bias" else torch.nan)
+            launched.run(form)
+            outputs = launched.outputs()
+            return all(
+                float((outputs[name] - right).abs().max()) <= difference * float(right.abs().max())
+                for name, right in expected.items()
+            )
+        except Exception:
+            # Too much shared memory, or a stage of the compiler that gave up: no candidate. Where
+            # the GPU itself was lost, this raises again, and ends the search.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+            return False
+
+
+def _launched(problem: AttentionProblem, kernel: str) -> Launched:
+    """`kernel` as `problem` launches it; it has run, in the form of the table."""
+    found: list[Launched] = []
+
+    def launch(
+        function: Any,
+        launched_problem: AttentionProblem,
+        extent: tuple[int, int, int],
+        arguments: dict[str, Any],
+    ) -> None:
+        launch_kernel(function, launched_problem, extent, arguments)
+        if function.fn.__name__ == kernel:
+            found.append(Launched(function, extent, arguments))
+
+    out, lse = attention(problem, launch)
+    if not found:
+        d_out = torch.randn_like(out)
+        wants_bias = problem.bias is not None
+        attention_backward(problem, d_out, None, out, lse, wants_bias, False, launch)
+    return found[0]
+
+
+def _compile_all(launched: Launched, forms: Sequence[Configuration]) -> None:
+    """Compiles side by side, so that the GPU waits for the slowest only; errors come up later."""
+    if interpreting():
+        return
+
+    def attempt(form: Configuration) -> None:
+        with contextlib.suppress(Exception):
+            launched.compile(form)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(attempt, forms))

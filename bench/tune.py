@@ -1,0 +1,289 @@
+"""`python -m rowmax.bench tune`: which form each Triton attention kernel takes, found and kept.
+
+On a GPU each candidate is timed; with `--compile`, for GPUs that are not there, the first one that
+fits is taken. The table is written after each key, so that a search that is stopped loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels import gpu_triton
+from .options import UsageError, check_writable, listed, names_of, seconds_of
+
+if TYPE_CHECKING:  # they need Triton
+    from ..kernels.gpu_triton.configurations import Configuration, Key
+
+KERNELS = ("forward", "key_gradients", "query_gradients", "bias_gradients")
+FEATURES = ("plain", "rich", "dropout", "rich_dropout")
+DIMS = (128, 64, 256)
+ARCHS = ("sm_80", "sm_90", "sm_100")
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
+
+# (BLOCK_M, BLOCK_N, warps, stages), the most promising first and the safest last.
+_QUERIES_STAY = (
+    (128, 128, 8, 3),
+    (128, 128, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (128, 64, 4, 3),
+    (64, 128, 4, 3),
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (64, 32, 4, 2),
+    (32, 32, 4, 2),
+    (32, 32, 4, 1),
+    (32, 16, 4, 1),
+    (16, 16, 4, 1),
+)
+_KEYS_STAY = (
+    (64, 128, 8, 3),
+    (64, 128, 8, 2),
+    (64, 64, 8, 2),
+    (64, 64, 4, 2),
+    (32, 128, 8, 2),
+    (32, 128, 4, 2),
+    (32, 64, 8, 2),
+    (32, 64, 4, 2),
+    (32, 32, 4, 2),
+    (32, 32, 4, 1),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)
+_SUMS_OVER_BATCH = (
+    (128, 64, 8, 2),
+    (64, 64, 8, 2),
+    (64, 64, 4, 2),
+    (32, 64, 4, 2),
+    (32, 32, 4, 2),
+    (32, 32, 4, 1),
+    (16, 16, 4, 1),
+)
+_FORMS = {
+    "forward": _QUERIES_STAY,
+    "query_gradients": _QUERIES_STAY,
+    "key_gradients": _KEYS_STAY,
+    "bias_gradients": _SUMS_OVER_BATCH,
+}
+
+Choice = tuple["Configuration", str]  # the form, and what is said of it
+Choose = Callable[["Key"], "Choice | None"]
+
+
+def candidates(key: Key) -> list[Configuration]:
+    """The forms that are worth a try: a wider type or head wants smaller tiles."""
+    from ..kernels.gpu_triton.configurations import Configuration
+
+    side = {16: 128, 32: 64, 64: 32}[key.bits]
+    area = side * side if key.dim < 256 else min(side * side, 64 * 64)
+    forms = (Configuration(*form) for form in _FORMS[key.kernel])
+    return [
+        form
+        for form in forms
+        if max(form.block_m, form.block_n) <= side and form.block_m * form.block_n <= area
+    ]
+
+
+def keys(
+    archs: Iterable[str],
+    kernels: Sequence[str] = KERNELS,
+    dims: Sequence[int] = DIMS,
+    bits: Iterable[int] = (16, 32, 64),
+    features: Sequence[str] = FEATURES,
+) -> list[Key]:
+    """Every combination that there is, what matters most first."""
+    from ..kernels.gpu_triton.configurations import Key
+
+    found = [
+        Key(arch, kernel, width, dim, feature)
+        for arch in archs
+        for width in bits
+        for feature in features
+        for dim in dims
+        for kernel in kernels
+        if kernel != "bias_gradients" or "rich" in feature
+    ]
+    # a stable sort: heads of 256 after all the others of the type
+    return sorted(found, key=lambda key: (key.arch, key.bits, key.dim >= 256))
+
+
+def search(
+    wanted: Iterable[Key],
+    choose: Choose,
+    path: Path,
+    seconds: float | None,
+    clock: Callable[[], float] = perf_counter,
+    say: Callable[[str], None] = print,
+) -> dict[Key, Configuration]:
+    """Chooses a form for each key until the time is over; writes each into the table at `path`."""
+    started = clock()
+    found: dict[Key, Configuration] = {}
+    wanted = list(wanted)
+    for done, key in enumerate(wanted):
+        if seconds is not None and clock() - started >= seconds:
+            say(f"stopped after {seconds:g} seconds: {len(wanted) - done} keys not begun")
+            break
+        choice = choose(key)
+        if choice is None:
+            say(f"{_name(key)}: no candidate works; the table stays as it is")
+            continue
+        form, remark = choice
+        found[key] = form
+        store(path, {key: form})
+        say(f"{_name(key)}: {list(form)} {remark}")
+    return found
+
+
+def fastest(
+    key: Key,
+    time_forms: Callable[[Key, Sequence[Configuration]], Mapping[Configuration, float]],
+    present: Configuration,
+) -> Choice | None:
+    """The fastest candidate, the form in the table among them; `time_forms` leaves out failures."""
+    forms = list(dict.fromkeys((present, *candidates(key))))
+    times = time_forms(key, forms)
+    if not times:
+        return None
+    best = min(times, key=lambda form: times[form])
+    before = times.get(present, math.nan)
+    remark = f"{1e3 * times[best]:.3f} ms, was {list(present)} {1e3 * before:.3f} ms"
+    return best, f"{remark}, of {len(times)} that work out of {len(forms)}"
+
+
+def first_fitting(
+    key: Key, fits: Callable[[Key, Configuration], tuple[bool, str]]
+) -> Choice | None:
+    """The first candidate that fits the GPU."""
+    for form in candidates(key):
+        good, remark = fits(key, form)
+        if good:
+            return form, remark
+    return None
+
+
+def store(path: Path, forms: Mapping[Key, Configuration]) -> None:
+    """Adds the forms to the table, or replaces those of the same keys."""
+    names = {_name(key): list(form) for key, form in forms.items()}
+    entries = {**read(path), **names}
+    lines = [f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)]
+    text = '{"forms": {\n' + ",\n".join(lines) + "\n}}\n"
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)  # whole or not at all
+
+
+def read(path: Path) -> dict[str, list[int]]:
+    text = path.read_text("utf-8") if path.exists() else ""
+    return dict(json.loads(text)["forms"]) if text else {}
+
+
+def _name(key: Key) -> str:
+    return "/".join(map(str, key))
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "tune",
+        help="find the forms of the Triton attention kernels",
+        description=(
+            "Times tile sizes, warps and pipeline stages of the Triton attention kernels on the "
+            "GPU that is here, and writes the fastest into the table that the kernels read."
+        ),
+        epilog="example: python -m rowmax.bench tune --kernel forward --dim 64,128 --seconds 300",
+    )
+    command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
+    command.add_argument("--dim", metavar="SIZES", help="head sizes; default: 64,128,256")
+    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(BITS)}; default: all")
+    command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
+    command.add_argument("--seconds", type=float, help="begin no further key after this")
+    command.add_argument(
+        "--missing", action="store_true", help="only what the table does not hold yet"
+    )
+    command.add_argument(
+        "--compile",
+        action="store_true",
+        help="without a GPU: the first form of each that compiles without spilling, and fits",
+    )
+    command.add_argument(
+        "--arch", metavar="NAMES", help=f"with --compile; default: {','.join(ARCHS)}"
+    )
+    command.add_argument(
+        "--output", metavar="FILE", type=Path, default=TABLE, help="default: the kernels' own table"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; returns the exit status, 1 where something was wanted and nothing found."""
+    kernels = names_of("--kernel", options.kernel, KERNELS)
+    dims = [int(dim) for dim in names_of("--dim", options.dim, map(str, DIMS))]
+    dtypes = names_of("--dtype", options.dtype, BITS)
+    features = names_of("--features", options.features, FEATURES)
+    seconds = seconds_of("--seconds", options.seconds)
+    if options.arch is not None and not options.compile:
+        raise UsageError("--arch: only with --compile; otherwise it is that of the GPU here")
+    if find_spec("triton") is None:
+        raise UsageError("tune: Triton is not installed (pip install triton)")
+    if gpu_triton.interpreting():
+        raise UsageError("tune: TRITON_INTERPRET is set; what is interpreted can't be tuned")
+    choose: Choose
+    if options.compile:
+        from .ahead_of_time import SHARED_LIMIT
+
+        text = ",".join(ARCHS) if options.arch is None else options.arch
+        archs = names_of("--arch", text, SHARED_LIMIT)
+        choose = _by_compiling()
+    else:
+        if not torch.cuda.is_available():
+            raise UsageError("tune: torch sees no GPU; --compile does without one")
+        from ..kernels.gpu_triton.configurations import architecture
+
+        archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
+        choose = _by_timing(getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16)
+    check_writable("--output", options.output)
+    wanted = keys(archs, kernels, dims, dict.fromkeys(BITS[name] for name in dtypes), features)
+    if options.missing:
+        present = read(options.output)
+        wanted = [key for key in wanted if _name(key) not in present]
+    found = search(wanted, choose, options.output, seconds, say=_say)
+    _say(f"{len(found)} of {len(wanted)} forms written to {options.output}")
+    return 1 if wanted and not found else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _by_timing(half: torch.dtype) -> Choose:
+    from ..kernels.gpu_triton.configurations import lookup
+    from .timing import timer_for
+    from .trials import Trials
+
+    trials = Trials(timer_for("cuda"), torch.device("cuda"), half)
+    return lambda key: fastest(key, trials.time_forms, lookup(key))
+
+
+def _by_compiling() -> Choose:
+    from .ahead_of_time import compile_kernel, pretend, problem_of
+
+    def fits(key: Key, form: Configuration) -> tuple[bool, str]:
+        pretend(key.arch)
+        problem = problem_of(key.bits, key.dim, key.features)
+        try:
+            compiled = compile_kernel(key.kernel, problem, form)
+        except Exception as error:
+            # whatever stage of the compiler gave up
+            return False, f"{type(error).__name__}"
+        remark = f"{compiled.registers} registers, {compiled.shared} bytes shared"
+        return compiled.fits(key.arch), remark
+
+    return lambda key: first_fitting(key, fits)

@@ -1,0 +1,101 @@
+"""bench/on_gpu.sh, with an interpreter that only notes what it is asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rowmax.bench.cases import SUITES
+from rowmax.bench.cli import build_parser
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
+PHASES = ("install", "parity", "attention", "compiled", "norms", "tune", "profile")
+
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "timeout"))), reason="needs bash and timeout"
+)
+
+FAKE = """#!/bin/sh
+echo "$@" >>"{log}"
+case "$*" in *{fails}*) echo broken; exit 3 ;; esac
+"""
+
+
+def run(
+    folder: Path, *phases: str, fails: str = "nothing-of-this"
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The script's result, and the arguments of each call of the interpreter."""
+    log = folder / "calls"
+    log.touch()
+    python = folder / "python"
+    python.write_text(FAKE.format(log=log, fails=fails))
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "OUT": str(folder / "out")}
+    result = subprocess.run(
+        ["bash", str(SCRIPT), *phases],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return result, log.read_text().splitlines()
+
+
+def test_syntax() -> None:
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_help_names_every_phase(tmp_path: Path) -> None:
+    result, calls = run(tmp_path, "--help")
+    assert result.returncode == 0
+    assert not calls
+    for phase in PHASES:
+        assert re.search(rf"^  {phase} ", result.stdout, re.M), phase
+
+
+def test_an_unknown_phase(tmp_path: Path) -> None:
+    result, calls = run(tmp_path, "norms", "nrms")
+    assert result.returncode == 2
+    assert "got 'nrms'" in result.stderr
+    assert not calls
+
+
+def test_by_default(tmp_path: Path) -> None:
+    result, calls = run(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert calls[0].startswith("-m pip install")
+    logs = {path.name for path in (tmp_path / "out").iterdir()}
+    phases = ("install", "parity", "attention", "norms", "tune")
+    assert logs >= {f"{phase}.log" for phase in phases}
+    assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(phases)
+
+
+@pytest.mark.parametrize("failing", ["gpu-attention", "gpu-norms"])
+def test_a_phase_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None:
+    phases = ("attention", "norms", "compiled")
+    result, calls = run(tmp_path, *phases, fails=failing)
+    assert result.returncode == 1
+    assert len(calls) == 4
+    spoiled = {failing.removeprefix("gpu-"), "compiled"}
+    for phase in phases:
+        words = "failed with exit status 3" if phase in spoiled else "ok"
+        assert f"\n{phase}: {words}" in result.stdout
+        assert (tmp_path / "out" / f"{phase}.log").exists()
+
+
+def test_its_commands_are_understood(tmp_path: Path) -> None:
+    """Every option exists, and every peer is one of the suite's."""
+    phases = ["attention", "compiled", "norms", "tune"]
+    _, calls = run(tmp_path, *phases)
+    benches = [call.split()[2:] for call in calls if call.startswith("-m rowmax.bench")]
+    assert len(benches) == 5
+    for words in benches:
+        options = build_parser().parse_args(words)
+        if options.command == "speed":
+            assert set(options.peers.split(",")) <= set(SUITES[options.suite].peers)
+            assert 60 < options.stop_after < 540

@@ -1,0 +1,178 @@
+"""The search for forms: what is tried, what is kept, and the trials themselves, interpreted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rowmax.bench import trials, tune
+from rowmax.bench.timing import Budget, HostTimer
+from rowmax.kernels import gpu_triton
+from rowmax.kernels.gpu_triton.configurations import Configuration, Key, key_of
+
+KEY = Key("sm_90", "forward", 16, 64, "plain")
+FIRST, SECOND = tune.candidates(KEY)[:2]
+OTHER = Configuration(16, 16, 1, 1)
+
+
+def test_wide_types_and_heads_get_small_tiles() -> None:
+    for key in tune.keys(["sm_90"]):
+        forms = tune.candidates(key)
+        assert len(forms) == len(set(forms)) > 1
+        assert Configuration(16, 16, 4, 1) == forms[-1]
+        largest = max(form.block_m * form.block_n for form in forms)
+        assert largest <= {16: 128 * 128, 32: 64 * 64, 64: 32 * 32}[key.bits]
+        assert key.dim < 256 or largest <= 64 * 64
+
+
+def test_what_matters_most_comes_first() -> None:
+    keys = tune.keys(["sm_90"])
+    assert len(keys) == len(set(keys)) == 3 * 3 * (4 * 3 + 2)
+    assert keys[:3] == [
+        Key("sm_90", kernel, 16, 128, "plain")
+        for kernel in ("forward", "key_gradients", "query_gradients")
+    ]
+    assert keys[-1].bits == 64
+    assert all(key.features != "plain" for key in keys if key.kernel == "bias_gradients")
+
+
+def test_the_table_is_written_after_each_key_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "forms.json"
+    path.write_text('{"forms": {"sm_80/forward/16/64/plain": [64, 64, 4, 2]}}')
+    keys = [KEY, KEY._replace(dim=128), KEY._replace(dim=256)]
+    written: list[int] = []
+
+    def choose(key: Key) -> tune.Choice | None:
+        written.append(len(tune.read(path)))
+        return None if key.dim == 128 else (FIRST, "fast")
+
+    said: list[str] = []
+    found = tune.search(keys, choose, path, None, say=said.append)
+    assert written == [1, 2, 2]
+    assert found == {keys[0]: FIRST, keys[2]: FIRST}
+    assert said[0] == f"sm_90/forward/16/64/plain: {list(FIRST)} fast"
+    assert said[1] == "sm_90/forward/16/128/plain: no candidate works; the table stays as it is"
+    forms = json.loads(path.read_text())["forms"]
+    assert forms == {
+        "sm_80/forward/16/64/plain": [64, 64, 4, 2],
+        "sm_90/forward/16/64/plain": list(FIRST),
+        "sm_90/forward/16/256/plain": list(FIRST),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["forms.json"]
+
+
+def test_the_search_ends_with_its_time(tmp_path: Path) -> None:
+    ticks = iter([0.0, 1.0, 5.0, 11.0])
+    said: list[str] = []
+    keys = tune.keys(["sm_90"])[:5]
+    found = tune.search(
+        keys,
+        lambda _: (FIRST, ""),
+        tmp_path / "forms.json",
+        10.0,
+        clock=lambda: next(ticks),
+        say=said.append,
+    )
+    assert list(found) == keys[:2]
+    assert said[-1] == "stopped after 10 seconds: 3 keys not begun"
+
+
+def test_the_fastest_wins_and_the_present_form_competes() -> None:
+    asked: list[Configuration] = []
+
+    def time_forms(_key: Key, forms: Sequence[Configuration]) -> dict[Configuration, float]:
+        asked.extend(forms)
+        return {OTHER: 2e-3, FIRST: 1e-3, SECOND: 3e-3}
+
+    choice = tune.fastest(KEY, time_forms, OTHER)
+    assert choice is not None
+    form, remark = choice
+    assert form == FIRST
+    assert asked == [OTHER, *tune.candidates(KEY)]
+    assert remark.startswith("1.000 ms, was [16, 16, 1, 1] 2.000 ms, of 3 that work")
+    assert tune.fastest(KEY, lambda _key, _forms: {}, OTHER) is None
+
+
+def test_the_first_that_fits_is_taken() -> None:
+    forms = tune.candidates(KEY)
+    choice = tune.first_fitting(KEY, lambda _key, form: (form == forms[2], "just so"))
+    assert choice == (forms[2], "just so")
+    assert tune.first_fitting(KEY, lambda _key, _form: (False, "")) is None
+
+
+def small_trials() -> trials.Trials:
+    sizes = dict.fromkeys((16, 32, 64), (2, 20))
+    return trials.Trials(HostTimer(), torch.device("cpu"), sizes=sizes, width=16)
+
+
+@pytest.mark.parametrize("features", tune.FEATURES)
+def test_the_problems_are_those_of_the_key(features: str) -> None:
+    for kernel in tune.KERNELS:
+        key = Key("sm_90", kernel, 32, 16, features)
+        problems = list(small_trials().problems(key))
+        assert problems
+        for problem in problems:
+            assert key_of(kernel, problem, "sm_90") == key
+            assert kernel != "bias_gradients" or problem.bias is not None or "rich" not in features
+
+
+needs_interpreter = pytest.mark.skipif(
+    not gpu_triton.interpreting(), reason="needs TRITON_INTERPRET=1"
+)
+ONE_TILE, SMALL = Configuration(32, 32, 4, 1), Configuration(16, 32, 4, 1)
+KEYS = [
+    *(Key("sm_90", kernel, 32, 16, "plain") for kernel in tune.KERNELS[:3]),
+    Key("sm_90", "forward", 16, 16, "dropout"),
+    Key("sm_90", "key_gradients", 64, 16, "rich"),
+    Key("sm_90", "query_gradients", 32, 16, "rich"),
+    Key("sm_90", "bias_gradients", 32, 16, "rich"),
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.kernel}-{key.bits}-{key.features}")
+def test_forms_are_run_and_timed(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "BUDGET", Budget(0.0, 1, 1))
+    times = small_trials().time_forms(key, [ONE_TILE, SMALL])
+    assert set(times) == {ONE_TILE, SMALL}
+    assert min(times.values()) > 0.0
+
+
+@needs_interpreter
+@pytest.mark.parametrize("fault", ["wrong", "unwritten", "raises"])
+def test_forms_that_do_not_work_are_left_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "BUDGET", Budget(0.0, 1, 1))
+    run = trials.Launched.run
+
+    def faulty(self: trials.Launched, form: Configuration) -> None:
+        if form != SMALL:
+            run(self, form)
+        elif fault == "raises":
+            raise RuntimeError("out of resource: shared memory")
+        elif fault == "wrong":
+            run(self, form)
+            self.outputs()["d_value"][0, 0, 7] *= 1.5
+
+    monkeypatch.setattr(trials.Launched, "run", faulty)
+    key = Key("sm_90", "key_gradients", 32, 16, "plain")
+    assert set(small_trials().time_forms(key, [ONE_TILE, SMALL])) == {ONE_TILE}
+
+
+def test_outputs_are_found_by_name() -> None:
+    """Where a kernel writes: tensors, or a tensor with its strides; an absent one is None."""
+
+    def query_gradients() -> None: ...
+
+    kernel: Any = type("Kernel", (), {"fn": query_gradients})
+    d_query = torch.zeros(2, 2)
+    arguments = {"d_query": (d_query, 2, 1), "d_bias": None, "query": (torch.ones(1), 1)}
+    outputs = trials.Launched(kernel, (1, 1, 1), arguments).outputs()
+    assert list(outputs) == ["d_query"]
+    assert outputs["d_query"] is d_query
