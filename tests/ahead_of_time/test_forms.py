@@ -15,7 +15,7 @@ from rowmax.kernels.gpu_triton.configurations import Configuration, Key, lookup,
 ARCHS = sorted({key.arch for key in table()})
 
 
-@pytest.mark.parametrize("key", sorted(table()), ids="/".join)
+@pytest.mark.parametrize("key", sorted(table()), ids=lambda key: "/".join(map(str, key)))
 def test_a_form_fits_its_gpu(key: Key) -> None:
     """No spilled register, shared memory within the limit, Hopper's matrix instructions overlap."""
     ahead_of_time.pretend(key.arch)
