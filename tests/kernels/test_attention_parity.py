@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .backends import device_of, dtype_name, refused
-from .cases import CASES, Case
-from .support import DTYPES, assert_parity, run
+from .backends import device_of, doing, dtype_name, is_interpreted, refused
+from .cases import CASES, Case, Shape
+from .support import DTYPES, assert_parity, naive, oracle, run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -16,3 +16,17 @@ def test_parity(case: Case, dtype: torch.dtype, backend: str) -> None:
     arguments = case.build(dtype, device_of(backend))
     if not refused(backend, case.features(dtype), lambda: run(backend, arguments)):
         assert_parity(run(backend, arguments), arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in doing("attention") if not is_interpreted(name)])
+def test_errors_do_not_grow_with_the_length(name: str) -> None:
+    """Over 2048 keys: one accumulator for all of them, or a rounded lse, errs twice the naive."""
+    device = device_of(name)
+    case = Case("rounding", Shape(1, 1, 1, 2048, 2048, 64, 64))
+    arguments = case.build(torch.float32, device)
+    got, plain, exact = run(name, arguments), naive(arguments), oracle(arguments)
+    for key in ("out", "d_q", "d_k", "d_v"):
+        error, plain_error = (
+            (tensor[key].double() - exact[key]).square().mean().sqrt() for tensor in (got, plain)
+        )
+        assert error <= 1.5 * plain_error, key
