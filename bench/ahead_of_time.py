@@ -1,23 +1,26 @@
-"""Compiles the Triton attention kernels for GPUs that are not there, and reads what ptxas says.
+"""Compiles the Triton kernels for GPUs that are not there; reads what the compiler says of them.
 
 A process that compiles must not have TRITON_INTERPRET set: Triton decides at its import.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from ..kernels import Causal, Dense, KeyLengths, Mask
 from ..kernels.functional import attention_problem
+from ..kernels.gpu_triton.attention_decode import CHUNK, MOST_ROWS
 from ..kernels.gpu_triton.attention_launch import attention, attention_backward, compiled_form
 from ..kernels.gpu_triton.configurations import Configuration
 from ..kernels.problem import AttentionProblem
@@ -30,6 +33,7 @@ SHARED_LIMIT = {
     "sm_90": 232_448,
     "sm_100": 232_448,
     "sm_120": 101_376,
+    "gfx942": 65_536,
 }
 FEATURES = ("plain", "dropout", "rich", "rich_dropout")
 DTYPES = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
@@ -40,7 +44,7 @@ class Compiled:
     """What a compiled kernel needs of a multiprocessor."""
 
     registers: int
-    spilled: int  # bytes of spill stores
+    spilled: int  # bytes of spill stores; AMD: registers
     shared: int  # bytes
     wgmma: int  # Hopper's asynchronous matrix instructions
     serialized: bool  # ptxas could not overlap them
@@ -53,7 +57,10 @@ class _Driver:
     """Stands in for a GPU of the given architecture: enough for Triton to specialise a call."""
 
     def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        if arch.startswith("gfx"):
+            self.target = GPUTarget("hip", arch, 64)
+        else:
+            self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -76,16 +83,23 @@ def pretend(arch: str) -> None:
     triton.runtime.driver.set_active(_Driver(arch))
 
 
-def problem_of(bits: int, dim: int, features: str) -> AttentionProblem:
-    """A problem with all that `features` names at once, and a band with both bounds in any case."""
-    batch, heads, length = 2, 4, 1024
-    q, k, v = (torch.empty(batch, heads, length, dim, dtype=DTYPES[bits]) for _ in range(3))
-    mask: Mask = Causal() & KeyLengths(torch.tensor([1000, 900]))
+def problem_of(kernel: str, bits: int, dim: int, features: str) -> AttentionProblem:
+    """A problem with all that `features` names at once, and a band with both bounds in any case.
+
+    For decoding, one with as many rows as a tile may have.
+    """
+    batch, heads, query_len, key_len = 2, 4, 1024, 1024
+    key_heads = heads
+    if kernel in ("decode", "combine"):
+        heads, key_heads, query_len, key_len = 8, 1, MOST_ROWS.value // 8, 2 * CHUNK
+    q = torch.empty(batch, heads, query_len, dim, dtype=DTYPES[bits])
+    k = v = torch.empty(batch, key_heads, key_len, dim, dtype=q.dtype)
+    mask: Mask = Causal("lower_right") & KeyLengths(torch.tensor([1000, 900]))
     options: dict[str, Any] = {"bias": None, "softcap": None, "sinks": None}
     if "rich" in features:
-        mask = mask & Dense(torch.ones(length, length, dtype=torch.bool))
+        mask = mask & Dense(torch.ones(query_len, key_len, dtype=torch.bool))
         options = {
-            "bias": torch.empty(batch, heads, length, length, dtype=q.dtype),
+            "bias": torch.empty(batch, heads, query_len, key_len, dtype=q.dtype),
             "softcap": 30.0,
             "sinks": torch.empty(heads),
         }
@@ -97,46 +111,86 @@ def problem_of(bits: int, dim: int, features: str) -> AttentionProblem:
 
 def compile_kernel(kernel: str, problem: AttentionProblem, config: Configuration) -> Compiled:
     """The kernel called `kernel` as `problem` would launch it in the form `config`."""
-    found: list[Any] = []
+    found: list[Compiled] = []
 
-    def launch(function: Any, _problem: Any, _extent: Any, arguments: dict[str, Any]) -> None:
+    def launch(
+        function: Any,
+        _problem: AttentionProblem,
+        extent: tuple[int, int, int],
+        arguments: dict[str, Any],
+    ) -> None:
         if function.fn.__name__ == kernel:
-            form = compiled_form(function, config)
-            found.append(function.warmup(**arguments, **form, grid=(1,)))
+            _, form = compiled_form(function, extent, config)
+            found.append(compile_call(function, **arguments, **form))
 
     out, lse = attention(problem, launch)
-    bias = problem.bias
-    if kernel == "bias_gradients":
-        assert bias is not None
-        problem = problem._replace(bias=bias[:1])  # shared, so that there is something to sum
-    attention_backward(problem, out, None, out, lse, bias is not None, False, launch)
-    return examine(found[0])
+    if not found:
+        bias = problem.bias
+        if kernel == "bias_gradients" and bias is not None:
+            problem = problem._replace(bias=bias[:1])  # shared, so that there is something to sum
+        attention_backward(problem, out, None, out, lse, bias is not None, False, launch)
+    return found[0]
 
 
-def examine(compiled: Any) -> Compiled:
-    """Registers and spills of a kernel compiled by Triton, from ptxas's own words."""
-    arch = compiled.metadata.target.arch
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(compiled.asm["ptx"])
-        said = subprocess.run(
-            [_ptxas(arch), "-v", f"--gpu-name={name}", source, "-o", Path(folder) / "kernel.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
+def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
+    """What `kernel` compiles to for these arguments: always anew, never from Triton's cache."""
+    # the kernel's own cache knows a GPU by its number, not by its architecture
+    kernel.device_caches.clear()
+    with _compiler_talks() as said:
+        compiled = kernel.warmup(*arguments, **options, grid=(1,))
+    shared = int(compiled.metadata.shared)
+    if compiled.metadata.target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        return Compiled(
+            registers=_largest(r"\.vgpr_count: +(\d+)", assembly),
+            spilled=_largest(r"\.vgpr_spill_count: +(\d+)", assembly),
+            shared=shared,
+            wgmma=0,
+            serialized=False,
+        )
+    log = said.getvalue()
     return Compiled(
-        registers=max(map(int, re.findall(r"Used (\d+) registers", said))),
-        spilled=sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
-        shared=int(compiled.metadata.shared),
+        registers=_largest(r"Used (\d+) registers", log),
+        spilled=_largest(r"(\d+) bytes spill stores", log),
+        shared=shared,
         wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
-        serialized="serialized" in said,
+        serialized="serialized" in log,
     )
 
 
-def _ptxas(arch: int) -> Path:
-    """The assembler in Triton's wheel; its newer one for Blackwell."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    blackwell = folder / "ptxas-blackwell"
-    return blackwell if arch >= 100 and blackwell.exists() else folder / "ptxas"
+@contextlib.contextmanager
+def _compiler_talks() -> Iterator[io.StringIO]:
+    """What ptxas, as Triton calls it, says of each kernel that is compiled meanwhile."""
+    said = io.StringIO()
+    with (
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
+        contextlib.redirect_stdout(said),
+    ):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        yield said
+
+
+def _largest(pattern: str, text: str) -> int:
+    """The largest of the numbers that `pattern` finds; the compiler must have said some."""
+    return max(map(int, re.findall(pattern, text)))
+
+
+@contextlib.contextmanager
+def compiled_launches() -> Iterator[dict[str, Compiled]]:
+    """Every kernel that is launched meanwhile is compiled instead: by name, the last of each."""
+    found: dict[str, Compiled] = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup:
+            return run(kernel, *arguments, grid=grid, warmup=True, **options)
+        found[kernel.fn.__name__] = compile_call(kernel, *arguments, **options)
+        return None
+
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -14,20 +15,56 @@ PASSES = (FORWARD, FORWARD_BACKWARD, BACKWARD)
 DROPOUT_P = 0.1
 WINDOW = 256  # keys before its own that a query of the kind "window" attends
 GROUP = 8  # query heads that share a key head in the kind "gqa"
+FEW_QUERIES = 16  # as many queries, or fewer, against more keys are decoding
 # A bias or dense mask of a longer sequence, and what torch's paths make of it, would take most of
 # a GPU's memory.
 LONGEST_SQUARE = 4096
 
+# For norms (rows, columns). For attention (batch, heads, length, head size), or
+# (batch, heads, queries, keys, head size), or (batch, heads, key heads, queries, keys, head size).
 Shape = tuple[int, ...]
+
+# What a kind of attention is made of, joined by "+": "padded+dropout". "plain", "cross" and
+# "decode" ask for nothing; they tell apart what the number of queries and keys makes of a shape.
+PARTS = (
+    *("plain", "cross", "decode"),
+    *("causal", "padded", "window", "dense", "gqa", "bias", "dropout"),
+)
+_SQUARE_PARTS = frozenset({"causal", "window", "dense", "gqa"})  # as many queries as keys
+
+
+class Sizes(NamedTuple):
+    """The shape of an attention, written out."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    head_size: int
+
+
+def sizes_of(shape: Shape) -> Sizes:
+    if len(shape) == 4:
+        batch, heads, length, head_size = shape
+        return Sizes(batch, heads, heads, length, length, head_size)
+    if len(shape) == 5:
+        batch, heads, queries, keys, head_size = shape
+        return Sizes(batch, heads, heads, queries, keys, head_size)
+    return Sizes(*shape)
+
+
+def parts_of(kind: str) -> frozenset[str]:
+    return frozenset(kind.split("+"))
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of kinds, each measured at every shape that suits it, on one device in one dtype."""
+    """A set of kinds, each measured at every shape that suits it, on one device."""
 
     name: str
     device: str  # torch's name of its type
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
     attention: bool  # or else norms
     dimensions: tuple[str, ...]  # what a shape's numbers are
     kinds: tuple[str, ...]
@@ -35,17 +72,21 @@ class Suite:
     peers: tuple[str, ...]  # in the order of the table; names in peers.py
     shapes: tuple[Shape, ...]
     quick_shapes: tuple[Shape, ...]
+    own_shapes: Mapping[str, tuple[Shape, ...]] = field(  # of kinds that `shapes` are not for
+        default_factory=dict, hash=False
+    )
 
     @property
     def on_gpu(self) -> bool:
         return self.device != "cpu"
 
-    @property
-    def rate_unit(self) -> tuple[str, float]:
-        """What the table gives rates in, and how much that is."""
-        if not self.attention:
-            return "GB/s", 1e9
-        return ("TFLOP/s", 1e12) if self.on_gpu else ("GFLOP/s", 1e9)
+    def shapes_of(self, kind: str, *, quick: bool) -> tuple[Shape, ...]:
+        shapes = self.own_shapes.get(kind, self.shapes)
+        return tuple(shape for shape in shapes if not quick or shape in self.quick_shapes)
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether the shape has as many numbers as this suite's have."""
+        return len(shape) in (4, 5, 6) if self.attention else len(shape) == 2
 
 
 def _of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
@@ -59,6 +100,17 @@ def _of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
 
 _ATTENTION_DIMENSIONS = ("batch", "heads", "length", "head size")
 _NORM_KINDS = ("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax")
+_BASE: tuple[Shape, ...] = (
+    (64, 8, 32, 64),
+    (32, 8, 128, 64),
+    (8, 8, 512, 64),
+    (2, 8, 2048, 64),
+    (1, 8, 2048, 128),
+)
+_WINDOWED = (1, 8, 4096, 64)
+_CROSS = (32, 8, 32, 128, 64)
+# One token against a cache: a translation's memory, a long one, and a long one of grouped heads.
+_DECODE = ((64, 8, 1, 64, 64), (16, 8, 1, 1024, 64), (16, 32, 8, 1, 1024, 128))
 
 SUITES = {
     suite.name: suite
@@ -66,25 +118,29 @@ SUITES = {
         Suite(
             name="cpu-attention",
             device="cpu",
-            dtype=torch.float32,
+            dtypes=(torch.float32, torch.bfloat16),
             attention=True,
             dimensions=_ATTENTION_DIMENSIONS,
-            kinds=("plain", "causal", "padded", "dropout"),
-            steps=(FORWARD, FORWARD_BACKWARD),
-            peers=("sdpa", "sdpa-math", "naive", "compile"),
-            shapes=(
-                (64, 8, 32, 64),
-                (32, 8, 128, 64),
-                (8, 8, 512, 64),
-                (2, 8, 2048, 64),
-                (1, 8, 2048, 128),
+            kinds=(
+                *("plain", "causal", "padded", "dropout", "causal+dropout", "padded+dropout"),
+                *("bias", "window", "cross", "decode"),
             ),
-            quick_shapes=((64, 8, 32, 64), (32, 8, 128, 64), (8, 8, 512, 64)),
+            steps=(FORWARD, FORWARD_BACKWARD),
+            peers=("sdpa", "sdpa-math", "naive", "compile", "flex", "onnxruntime", "openvino"),
+            shapes=_BASE,
+            quick_shapes=(*_BASE[:3], _WINDOWED, _CROSS, *_DECODE),
+            own_shapes={
+                # the window's shape too, so that there is something to compare it with
+                "plain": (*_BASE, _WINDOWED, (1, 8, 8192, 64)),
+                "window": (_WINDOWED,),
+                "cross": (_CROSS,),
+                "decode": _DECODE,
+            },
         ),
         Suite(
             name="cpu-norms",
             device="cpu",
-            dtype=torch.float32,
+            dtypes=(torch.float32,),
             attention=False,
             dimensions=("rows", "columns"),
             kinds=_NORM_KINDS,
@@ -96,7 +152,7 @@ SUITES = {
         Suite(
             name="gpu-attention",
             device="cuda",
-            dtype=torch.bfloat16,
+            dtypes=(torch.bfloat16,),
             attention=True,
             dimensions=_ATTENTION_DIMENSIONS,
             kinds=("plain", "causal", "padded", "dropout", "window", "dense", "bias", "gqa"),
@@ -111,7 +167,7 @@ SUITES = {
         Suite(
             name="gpu-norms",
             device="cuda",
-            dtype=torch.bfloat16,
+            dtypes=(torch.bfloat16,),
             attention=False,
             dimensions=("rows", "columns"),
             kinds=_NORM_KINDS,
@@ -126,9 +182,10 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: a kind of call at one shape, and which pass of it."""
+    """One line of the table: a kind of call at one shape in one dtype, and which pass of it."""
 
     suite: Suite
+    dtype: torch.dtype
     kind: str
     shape: Shape
     step: str  # one of PASSES
@@ -138,38 +195,83 @@ class Case:
         """Whether gradients are part of it."""
         return self.step != FORWARD
 
+    @property
+    def parts(self) -> frozenset[str]:
+        return parts_of(self.kind)
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.shape)
+
+    @property
+    def bound_by_memory(self) -> bool:
+        return bound_by_memory(self.suite, self.kind)
+
     def text(self) -> str:
-        return f"{self.kind} {shape_text(self.shape)} {self.step}"
+        return f"{self.kind} {shape_text(self.shape)} {self.step} {dtype_text(self.dtype)}"
+
+
+def bound_by_memory(suite: Suite, kind: str) -> bool:
+    """Whether what a kind is held against is the rate of a copy, and not that of arithmetic."""
+    return not suite.attention or "decode" in parts_of(kind)
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shape_text(shape: Shape) -> str:
-    return "(" + ",".join(str(size) for size in shape) + ")"
+    """(16,32/8,1,1024,128) where 32 heads share 8 key heads."""
+    numbers = [str(size) for size in shape]
+    if len(shape) == 6:
+        numbers[1:3] = [f"{shape[1]}/{shape[2]}"]
+    return "(" + ",".join(numbers) + ")"
 
 
 def suits(kind: str, shape: Shape) -> bool:
     """Whether there is a case of this kind and shape; where not, none is made.
 
     A dense mask or a bias, of one element a pair, wants a sequence of at most LONGEST_SQUARE;
-    grouped heads want a multiple of GROUP heads.
+    grouped heads want a multiple of GROUP heads; "plain" is where queries and keys are as many,
+    and otherwise it is "cross" or, with FEW_QUERIES, "decode".
     """
-    if kind in ("dense", "bias"):
-        return shape[2] <= LONGEST_SQUARE
-    return kind != "gqa" or shape[1] % GROUP == 0
+    if len(shape) == 2:
+        return True
+    parts, sizes = parts_of(kind), sizes_of(shape)
+    square = sizes.queries == sizes.keys
+    few = sizes.queries <= FEW_QUERIES and sizes.queries < sizes.keys
+    wanted = "plain" if square else "decode" if few else "cross"
+    if parts & {"plain", "cross", "decode"} and wanted not in parts:
+        return False
+    if parts & {"dense", "bias"} and max(sizes.queries, sizes.keys) > LONGEST_SQUARE:
+        return False
+    if "gqa" in parts and (len(shape) != 4 or sizes.heads % GROUP != 0):
+        return False
+    return square or not parts & _SQUARE_PARTS
 
 
 def cases_of(
-    suite: Suite, shapes: Iterable[Shape], kinds: Iterable[str], steps: Iterable[str]
+    suite: Suite,
+    dtypes: Iterable[torch.dtype],
+    kinds: Iterable[str],
+    steps: Iterable[str],
+    shapes: Iterable[Shape] = (),
+    *,
+    quick: bool = False,
 ) -> list[Case]:
-    """Every combination that there is, in the order of the table."""
-    shapes, kinds, steps = tuple(shapes), tuple(kinds), tuple(steps)
+    """Every combination that there is, in the order of the table; of the suite's own shapes
+    unless others are given. Decoding has no backward.
+    """
+    steps, shapes = tuple(steps), tuple(shapes)
+    kinds = tuple(kinds)
     return [
-        Case(suite, kind, shape, step)
-        for kind in suite.kinds
-        if kind in kinds
-        for shape in shapes
+        Case(suite, dtype, kind, shape, step)
+        for dtype in dtypes
+        for kind in kinds
+        for shape in shapes or suite.shapes_of(kind, quick=quick)
         if suits(kind, shape)
         for step in PASSES
-        if step in steps
+        if step in steps and (step == FORWARD or "decode" not in parts_of(kind))
     ]
 
 

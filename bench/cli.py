@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from . import gpu, report, tune
-from .cases import PASSES, SUITES, Case, Shape, Suite, cases_of, shape_text
+from . import gpu, overhead, report, tune
+from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
 from .options import UsageError, check_writable, listed, names_of, seconds_of
 from .peers import SLOW_TO_START, peers_of
@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        return {"speed": speed, "tune": tune.run}[options.command](options)
+        commands = {"speed": speed, "overhead": overhead.run, "tune": tune.run}
+        return commands[options.command](options)
     except UsageError as error:
         parser.exit(2, f"rowmax.bench: {error}\n")
 
@@ -65,10 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--shape",
         metavar="SIZES",
         action="append",
-        help="a shape of your own: 'batch,heads,length,head size' for attention, 'rows,columns' "
-        "for the norms; may be given more than once",
+        help="a shape of your own: 'batch,heads,length,head size' for attention, or "
+        "'batch,heads,queries,keys,head size', with 32/8 for 32 heads that share 8 key heads; "
+        "'rows,columns' for the norms; may be given more than once",
     )
-    command.add_argument("--kind", metavar="NAMES", help="only these kinds of call")
+    command.add_argument(
+        "--kind",
+        metavar="NAMES",
+        help="only these kinds of call; for attention also any of "
+        f"{listed(PARTS)}, joined by +: causal+padded+dropout",
+    )
     command.add_argument(
         "--pass",
         dest="steps",
@@ -76,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"of {listed(PASSES)} (alone); default: on the CPU without the last",
     )
     command.add_argument(
-        "--dtype", help=f"one of {listed(DTYPES)}; default: float32 on the CPU, bfloat16 on a GPU"
+        "--dtype", metavar="NAMES", help=f"of {listed(DTYPES)}; default: those of the suite"
     )
     command.add_argument("--peers", metavar="NAMES", help="only these peers")
     command.add_argument(
@@ -97,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
     )
+    overhead.add_command(commands)
     tune.add_command(commands)
     return parser
 
@@ -127,20 +135,32 @@ def speed(options: argparse.Namespace) -> int:
     machine = describe()
     if any(suite.on_gpu for suite in suites):
         machine["gpu"] = gpu.describe()
-    limits = _measure_limits(suites, cases)
+    limits = _measure_limits(suites)
     _print(report.machine_lines(machine, limits, suites))
     rows: list[Row] = []
-    for suite, of_suite in itertools.groupby(cases, key=lambda case: case.suite):
-        _print(report.header_lines(suite))
+    told: set[str] = set()  # reasons for what is missing, each of which is printed once
+
+    def is_over() -> bool:
+        return stop_after is not None and perf_counter() - started > stop_after
+
+    for (suite, dtype), of_suite in itertools.groupby(cases, key=lambda c: (c.suite, c.dtype)):
+        if is_over():
+            break
+        columns = [name for name in peers_of(suite) if name in peers]
+        _print(report.header_lines(suite, dtype, columns))
         timer = timer_for(suite.device)
+        kind = None
         for _, group in itertools.groupby(of_suite, key=lambda case: (case.kind, case.shape)):
-            if stop_after is not None and perf_counter() - started > stop_after:
+            if is_over():
                 break
             same = list(group)
+            if same[0].kind != kind:
+                kind = same[0].kind
+                _print([report.kind_line(same[0])])
             functions = candidates(same[0], peers, options.backend)
             for row in run_cases(same, functions, budget, limits[suite.device], timer):
                 rows.append(row)
-                _print(report.row_lines(row))
+                _print(report.row_lines(row, columns, told))
                 if options.json is not None:
                     text = report.as_json(rows, machine, limits, settings, load_average())
                     options.json.write_text(text, encoding="utf-8")
@@ -150,21 +170,16 @@ def speed(options: argparse.Namespace) -> int:
     return 1 if any(row.failed for row in rows) else 0
 
 
-def _measure_limits(suites: Iterable[Suite], cases: Iterable[Case]) -> dict[str, Limits]:
+def _measure_limits(suites: Iterable[Suite]) -> dict[str, Limits]:
     """By the device of the suites."""
     limits: dict[str, Limits] = {}
     for suite in suites:
         if suite.device in limits:
             continue
         if suite.on_gpu:
-            limits[suite.device] = gpu.measure_limits(suite.dtype, timer_for(suite.device))
+            limits[suite.device] = gpu.measure_limits(suite.dtypes[0], timer_for(suite.device))
         else:
-            sizes = [
-                case.shape[0] * case.shape[1] * case.suite.dtype.itemsize
-                for case in cases
-                if not case.suite.attention and not case.suite.on_gpu
-            ]
-            limits[suite.device] = measure_limits(sizes)
+            limits[suite.device] = measure_limits()
     return limits
 
 
@@ -178,20 +193,14 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
             raise UsageError(f"--suite: {name} needs a GPU, and torch sees none")
     suites = [SUITES[name] for name in names]
     if options.dtype is not None:
-        if options.dtype not in DTYPES:
-            raise UsageError(f"--dtype: expected one of {listed(DTYPES)}, got {options.dtype}")
-        suites = [replace(suite, dtype=DTYPES[options.dtype]) for suite in suites]
+        dtypes = tuple(DTYPES[name] for name in names_of("--dtype", options.dtype, DTYPES))
+        suites = [replace(suite, dtypes=dtypes) for suite in suites]
     shapes = _shapes(options)
-    if shapes:
-        fitting = {len(shape) for shape in shapes}
-        suites = [suite for suite in suites if len(suite.dimensions) in fitting]
-        for shape in shapes:
-            if not any(len(suite.dimensions) == len(shape) for suite in suites):
-                expected = "; ".join(
-                    f"{name}: {','.join(SUITES[name].dimensions)}" for name in names
-                )
-                raise UsageError(f"--shape: expected {expected}; got {shape_text(shape)}")
-    return suites
+    for shape in shapes:
+        if not any(suite.takes(shape) for suite in suites):
+            expected = "; ".join(f"{name}: {','.join(SUITES[name].dimensions)}" for name in names)
+            raise UsageError(f"--shape: expected {expected}; got {shape_text(shape)}")
+    return [suite for suite in suites if not shapes or any(map(suite.takes, shapes))]
 
 
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
@@ -203,33 +212,64 @@ def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
 
 
 def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[Case]:
-    kinds = names_of("--kind", options.kind, _unique(kind for s in suites for kind in s.kinds))
+    kinds = _kinds(options, suites)
     steps = None if options.steps is None else names_of("--pass", options.steps, PASSES)
     own = _shapes(options)
     cases: list[Case] = []
     for suite in suites:
-        shapes = [shape for shape in own if len(shape) == len(suite.dimensions)]
-        if not own:
-            shapes = list(suite.quick_shapes if options.quick else suite.shapes)
-        cases += cases_of(suite, shapes, kinds, suite.steps if steps is None else steps)
+        cases += cases_of(
+            suite,
+            suite.dtypes,
+            [kind for kind in kinds if kind in suite.kinds or (suite.attention and _joined(kind))],
+            suite.steps if steps is None else steps,
+            [shape for shape in own if suite.takes(shape)],
+            quick=options.quick,
+        )
     if not cases:
         raise UsageError("nothing to measure: no chosen kind suits a chosen shape")
     return cases
+
+
+def _kinds(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
+    """The suites' own, or those that were asked for, among them new combinations of parts."""
+    known = _unique(kind for suite in suites for kind in suite.kinds)
+    if options.kind is None:
+        return known
+    asked = [kind.strip() for kind in options.kind.split(",")]
+    has_attention = any(suite.attention for suite in suites)
+    known += [kind for kind in asked if has_attention and _joined(kind)]
+    return names_of("--kind", options.kind, _unique(known))
+
+
+def _joined(kind: str) -> bool:
+    return parts_of(kind) <= set(PARTS)
 
 
 def _shapes(options: argparse.Namespace) -> list[Shape]:
     shapes = []
     for text in options.shape or ():
         try:
-            shape = tuple(int(size) for size in text.split(","))
-        except ValueError:
-            shape = ()
-        if not shape or min(shape) < 1:
+            shape = _shape(text)
+        except ValueError as error:
             raise UsageError(
-                f"--shape: expected positive whole numbers like 8,8,512,64, got {text}"
-            )
+                "--shape: expected positive whole numbers like 8,8,512,64 or 16,32/8,1,1024,128, "
+                f"got {text}"
+            ) from error
+        if len(shape) == 6 and shape[1] % shape[2] != 0:
+            raise UsageError(f"--shape: expected heads that {shape[2]} divides, got {text}")
         shapes.append(shape)
     return shapes
+
+
+def _shape(text: str) -> Shape:
+    """The numbers in `text`; those of `heads/key heads` only among five."""
+    fields = text.split(",")
+    if len(fields) == 5 and "/" in fields[1]:
+        fields[1:2] = fields[1].split("/", 1)
+    shape = tuple(int(size) for size in fields)
+    if min(shape) < 1:
+        raise ValueError(text)
+    return shape
 
 
 def _budget(options: argparse.Namespace) -> Budget:

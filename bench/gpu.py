@@ -23,11 +23,7 @@ class GpuLimits:
 
     dtype: torch.dtype
     flops: float
-    copy_bytes: float  # read and written a second
-
-    def copy_rate(self, _size: int) -> float:
-        """That of main memory: what is timed finds nothing in the cache."""
-        return self.copy_bytes
+    copy_bytes: float  # of main memory: what is timed finds nothing in the cache
 
     def text(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..kernels import Causal, Dense, KeyLengths, Mask, Window
 from ..kernels.reference import keep_threshold, philox4x32, rows_keep
-from .cases import DROPOUT_P, GROUP, WINDOW, Case, Shape
+from .cases import DROPOUT_P, GROUP, WINDOW, Case
 
 EPS = 1e-5
 SEED = 20170612
@@ -36,17 +37,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    q: Tensor  # (B, H, L, D)
-    k: Tensor  # (B, Hkv, L, D)
+    q: Tensor  # (B, H, Lq, D)
+    k: Tensor  # (B, Hkv, Lk, D)
     v: Tensor
-    d_out: Tensor  # (B, H, L, D), the gradient that arrives at the output
-    allowed: Tensor | None  # bool, broadcastable to (B, 1, L, L): True = may attend
+    d_out: Tensor  # (B, H, Lq, D), the gradient that arrives at the output
+    allowed: Tensor | None  # bool, broadcastable to (B, 1, Lq, Lk): True = may attend
     causal: bool  # a causal mask is all of `allowed`
     lengths: Tensor | None  # (B,) int64: how many keys are real
     mask: Mask | None  # the same in the words of rowmax.kernels
     dropout_p: float
     keep: Tensor | None = None  # what the gate multiplies the weights by, in place of dropout
-    bias: Tensor | None = None  # (1, H, L, L), added to the scaled scores
+    bias: Tensor | None = None  # (1, H, Lq, Lk), added to the scaled scores
+    window: int | None = None  # keys before its own that a query attends, and none after it
 
     @property
     def leaves(self) -> Outputs:
@@ -60,11 +62,20 @@ class AttentionInputs:
     @property
     def pairs(self) -> int:
         """(query, key) pairs that may attend."""
-        batch, heads, length, _ = self.q.shape
-        full = (batch, 1, length, length)
+        batch, heads, queries, _ = self.q.shape
+        keys = self.k.shape[2]
         if self.allowed is None:
-            return batch * heads * length * length
-        return heads * int(self.allowed.expand(full).sum())
+            return batch * heads * queries * keys
+        return heads * int(self.allowed.expand(batch, 1, queries, keys).sum())
+
+    @property
+    def bytes_to_move(self) -> int:
+        """What any forward pass must read and write."""
+        return self.q.nbytes + self.k.nbytes + self.v.nbytes + self.d_out.nbytes
+
+    def to_copy(self) -> Tensor:
+        """As much as it reads, for the rate of a copy."""
+        return torch.cat((self.k.detach().flatten(), self.v.detach().flatten()))
 
     def pieces(self) -> Iterator[tuple[AttentionInputs, Part | None]]:
         """Something of the first and of the last batch element: what the gate looks at.
@@ -73,9 +84,9 @@ class AttentionInputs:
         them would take longer than the measurement. Only a bias, whose gradient is summed over the
         batch, wants all of the batch; then it is the first and the last head.
         """
-        batch, heads, length, _ = self.q.shape
-        key_heads = self.k.shape[1]
-        whole = heads * length * length <= MOST_SCORES and self.bias is None
+        batch, heads, queries_len, _ = self.q.shape
+        key_heads, keys_len = self.k.shape[1:3]
+        whole = heads * queries_len * keys_len <= MOST_SCORES and self.bias is None
         for is_last in (False, True):
             b = slice(batch - 1, batch) if is_last else slice(0, 1)
             if self.bias is not None:
@@ -100,6 +111,7 @@ class AttentionInputs:
             d_out=self.d_out[part.queries],
             allowed=allowed,
             bias=None if bias is None else bias[part.bias].detach().requires_grad_(),
+            keep=None if self.keep is None else self.keep[part.queries],
         )
 
     def split(self) -> list[AttentionInputs]:
@@ -117,7 +129,7 @@ class AttentionInputs:
     def join(self, results: Sequence[Outputs]) -> Outputs:
         """The results for `self` from those for its `split()`."""
         joined = [torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
-        for index in range(2, len(joined)):  # gradients of k and v
+        for index in range(2, min(4, len(joined))):  # gradients of k and v
             joined[index] = joined[index].unflatten(1, (-1, self.group)).sum(2)
         return tuple(joined)
 
@@ -125,8 +137,9 @@ class AttentionInputs:
         """Dropout made explicit, as `seed=SEED` makes rowmax.kernels drop weights."""
         if self.dropout_p == 0.0 or part is None:
             return self
-        kept = _kept_weights(part.queries, self.k.shape[2], self.dropout_p, self.q.device)
-        return replace(self, dropout_p=0.0, keep=kept.to(self.q.dtype) / (1 - self.dropout_p))
+        lengths = (self.q.shape[2], self.k.shape[2])
+        kept = _kept_weights(part.queries, lengths, self.dropout_p, self.q.device)
+        return replace(self, dropout_p=0.0, keep=_scaled(kept, self.q.dtype, self.dropout_p))
 
 
 @dataclass(frozen=True)
@@ -146,6 +159,9 @@ class NormInputs:
         candidates = (self.x, self.residual, self.weight, self.bias)
         return tuple(tensor for tensor in candidates if tensor is not None)
 
+    def to_copy(self) -> Tensor:
+        return self.x.detach()
+
     def pieces(self) -> Iterator[tuple[NormInputs, Part | None]]:
         """All rows at once: the gradient of the weight needs every one."""
         yield self, None
@@ -161,7 +177,7 @@ class NormInputs:
             return self
         seed = torch.tensor(SEED, device=self.x.device)
         kept = rows_keep(seed, self.dropout_p, *self.x.shape)
-        return replace(self, dropout_p=0.0, keep=kept.to(self.x.dtype) / (1 - self.dropout_p))
+        return replace(self, dropout_p=0.0, keep=_scaled(kept, self.x.dtype, self.dropout_p))
 
 
 Inputs = AttentionInputs | NormInputs
@@ -186,7 +202,7 @@ class _Draw:
 
     def __init__(self, case: Case) -> None:
         self.device = torch.device(case.suite.device)
-        self.dtype = case.suite.dtype
+        self.dtype = case.dtype
         self.generator = torch.Generator(self.device).manual_seed(SEED)
 
     def normal(self, *size: int) -> Tensor:
@@ -208,39 +224,48 @@ class _Draw:
 
 
 def _attention_inputs(case: Case, draw: _Draw) -> AttentionInputs:
-    batch, heads, length, size = case.shape
-    key_heads = heads // GROUP if case.kind == "gqa" else heads
-    keys: Shape = (batch, key_heads, length, size)
-    q, k, v, d_out = (draw.normal(*shape) for shape in (case.shape, keys, keys, case.shape))
-    causal = case.kind in ("causal", "gqa")
-    allowed = lengths = bias = None
-    mask: Mask | None = None
-    if causal or case.kind == "window":
-        allowed = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
-        mask = Causal()
-    if case.kind == "window":
-        allowed = allowed.triu(-WINDOW) if allowed is not None else None
-        mask = Window(WINDOW, 0)
-    elif case.kind == "padded":
-        lengths, allowed = draw.padding(batch, length)
-        mask = KeyLengths(lengths)
-    elif case.kind == "dense":
+    parts = case.parts
+    batch, heads, key_heads, queries, keys, size = case.sizes
+    if "gqa" in parts:
+        key_heads = heads // GROUP
+    q, k, v, d_out = (
+        draw.normal(batch, some_heads, length, size)
+        for some_heads, length in (
+            *((heads, queries), (key_heads, keys), (key_heads, keys)),
+            (heads, queries),
+        )
+    )
+    masks: list[Mask] = []
+    allowances: list[Tensor] = []
+    lengths = bias = None
+    causal = bool(parts & {"causal", "gqa"})
+    if causal or "window" in parts:
+        lower = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=q.device).tril()
+        allowances.append(lower.triu(-WINDOW) if "window" in parts else lower)
+        masks.append(Window(WINDOW, 0) if "window" in parts else Causal())
+    if "padded" in parts:
+        lengths, real = draw.padding(batch, keys)
+        allowances.append(real)
+        masks.append(KeyLengths(lengths))
+    if "dense" in parts:
         # with its own position, so that torch's paths, too, have a key for every query
-        allowed = draw.coins(length, length).fill_diagonal_(True).view(1, 1, length, length)
-        mask = Dense(allowed)
-    elif case.kind == "bias":
-        bias = draw.normal(1, heads, length, length).requires_grad_()
+        coins = draw.coins(queries, keys).fill_diagonal_(True).view(1, 1, queries, keys)
+        allowances.append(coins)
+        masks.append(Dense(coins))
+    if "bias" in parts:
+        bias = draw.normal(1, heads, queries, keys).requires_grad_()
     return AttentionInputs(
         q.requires_grad_(),
         k.requires_grad_(),
         v.requires_grad_(),
         d_out,
-        allowed,
-        causal,
+        functools.reduce(torch.logical_and, allowances) if allowances else None,
+        causal and len(masks) == 1,
         lengths,
-        mask,
-        DROPOUT_P if case.kind == "dropout" else 0.0,
+        functools.reduce(lambda left, right: left & right, masks) if masks else None,
+        DROPOUT_P if "dropout" in parts else 0.0,
         bias=bias,
+        window=WINDOW if "window" in parts else None,
     )
 
 
@@ -271,15 +296,22 @@ def _norm_inputs(case: Case, draw: _Draw) -> NormInputs:
     )
 
 
-def _kept_weights(queries: Index, length: int, dropout_p: float, device: torch.device) -> Tensor:
-    """bool (batch elements, heads, L, L): True where SEED keeps the weight.
+def _scaled(kept: Tensor, dtype: torch.dtype, dropout_p: float) -> Tensor:
+    """What weights of `dtype` are multiplied by; its own rounding would spoil the oracle."""
+    return kept.to(torch.promote_types(dtype, torch.float32)) / (1 - dropout_p)
+
+
+def _kept_weights(
+    queries: Index, lengths: tuple[int, int], dropout_p: float, device: torch.device
+) -> Tensor:
+    """bool (batch elements, heads, Lq, Lk): True where SEED keeps the weight.
 
     As `attention_keep`, but of some heads only: the random words of all would not fit.
     """
     b, h = (torch.arange(part.start, part.stop, device=device) for part in queries)
-    row = torch.arange(length, device=device).view(-1, 1)
-    four_keys = torch.arange((length + 3) // 4, device=device)
+    row = torch.arange(lengths[0], device=device).view(-1, 1)
+    four_keys = torch.arange((lengths[1] + 3) // 4, device=device)
     counter = (four_keys, row, h.view(-1, 1, 1), b.view(-1, 1, 1, 1))
     words = philox4x32(counter, torch.tensor(SEED, device=device))
     kept = [word >= keep_threshold(dropout_p) for word in torch.broadcast_tensors(*words)]
-    return torch.stack(kept, dim=-1).flatten(-2)[..., :length]
+    return torch.stack(kept, dim=-1).flatten(-2)[..., : lengths[1]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from . import fma
 
 PACKAGES = ("rowmax", "torch", "numpy", "numba", "llvmlite")
+PEER_PACKAGES = ("onnxruntime", "openvino")  # told where they are installed
 _LARGE = 2**28  # bytes, beyond any cache
 
 
@@ -27,8 +27,11 @@ class Limits(Protocol):
     def flops(self) -> float:
         """Operations a second."""
 
-    def copy_rate(self, size: int) -> float:
-        """Bytes read and written a second by a copy of `size` bytes."""
+    @property
+    def copy_bytes(self) -> float | None:
+        """Bytes read and written a second by a copy, whatever its size; None where that depends
+        on the size, so that a copy is to be timed beside what is held against it.
+        """
 
     def text(self) -> str:
         """For a line of the report."""
@@ -42,39 +45,34 @@ class CpuLimits:
 
     threads: int
     flops: float  # float32, from registers
-    copy_bytes: dict[int, float]  # bytes read and written a second, by the size of the copy
-
-    def copy_rate(self, size: int) -> float:
-        return self.copy_bytes[size]
+    large_copy: float  # bytes read and written a second by a copy beyond any cache
+    dot_flops: float | None = None  # bfloat16 dot products, from registers; for peers only
+    copy_bytes: None = None  # what fits the caches is faster
 
     def text(self) -> str:
-        largest = max(self.copy_bytes)
-        copy = f"copy of {largest >> 20} MiB {self.copy_bytes[largest] / 1e9:.1f} GB/s"
-        return f"float32 FMA {self.flops / 1e9:.0f} GFLOP/s, {copy}"
+        rates = [f"float32 FMA {self.flops / 1e9:.0f} GFLOP/s"]
+        if self.dot_flops is not None:
+            rates.append(f"bfloat16 dot products {self.dot_flops / 1e9:.0f} GFLOP/s")
+        return ", ".join([*rates, f"copy of {_LARGE >> 20} MiB {self.large_copy / 1e9:.1f} GB/s"])
 
     def as_json(self) -> dict[str, Any]:
         return {
             "threads": self.threads,
             "float32_fma_flops_per_s": self.flops,
-            "copy_bytes_per_s": {str(size): rate for size, rate in self.copy_bytes.items()},
+            "bfloat16_dot_product_flops_per_s": self.dot_flops,
+            "large_copy_bytes_per_s": self.large_copy,
         }
 
 
-def measure_limits(sizes: Iterable[int] = ()) -> CpuLimits:
-    """The FMA peak, and the rate of a copy of 256 MiB and of each of `sizes` (bytes).
-
-    A copy of what fits the caches is faster than memory, so each size has its own rate.
-    """
+def measure_limits() -> CpuLimits:
     threads = torch.get_num_threads()
-    rates = {size: copy_rate(size) for size in sorted({_LARGE, *sizes})}
-    return CpuLimits(threads, fma.peak(threads), rates)
+    return CpuLimits(threads, fma.peak(threads), copy_rate(_LARGE), fma.dot_product_peak(threads))
 
 
 def copy_rate(size: int, tries: int = 7) -> float:
     """Bytes read and written a second by a copy of `size` bytes, the best of several tries.
 
-    Into memory that is already there: `clone` asks the system for fresh pages, which takes longer
-    than the copy itself, so that a kernel with a better allocator would exceed the "limit".
+    Into memory that is already there, so that no time is spent on asking the system for it.
     """
     elements = -(-size // 4)  # of float32
     source, target = torch.ones(elements), torch.zeros(elements)
@@ -99,7 +97,10 @@ def describe() -> dict[str, Any]:
         else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {
+            **{name: version(name) for name in PACKAGES},
+            **{name: here for name in PEER_PACKAGES if (here := version(name)) is not None},
+        },
         "torch_threads": torch.get_num_threads(),
         "load_average": load_average(),
     }
@@ -117,6 +118,16 @@ def cpu_name() -> str:
 def load_average() -> tuple[float, float, float] | None:
     """Over 1, 5 and 15 minutes; None where the system keeps none."""
     return os.getloadavg() if hasattr(os, "getloadavg") else None
+
+
+def free_memory() -> int | None:
+    """Bytes that programs may still take without swapping; None where the system does not say."""
+    if sys.platform != "linux":
+        return None
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
 
 
 def version(name: str) -> str | None:

@@ -11,9 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    flex_attention,
+)
 
-from .cases import WINDOW
+from .cases import WINDOW, parts_of
 from .inputs import EPS, AttentionInputs, NormInputs, Outputs
 
 
@@ -41,20 +46,28 @@ class Flex:
         self._options: dict[str, Any] | None = None
 
     def __call__(self, inputs: AttentionInputs) -> Outputs:
-        if self._kind == "dropout":
+        if inputs.dropout_p > 0.0:
             raise UnsupportedError("FlexAttention has no dropout")
+        if torch.is_grad_enabled() and inputs.q.device.type == "cpu":
+            raise UnsupportedError("FlexAttention has no backward on the CPU")
         if self._options is None:
             self._options = {
-                "score_mod": _score_mod(inputs.bias),
-                "block_mask": _block_mask(self._kind, inputs),
+                "score_mod": _score_mod(inputs),
+                "block_mask": _block_mask(parts_of(self._kind), inputs),
                 "enable_gqa": inputs.group > 1,
             }
-        return (self._attention(inputs.q, inputs.k, inputs.v, **self._options),)
+        q, k, v = inputs.q, inputs.k, inputs.v
+        if not torch.is_grad_enabled():
+            # on the CPU it refuses what could have a gradient, asked for or not
+            q, k, v = q.detach(), k.detach(), v.detach()
+        return (self._attention(q, k, v, **self._options),)
 
 
-def _score_mod(bias: Tensor | None) -> Callable[..., Tensor] | None:
-    if bias is None:
+def _score_mod(inputs: AttentionInputs) -> Callable[..., Tensor] | None:
+    if inputs.bias is None:
         return None
+    on_cpu = inputs.q.device.type == "cpu"  # where there is no backward
+    bias = inputs.bias.detach() if on_cpu else inputs.bias
 
     def add(score: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + bias[0, h, i, j]
@@ -62,7 +75,7 @@ def _score_mod(bias: Tensor | None) -> Callable[..., Tensor] | None:
     return add
 
 
-def _block_mask(kind: str, inputs: AttentionInputs) -> BlockMask | None:
+def _block_mask(parts: frozenset[str], inputs: AttentionInputs) -> BlockMask | None:
     lengths: Any = inputs.lengths  # where the kind reads them, they are there
     allowed: Any = inputs.allowed
 
@@ -79,11 +92,12 @@ def _block_mask(kind: str, inputs: AttentionInputs) -> BlockMask | None:
         return allowed[0, 0, i, j]
 
     allows = {"causal": causal, "gqa": causal, "window": window, "padded": padded, "dense": dense}
-    if kind not in allows:
+    wanted = [allows[part] for part in allows if part in parts]
+    if not wanted:
         return None
-    batch = inputs.q.shape[0] if kind == "padded" else None
-    length = inputs.q.shape[2]
-    return create_block_mask(allows[kind], batch, None, length, length, device=inputs.q.device)
+    batch = inputs.q.shape[0] if "padded" in parts else None
+    queries, keys, device = inputs.q.shape[2], inputs.k.shape[2], inputs.q.device
+    return create_block_mask(and_masks(*wanted), batch, None, queries, keys, device=device)
 
 
 def flash_attn(kind: str, inputs: AttentionInputs) -> Outputs:

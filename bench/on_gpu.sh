@@ -10,7 +10,7 @@
 #   compiled    times attention and norms against FlexAttention and torch.compile, fewer shapes
 #   norms       times the norms
 #   tune        finds the fastest forms of the attention kernels and writes them into the table
-#   profile     a few small calls under compute-sanitizer, where that is installed
+#   sanitize    small odd shapes of every kernel under compute-sanitizer, where that is installed
 #
 # Each phase can be run alone, once `install` has been; each ends within 9 minutes and writes what
 # it has as it goes. The exit status is 0 where all went well, and 1 otherwise.
@@ -25,7 +25,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-PHASES="install parity attention compiled norms tune profile"
+PHASES="install parity attention compiled norms tune sanitize"
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
@@ -105,23 +105,24 @@ phase_tune() {
     return "$status"
 }
 
-phase_profile() {
-    if ! command -v compute-sanitizer >/dev/null; then
-        echo "compute-sanitizer is not installed: nothing done"
+# memcheck: reads and writes beside a tensor. racecheck: two threads at one place of shared memory.
+phase_sanitize() {
+    local tool status=0
+    tool=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer) || {
+        echo "compute-sanitizer is not installed: nothing was checked"
         return 0
-    fi
+    }
     # torch's cache of memory would hide what is read beside a tensor
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    local common=(--peers sdpa-math --pass "forward,forward+backward" --seconds 0.001)
-    sanitized --suite gpu-attention --shape 2,8,77,40 "${common[@]}"
-    local status=$?
-    common[1]=torch
-    sanitized --suite gpu-norms --shape 33,77 "${common[@]}" && return "$status"
+    sanitized "$tool" memcheck "sanitized" || status=$?
+    sanitized "$tool" racecheck "sanitized and bfloat16" || status=$?
+    return "$status"
 }
 
 sanitized() {
-    within "$((LIMIT / 2))" compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$PYTHON" -m rowmax.bench speed "$@"
+    within "$((LIMIT / 2))" "$1" --tool "$2" --error-exitcode 9 "$PYTHON" -m pytest \
+        tests/kernels/test_triton_gpu.py -k "$3" -q -o addopts="--import-mode=importlib" \
+        -p no:cacheprovider
 }
 
 main() {

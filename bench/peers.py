@@ -19,9 +19,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
+from ..kernels import dispatch
 from .cases import BACKWARD, FORWARD_BACKWARD, Suite
+from .engines import onnx_runtime, open_vino
 from .inputs import EPS, SEED, AttentionInputs, NormInputs, Outputs
-from .more_peers import Flex, allow_repeated_backward, flash_attn, liger_norm, xformers_attention
+from .machine import free_memory
+from .more_peers import (
+    Flex,
+    UnsupportedError,
+    allow_repeated_backward,
+    flash_attn,
+    liger_norm,
+    xformers_attention,
+)
 
 Function = Callable[[Any], Outputs]
 Maker = Callable[[str], Function]  # from the kind of case
@@ -66,13 +76,17 @@ def rowmax_attention(inputs: AttentionInputs, backend: str) -> Outputs:
 
 def sdpa(inputs: AttentionInputs) -> Outputs:
     """By the backend that torch chooses."""
-    mask = None if inputs.causal else inputs.allowed
+    mask, is_causal = inputs.allowed, inputs.causal
+    if inputs.bias is not None:
+        mask = inputs.bias if mask is None else inputs.bias.masked_fill(~mask, -torch.inf)
+    elif is_causal:
+        mask = None
     out = F.scaled_dot_product_attention(
         inputs.q,
         inputs.k,
         inputs.v,
-        attn_mask=mask if inputs.bias is None else inputs.bias,
-        is_causal=inputs.causal,
+        attn_mask=mask,
+        is_causal=is_causal and mask is None,
         dropout_p=inputs.dropout_p,
         enable_gqa=inputs.group > 1,
     )
@@ -85,6 +99,26 @@ def sdpa_by(backend: SDPBackend) -> Function:
             return sdpa(inputs)
 
     return function
+
+
+def unfused(function: Function) -> Function:
+    """`function`, refused where its scores would not fit the memory of this machine.
+
+    A system that runs out of memory ends the run; a GPU that does raises an error.
+    """
+
+    def guarded(inputs: AttentionInputs) -> Outputs:
+        scores = inputs.q.shape[0] * inputs.q.shape[1] * inputs.q.shape[2] * inputs.k.shape[2]
+        matrices = 5 if torch.is_grad_enabled() else 3  # that live at once
+        needed, free = matrices * scores * inputs.q.element_size(), free_memory()
+        if inputs.q.device.type == "cpu" and free is not None and needed > free:
+            raise UnsupportedError(
+                f"scores, weights and gradients of {needed / 2**30:.1f} GiB, "
+                f"and {free / 2**30:.1f} GiB are free"
+            )
+        return function(inputs)
+
+    return guarded
 
 
 def naive_attention(inputs: AttentionInputs) -> Outputs:
@@ -162,7 +196,7 @@ def _affine(tensor: Tensor, inputs: NormInputs) -> Tensor:
 
 def _dropped(tensor: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
     if keep is not None:
-        return tensor * keep
+        return tensor * keep.to(tensor.dtype)
     return F.dropout(tensor, dropout_p) if dropout_p > 0.0 else tensor
 
 
@@ -186,10 +220,12 @@ ATTENTION_PEERS: dict[str, Maker] = {
     "sdpa-flash": lambda _: sdpa_by(SDPBackend.FLASH_ATTENTION),
     "sdpa-efficient": lambda _: sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa-cudnn": lambda _: sdpa_by(SDPBackend.CUDNN_ATTENTION),
-    "sdpa-math": lambda _: sdpa_by(SDPBackend.MATH),
-    "naive": lambda _: naive_attention,
+    "sdpa-math": lambda _: unfused(sdpa_by(SDPBackend.MATH)),
+    "naive": lambda _: unfused(naive_attention),
     "flex": _flex,
-    "compile": lambda _: _compiled(naive_attention),
+    "compile": lambda _: unfused(_compiled(naive_attention)),
+    "onnxruntime": lambda _: onnx_runtime(),
+    "openvino": lambda _: open_vino(),
     "flash-attn": lambda kind: partial(flash_attn, kind),
     "xformers": lambda kind: partial(xformers_attention, kind),
 }
@@ -201,12 +237,18 @@ NORM_PEERS: dict[str, Maker] = {
 }
 SLOW_TO_START = ("flex", "compile")  # left out by --quick
 # What a peer that is not torch's own is imported as.
-PACKAGES = {"flash-attn": "flash_attn", "xformers": "xformers", "liger": "liger_kernel"}
+PACKAGES = {
+    "flash-attn": ("flash_attn",),
+    "xformers": ("xformers",),
+    "liger": ("liger_kernel",),
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("openvino",),
+}
 
 
 def absent(name: str) -> bool:
-    """Whether the peer's package is not installed here."""
-    return name in PACKAGES and find_spec(PACKAGES[name]) is None
+    """Whether a package that the peer wants is not installed here."""
+    return any(find_spec(package) is None for package in PACKAGES.get(name, ()))
 
 
 def peers_of(suite: Suite) -> dict[str, Maker]:
@@ -216,10 +258,38 @@ def peers_of(suite: Suite) -> dict[str, Maker]:
 
 
 def subject(suite: Suite, kind: str, backend: str) -> Function:
-    """rowmax.kernels itself."""
-    if suite.attention:
-        return lambda inputs: rowmax_attention(inputs, backend)
-    return lambda inputs: rowmax_norm(kind, inputs, backend)
+    """rowmax.kernels itself. With "auto", a fused backend or none: the unfused path that `auto`
+    falls back to is a peer by another name.
+    """
+    run: Callable[[Any, str], Outputs]
+    run = rowmax_attention if suite.attention else partial(rowmax_norm, kind)
+    if backend != "auto":
+        return lambda inputs: run(inputs, backend)
+    taken: list[str] = []
+
+    def fused(inputs: Any) -> Outputs:
+        if not taken:
+            taken.append(_fused_backend(run, inputs, suite.device))
+        return run(inputs, "auto")
+
+    return fused
+
+
+def _fused_backend(run: Callable[[Any, str], Outputs], inputs: Any, device: str) -> str:
+    """The backend that "auto" takes, unless that is the reference; every refusal is told."""
+    refusals = []
+    for name in dispatch.PREFERENCE[device]:
+        if name == "reference":
+            break
+        try:
+            run(inputs, name)
+            return name
+        except RuntimeError as error:
+            refused = str(error).partition(f"backend {name!r} can't do this: ")[2]
+            if not refused:
+                raise  # it is no refusal
+            refusals.append(f"{name}: {refused.partition('; backend=')[0]}")
+    raise UnsupportedError("; ".join(refusals))
 
 
 def oracle(suite: Suite, kind: str) -> Function:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from . import gpu
-from .cases import BACKWARD, FORWARD, FORWARD_BACKWARD, Suite, shape_text
+import torch
+
+from . import gpu, summary
+from .cases import (
+    BACKWARD,
+    FORWARD,
+    FORWARD_BACKWARD,
+    Case,
+    Suite,
+    bound_by_memory,
+    dtype_text,
+    shape_text,
+)
 from .machine import Limits
-from .peers import SUBJECT, absent, peers_of
-from .runner import Row, group_means
+from .peers import SUBJECT, absent
+from .runner import Row
 
 WIDTH = 100
-SCHEMA = 1
+SCHEMA = 2
 # Quartiles further apart than this share of the median: the machine was not quiet.
 NOISY = 0.15
-_STEPS = {FORWARD: "fwd", FORWARD_BACKWARD: "fwd+bwd", BACKWARD: "bwd"}
+_STEPS = {FORWARD: "fwd", FORWARD_BACKWARD: "f+b", BACKWARD: "bwd"}
+_HEADINGS = {"sdpa-math": "math", "onnxruntime": "ort", "openvino": "ov"}
 
 
 def machine_lines(
@@ -29,37 +42,61 @@ def machine_lines(
     hardware = f"{machine['cpu']}, {machine['instruction_set']}, {threads}"
     lines = [
         f"{hardware}; load average {load_text}",
-        f"Python {machine['python']}, {packages}",
+        *textwrap.wrap(f"Python {machine['python']}, {packages}", WIDTH, break_on_hyphens=False),
     ]
     if "gpu" in machine:
         lines.append(gpu.text(machine["gpu"]))
-    lines += [f"measured here: {limit.text()}" for limit in limits.values()]
+    for limit in limits.values():
+        lines += textwrap.wrap(f"measured here: {limit.text()}", WIDTH, break_on_hyphens=False)
     missing = dict.fromkeys(name for suite in suites for name in suite.peers if absent(name))
     if missing:
         lines.append(f"peers that are not installed here: {', '.join(missing)}")
     return lines
 
 
-def header_lines(suite: Suite) -> list[str]:
-    names = "".join(f"{name:>{_cell_width(name)}}" for name in (SUBJECT, *peers_of(suite)))
-    unit, _ = suite.rate_unit
-    line = f"{'kind':<{_kind_width(suite)}} {'shape':<{_shape_width(suite)}} {'pass':<7}{names}"
-    line += f"{'ratio':>7}{unit:>8}{'limit':>6}"
-    note = "(median ms; ratio: fastest peer / rowmax; limit: share of the machine's)"
-    return ["", f"{suite.name} {note}", line, "-" * len(line)]
+def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list[str]:
+    notes = ["median ms", f"ratio: fastest peer / {SUBJECT}", "peak: share of the limit"]
+    notes += [f"{_HEADINGS[name]}: {name}" for name in peers if name in _HEADINGS]
+    lines = ["", f"{suite.name}, {dtype_text(dtype)}", *_wrapped("; ".join(notes))]
+    if dtype.itemsize == 2 and suite.attention and not suite.on_gpu:
+        lines += _wrapped(
+            f"the limit is that of float32, which {SUBJECT} computes in: a peer that takes "
+            "dot-product instructions for half types has another"
+        )
+    cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
+    line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"
+    return [*lines, line, "-" * len(line)]
 
 
-def row_lines(row: Row) -> list[str]:
+def kind_line(case: Case) -> str:
+    """What the lines below it have in common, and what their rate and limit are."""
+    unit, _ = _rate_unit(case)
+    limit = "a large copy" if case.suite.on_gpu else "x.clone(), timed in turns with it"
+    if not case.bound_by_memory:
+        limit = "a matrix product" if case.suite.on_gpu else "float32 FMA from registers"
+    return f"{case.kind} ({unit}; limit: {limit})"
+
+
+def row_lines(row: Row, peers: Sequence[str], told: set[str]) -> list[str]:
+    """The line, and below it why a candidate is missing from it; each reason once in `told`."""
     suite = row.case.suite
-    cells = "".join(_cell(row, name) for name in (SUBJECT, *peers_of(suite)))
+    cells = "".join(_cell(row, name) for name in (SUBJECT, *peers))
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-    rate = "-" if row.rate is None else f"{row.rate / suite.rate_unit[1]:.3g}"
+    rate = "-" if row.rate is None else f"{row.rate / _rate_unit(row.case)[1]:.3g}"
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
     shape = f"{shape_text(row.case.shape):<{_shape_width(suite)}}"
-    line = f"{row.case.kind:<{_kind_width(suite)}} {shape} {_STEPS[row.case.step]:<7}"
-    line += f"{cells}{ratio:>7}{rate:>8}{share:>6}{' ~' if is_noisy(row) else ''}"
-    faults = [_clip(f"  {name} not timed: {fault}") for name, fault in row.faults.items()]
-    return [line, *faults]
+    mark = "~" if is_noisy(row) else " "
+    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
+    reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
+    reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
+    new = [reason for reason in reasons if reason not in told]
+    told.update(new)
+    return [line, *(text for reason in new for text in _wrapped(reason))]
+
+
+def heading(name: str) -> str:
+    """What stands over a candidate's column."""
+    return _HEADINGS.get(name, name)
 
 
 def is_noisy(row: Row) -> bool:
@@ -68,18 +105,16 @@ def is_noisy(row: Row) -> bool:
 
 def summary_lines(rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
-    lines = ["", "geometric means of the ratio, fastest peer / rowmax (above 1: rowmax is faster)"]
-    for (suite, kind, step), (mean, count) in group_means(rows).items():
-        shapes = f"{count} shape" + ("s" if count != 1 else "")
-        lines.append(f"  {suite:<14} {kind:<15} {step:<17} {mean:6.2f}   over {shapes}")
-    if len(lines) == 2:
-        lines.append("  none: no line has both rowmax and a peer")
+    lines = summary.lines(rows)
     noisy = sum(map(is_noisy, rows))
     if noisy:
         lines.append(
             f"noise: {noisy} of {len(rows)} lines, marked ~, hold a timing whose quartiles are "
             f"more than {100 * NOISY:.0f}% apart"
         )
+    not_done = sum(SUBJECT in row.not_done for row in rows)
+    if not_done:
+        lines.append(f"{not_done} of {len(rows)} lines rowmax does not do: see 'not done' above")
     faults = sum(len(row.faults) for row in rows)
     if faults:
         lines.append(f"{faults} timings are missing: see 'not timed' above")
@@ -104,23 +139,49 @@ def as_json(
         "suites": {row.case.suite.name: list(row.case.suite.dimensions) for row in rows},
         "rows": [row.as_json() for row in rows],
         "geometric_means": [
-            {"suite": suite, "kind": kind, "pass": step, "ratio": mean, "shapes": count}
-            for (suite, kind, step), (mean, count) in group_means(rows).items()
+            {
+                "suite": group.suite,
+                "kind": group.kind,
+                "dtype": None if group.dtype is None else dtype_text(group.dtype),
+                "pass": group.step,
+                "ratio": mean.ratio,
+                "least": mean.least,
+                "cells": mean.cells,
+            }
+            for group, mean in summary.group_means(rows).items()
+        ],
+        "slower_than_a_peer": [slower.text() for slower in summary.slower_than_a_peer(rows)],
+        "gains_of_masks": [
+            {
+                "suite": gain.suite,
+                "kind": gain.kind,
+                "against": gain.unmasked,
+                "dtype": dtype_text(gain.dtype),
+                "pass": gain.step,
+                "ratio": mean.ratio,
+                "least": mean.least,
+                "shapes": mean.cells,
+            }
+            for gain, mean in summary.gains_of_masks(rows).items()
         ],
     }
     return json.dumps(document, indent=2) + "\n"
 
 
-def _kind_width(suite: Suite) -> int:
-    return max(len(kind) for kind in suite.kinds)
+def _rate_unit(case: Case) -> tuple[str, float]:
+    """What rates are given in, and how much that is."""
+    if bound_by_memory(case.suite, case.kind):
+        return "GB/s", 1e9
+    return ("TFLOP/s", 1e12) if case.suite.on_gpu else ("GFLOP/s", 1e9)
 
 
 def _shape_width(suite: Suite) -> int:
-    return max(15, *(len(shape_text(shape)) for shape in suite.shapes))
+    shapes = (*suite.shapes, *(shape for own in suite.own_shapes.values() for shape in own))
+    return max(15, *(len(shape_text(shape)) for shape in shapes)) + 1
 
 
 def _cell_width(name: str) -> int:
-    return max(9, len(name) + 1)
+    return max(7, len(heading(name)) + 1)
 
 
 def _cell(row: Row, name: str) -> str:
@@ -128,9 +189,25 @@ def _cell(row: Row, name: str) -> str:
     if name in row.faults:
         text = "fault"
     elif name in row.timings:
-        text = f"{1e3 * row.timings[name].median:.3f}"
+        text = _milliseconds(row.timings[name].median)
     return f"{text:>{_cell_width(name)}}"
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+def _milliseconds(seconds: float) -> str:
+    """Four digits, in at most six characters."""
+    text = f"{1e3 * seconds:.4g}"
+    if "e" in text:  # from 10 s on, or under 0.1 us
+        text = f"{1e3 * seconds:.0f}"
+    return text if len(text) <= 6 else f"{1e3 * seconds:.4f}"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        max_lines=4,
+        placeholder=" ...",
+        break_on_hyphens=False,
+    )

@@ -11,25 +11,30 @@ from typing import Any
 
 import torch
 
-from .cases import Case, attention_flops, norm_bytes
+from .cases import Case, attention_flops, dtype_text, norm_bytes
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
 from .machine import Limits
+from .more_peers import UnsupportedError
 from .peers import SUBJECT, Function, measured_call, oracle, peers_of, run_pass, subject
-from .timing import Budget, Timer, Timing, geometric_mean, interleave
+from .timing import Budget, Timer, Timing, interleave
+
+COPY = "copy"  # the yardstick among the calls that are timed; no candidate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A candidate is either in `timings` or in `faults`."""
+    """One line of the table. A candidate is in `timings`, in `faults` or in `not_done`."""
 
     case: Case
     timings: dict[str, Timing]
     faults: dict[str, str]  # what the gate found, or the error that was raised
+    not_done: dict[str, str]  # what a candidate is not made for, and so was not asked to do
     failed: bool  # whether rowmax is among the faults, or the gate's findings are
     first_call: dict[str, float]  # seconds of the first call, compilation included
     rate: float | None  # rowmax: operations a second, or bytes a second for a norm
     share: float | None  # of the machine's limit for that rate
+    copy: Timing | None  # of `x.clone()` in the same turns, where memory is the limit
 
     @property
     def fastest_peer(self) -> str | None:
@@ -47,7 +52,7 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         return {
             "suite": self.case.suite.name,
-            "dtype": str(self.case.suite.dtype).removeprefix("torch."),
+            "dtype": dtype_text(self.case.dtype),
             "kind": self.case.kind,
             "shape": list(self.case.shape),
             "pass": self.case.step,
@@ -62,10 +67,13 @@ class Row:
                 for name, timing in self.timings.items()
             },
             "faults": self.faults,
+            "not_done": self.not_done,
             "fastest_peer": self.fastest_peer,
             "ratio": self.ratio,
             "rowmax_rate_per_s": self.rate,
+            "limit": "copy" if self.case.bound_by_memory else "arithmetic",
             "share_of_limit": self.share,
+            "copy_seconds": None if self.copy is None else self.copy.median,
         }
 
 
@@ -84,7 +92,7 @@ def run_cases(
     limits: Limits,
     timer: Timer,
 ) -> Iterator[Row]:
-    """The passes of one kind at one shape, which share inputs, oracle and what was compiled."""
+    """The passes of one kind, shape and dtype: they share inputs, oracle and what was compiled."""
     inputs = make_inputs(cases[0])
     naive = oracle(cases[0].suite, cases[0].kind)
     gate = Gate(inputs, naive, backward=any(case.backward for case in cases))
@@ -106,6 +114,7 @@ def _run_case(
     calls: dict[str, Callable[[], object]] = {}
     faults: dict[str, str] = {}
     first_call: dict[str, float] = {}
+    not_done: dict[str, str] = {}
     failed = False
     for name, function in functions.items():
         is_subject = name == SUBJECT
@@ -121,6 +130,9 @@ def _run_case(
                 calls[name] = measured_call(function, inputs, case.step)
             else:
                 failed = True
+        except UnsupportedError as error:
+            not_done[name] = first_line(error)
+            continue
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
@@ -128,15 +140,22 @@ def _run_case(
         if fault is not None:
             faults[name] = fault
             release_memory()
+    yardstick = None
+    if case.bound_by_memory and limits.copy_bytes is None:
+        yardstick = inputs.to_copy()
+        calls[COPY] = yardstick.clone
     timings = interleave(calls, budget, timer)
-    for name in calls.keys() - timings.keys():
+    copy = timings.pop(COPY, None)
+    for name in calls.keys() - timings.keys() - {COPY}:
         faults[name] = "out of GPU memory beside the other candidates"
     rate = share = None
     if SUBJECT in timings:
-        work, limit = _work_and_limit(case, inputs, limits)
-        rate = work / timings[SUBJECT].median
-        share = rate / limit
-    return Row(case, timings, faults, failed, first_call, rate, share)
+        rate = _work(case, inputs) / timings[SUBJECT].median
+        limit = limits.copy_bytes if case.bound_by_memory else limits.flops
+        if yardstick is not None and copy is not None:
+            limit = 2 * yardstick.nbytes / copy.median
+        share = None if limit is None else rate / limit
+    return Row(case, timings, faults, not_done, failed, first_call, rate, share, copy)
 
 
 def first_line(error: Exception) -> str:
@@ -150,19 +169,10 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _work_and_limit(case: Case, inputs: Inputs, limits: Limits) -> tuple[int, float]:
-    """Operations and operations a second, or bytes and bytes a second."""
+def _work(case: Case, inputs: Inputs) -> int:
+    """Operations, or bytes where memory is the limit."""
     if isinstance(inputs, AttentionInputs):
-        return attention_flops(inputs.pairs, inputs.q.shape[-1], case.step), limits.flops
-    work = norm_bytes(case.kind, case.shape, case.step, inputs.x.element_size())
-    return work, limits.copy_rate(inputs.x.nbytes)
-
-
-def group_means(rows: Iterable[Row]) -> dict[tuple[str, str, str], tuple[float, int]]:
-    """(suite, kind, pass) -> geometric mean of the ratios and how many they are."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        if row.ratio is not None:
-            key = (row.case.suite.name, row.case.kind, row.case.step)
-            groups.setdefault(key, []).append(row.ratio)
-    return {key: (geometric_mean(ratios), len(ratios)) for key, ratios in groups.items()}
+        if case.bound_by_memory:
+            return inputs.bytes_to_move
+        return attention_flops(inputs.pairs, inputs.q.shape[-1], case.step)
+    return norm_bytes(case.kind, case.shape, case.step, inputs.x.element_size())

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..kernels import Causal, Dense, Mask
 from ..kernels.functional import attention_problem
 from ..kernels.gpu_triton import interpreting
+from ..kernels.gpu_triton.attention_decode import CHUNK
 from ..kernels.gpu_triton.attention_launch import (
     attention,
     attention_backward,
@@ -36,6 +36,7 @@ SIZES = {16: (4, 4096), 32: (4, 2048), 64: (2, 1024)}
 DIFFERENCE = {16: 2e-2, 32: 1e-4, 64: 1e-9}
 OUTPUTS = {
     "forward": ("out", "lse"),
+    "decode": ("partial", "maxima", "sums"),
     "key_gradients": ("d_key", "d_value"),
     "query_gradients": ("d_query", "d_bias"),
     "bias_gradients": ("d_bias",),
@@ -59,12 +60,12 @@ class Launched(NamedTuple):
         return found
 
     def run(self, form: Configuration) -> None:
-        rows, columns, planes = self.extent
-        programs = triton.cdiv(rows, form.block_m) * triton.cdiv(columns, form.block_n) * planes
-        self.kernel[(programs,)](**self.arguments, **compiled_form(self.kernel, form))
+        programs, constants = compiled_form(self.kernel, self.extent, form)
+        self.kernel[(programs,)](**self.arguments, **constants)
 
     def compile(self, form: Configuration) -> None:
-        self.kernel.warmup(**self.arguments, **compiled_form(self.kernel, form), grid=(1,))
+        _, constants = compiled_form(self.kernel, self.extent, form)
+        self.kernel.warmup(**self.arguments, **constants, grid=(1,))
 
 
 class Trials:
@@ -95,13 +96,18 @@ class Trials:
         """Problems of the key's features, one with all pairs and one that leaves some out."""
         batch, length = self._sizes[key.bits]
         heads = max(1, self._width // key.dim)
+        group, queries = 1, length
+        if key.kernel == "decode":
+            group, queries, length = min(8, heads), 1, max(length, 2 * CHUNK)
         generator = torch.Generator(self._device).manual_seed(7)
 
         def normal(*size: int) -> Tensor:
             tensor = torch.randn(size, generator=generator, device=self._device)
             return tensor.to(self._dtypes[key.bits])
 
-        q, k, v = (normal(batch, heads, length, key.dim) for _ in range(3))
+        q = normal(batch, heads, queries, key.dim)
+        k, v = (normal(batch, heads // group, length, key.dim) for _ in range(2))
+        causal = Causal("lower_right")
         dropout_p = 0.1 if "dropout" in key.features else 0.0
 
         def problem(mask: Mask | None, bias: Tensor | None) -> AttentionProblem:
@@ -111,12 +117,13 @@ class Trials:
 
         if "rich" not in key.features:
             yield problem(None, None)
-            yield problem(Causal(), None)
+            yield problem(causal, None)
             return
-        yield problem(None, normal(1, heads, length, length))
+        yield problem(None, normal(1, heads, queries, length))
         if key.kernel != "bias_gradients":
-            coins = torch.rand(length, length, generator=generator, device=self._device) < 0.5
-            yield problem(Causal() & Dense(coins.fill_diagonal_(True)), None)
+            coins = torch.rand(queries, length, generator=generator, device=self._device) < 0.5
+            coins[:, 0] = True  # nobody is left without a key
+            yield problem(causal & Dense(coins), None)
 
     def _time_on(
         self, problem: AttentionProblem, key: Key, forms: Sequence[Configuration]

@@ -23,10 +23,14 @@ from .options import UsageError, check_writable, listed, names_of, seconds_of
 if TYPE_CHECKING:  # they need Triton
     from ..kernels.gpu_triton.configurations import Configuration, Key
 
-KERNELS = ("forward", "key_gradients", "query_gradients", "bias_gradients")
+KERNELS = ("forward", "key_gradients", "query_gradients", "decode", "bias_gradients")
 FEATURES = ("plain", "rich", "dropout", "rich_dropout")
+# Wide types wait for arithmetic, whatever their form. What has no entry takes that of all features
+# at once: a form that bears them bears fewer.
+FEATURES_OF = {16: FEATURES, 32: ("plain", "rich_dropout"), 64: ("rich_dropout",)}
 DIMS = (128, 64, 256)
-ARCHS = ("sm_80", "sm_90", "sm_100")
+FOREMOST = "sm_90"
+ARCHS = (FOREMOST, "sm_80", "sm_100")
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
 TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
 
@@ -40,7 +44,10 @@ _QUERIES_STAY = (
     (64, 128, 4, 3),
     (64, 64, 4, 3),
     (64, 64, 4, 2),
+    (128, 32, 8, 2),
+    (64, 64, 8, 2),
     (64, 32, 4, 2),
+    (64, 32, 8, 2),
     (32, 32, 4, 2),
     (32, 32, 4, 1),
     (32, 16, 4, 1),
@@ -55,7 +62,9 @@ _KEYS_STAY = (
     (32, 128, 4, 2),
     (32, 64, 8, 2),
     (32, 64, 4, 2),
+    (64, 32, 8, 2),
     (32, 32, 4, 2),
+    (32, 32, 8, 2),
     (32, 32, 4, 1),
     (16, 32, 4, 1),
     (16, 16, 4, 1),
@@ -69,7 +78,20 @@ _SUMS_OVER_BATCH = (
     (32, 32, 4, 1),
     (16, 16, 4, 1),
 )
+# Most often there are no more than 16 rows: their number yields first.
+_KEYS_SPLIT = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (32, 64, 4, 3),
+    (32, 64, 4, 2),
+    (16, 64, 4, 3),
+    (16, 64, 4, 2),
+    (16, 32, 4, 2),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)
 _FORMS = {
+    "decode": _KEYS_SPLIT,
     "forward": _QUERIES_STAY,
     "query_gradients": _QUERIES_STAY,
     "key_gradients": _KEYS_STAY,
@@ -101,7 +123,7 @@ def keys(
     bits: Iterable[int] = (16, 32, 64),
     features: Sequence[str] = FEATURES,
 ) -> list[Key]:
-    """Every combination that there is, what matters most first."""
+    """Every combination that has an entry of its own, what matters most first."""
     from ..kernels.gpu_triton.configurations import Key
 
     found = [
@@ -111,10 +133,10 @@ def keys(
         for feature in features
         for dim in dims
         for kernel in kernels
-        if kernel != "bias_gradients" or "rich" in feature
+        if (kernel != "bias_gradients" or "rich" in feature) and feature in FEATURES_OF[width]
     ]
     # a stable sort: heads of 256 after all the others of the type
-    return sorted(found, key=lambda key: (key.arch, key.bits, key.dim >= 256))
+    return sorted(found, key=lambda key: (key.arch != FOREMOST, key.arch, key.bits, key.dim >= 256))
 
 
 def search(
@@ -161,10 +183,15 @@ def fastest(
 
 
 def first_fitting(
-    key: Key, fits: Callable[[Key, Configuration], tuple[bool, str]]
+    key: Key,
+    fits: Callable[[Key, Configuration], tuple[bool, str]],
+    begin: Configuration | None = None,
 ) -> Choice | None:
-    """The first candidate that fits the GPU."""
-    for form in candidates(key):
+    """The first candidate that fits the GPU, none before `begin`."""
+    forms = candidates(key)
+    if begin in forms:
+        forms = forms[forms.index(begin) :]
+    for form in forms:
         good, remark = fits(key, form)
         if good:
             return form, remark
@@ -241,7 +268,7 @@ def run(options: argparse.Namespace) -> int:
 
         text = ",".join(ARCHS) if options.arch is None else options.arch
         archs = names_of("--arch", text, SHARED_LIMIT)
-        choose = _by_compiling()
+        choose = _by_compiling(options.output)
     else:
         if not torch.cuda.is_available():
             raise UsageError("tune: torch sees no GPU; --compile does without one")
@@ -272,18 +299,27 @@ def _by_timing(half: torch.dtype) -> Choose:
     return lambda key: fastest(key, trials.time_forms, lookup(key))
 
 
-def _by_compiling() -> Choose:
+def _by_compiling(path: Path) -> Choose:
+    """Larger tiles than FOREMOST bears are not tried elsewhere: most would be in vain."""
+    from ..kernels.gpu_triton.configurations import Configuration
     from .ahead_of_time import compile_kernel, pretend, problem_of
 
     def fits(key: Key, form: Configuration) -> tuple[bool, str]:
         pretend(key.arch)
-        problem = problem_of(key.bits, key.dim, key.features)
+        problem = problem_of(key.kernel, key.bits, key.dim, key.features)
         try:
             compiled = compile_kernel(key.kernel, problem, form)
         except Exception as error:
-            # whatever stage of the compiler gave up
-            return False, f"{type(error).__name__}"
+            # whatever stage of the compiler gave up: said, for it may be a fault of the kernel too
+            reason = (str(error) or "no reason given").strip().splitlines()[0]
+            _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
+            return False, ""
         remark = f"{compiled.registers} registers, {compiled.shared} bytes shared"
         return compiled.fits(key.arch), remark
 
-    return lambda key: first_fitting(key, fits)
+    def choose(key: Key) -> Choice | None:
+        known = read(path).get(_name(key._replace(arch=FOREMOST)))
+        begin = None if known is None or key.arch == FOREMOST else Configuration(*known)
+        return first_fitting(key, fits, begin)
+
+    return choose

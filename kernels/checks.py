@@ -86,3 +86,26 @@ def require_probability(function: str, argument: str, value: object) -> float:
     if not 0.0 <= probability <= 1.0:
         fail_value(function, argument, probability, "a probability in [0, 1]")
     return probability
+
+
+def require_choice(
+    function: str,
+    limits: tuple[int, int] | None,
+    weight_heads: Sequence[int] | None,
+    weight_rows: Sequence[int] | None,
+) -> tuple[list[int] | None, list[int] | None]:
+    """The chosen heads and rows as lists of numbers below `limits`; None where none are wanted."""
+    chosen: list[list[int] | None] = []
+    for n, (name, values) in enumerate(
+        (("weight_heads", weight_heads), ("weight_rows", weight_rows))
+    ):
+        numbers = list(values) if isinstance(values, Sequence) else None
+        if values is not None:
+            if limits is None:
+                fail_value(function, name, f"{values!r}", "None without return_weights=True")
+            if numbers is None or not all(type(number) is int for number in numbers):
+                fail_type(function, name, f"{values!r}", "a sequence of ints, or None")
+            if not all(0 <= number < limits[n] for number in numbers):
+                fail_value(function, name, f"{values!r}", f"numbers from 0 to {limits[n] - 1}")
+        chosen.append(numbers)
+    return chosen[0], chosen[1]

@@ -12,6 +12,7 @@ import importlib
 import warnings
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from .checks import fail_type, fail_value
@@ -130,6 +131,9 @@ def choose(name: str, problem: Problem) -> Backend:
                 "backend='auto' takes one that can"
             )
         return load(name)
+    preferred = _preferred(problem[0].device)
+    if preferred is not None and preferred.declines(problem) is None:
+        return preferred
     taken, passed_over = _select(problem)
     if taken == "reference" and passed_over:
         _warn_once(
@@ -139,12 +143,25 @@ def choose(name: str, problem: Problem) -> Backend:
     return load(taken)
 
 
+@functools.cache
+def _preferred(device: torch.device) -> Backend | None:
+    """The fused backend that is asked first, of those that work here; found once a device."""
+    for name in PREFERENCE.get(device.type, ()):
+        if name != "reference" and unavailable(name) is None:
+            return load(name)
+    return None
+
+
 def explain(problem: Problem) -> str:
-    """The rule applied to `problem`, one line a backend."""
+    """The rule applied to `problem`, one line a backend, and who computes its derivatives."""
     taken, passed_over = _select(problem)
     lines = [f"{problem.op_name} on {problem[0].device}, {problem[0].dtype}: {taken}"]
     lines += [f"  {name}: passed over: {reason}" for name, reason in passed_over]
     lines.append(f"  {taken}: taken, the first in the order of preference that can do this")
+    lines.append(
+        f"  gradients: {taken}; forward-mode and second derivatives: the unfused formulas of the "
+        "reference path"
+    )
     return "\n".join(lines)
 
 
@@ -174,3 +191,12 @@ def _warn_once(message: str) -> None:
 def installation() -> dict[str, Any]:
     """Backend name -> None when it works here, or the reason why not."""
     return {name: unavailable(name) for name in NAMES}
+
+
+def attention_weights(
+    problem: AttentionProblem, heads: list[int] | None, rows: list[int] | None
+) -> Tensor:
+    """The weights (B, heads, rows, Lk) by the reference path: fused kernels never write them."""
+    reference = importlib.import_module(f".{_FOLDERS['reference']}.weights", __package__)
+    weights: Tensor = reference.attention_weights(problem, heads, rows)
+    return weights

@@ -6,7 +6,8 @@ dropout; @ v ('Attention Is All You Need', equation 1, with what has been added 
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch import Tensor
 from . import dispatch, ops
 from .biases import ALiBi
 from .checks import (
+    FLOAT_DTYPES,
     fail_type,
     fail_value,
     require_broadcastable,
+    require_choice,
     require_device,
     require_float,
     require_like,
@@ -26,7 +29,7 @@ from .checks import (
     shape_text,
 )
 from .layout import statistics_dtype
-from .masks import Mask, as_mask, structure_of
+from .masks import NO_MASK, Mask, as_mask, structure_of
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -71,6 +74,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
@@ -84,7 +88,31 @@ def attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    *,
+    return_weights: Literal[True],
+    weight_heads: Sequence[int] | None = None,
+    weight_rows: Sequence[int] | None = None,
+) -> tuple[Tensor, ...]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | ALiBi | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    *,
+    return_weights: bool = False,
+    weight_heads: Sequence[int] | None = None,
+    weight_rows: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """Masked-softmax attention, fused, with gradients for q, k, v, a bias tensor and sinks.
 
     Args:
@@ -103,10 +131,15 @@ def attention(
         sinks: (Hq,), one learnable logit a head that takes probability and gives no value.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: "auto", or one of "numba", "native", "reference", "triton"; see `explain`.
+        return_weights: also return the weights, before dropout, which no fused kernel writes: for
+            looking at some of them. They are computed apart, and out is the same as without.
+        weight_heads, weight_rows: the query heads and the queries whose weights to return, in this
+            order; all when None. Memory is that of the weights returned.
 
     Returns:
-        out (B, Hq, Lq, Dv) in q's dtype, and with `return_lse` also lse (B, Hq, Lq) in float32
-        (float64 for float64 inputs). A row that may attend nothing gives out = 0, lse = -inf and
+        out (B, Hq, Lq, Dv) in q's dtype; then with `return_lse` lse (B, Hq, Lq) in float32
+        (float64 for float64 inputs); then with `return_weights` weights (B, heads, rows, Lk) in q's
+        dtype, with a gradient. A row that may attend nothing gives out = 0, lse = -inf and
         no gradient; keys that no query may attend are never read, whatever they hold.
 
     Raises:
@@ -116,8 +149,16 @@ def attention(
     problem = attention_problem(
         q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=True
     )
-    out, lse = ops.attention(problem, dispatch.check_name("attention", backend))
-    return (out, lse.to(statistics_dtype(out.dtype))) if return_lse else out
+    if backend != "auto":
+        dispatch.check_name("attention", backend)
+    if return_weights or weight_heads is not None or weight_rows is not None:
+        limits = (problem.shape[1], problem.shape[2]) if return_weights else None
+        heads, rows = require_choice("attention", limits, weight_heads, weight_rows)
+    out, lse = ops.attention(problem, backend)
+    if not return_weights:
+        return (out, lse.to(statistics_dtype(out.dtype))) if return_lse else out
+    weights = dispatch.attention_weights(problem, heads, rows)
+    return (out, lse.to(statistics_dtype(out.dtype)), weights) if return_lse else (out, weights)
 
 
 def explain(
@@ -153,26 +194,36 @@ def attention_problem(
     *,
     draw_seed: bool,
 ) -> AttentionProblem:
-    """The checked, canonical form of `attention`'s arguments."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        require_float("attention", name, tensor)
-    q, k, v = autocast(q, k, v)
+    """The checked, canonical form of `attention`'s arguments.
+
+    What most calls pass is recognised at once: this function's time is that of every call.
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            require_tensor("attention", name, tensor)
+    if torch._C._is_any_autocast_enabled():
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            require_float("attention", name, tensor)
+        q, k, v = autocast(q, k, v)
     shape = _check_qkv(q, k, v)
     slopes = offset = None
-    if isinstance(bias, ALiBi):
-        slopes, offset = bias.parameters(shape, q)
-        bias = None
-    elif bias is not None:
-        bias = _check_bias(bias, shape, q)
+    if bias is not None:
+        if isinstance(bias, ALiBi):
+            slopes, offset = bias.parameters(shape, q)
+            bias = None
+        else:
+            bias = _check_bias(bias, shape, q)
     if softcap is not None:
         softcap = require_number("attention", "softcap", softcap)
         if softcap <= 0:
             fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
     if scale is None:
-        scale = float(q.shape[3]) ** -0.5 if q.shape[3] > 0 else 1.0
+        head_dim = q.shape[3]
+        scale = float(head_dim) ** -0.5 if head_dim > 0 else 1.0
     else:
         scale = require_number("attention", "scale", scale)
-    dropout_p = require_probability("attention", "dropout_p", dropout_p)
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = require_probability("attention", "dropout_p", dropout_p)
     if sinks is not None:
         require_float("attention", "sinks", sinks)
         require_device("attention", "sinks", sinks, "q", q)
@@ -180,19 +231,15 @@ def attention_problem(
             fail_value(
                 "attention", "sinks", f"shape {shape_text(sinks.shape)}", f"(Hq,) = ({shape[1]},)"
             )
+    drawn = None
+    if draw_seed and not (seed is None and dropout_p == 0.0):
+        drawn = _seed("attention", seed, dropout_p)
+    structure = NO_MASK
+    if mask is not None:
+        structure = structure_of(as_mask("attention", mask), shape, q)
+    # in the order of the fields: naming them would cost as much as a check
     return AttentionProblem(
-        query=q,
-        key=k,
-        value=v,
-        bias=bias,
-        alibi_slopes=slopes,
-        alibi_offset=offset,
-        sinks=sinks,
-        mask=structure_of(as_mask("attention", mask), shape, q),
-        scale=scale,
-        softcap=softcap,
-        dropout_p=dropout_p,
-        seed=_seed("attention", seed, dropout_p) if draw_seed else None,
+        *(q, k, v, bias, slopes, offset, sinks, structure, scale, softcap, dropout_p, drawn)
     )
 
 
@@ -281,7 +328,7 @@ def add_layer_norm(
     """
     require_float("add_layer_norm", "x", x)
     require_float("add_layer_norm", "residual", residual)
-    if _autocasts(x.device.type):
+    if torch._C._is_any_autocast_enabled() and _autocasts(x.device.type):
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     eps = _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
@@ -327,6 +374,30 @@ def rms_norm(
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """(B, Hq, Lq, Lk) of tensors that fit each other."""
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) == len(k_shape) == len(v_shape) == 4:
+        batch, query_heads, query_len, head_dim = q_shape
+        key_batch, key_heads, key_len, key_dim = k_shape
+        value_batch, value_heads, value_len, _ = v_shape
+        if (
+            q.dtype in FLOAT_DTYPES
+            and q.dtype == k.dtype == v.dtype
+            and q.device == k.device == v.device
+            and batch == key_batch == value_batch
+            and head_dim == key_dim
+            and key_heads == value_heads
+            and key_len == value_len
+            and (query_heads == key_heads or (key_heads != 0 and query_heads % key_heads == 0))
+        ):
+            return batch, query_heads, query_len, key_len
+    return _explain_qkv(q, k, v)
+
+
+def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
+    """Says which of the conditions of `_check_qkv` fails first."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_float("attention", name, tensor)
     for name, tensor, dims in (
         ("q", q, "(B, Hq, Lq, D)"),
         ("k", k, "(B, Hkv, Lk, D)"),
@@ -335,7 +406,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         if tensor.dim() != 4:
             fail_value("attention", name, f"shape {shape_text(tensor.shape)}", dims)
         require_like("attention", name, tensor, "q", q)
-    batch, query_heads, query_len, head_dim = q.shape
+    batch, query_heads, _, head_dim = q.shape
     key_heads, key_len = k.shape[1], k.shape[2]
     if k.shape[0] != batch or k.shape[3] != head_dim:
         fail_value(
@@ -351,14 +422,12 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
             f"shape {shape_text(v.shape)}",
             f"({batch}, {key_heads}, {key_len}, Dv), as `k`",
         )
-    if query_heads != key_heads and (key_heads == 0 or query_heads % key_heads != 0):
-        fail_value(
-            "attention",
-            "k",
-            f"{key_heads} heads",
-            f"a number of heads that divides the {query_heads} of `q`",
-        )
-    return batch, query_heads, query_len, key_len
+    fail_value(
+        "attention",
+        "k",
+        f"{key_heads} heads",
+        f"a number of heads that divides the {query_heads} of `q`",
+    )
 
 
 def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> Tensor:

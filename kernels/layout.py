@@ -12,8 +12,11 @@ def empty_heads(like: Tensor, head_dim: int) -> Tensor:
     Where `like` is a (B, L, H, D) tensor seen as (B, H, L, D), so is the result: joining the heads
     again is then a view, not a copy.
     """
-    batch, heads, length, _ = like.shape
-    if like.stride(1) < like.stride(2):
+    batch, heads, length, own_dim = like.shape
+    _, head_stride, row_stride, _ = like.stride()
+    if head_stride >= row_stride and head_dim == own_dim:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)  # the fastest way
+    if head_stride < row_stride:
         return like.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
     return like.new_empty((batch, heads, length, head_dim))
 

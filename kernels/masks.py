@@ -48,6 +48,21 @@ class MaskStructure(NamedTuple):
     band_lower: int | None = None
     band_upper: int | None = None
 
+    def rows(self, start: int, count: int) -> MaskStructure:
+        """The structure of queries start, ..., start + count - 1 alone."""
+        part = slice(start, start + count)
+        dense, documents = self.dense, self.query_documents
+        if dense is not None and dense.shape[2] > 1:
+            dense = dense[:, :, part]
+        return self._replace(
+            dense=dense,
+            query_documents=None if documents is None else documents[:, part],
+            query_lengths=None if self.query_lengths is None else self.query_lengths - start,
+            band=None if self.band is None else self.band + start,
+            band_lower=None if self.band_lower is None else self.band_lower + start,
+            band_upper=None if self.band_upper is None else self.band_upper + start,
+        )
+
     def allowed(self, query_len: int, key_len: int, device: torch.device) -> Tensor | None:
         """The bool tensor, broadcastable to (B, Hq, Lq, Lk), that this structure stands for."""
         i = torch.arange(query_len, device=device).view(-1, 1)
@@ -75,6 +90,9 @@ class MaskStructure(NamedTuple):
         for term in terms[1:]:
             allowed = allowed & term
         return allowed
+
+
+NO_MASK = MaskStructure()
 
 
 class Mask:
@@ -275,7 +293,7 @@ def structure_of(
     mask: Mask | None, shape: tuple[int, int, int, int], like: Tensor
 ) -> MaskStructure:
     """The kernels' form of `mask` for a problem of `shape` (B, Hq, Lq, Lk) on `like`'s device."""
-    return MaskStructure() if mask is None else mask._structure(shape, like)
+    return NO_MASK if mask is None else mask._structure(shape, like)
 
 
 def offset_of(

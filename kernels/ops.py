@@ -1,7 +1,9 @@
-"""The torch operators (namespace `rowmax`) of the public functions: schemas, fakes, autograd.
+"""The torch operators (namespace `rowmax`) of the public functions: schemas, fakes, registration.
 
 Each op is opaque to torch: forward and backward are one op each, and its implementation asks
-`dispatch` for the backend. Nothing here computes; nothing here knows a backend.
+`dispatch` for the backend. Nothing here computes; nothing here knows a backend. What autograd and
+vmap do with an op stands in `derivatives.py` and `batching.py`; what may go past torch's dispatcher
+is for `eager.py` to say.
 """
 
 from __future__ import annotations
@@ -11,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch
+from .batching import vmap_rule
+from .derivatives import autograd_of, unfused_form
+from .eager import are_plain, nothing_watches, tensors_in
 from .layout import empty_heads, saved_lse_dtype, statistics_dtype
+from .masks import NO_MASK, MaskStructure
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -76,32 +83,67 @@ for _name, _schema in _SCHEMAS.items():
 
 def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`."""
-    result: tuple[Tensor, Tensor] = torch.ops.rowmax.attention(*problem.flat(), backend)
+    # as `call` would decide, without taking the problem apart and together again
+    result: tuple[Tensor, Tensor]
+    if not (
+        nothing_watches()
+        and are_plain(problem[:3] if _has_heads_only(problem) else tensors_in(problem.flat()))
+    ):
+        result = through_dispatcher("attention", (*problem.flat(), backend))
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
+        result = _AUTOGRAD["attention"](_attention, (*problem.flat(), backend))
+    else:
+        result = dispatch.choose(backend, problem).attention(problem)
     return result
+
+
+def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(torch.ops.rowmax, name)(*arguments)
+
+
+_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
+
+
+def _has_heads_only(problem: AttentionProblem) -> bool:
+    """Whether query, key and value are all its tensors."""
+    mask = problem.mask
+    return _NO_TENSORS.issuperset(map(type, problem[3:])) and (
+        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
+    )
 
 
 def masked_softmax(problem: SoftmaxProblem, backend: str) -> Tensor:
     """weights, of the shape of the scores."""
-    result: Tensor = torch.ops.rowmax.masked_softmax(*problem.flat(), backend)
+    result: Tensor = call("masked_softmax", *problem.flat(), backend)
     return result
 
 
 def layer_norm(problem: LayerNormProblem, backend: str) -> Tensor:
     """y (..., N)."""
-    result: Tensor = torch.ops.rowmax.layer_norm(*problem, backend)[0]
+    result: Tensor = call("layer_norm", *problem, backend)[0]
     return result
 
 
 def add_layer_norm(problem: AddLayerNormProblem, backend: str) -> tuple[Tensor, Tensor]:
     """y and total = residual + dropout(x), both (..., N)."""
-    y, total, _, _ = torch.ops.rowmax.add_layer_norm(*problem, backend)
+    y, total, _, _ = call("add_layer_norm", *problem, backend)
     return y, total
 
 
 def rms_norm(problem: RMSNormProblem, backend: str) -> Tensor:
     """y (..., N)."""
-    result: Tensor = torch.ops.rowmax.rms_norm(*problem, backend)[0]
+    result: Tensor = call("rms_norm", *problem, backend)[0]
     return result
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The operator `name`; its work at once where nothing that torch's dispatcher serves is on."""
+    if not (nothing_watches() and are_plain(tensors_in(arguments))):
+        return through_dispatcher(name, arguments)
+    implementation = _IMPLEMENTATIONS[name]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return _AUTOGRAD[name](implementation, arguments)
+    return implementation(*arguments)
 
 
 # --- implementations: pick the backend, call it ---------------------------------------------------
@@ -267,180 +309,29 @@ def _rms_norm_backward_fake(
     return x.new_empty(x.shape), _parameter_gradient(x, weight)
 
 
-# --- autograd -------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output)
-
-
-def _attention_autograd(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    inputs, (out, lse) = _saved(ctx)
-    if grad_out is None and grad_lse is None:
-        return (None,) * len(inputs)
-    _, _, _, _, bias_grad, _, _, sinks_grad, *_ = ctx.needs_input_grad  # the key set is first
-    d_query, d_key, d_value, d_bias, d_sinks = torch.ops.rowmax.attention_backward(
-        grad_out, grad_lse, out, lse, bias_grad, sinks_grad, *inputs
-    )
-    return (
-        d_query,
-        d_key,
-        d_value,
-        d_bias if bias_grad else None,
-        None,
-        None,
-        d_sinks if sinks_grad else None,
-        *(None,) * (len(inputs) - 7),
-    )
-
-
-def _masked_softmax_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output)
-    ctx.scale, ctx.backend = inputs[-2:]
-
-
-def _masked_softmax_autograd(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
-    (weights,) = ctx.saved_tensors
-    d_scores = torch.ops.rowmax.masked_softmax_backward(
-        grad_weights, weights, ctx.scale, ctx.backend
-    )
-    return (d_scores, *(None,) * 10)
-
-
-def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs, output[1:])
-
-
-def _layer_norm_autograd(
-    ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_rstd: Tensor
-) -> tuple[Tensor | None, ...]:
-    inputs, (mean, rstd) = _saved(ctx)
-    d_x, d_weight, d_bias = torch.ops.rowmax.layer_norm_backward(grad_y, mean, rstd, *inputs)
-    return d_x, _unless_absent(d_weight, inputs[1]), _unless_absent(d_bias, inputs[2]), None, None
-
-
-def _add_layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output[1:])
-
-
-def _add_layer_norm_autograd(
-    ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, *statistics: Any
-) -> tuple[Tensor | None, ...]:
-    inputs, (total, mean, rstd) = _saved(ctx)
-    if grad_y is None:
-        grad_y = torch.zeros_like(total)
-    d_x, d_residual, d_weight, d_bias = torch.ops.rowmax.add_layer_norm_backward(
-        grad_y, grad_total, total, mean, rstd, *inputs
-    )
-    dropout_p = inputs[5]
-    return (
-        d_x if dropout_p > 0 else d_residual,
-        d_residual,
-        _unless_absent(d_weight, inputs[2]),
-        _unless_absent(d_bias, inputs[3]),
-        *(None,) * 4,
-    )
-
-
-def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _save(ctx, inputs, output[1:])
-
-
-def _rms_norm_autograd(ctx: Any, grad_y: Tensor, grad_rstd: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, (rstd,) = _saved(ctx)
-    d_x, d_weight = torch.ops.rowmax.rms_norm_backward(grad_y, rstd, *inputs)
-    return d_x, _unless_absent(d_weight, inputs[1]), None, None
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Keep all inputs: tensors as saved tensors, the rest as they are, in one order."""
-    ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-    ctx.constants = [value for value in inputs if not isinstance(value, Tensor)]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *outputs)
-
-
-def _saved(ctx: Any) -> tuple[list[Any], tuple[Tensor, ...]]:
-    tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)
-    inputs = [next(tensors) if is_tensor else next(constants) for is_tensor in ctx.is_tensor]
-    return inputs, tuple(tensors)
-
-
-def _unless_absent(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else gradient
-
-
-def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
-    """The setup of an op that has no derivative."""
-
-
-def _no_double_backward(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f"rowmax: {name} has no second derivative yet; differentiate the float64 reference "
-            "`rowmax.kernels.reference.naive_attention` twice, or torch's own functions"
-        )
-
-    return backward
-
-
-_FORWARD: dict[str, tuple[Callable[..., Any], ...]] = {
-    "attention": (_attention, _attention_fake, _attention_setup, _attention_autograd),
-    "masked_softmax": (
-        _masked_softmax,
-        _masked_softmax_fake,
-        _masked_softmax_setup,
-        _masked_softmax_autograd,
-    ),
-    "layer_norm": (_layer_norm, _layer_norm_fake, _layer_norm_setup, _layer_norm_autograd),
-    "add_layer_norm": (
-        _add_layer_norm,
-        _add_layer_norm_fake,
-        _add_layer_norm_setup,
-        _add_layer_norm_autograd,
-    ),
-    "rms_norm": (_rms_norm, _rms_norm_fake, _rms_norm_setup, _rms_norm_autograd),
-}
-_BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "attention_backward": (_attention_backward, _attention_backward_fake),
-    "masked_softmax_backward": (_masked_softmax_backward, _masked_softmax_backward_fake),
-    "layer_norm_backward": (_layer_norm_backward, _layer_norm_backward_fake),
-    "add_layer_norm_backward": (_add_layer_norm_backward, _add_layer_norm_backward_fake),
-    "rms_norm_backward": (_rms_norm_backward, _rms_norm_backward_fake),
-}
-
-
-def _differentiable(
-    operator: torch._ops.OpOverload, setup: Callable[..., None], backward: Callable[..., Any]
+def _at_autograd(
+    operator: torch._ops.OpOverload, apply: Callable[..., Any], unfused: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The kernel of `operator` at the Autograd key.
+    """The kernel of `operator` at the Autograd key; in forward mode, its unfused form.
 
     `torch.library.register_autograd` does the same, but reads the whole schema anew for each
     argument to fill in defaults: 0.2 ms a call for attention's 22 arguments, of which none has one.
     """
 
-    def below(keyset: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            return unfused(*arguments)
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
-            output = below(keyset, *inputs)
-            setup(ctx, inputs, output)
-            return output
+        def below(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return (None, *backward(ctx, *grads))
-
-    def kernel(keyset: Any, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Function.apply(keyset, *inputs)
-        return below(keyset, *inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return apply(below, arguments)
+        return below(*arguments)
 
     return kernel
 
@@ -455,19 +346,29 @@ def _below_autocast(operator: Callable[..., Any], device_type: str) -> Callable[
     return kernel
 
 
-for _name, (_implementation, _fake, _setup, _autograd) in _FORWARD.items():
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
-    _kernel = _differentiable(getattr(torch.ops.rowmax, _name).default, _setup, _autograd)
-    _library.impl(_name, _kernel, "Autograd", with_keyset=True)
-for _name, (_implementation, _fake) in _BACKWARD.items():
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
-    _kernel = _differentiable(
-        getattr(torch.ops.rowmax, _name).default, _nothing_saved, _no_double_backward(_name)
-    )
-    _library.impl(_name, _kernel, "Autograd", with_keyset=True)
-for _name in _SCHEMAS:
+# operator -> what computes it, and what says its shapes
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention, _attention_fake),
+    "attention_backward": (_attention_backward, _attention_backward_fake),
+    "masked_softmax": (_masked_softmax, _masked_softmax_fake),
+    "masked_softmax_backward": (_masked_softmax_backward, _masked_softmax_backward_fake),
+    "layer_norm": (_layer_norm, _layer_norm_fake),
+    "layer_norm_backward": (_layer_norm_backward, _layer_norm_backward_fake),
+    "add_layer_norm": (_add_layer_norm, _add_layer_norm_fake),
+    "add_layer_norm_backward": (_add_layer_norm_backward, _add_layer_norm_backward_fake),
+    "rms_norm": (_rms_norm, _rms_norm_fake),
+    "rms_norm_backward": (_rms_norm_backward, _rms_norm_backward_fake),
+}
+_IMPLEMENTATIONS = {name: implementation for name, (implementation, _) in _OPERATORS.items()}
+_AUTOGRAD: dict[str, Callable[..., Any]] = {}
+
+for _name, (_implementation, _fake) in _OPERATORS.items():
     _operator = getattr(torch.ops.rowmax, _name).default
+    _AUTOGRAD[_name] = autograd_of(_name, _operator, call)
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
+    _kernel = _at_autograd(_operator, _AUTOGRAD[_name], unfused_form(_name))
+    _library.impl(_name, _kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"rowmax::{_name}", vmap_rule(_name, _operator), lib=_library)
     _library.impl(_name, _below_autocast(_operator, "cpu"), "AutocastCPU")
     _library.impl(_name, _below_autocast(_operator, "cuda"), "AutocastCUDA")

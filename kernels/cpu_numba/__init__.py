@@ -9,11 +9,8 @@ import importlib
 import importlib.util
 from typing import Any
 
-import torch
+from ..problem import AttentionProblem, Problem
 
-from ..problem import AttentionProblem, Problem, SoftmaxProblem
-
-_DTYPES = (torch.float32, torch.float64)
 _IMPLEMENTED = {
     "attention": "attention_launch",
     "attention_backward": "attention_launch",
@@ -44,25 +41,7 @@ def declines(problem: Problem) -> str | None:
     first = problem[0]
     if first.device.type != "cpu":
         return f"tensors on {first.device}, not on the CPU"
-    if first.dtype not in _DTYPES:
-        return f"{first.dtype} is not done yet (float32 and float64 are)"
-    if isinstance(problem, AttentionProblem):
-        return _declines_attention(problem)
-    if isinstance(problem, SoftmaxProblem) and problem.mask.query_documents is not None:
-        return "Documents masks are not done yet"
-    return None
-
-
-def _declines_attention(problem: AttentionProblem) -> str | None:
-    if problem.alibi_slopes is not None:
-        return "ALiBi is not done yet"
-    if problem.softcap is not None:
-        return "softcap is not done yet"
-    if problem.sinks is not None:
-        return "sinks are not done yet"
-    if problem.mask.query_documents is not None:
-        return "Documents masks are not done yet"
-    if max(problem.shape[2:]) >= 2**30:
+    if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
         return "sequences of 2**30 and more are not done (positions are 32-bit)"
     return None
 

@@ -6,46 +6,57 @@ For a tile of queries, with Q^T (D x width) scaled by scale * log2(e) once, each
     O^T = O^T * 2^(m - m') + V^T drop(P^T)
 
 so that maxima, sums and exponentials are lane-wise, with no reduction across a vector. At the end
-out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022).
+out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022). A sink is a
+key of weight 2^(sink - m) without a value: it starts m and l.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-
+from .attention_rows import prefetch_rows, readable, write_rows
 from .attention_tiles import (
     BLOCK_KEYS,
     INTEGERS,
     LN_2,
+    LOG2_E,
     REALS,
-    add_bias,
+    add_terms,
     attends_none,
+    block_end,
+    cap_scores,
     drop_weights,
+    has_terms,
     in_range,
     key_ranges,
+    sequence_of,
     tile_vectors,
 )
 from .call import Kernel, read
-from .elementwise import exp2
+from .elementwise import exp2, log2_wide
 from .jit import jit
-from .microkernel import VECTORS, lanes_of, multiply, transpose
-from .simd import (
-    any_lane,
+from .memory import (
     as_integers32,
-    cast,
     integers_at,
     item_size,
     load,
     load_integers,
+    pointer,
+    store,
+    store_first,
+    take_ticket,
+)
+from .microkernel import lanes_of, multiply, transpose
+from .simd import (
+    any_lane,
+    cast,
     maximum,
     multiply_add,
-    pointer,
+    narrowed,
     select,
     splat,
-    store,
-    take_ticket,
+    splat_like,
+    widened,
 )
 
 
@@ -101,12 +112,13 @@ def _scale_columns(matrix, rows, width, factors):
 
 
 @jit
-def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors):
+def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, out_rows):
     """out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0."""
     zero = call.zero
     lanes = lanes_of(out_t)
     zeros = splat(cast(0.0, zero))
     keep_scale = splat(cast(call.keep_scale, zero))
+    place, first_query, _, _, _ = sequence_of(call, b)
     for v in range(0, width, lanes):
         total = load(row_sum + v)
         empty = total == zeros
@@ -114,67 +126,123 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors):
         for d in range(call.value_dim):
             at = out_t + (d * width + v)
             store(at, select(empty, zeros, load(at) * load(factors + v)))
-    out = pointer(call.out, zero) + (b * call.out_batch + h * call.out_head + start * call.out_row)
-    transpose(out_t, width, out, call.out_row, call.value_dim, rows, cast(1.0, zero))
-    lse = pointer(call.lse, 0.0) + ((b * call.heads + h) * call.query_len + start)
-    for r in range(rows):
-        lse[r] = (row_max[r] + math.log2(np.float64(row_sum[r]))) * LN_2
+    offset = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
+    one = cast(1.0, zero)
+    if call.half == 0:
+        out = pointer(call.out, zero) + offset
+        transpose(out_t, width, out, call.out_row, call.value_dim, rows, one)
+    else:
+        columns = (call.value_dim + lanes - 1) // lanes * lanes
+        transpose(out_t, width, out_rows, columns, call.value_dim, rows, one)
+        write_rows(
+            call.half,
+            call.out,
+            offset,
+            call.out_row,
+            out_rows,
+            columns,
+            rows,
+            call.value_dim,
+            one,
+        )
+    row = (place * call.heads + h) * call.query_rows + first_query + start
+    for v in range(0, rows, lanes):
+        total, largest = load(row_sum + v), load(row_max + v)
+        # (m = -inf where l = 0)
+        row_lse = widened(largest) + log2_wide(total)
+        row_lse = row_lse * splat_like(LN_2, row_lse)
+        if call.half == 0:
+            store_first(pointer(call.lse, 0.0) + (row + v), row_lse, rows - v)
+        else:
+            narrow = narrowed(row_lse, zero)
+            store_first(pointer(call.lse, zero) + (row + v), narrow, rows - v)
 
 
 @jit
 def _forward_tile(call, b, h, start, scratch):
-    """One tile of queries, `start` to at most `start` + VECTORS * LANES, of head (b, h)."""
+    """One tile of queries, `start` to at most `start` + call.tile, of head (b, h)."""
     zero = call.zero
     lanes = lanes_of(zero)
-    rows = min(VECTORS * lanes, call.query_len - start)
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    rows = min(call.tile, query_len - start)
+    if rows <= 0 or query_len <= call.few:
+        return
     vectors = tile_vectors(rows, zero)
     width = vectors * lanes
 
     query_t = scratch
     out_t = query_t + call.head_dim * width
     scores = out_t + call.value_dim * width
-    bias = scores + BLOCK_KEYS * width
-    row_max = bias + BLOCK_KEYS * width
+    terms = scores + BLOCK_KEYS * width
+    row_max = terms + BLOCK_KEYS * width
     row_sum = row_max + width
     rescale = row_sum + width
     first = rescale + width
     last = first + width
+    wide_rows = last + width  # of half types: query, then a block of keys or values, then out
+    bias_rows = wide_rows
+    if call.half != 0:
+        bias_rows = wide_rows + BLOCK_KEYS * (max(call.head_dim, call.value_dim) + lanes)
 
     head = h // (call.heads // call.key_heads)
-    query = pointer(call.query, zero) + (
-        b * call.query_batch + h * call.query_head + start * call.query_row
-    )
-    key = pointer(call.key, zero) + (b * call.key_batch + head * call.key_head)
-    value = pointer(call.value, zero) + (b * call.value_batch + head * call.value_head)
+    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
+    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
 
-    begin, end, common_first, common_last = key_ranges(call, b, start, rows, width, first, last)
+    begin, end, common_first, common_last = key_ranges(
+        call, b, start, rows, width, query_len, key_len, first, last
+    )
+    start_max, start_sum = -math.inf, 0.0
+    if call.sinks != 0:  # a key of weight 1 without a value
+        start_max, start_sum = pointer(call.sinks, 0.0)[h] * LOG2_E, 1.0
     for v in range(0, width, lanes):
-        store(row_max + v, splat(cast(-math.inf, zero)))
-        store(row_sum + v, splat(cast(0.0, zero)))
+        store(row_max + v, splat(cast(start_max, zero)))
+        store(row_sum + v, splat(cast(start_sum, zero)))
     if begin < end:
         if rows < width:
             for at in range(0, call.head_dim * width, lanes):
                 store(query_t + at, splat(cast(0.0, zero)))
-        transpose(
-            query, call.query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero)
+        offset = place * call.query_batch + h * call.query_head
+        query, query_row = readable(
+            call.half,
+            call.query,
+            offset + (first_query + start) * call.query_row,
+            call.query_row,
+            rows,
+            call.head_dim,
+            wide_rows,
+            zero,
         )
+        transpose(query, query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero))
     started = False
-    for k0 in range(begin, end, BLOCK_KEYS):
-        keys = min(BLOCK_KEYS, end - k0)
+    k0 = begin
+    while k0 < end:
+        keys = block_end(k0, end) - k0
         if attends_none(call, b, h, start, rows, k0, keys):
+            k0 += keys
             continue
-        key_block, value_block = key + k0 * call.key_row, value + k0 * call.value_row
+        key_block, key_row = readable(
+            call.half,
+            call.key,
+            key + k0 * call.key_row,
+            call.key_row,
+            keys,
+            call.head_dim,
+            wide_rows,
+            zero,
+        )
         multiply(
             vectors,
             keys,
             call.head_dim,
-            (key_block, call.key_row, 1),
+            (key_block, key_row, 1),
             (query_t, width),
             (scores, width),
             False,
         )
-        if call.bias != 0 or call.dense != 0:
-            add_bias(call, b, h, start, rows, width, k0, keys, scores, bias)
+        if call.cap != 0.0:
+            cap_scores(cast(call.cap, zero), scores, terms, keys * width)
+        if has_terms(call):
+            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms, bias_rows)
         masked = k0 < common_first or k0 + keys - 1 > common_last
         moved = _softmax_block(
             masked, k0, keys, width, scores, row_max, row_sum, rescale, first, last, zero
@@ -183,20 +251,46 @@ def _forward_tile(call, b, h, start, scratch):
             _scale_columns(out_t, call.value_dim, width, rescale)
         if call.dropout != 0:
             drop_weights(call, b, h, start, width, k0, keys, scores)
+        value_block, value_row = readable(
+            call.half,
+            call.value,
+            value + k0 * call.value_row,
+            call.value_row,
+            keys,
+            call.value_dim,
+            wide_rows,
+            zero,
+        )
         multiply(
             vectors,
             call.value_dim,
             keys,
-            (value_block, 1, call.value_row),
+            (value_block, 1, value_row),
             (scores, width),
             (out_t, width),
             started,
         )
         started = True
+        k0 += keys
     if not started:
         for at in range(0, call.value_dim * width, lanes):
             store(out_t + at, splat(zero))
-    _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale)
+    _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale, wide_rows)
+
+
+@jit
+def _prefetch_head(call, plane):
+    """Ask for q, k and v of a short head, which would begin by waiting for memory."""
+    zero = call.zero
+    b, h = plane // call.heads, plane % call.heads
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    head = h // (call.heads // call.key_heads)
+    query = place * call.query_batch + h * call.query_head + first_query * call.query_row
+    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
+    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
+    prefetch_rows(call.half, call.query, query, call.query_row, query_len, call.head_dim, zero)
+    prefetch_rows(call.half, call.key, key, call.key_row, key_len, call.head_dim, zero)
+    prefetch_rows(call.half, call.value, value, call.value_row, key_len, call.value_dim, zero)
 
 
 def _forward(argument):
@@ -204,22 +298,31 @@ def _forward(argument):
     first."""
     call = read(argument)
     tickets = integers_at(call.tickets)
-    lanes = lanes_of(call.zero)
-    tiles = (call.query_len + VECTORS * lanes - 1) // (VECTORS * lanes)
+    tiles = (call.query_len + call.tile - 1) // call.tile
     scratch = pointer(call.scratch, call.zero) + (
         take_ticket(tickets + 1) * call.scratch_bytes // item_size(call.zero)
     )
+    tasks = call.batch * call.heads * tiles
     while True:
-        task = take_ticket(tickets)
-        if task >= call.batch * call.heads * tiles:
+        first = take_ticket(tickets) * call.run
+        if first >= tasks:
             break
-        head, tile = task // tiles, tiles - 1 - task % tiles
-        _forward_tile(call, head // call.heads, head % call.heads, tile * VECTORS * lanes, scratch)
+        for task in range(first, min(first + call.run, tasks)):
+            following = task + 1
+            if following % tiles == 0 and following < min(first + call.run, tasks):
+                _prefetch_head(call, following // tiles)
+            head, tile = task // tiles, tiles - 1 - task % tiles
+            _forward_tile(call, head // call.heads, head % call.heads, tile * call.tile, scratch)
 
 
-FORWARD = Kernel(_forward, INTEGERS, REALS)
+FORWARD = Kernel(_forward, (*INTEGERS, "run"), REALS)  # run: tasks taken at once
 
 
-def scratch_elements(width: int, head_dim: int, value_dim: int) -> int:
+def scratch_elements(
+    width: int, lanes: int, head_dim: int, value_dim: int, half: bool, half_bias: bool
+) -> int:
     """Elements of scratch that a thread of `FORWARD` needs for tiles of `width` queries."""
-    return width * (head_dim + value_dim + 2 * BLOCK_KEYS + 5)
+    elements = width * (head_dim + value_dim + 2 * BLOCK_KEYS + 5)
+    if half:
+        elements += BLOCK_KEYS * (max(head_dim, value_dim) + lanes)
+    return elements + (width * BLOCK_KEYS if half_bias else 0)

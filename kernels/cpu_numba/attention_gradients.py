@@ -1,4 +1,4 @@
-"""Attention backward: one pass over a head, query tiles outside, key blocks inside.
+"""Attention backward: chunks of keys outside, query tiles inside, blocks of a chunk innermost.
 
 Every product is done once, and each sum has one order, whatever the number of threads. With
 P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
@@ -8,47 +8,53 @@ P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * 
     dV += (P * M)^T dO     dK += scale * dS^T Q           columns of the head in the lanes
     dQ^T += scale * K^T dS^T                              queries in the lanes
 
-(Dao et al. 2022, algorithm 4.) lse * log2 e comes as a rounded value and the rest of it. A task is
-one head of K and V with all query heads that share it.
+(Dao et al. 2022, algorithm 4; a softcap multiplies dS by its derivative after d_bias.) lse * log2 e
+comes as a rounded value and the rest of it.
+
+A task is one head of K and V, with all query heads that share it, the last tile first. Where there
+are few heads it is one chunk of keys of a head, and a tile of dQ has a turn: chunk after chunk adds
+its blocks' parts to it, in the same order as one task alone, so that the bits are the same. Tasks
+are taken in order: whoever is waited for is being worked on.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
+from .attention_gradient_blocks import add_to_bias, gradient_block
+from .attention_rows import copy_rows, dot_rows, prefetch_rows, readable, write_rows
 from .attention_tiles import (
     BLOCK_KEYS,
     INTEGERS,
     LOG2_E,
     REALS,
-    add_bias,
+    add_terms,
     attends_none,
-    in_range,
+    block_end,
+    cap_scores,
+    has_terms,
     key_ranges,
-    random_words,
+    sequence_of,
     tile_vectors,
 )
 from .call import Kernel, read
-from .elementwise import at_least, exp2
 from .jit import jit
-from .microkernel import VECTORS, lanes_of, multiply, transpose
-from .simd import (
-    add_lanes,
+from .memory import (
     as_integers32,
-    cast,
     integers_at,
     item_size,
     load,
-    load_first,
-    load_integers,
-    multiply_add,
     pointer,
-    select,
-    splat,
+    publish,
+    published,
     store,
-    store_first,
     take_ticket,
+    yield_processor,
 )
+from .microkernel import VECTORS, lanes_of, multiply, transpose
+from .simd import cast, splat
 
 _GRADIENTS = (
     *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
@@ -58,7 +64,13 @@ _GRADIENTS = (
     *("d_value", "d_value_batch", "d_value_head", "d_value_row"),
     *("d_bias", "d_bias_batch", "d_bias_head", "d_bias_row", "d_bias_column"),  # zeros, as bias
     "d_bias_wide",  # 1 where d_bias is float64: a bias that is broadcast, whose gradient is a sum
+    "delta",  # (B, Hq, Lq) float64: written where the sinks' gradient needs it, or absent
     *("batch_tasks", "head_tasks"),  # 1 where one task takes all batch elements, or all heads
+    *("chunk_tasks", "chunk_keys"),  # chunks of keys, a multiple of BLOCK_KEYS; 1 and all keys
+    "run",  # tasks taken at once
+    # Where there are several chunks, the shared memory holds the turns, (B, Hq, tiles) int64 zeros,
+    # and then (B, Hq, tiles, D, tile) of the type computed in: the sums of dQ until the last turn.
+    "turns_bytes",
 )
 
 
@@ -67,142 +79,6 @@ def _fill(target, elements, value):
     """The first `elements` (a multiple of the lanes) of `target` set to `value`."""
     for at in range(0, elements, lanes_of(target)):
         store(target + at, splat(value))
-
-
-@jit
-def _copy_rows(source, source_row, target, target_row, rows, columns, lse, zero):
-    """Rows of `source`, padded with zeros to `target_row` columns; only zeros where lse is -inf."""
-    lanes = lanes_of(zero)
-    for r in range(rows):
-        if lse[r] == -math.inf:
-            _fill(target + r * target_row, target_row, zero)
-        else:
-            for c in range(0, target_row, lanes):
-                vector = load_first(source + (r * source_row + c), columns - c)
-                store(target + (r * target_row + c), vector)
-
-
-@jit
-def _write_rows(source, source_row, target, target_row, rows, columns, factor):
-    """target = factor * source, without the padding."""
-    lanes = lanes_of(source)
-    factors = splat(factor)
-    for r in range(rows):
-        for c in range(0, columns, lanes):
-            vector = load(source + (r * source_row + c)) * factors
-            store_first(target + (r * target_row + c), vector, columns - c)
-
-
-@jit
-def _dot_rows(a, a_row, b, b_row, r, columns, zero):
-    """sum_c a[r, c] * b[r, c]."""
-    lanes = lanes_of(zero)
-    total = splat(zero)
-    for c in range(0, columns, lanes):
-        total = multiply_add(
-            load_first(a + (r * a_row + c), columns - c),
-            load_first(b + (r * b_row + c), columns - c),
-            total,
-        )
-    return add_lanes(total)
-
-
-@jit
-def _gradient_of_weight(scores, d_weights, row, lse2, rest, delta, allowed, masked, zeros):
-    """One vector of P and of dS, in the place of S and dP."""
-    weight = exp2(load(scores + row) - lse2 - rest)
-    if masked:
-        weight = select(allowed, weight, zeros)
-    store(scores + row, weight)
-    store(d_weights + row, weight * (load(d_weights + row) - delta))
-
-
-@jit
-def _gradient_of_dropped(
-    scores, d_weights, row, lse2, rest, delta, allowed, words, threshold, keep_scale, zeros
-):
-    """The same with dropout: P * M in the place of S."""
-    weight = select(allowed, exp2(load(scores + row) - lse2 - rest), zeros)
-    keep = select(at_least(words, threshold), keep_scale, zeros)
-    store(scores + row, weight * keep)
-    store(d_weights + row, weight * (load(d_weights + row) * keep - delta))
-
-
-@jit
-def _gradient_block(
-    call, b, h, start, masked, k0, keys, width, scores, d_weights, lse2, rest, delta, first, last
-):
-    """P (or P * M) in the place of the block's scores, and dS in the place of its dP."""
-    zero = call.zero
-    lanes = lanes_of(zero)
-    zeros = splat(zero)
-    for v in range(0, width, lanes):
-        row_lse, row_rest, row_delta = load(lse2 + v), load(rest + v), load(delta + v)
-        low = load_integers(as_integers32(first) + v, zero)
-        high = load_integers(as_integers32(last) + v, zero)
-        if call.dropout == 0:
-            for k in range(keys):
-                allowed = in_range(k0 + k, low, high, zero)
-                _gradient_of_weight(
-                    scores,
-                    d_weights,
-                    k * width + v,
-                    row_lse,
-                    row_rest,
-                    row_delta,
-                    allowed,
-                    masked,
-                    zeros,
-                )
-            continue
-        keep_scale = splat(cast(call.keep_scale, zero))
-        for group in range(k0 // 4, (k0 + keys + 3) // 4):
-            w0, w1, w2, w3 = random_words(call, b, h, start, v, group)
-            for word in range(4):
-                k = 4 * group + word - k0
-                if 0 <= k < keys:
-                    words = w0
-                    if word == 1:
-                        words = w1
-                    elif word == 2:
-                        words = w2
-                    elif word == 3:
-                        words = w3
-                    allowed = in_range(k0 + k, low, high, zero)
-                    _gradient_of_dropped(
-                        scores,
-                        d_weights,
-                        k * width + v,
-                        row_lse,
-                        row_rest,
-                        row_delta,
-                        allowed,
-                        words,
-                        call.threshold,
-                        keep_scale,
-                        zeros,
-                    )
-
-
-@jit
-def _add_bias_gradient(target, row_stride, column_stride, rows, width, keys, d_scores):
-    """target[i, j] += dS^T[j, i], summed in float64 over a dimension whose stride is 0."""
-    if row_stride == 0:
-        for k in range(keys):
-            total = 0.0
-            for r in range(rows):
-                total += d_scores[k * width + r]
-            target[k * column_stride] += total
-    elif column_stride == 0:
-        for r in range(rows):
-            total = 0.0
-            for k in range(keys):
-                total += d_scores[k * width + r]
-            target[r * row_stride] += total
-    else:
-        for r in range(rows):
-            for k in range(keys):
-                target[r * row_stride + k] += d_scores[k * width + r]
 
 
 @jit
@@ -215,11 +91,88 @@ def _multiply_wide(columns, rows, depth, a, a_row, b, b_row, c):
 
 
 @jit
-def _backward_tile(call, b, h, start, scratch, d_key, d_value):
-    """One tile of queries: writes its d_query, adds to the head's d_key and d_value in scratch."""
+def _read_lse(call, row, rows, lse2, rest, first, last):
+    """lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing.
+
+    Such a row has lse2 = +inf, which makes its weights 2^-inf = 0.
+    """
+    zero = call.zero
+    lse = pointer(call.lse, 0.0) + row
+    firsts, lasts = as_integers32(first), as_integers32(last)
+    dead = False
+    for r in range(rows):
+        if lse[r] == -math.inf or lasts[r] < firsts[r]:
+            dead = True
+            lse2[r] = cast(math.inf, zero)
+            rest[r] = zero
+        else:
+            both = lse[r] * LOG2_E
+            lse2[r] = cast(both, zero)
+            rest[r] = cast(both - lse2[r], zero)
+    return dead
+
+
+@jit
+def _finish_delta(call, row, rows, lse2, delta, keep):
+    """delta -= dlse; with `keep` a copy of it for the gradient of the sinks."""
+    zero = call.zero
+    for r in range(rows):
+        if lse2[r] == math.inf:
+            delta[r] = zero
+        if call.grad_lse != 0 and (pointer(call.lse, 0.0) + row)[r] != -math.inf:
+            delta[r] -= cast((pointer(call.grad_lse, 0.0) + row)[r], zero)
+        if keep and call.delta != 0:
+            (pointer(call.delta, 0.0) + row)[r] = np.float64(delta[r])
+
+
+@jit
+def _put_query(call, place, h, row, d_query_t, width, rows, scratch):
+    """d_query = scale * (d_query_t)^T; `row` counts from the start of the tensor."""
     zero = call.zero
     lanes = lanes_of(zero)
-    rows = min(VECTORS * lanes, call.query_len - start)
+    offset = place * call.d_query_batch + h * call.d_query_head + row * call.d_query_row
+    factor = cast(call.plain_scale, zero)
+    if call.half == 0:
+        target = pointer(call.d_query, zero) + offset
+        transpose(d_query_t, width, target, call.d_query_row, call.head_dim, rows, factor)
+        return
+    columns = (call.head_dim + lanes - 1) // lanes * lanes
+    transpose(d_query_t, width, scratch, columns, call.head_dim, rows, factor)
+    write_rows(
+        *(call.half, call.d_query, offset, call.d_query_row),
+        *(scratch, columns, rows, call.head_dim, cast(1.0, zero)),
+    )
+
+
+@jit
+def _add_in_turn(call, b, h, start, first, last, parts, blocks, width):
+    """Add the blocks' parts of a tile's dQ to its sum, after the chunks before; returns the sum."""
+    zero = call.zero
+    size = call.head_dim * width
+    tiles = (call.query_len + call.tile - 1) // call.tile
+    tile = (b * call.heads + h) * tiles + start // call.tile
+    turn = integers_at(call.shared) + tile
+    total = pointer(call.shared + call.turns_bytes, zero) + tile * call.head_dim * call.tile
+    while published(turn) < first:
+        yield_processor()
+    if first == 0:
+        _fill(total, size, zero)
+    for block in range(blocks):
+        for at in range(0, size, lanes_of(zero)):
+            store(total + at, load(total + at) + load(parts + (block * size + at)))
+    if not last:
+        publish(turn, first + 1)
+    return total
+
+
+@jit
+def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
+    """One tile of queries and one chunk of keys: adds to its d_query and to the chunk's d_key and
+    d_value in scratch."""
+    zero = call.zero
+    lanes = lanes_of(zero)
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    rows = min(call.tile, query_len - start)
     vectors = tile_vectors(rows, zero)
     width = vectors * lanes
     head_columns = (call.head_dim + lanes - 1) // lanes * lanes
@@ -230,206 +183,229 @@ def _backward_tile(call, b, h, start, scratch, d_key, d_value):
     grad_out_t = d_query_t + call.head_dim * width
     scores = grad_out_t + call.value_dim * width
     d_weights = scores + BLOCK_KEYS * width
-    bias = d_weights + BLOCK_KEYS * width
-    query_rows = bias + BLOCK_KEYS * width
+    terms = d_weights + BLOCK_KEYS * width
+    query_rows = terms + BLOCK_KEYS * width
     grad_out_rows = query_rows + head_columns * width
     lse2 = grad_out_rows + value_columns * width
     rest = lse2 + width
     delta = rest + width
     first = delta + width
     last = first + width
+    parts = last + width
+    slopes = parts
+    if call.chunk_tasks > 1:
+        slopes = parts + call.chunk_keys // BLOCK_KEYS * call.head_dim * width
+    key_rows = slopes
+    if call.cap != 0.0:
+        key_rows = slopes + BLOCK_KEYS * width
+    value_rows = key_rows
+    bias_rows = key_rows
+    if call.half != 0:
+        value_rows = key_rows + BLOCK_KEYS * call.head_dim
+        bias_rows = value_rows + BLOCK_KEYS * call.value_dim
+
+    begin, end, common_first, common_last = key_ranges(
+        call, b, start, rows, width, query_len, key_len, first, last
+    )
+    chunk_begin = chunk * call.chunk_keys
+    first_chunk, last_chunk = 0, 0
+    if begin < end:
+        first_chunk, last_chunk = begin // call.chunk_keys, (end - 1) // call.chunk_keys
+    begin, end = max(begin, chunk_begin), min(end, chunk_begin + call.chunk_keys)
+    if begin >= end and chunk != first_chunk:
+        return
 
     head = h // (call.heads // call.key_heads)
-    row = (b * call.heads + h) * call.query_len + start
-    lse = pointer(call.lse, 0.0) + row
-    query_row, grad_out_row = call.query_row, call.grad_out_row
-    query = pointer(call.query, zero) + (
-        b * call.query_batch + h * call.query_head + start * query_row
-    )
-    grad_out = pointer(call.grad_out, zero) + (
-        b * call.grad_out_batch + h * call.grad_out_head + start * grad_out_row
-    )
-    out = pointer(call.out, zero) + (b * call.out_batch + h * call.out_head + start * call.out_row)
-    key = pointer(call.key, zero) + (b * call.key_batch + head * call.key_head)
-    value = pointer(call.value, zero) + (b * call.value_batch + head * call.value_head)
-    d_query = pointer(call.d_query, zero) + (
-        b * call.d_query_batch + h * call.d_query_head + start * call.d_query_row
-    )
+    row = (place * call.heads + h) * call.query_rows + first_query + start
+    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
+    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
+    at = place * call.query_batch + h * call.query_head + (first_query + start) * call.query_row
+    grad_out_at = place * call.grad_out_batch + h * call.grad_out_head
+    grad_out_at += (first_query + start) * call.grad_out_row
+    out_at = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
+    query = pointer(call.query, zero) + at
+    query_row = call.query_row
+    grad_out = pointer(call.grad_out, zero) + grad_out_at
+    grad_out_row = call.grad_out_row
 
-    begin, end, common_first, common_last = key_ranges(call, b, start, rows, width, first, last)
     _fill(d_query_t, call.head_dim * width, zero)
     if begin < end:
-        # Rows that attend nothing may hold NaN, and padding is needed where a row is no whole
-        # number of vectors: only then are the rows copied.
-        dead = False
-        for r in range(rows):
-            dead = dead or lse[r] == -math.inf
-        if dead or head_columns != call.head_dim:
-            _copy_rows(query, query_row, query_rows, head_columns, rows, call.head_dim, lse, zero)
-            query, query_row = query_rows, head_columns
-        if dead or value_columns != call.value_dim:
-            _copy_rows(
-                grad_out,
-                grad_out_row,
-                grad_out_rows,
-                value_columns,
-                rows,
-                call.value_dim,
-                lse,
-                zero,
-            )
-            grad_out, grad_out_row = grad_out_rows, value_columns
         if rows < width:
             _fill(query_t, call.head_dim * width, zero)
             _fill(grad_out_t, call.value_dim * width, zero)
             _fill(lse2, width, zero)
             _fill(rest, width, zero)
             _fill(delta, width, zero)
-        scale = cast(call.scale, zero)
-        transpose(query, query_row, query_t, width, rows, call.head_dim, scale)
+        dead = _read_lse(call, row, rows, lse2, rest, first, last)
+        # Rows that attend nothing may hold NaN, and padding is needed where a row is no whole
+        # number of vectors: only then, and to widen them, are rows copied.
+        if dead or call.half != 0 or head_columns != call.head_dim:
+            copy_rows(
+                *(call.half, call.query, at, query_row),
+                *(query_rows, head_columns, rows, call.head_dim, lse2, zero),
+            )
+            query, query_row = query_rows, head_columns
+        if dead or call.half != 0 or value_columns != call.value_dim:
+            copy_rows(
+                *(call.half, call.grad_out, grad_out_at, grad_out_row),
+                *(grad_out_rows, value_columns, rows, call.value_dim, lse2, zero),
+            )
+            grad_out, grad_out_row = grad_out_rows, value_columns
+        transpose(query, query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero))
         transpose(grad_out, grad_out_row, grad_out_t, width, rows, call.value_dim, cast(1.0, zero))
-        for r in range(rows):
-            # +inf makes every weight of a row that attends nothing 2^-inf = 0
-            both = math.inf if lse[r] == -math.inf else lse[r] * LOG2_E
-            lse2[r] = cast(both, zero)
-            rest[r] = cast(0.0 if both == math.inf else both - lse2[r], zero)
-            delta[r] = _dot_rows(grad_out, grad_out_row, out, call.out_row, r, call.value_dim, zero)
-            if call.grad_lse != 0 and lse[r] != -math.inf:
-                delta[r] -= cast((pointer(call.grad_lse, 0.0) + row)[r], zero)
+        dot_rows(
+            *(call.half, call.out, out_at, call.out_row),
+            *(grad_out, grad_out_row, rows, call.value_dim, delta, zero),
+        )
+        _finish_delta(call, row, rows, lse2, delta, chunk == first_chunk)
 
-    for k0 in range(begin, end, BLOCK_KEYS):
-        keys = min(BLOCK_KEYS, end - k0)
+    blocks = 0
+    k0 = begin
+    while k0 < end:
+        keys = block_end(k0, end) - k0
         if attends_none(call, b, h, start, rows, k0, keys):
+            k0 += keys
             continue
-        key_block, value_block = key + k0 * call.key_row, value + k0 * call.value_row
-        multiply(
-            vectors,
-            keys,
-            call.head_dim,
-            (key_block, call.key_row, 1),
-            (query_t, width),
-            (scores, width),
-            False,
+        key_block, key_row = readable(
+            *(call.half, call.key, key + k0 * call.key_row, call.key_row),
+            *(keys, call.head_dim, key_rows, zero),
         )
-        multiply(
-            vectors,
-            keys,
-            call.value_dim,
-            (value_block, call.value_row, 1),
-            (grad_out_t, width),
-            (d_weights, width),
-            False,
+        value_block, value_row = readable(
+            *(call.half, call.value, value + k0 * call.value_row, call.value_row),
+            *(keys, call.value_dim, value_rows, zero),
         )
-        if call.bias != 0 or call.dense != 0:
-            add_bias(call, b, h, start, rows, width, k0, keys, scores, bias)
+        left, right = (key_block, key_row, 1), (query_t, width)
+        multiply(vectors, keys, call.head_dim, left, right, (scores, width), False)
+        left, right = (value_block, value_row, 1), (grad_out_t, width)
+        multiply(vectors, keys, call.value_dim, left, right, (d_weights, width), False)
+        if call.cap != 0.0:
+            cap_scores(cast(call.cap, zero), scores, slopes, keys * width)
+        if has_terms(call):
+            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms, bias_rows)
         masked = k0 < common_first or k0 + keys - 1 > common_last
-        _gradient_block(
-            call,
-            b,
-            h,
-            start,
-            masked,
-            k0,
-            keys,
-            width,
-            scores,
-            d_weights,
-            lse2,
-            rest,
-            delta,
-            first,
-            last,
+        gradient_block(
+            *(call, b, h, start, masked, k0, keys, width, scores, d_weights),
+            *(lse2, rest, delta, first, last),
         )
         if call.d_bias != 0:
-            offset = b * call.d_bias_batch + h * call.d_bias_head
-            offset += start * call.d_bias_row + k0 * call.d_bias_column
-            if call.d_bias_wide != 0:
-                target = pointer(call.d_bias, 0.0) + offset
-                _add_bias_gradient(
-                    target, call.d_bias_row, call.d_bias_column, rows, width, keys, d_weights
-                )
-            else:
-                whole = pointer(call.d_bias, zero) + offset
-                _add_bias_gradient(
-                    whole, call.d_bias_row, call.d_bias_column, rows, width, keys, d_weights
-                )
-        to = d_value + k0 * value_columns
+            add_to_bias(call, b, h, start, k0, rows, width, keys, d_weights)
+        if call.cap != 0.0:
+            for at in range(0, keys * width, lanes):
+                store(d_weights + at, load(d_weights + at) * load(slopes + at))
+        to = d_value + (k0 - chunk_begin) * value_columns
         _multiply_wide(value_columns, keys, rows, scores, width, grad_out, grad_out_row, to)
-        to = d_key + k0 * head_columns
+        to = d_key + (k0 - chunk_begin) * head_columns
         _multiply_wide(head_columns, keys, rows, d_weights, width, query, query_row, to)
-        multiply(
-            vectors,
-            call.head_dim,
-            keys,
-            (key_block, 1, call.key_row),
-            (d_weights, width),
-            (d_query_t, width),
-            True,
-        )
-    factor = splat(cast(call.plain_scale, zero))
-    for at in range(0, call.head_dim * width, lanes):
-        store(d_query_t + at, load(d_query_t + at) * factor)
-    transpose(d_query_t, width, d_query, call.d_query_row, call.head_dim, rows, cast(1.0, zero))
+        part, alone = d_query_t, call.chunk_tasks == 1
+        if not alone:
+            part = parts + blocks * call.head_dim * width
+        left, right = (key_block, 1, key_row), (d_weights, width)
+        multiply(vectors, call.head_dim, keys, left, right, (part, width), alone)
+        blocks += 1
+        k0 += keys
+
+    if call.chunk_tasks > 1:
+        turn, ends = chunk - first_chunk, chunk == last_chunk
+        d_query_t = _add_in_turn(call, b, h, start, turn, ends, parts, blocks, width)
+        if not ends:
+            return
+    _put_query(call, place, h, first_query + start, d_query_t, width, rows, query_rows)
 
 
 @jit
-def _backward_head(call, b, head, scratch, d_key, d_value):
-    """One head of K and V, with every query head that shares it."""
+def _prefetch_head(call, b, head):
+    """Ask for what the first query head of one head of K and V reads; see `attention_forward`."""
+    zero = call.zero
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    h = head * (call.heads // call.key_heads)
+    at = place * call.query_batch + h * call.query_head + first_query * call.query_row
+    prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
+    at = place * call.key_batch + head * call.key_head + first_key * call.key_row
+    prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
+    at = place * call.value_batch + head * call.value_head + first_key * call.value_row
+    prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
+    at = place * call.grad_out_batch + h * call.grad_out_head + first_query * call.grad_out_row
+    prefetch_rows(call.half, call.grad_out, at, call.grad_out_row, query_len, call.value_dim, zero)
+    at = place * call.out_batch + h * call.out_head + first_query * call.out_row
+    prefetch_rows(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
+
+
+@jit
+def _backward_chunk(call, b, head, chunk, scratch):
+    """One chunk of a head of K and V, with every query of every query head that shares it."""
     zero = call.zero
     lanes = lanes_of(zero)
+    place, _, first_key, query_len, key_len = sequence_of(call, b)
+    begin = chunk * call.chunk_keys
+    keys = max(0, min(call.chunk_keys, key_len - begin))
+    if keys == 0 and chunk > 0:
+        return
     head_columns = (call.head_dim + lanes - 1) // lanes * lanes
     value_columns = (call.value_dim + lanes - 1) // lanes * lanes
-    _fill(d_key, call.key_len * head_columns, zero)
-    _fill(d_value, call.key_len * value_columns, zero)
+    d_key = scratch
+    d_value = d_key + keys * head_columns
+    tile_scratch = d_value + keys * value_columns
+    _fill(d_key, keys * (head_columns + value_columns), zero)
     groups = call.heads // call.key_heads
     for h in range(head * groups, (head + 1) * groups):
-        for start in range(0, call.query_len, VECTORS * lanes):
-            _backward_tile(call, b, h, start, scratch, d_key, d_value)
-    d_key_out = pointer(call.d_key, zero) + (b * call.d_key_batch + head * call.d_key_head)
-    d_value_out = pointer(call.d_value, zero) + (b * call.d_value_batch + head * call.d_value_head)
-    scale = cast(call.plain_scale, zero)
-    _write_rows(d_key, head_columns, d_key_out, call.d_key_row, call.key_len, call.head_dim, scale)
-    _write_rows(
-        d_value,
-        value_columns,
-        d_value_out,
-        call.d_value_row,
-        call.key_len,
-        call.value_dim,
-        cast(1.0, zero),
+        for tile in range((query_len + call.tile - 1) // call.tile - 1, -1, -1):
+            _backward_tile(call, b, h, tile * call.tile, chunk, tile_scratch, d_key, d_value)
+    to_key = place * call.d_key_batch + head * call.d_key_head
+    write_rows(
+        *(call.half, call.d_key, to_key + (first_key + begin) * call.d_key_row, call.d_key_row),
+        *(d_key, head_columns, keys, call.head_dim, cast(call.plain_scale, zero)),
+    )
+    to_value = place * call.d_value_batch + head * call.d_value_head
+    to_value += (first_key + begin) * call.d_value_row
+    write_rows(
+        *(call.half, call.d_value, to_value, call.d_value_row),
+        *(d_value, value_columns, keys, call.value_dim, cast(1.0, zero)),
     )
 
 
 def _backward(argument):
-    """All heads of K and V; a task is one, or all that share a bias gradient in a fixed order."""
+    """All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient."""
     call = read(argument)
     zero = call.zero
-    lanes = lanes_of(zero)
-    head_columns = (call.head_dim + lanes - 1) // lanes * lanes
-    value_columns = (call.value_dim + lanes - 1) // lanes * lanes
     tickets = integers_at(call.tickets)
-    d_key = pointer(call.scratch, zero) + (
+    scratch = pointer(call.scratch, zero) + (
         take_ticket(tickets + 1) * call.scratch_bytes // item_size(zero)
     )
-    d_value = d_key + call.key_len * head_columns
-    scratch = d_value + call.key_len * value_columns
+    tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks
     while True:
-        task = take_ticket(tickets)
-        if task >= call.batch_tasks * call.head_tasks:
+        first = take_ticket(tickets) * call.run
+        if first >= tasks:
             break
-        b, head = task // call.head_tasks, task % call.head_tasks
-        b_end = b + 1 if call.batch_tasks == call.batch else call.batch
-        head_end = head + 1 if call.head_tasks == call.key_heads else call.key_heads
-        for each_b in range(b, b_end):
-            for each_head in range(head, head_end):
-                _backward_head(call, each_b, each_head, scratch, d_key, d_value)
+        for task in range(first, min(first + call.run, tasks)):
+            if task + 1 < first + call.run and task + 1 < tasks:
+                _prefetch_head(call, (task + 1) // call.key_heads, (task + 1) % call.key_heads)
+            plane, chunk = task // call.chunk_tasks, task % call.chunk_tasks
+            b, head = plane // call.head_tasks, plane % call.head_tasks
+            b_end = b + 1 if call.batch_tasks == call.batch else call.batch
+            head_end = head + 1 if call.head_tasks == call.key_heads else call.key_heads
+            for each_b in range(b, b_end):
+                for each_head in range(head, head_end):
+                    _backward_chunk(call, each_b, each_head, chunk, scratch)
 
 
 BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "plain_scale"))
 
 
-def scratch_elements(width: int, lanes: int, key_len: int, head_dim: int, value_dim: int) -> int:
+def scratch_elements(
+    width: int,
+    lanes: int,
+    chunk_keys: int,
+    head_dim: int,
+    value_dim: int,
+    half: bool,
+    half_bias: bool,
+    softcap: bool,
+    chunked: bool,
+) -> int:
     """Elements of scratch that a thread of `BACKWARD` needs for tiles of `width` queries."""
     head, value = (-(-columns // lanes) * lanes for columns in (head_dim, value_dim))
-    tile = width * (2 * head_dim + value_dim + 3 * BLOCK_KEYS + head + value + 5)
-    return tile + key_len * (head + value)
+    blocks = 3 + softcap + half_bias
+    tile = width * (2 * head_dim + value_dim + blocks * BLOCK_KEYS + head + value + 5)
+    parts = chunk_keys // BLOCK_KEYS * head_dim * width if chunked else 0
+    widened = BLOCK_KEYS * (head_dim + value_dim) if half else 0
+    return tile + parts + widened + chunk_keys * (head + value)

@@ -5,36 +5,76 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import sequences
-from ..layout import empty_heads, saved_lse_dtype
+from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
+from .attention_decode import CHUNK_KEYS, DECODE, most_queries, partial_elements
+from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
 from .attention_gradients import BACKWARD
 from .attention_gradients import scratch_elements as backward_scratch
-from .attention_tiles import LOG2_E, NO_BOUND
+from .attention_tiles import BLOCK_KEYS, LOG2_E, NO_BOUND
 from .microkernel import VECTORS, lanes_in
+from .threads import thread_count
+
+_SHORT = 256  # queries and keys of a head that is asked for as a whole
+_HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    if problem.query_starts is not None:
-        return sequences.attention(attention, problem)
     problem = _prepared(problem)
-    query, value = problem.query, problem.value
+    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    dtype = statistics_dtype(query.dtype)
     out = empty_heads(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
-    batch, heads, query_len, _ = query.shape
-    tile = VECTORS * lanes_in(query.dtype)
-    width = min(tile, _round_up(query_len, lanes_in(query.dtype)))
-    elements = forward_scratch(width, query.shape[3], value.shape[3])
+    batch, heads, query_len, key_len = problem.shape
+    few = most_queries(heads // max(1, key.shape[1]))
+    packed = problem.query_starts is not None
+    if packed or query_len <= few:
+        _decode(problem, out, lse, few)
+    if query_len <= few:
+        return out, lse
+    tile = _tile_queries(dtype, query_len, batch * heads)
+    half_bias = bias is not None and bias.dtype in _HALVES
+    elements = forward_scratch(
+        tile, lanes_in(dtype), query.shape[3], value.shape[3], query.dtype in _HALVES, half_bias
+    )
+    tiles = -(-query_len // tile)
+    tasks = batch * heads * tiles
+    run = max(1, tiles * _heads_at_once(batch * heads, max(query_len, key_len)))
     FORWARD(
-        query.dtype,
-        batch * heads * -(-query_len // tile),
-        elements * query.element_size(),
-        _integers(problem, out, lse),
-        (problem.scale * LOG2_E, _keep_scale(problem.dropout_p)),
+        dtype,
+        -(-tasks // run),
+        elements * dtype.itemsize,
+        (*_integers(problem, out, lse, tile, few if packed else 0), run),
+        _reals(problem),
     )
     return out, lse
+
+
+def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) -> None:
+    """out and lse of a problem of at most `few` queries, or of the packed sequences that have
+    no more: their bits are those of the same sequence alone."""
+    dtype = statistics_dtype(problem.query.dtype)
+    batch, heads, query_len, key_len = problem.shape
+    key_heads, value_dim = problem.key.shape[1], problem.value.shape[3]
+    rows, lanes = heads // max(1, key_heads) * min(query_len, few), lanes_in(dtype)
+    chunks = max(1, -(-key_len // CHUNK_KEYS))
+    planes = batch * key_heads
+    partial = planes * chunks * partial_elements(rows, lanes, value_dim) * dtype.itemsize
+    finished = 8 * planes
+    DECODE(
+        dtype,
+        planes * chunks,
+        decode_scratch(rows, lanes, problem.query.shape[3], value_dim) * dtype.itemsize,
+        (
+            *_integers(problem, out, lse, query_len, few),
+            *(chunks, finished),
+        ),
+        _reals(problem),
+        finished + partial,
+        finished,
+    )
 
 
 def attention_backward(
@@ -46,38 +86,52 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if problem.query_starts is not None:
-        return sequences.attention_backward(
-            *(attention_backward, problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
-        )
-    bias = problem.bias
+    bias, sinks = problem.bias, problem.sinks
     problem = _prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
-    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
-    grad_out, out, lse = _unit_last_stride(grad_out), _unit_last_stride(out), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    dtype, half = statistics_dtype(query.dtype), query.dtype in _HALVES
+    grad_out, out = _unit_last_stride(grad_out), _unit_last_stride(out)
+    lse = lse.to(torch.float64).contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
     d_bias, wide = None, False
     if bias_grad and bias is not None:
         wide = tuple(bias.shape) != problem.shape
-        d_bias = torch.zeros(bias.shape, dtype=torch.float64 if wide else query.dtype)
+        d_bias = torch.zeros(bias.shape, dtype=torch.float64 if wide else dtype)
+    delta = None
+    if sinks_grad:
+        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
 
-    batch, _, query_len, key_len = problem.shape
+    batch, heads, query_len, key_len = problem.shape
     key_heads = key.shape[1]
-    # A bias that several heads or batch elements share has one gradient: the same thread takes
-    # them all, one after another.
-    shares = (1, 1) if d_bias is None else (d_bias.shape[0], d_bias.shape[1])
-    batch_tasks = 1 if d_bias is not None and shares[0] == 1 else batch
-    head_tasks = 1 if d_bias is not None and shares[1] == 1 else key_heads
-    lanes = lanes_in(query.dtype)
-    width = min(VECTORS * lanes, _round_up(query_len, lanes))
-    elements = backward_scratch(width, lanes, key_len, query.shape[3], value.shape[3])
+    lanes = lanes_in(dtype)
+    tile = min(VECTORS * lanes, _round_up(query_len, lanes))
+    tasks = _backward_tasks(batch, key_heads, key_len, d_bias)
+    _, _, chunks, chunk_keys = tasks
+    tiles = batch * heads * -(-query_len // tile) if chunks > 1 else 0
+    turns, sums = 8 * tiles, tiles * tile * query.shape[3] * dtype.itemsize
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    elements = backward_scratch(
+        tile,
+        lanes,
+        chunk_keys,
+        query.shape[3],
+        value.shape[3],
+        half,
+        bias is not None and bias.dtype in _HALVES,
+        problem.softcap is not None,
+        chunks > 1,
+    )
     d_bias_strides = (0, 0, 0, 0) if d_bias is None else _broadcast_strides(d_bias)
+    count = tasks[0] * tasks[1] * chunks
+    whole = count == batch * key_heads  # a task is a head
+    run = max(1, _heads_at_once(count, max(query_len, key_len))) if whole else 1
     BACKWARD(
-        query.dtype,
-        batch_tasks * head_tasks,
-        elements * query.element_size(),
+        dtype,
+        -(-count // run),
+        elements * dtype.itemsize,
         (
-            *_integers(problem, out, lse),
+            *_integers(problem, out, lse, tile, 0),
             *(grad_out.data_ptr(), *grad_out.stride()[:3]),
             _address(grad_lse),
             *(d_query.data_ptr(), *d_query.stride()[:3]),
@@ -85,24 +139,78 @@ def attention_backward(
             *(d_value.data_ptr(), *d_value.stride()[:3]),
             *(_address(d_bias), *d_bias_strides),
             int(wide),
-            *(batch_tasks, head_tasks),
+            _address(delta),
+            *(*tasks, run),
+            turns,
         ),
-        (problem.scale * LOG2_E, _keep_scale(problem.dropout_p), problem.scale),
+        (*_reals(problem), problem.scale),
+        turns + sums,
+        turns,
     )
-    if d_bias is None or bias is None:
-        d_bias = query.new_empty(0)
-    else:
+    if d_bias is not None and bias is not None:
         d_bias = d_bias.to(bias.dtype)
-    return d_query, d_key, d_value, d_bias, query.new_empty(0)
+    d_sinks = None
+    if delta is not None and sinks is not None:
+        # -sum over batch and rows of exp(sink - lse) * delta
+        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - lse)
+        d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
+    return (
+        *(d_query, d_key, d_value),
+        query.new_empty(0) if d_bias is None else d_bias,
+        query.new_empty(0) if d_sinks is None else d_sinks,
+    )
+
+
+def _tile_queries(dtype: torch.dtype, query_len: int, heads: int) -> int:
+    """Queries a tile has: as many as the registers hold, fewer where threads would stay idle.
+
+    (The bits of a result do not depend on it.)
+    """
+    lanes = lanes_in(dtype)
+    tile = min(VECTORS * lanes, _round_up(query_len, lanes))
+    threads = thread_count(heads * -(-query_len // lanes))
+    while tile > lanes and heads * -(-query_len // tile) < threads:
+        tile -= lanes
+    return tile
+
+
+def _heads_at_once(heads: int, length: int) -> int:
+    """Heads that a thread takes at once: several short ones, so that one can ask memory for the
+    next. Long heads are tiles that any thread may take."""
+    return min(8, heads // (8 * thread_count(heads))) if length <= _SHORT else 0
+
+
+def _backward_tasks(
+    batch: int, key_heads: int, key_len: int, d_bias: Tensor | None
+) -> tuple[int, int, int, int]:
+    """How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.
+
+    A bias that several heads or batch elements share has one gradient: the same task takes them
+    all, one after another. Keys are divided where heads alone would leave threads idle, but not
+    if all of them share a bias. (The bits of a result do not depend on it.)
+    """
+    batch_tasks, head_tasks = batch, key_heads
+    if d_bias is not None:
+        batch_tasks = 1 if d_bias.shape[0] == 1 else batch
+        head_tasks = 1 if d_bias.shape[1] == 1 else key_heads
+    tasks, blocks = batch_tasks * head_tasks, -(-key_len // BLOCK_KEYS)
+    threads = thread_count(tasks * blocks)
+    even = tasks == 0 or tasks >= 4 * threads or tasks % threads == 0
+    if even or blocks < 2 or (d_bias is not None and d_bias.shape[3] == 1):
+        return batch_tasks, head_tasks, 1, max(1, blocks) * BLOCK_KEYS
+    # A chunk of several blocks reads its queries less often; four tasks a thread even out.
+    chunk_blocks = min(4, max(1, tasks * blocks // (4 * threads)))
+    return batch_tasks, head_tasks, -(-blocks // chunk_blocks), chunk_blocks * BLOCK_KEYS
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
     """The problem with everything a kernel reads in a form that it can read."""
-    bias, mask = problem.bias, problem.mask
+    bias, mask, dtype = problem.bias, problem.mask, statistics_dtype(problem.query.dtype)
     if bias is not None:
-        bias = _unit_last_stride(bias.to(problem.query.dtype))
+        readable = bias.dtype == dtype or (bias.dtype in _HALVES and dtype == torch.float32)
+        bias = _unit_last_stride(bias if readable else bias.to(dtype))
         problem = problem._replace(bias=bias)
-    if bias is not None or mask.dense is not None:
+    if bias is not None or mask.dense is not None or mask.query_documents is not None:
         problem = _without_unattended(problem)
     query, key, value = problem.query, problem.key, problem.value
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
@@ -111,6 +219,10 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
             key=_unit_last_stride(key),
             value=_unit_last_stride(value),
         )
+    if problem.alibi_slopes is not None:
+        problem = problem._replace(alibi_slopes=problem.alibi_slopes.double().contiguous())
+    if problem.sinks is not None:
+        problem = problem._replace(sinks=problem.sinks.detach().double().contiguous())
     tensors = (mask.key_lengths, mask.query_lengths, mask.band)
     if any(tensor is not None and not tensor.is_contiguous() for tensor in tensors):
         key_lengths, query_lengths, band = (
@@ -124,32 +236,44 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
 def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     """Zeros in the place of NaN and infinities that no query attends.
 
-    Bands and lengths leave such keys unread, but a dense mask or a -inf bias only gives them
-    weight 0, and 0 * NaN is NaN. Finite inputs, the usual case, cost one sum.
+    Bands and lengths leave such keys unread, but a dense mask, documents or a -inf bias only give
+    them weight 0, and 0 * NaN is NaN. Finite inputs, the usual case, cost one sum.
     """
-    if bool(torch.isfinite(problem.key.sum() + problem.value.sum())):
+    dtype = statistics_dtype(problem.query.dtype)
+    total = problem.key.sum(dtype=dtype) + problem.value.sum(dtype=dtype)
+    if bool(torch.isfinite(total)):
         return problem
     batch, _, query_len, key_len = problem.shape
-    allowed = problem.mask.allowed(query_len, key_len, problem.query.device)
-    if problem.bias is not None:
-        attended = problem.bias != -torch.inf
-        allowed = attended if allowed is None else allowed & attended
-    if allowed is None:
-        return problem
-    unused = ~allowed.expand(batch, allowed.shape[1], query_len, key_len).any(2).any(1)
-    unused = unused[:, None, :, None]
+    unused = torch.ones(batch, key_len, dtype=torch.bool)
+    step = 64
+    for start in range(0, query_len, step):
+        rows = min(step, query_len - start)
+        allowed = problem.mask.rows(start, rows).allowed(rows, key_len, problem.query.device)
+        if problem.bias is not None:
+            bias = problem.bias
+            if bias.shape[2] > 1:
+                bias = bias[:, :, start : start + rows]
+            attended = bias != -torch.inf
+            allowed = attended if allowed is None else allowed & attended
+        if allowed is None:
+            return problem
+        met = allowed.expand(batch, allowed.shape[1], rows, key_len)
+        unused &= ~met.any(2).any(1)
+    at = unused[:, None, :, None]
     return problem._replace(
-        key=problem.key.masked_fill(unused, 0.0), value=problem.value.masked_fill(unused, 0.0)
+        key=problem.key.masked_fill(at, 0.0), value=problem.value.masked_fill(at, 0.0)
     )
 
 
-def _integers(problem: AttentionProblem, out: Tensor, lse: Tensor) -> tuple[int, ...]:
+def _integers(
+    problem: AttentionProblem, out: Tensor, lse: Tensor, tile: int, few: int
+) -> tuple[int, ...]:
     query, key, value, mask = problem.query, problem.key, problem.value, problem.mask
-    batch, heads, query_len, head_dim = query.shape
-    _, key_heads, key_len, value_dim = value.shape
+    batch, heads, query_len, key_len = problem.shape
     bias, dense, seed = problem.bias, mask.dense, problem.seed
     bias_strides = (0, 0, 0, 0) if bias is None else _broadcast_strides(bias)
     dense_strides = (0, 0, 0, 0) if dense is None else _broadcast_strides(dense)
+    slopes, offset = problem.alibi_slopes, problem.alibi_offset
     dropout = problem.dropout_p > 0.0 and seed is not None
     return (
         *(query.data_ptr(), *query.stride()[:3]),
@@ -157,14 +281,26 @@ def _integers(problem: AttentionProblem, out: Tensor, lse: Tensor) -> tuple[int,
         *(value.data_ptr(), *value.stride()[:3]),
         *(out.data_ptr(), *out.stride()[:3]),
         lse.data_ptr(),
-        *(batch, heads, key_heads, query_len, key_len, head_dim, value_dim),
+        _HALVES.get(query.dtype, 0),
+        *(batch, heads, key.shape[1], query_len, key_len, query.shape[3], value.shape[3]),
+        tile,
+        query.shape[2],
+        _address(problem.query_starts),
+        _address(problem.key_starts),
+        few,
         -NO_BOUND if mask.band_lower is None else mask.band_lower,
         NO_BOUND if mask.band_upper is None else mask.band_upper,
         _address(mask.band),
         _address(mask.key_lengths),
         _address(mask.query_lengths),
+        *_documents(mask.query_documents),
+        *_documents(mask.key_documents),
         *(_address(bias), *bias_strides),
+        0 if bias is None else _HALVES.get(bias.dtype, 0),
         *(_address(dense), *dense_strides),
+        *((0, 0) if slopes is None else (slopes.data_ptr(), _broadcast_strides(slopes)[0])),
+        *((0, 0) if offset is None else (offset.data_ptr(), _broadcast_strides(offset)[0])),
+        _address(problem.sinks),
         int(dropout),
         # p = 1 wants 2**32, one more than a word holds; keep_scale = 0 drops what is left
         min(round(problem.dropout_p * 2**32), 2**32 - 1),
@@ -173,8 +309,16 @@ def _integers(problem: AttentionProblem, out: Tensor, lse: Tensor) -> tuple[int,
     )
 
 
-def _keep_scale(dropout_p: float) -> float:
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+def _reals(problem: AttentionProblem) -> tuple[float, float, float]:
+    cap, dropout_p = problem.softcap, problem.dropout_p
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    if cap is None:
+        return problem.scale * LOG2_E, keep_scale, 0.0
+    return problem.scale / cap, keep_scale, cap * LOG2_E
+
+
+def _documents(ids: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if ids is None else (ids.data_ptr(), ids.stride(0))
 
 
 def _address(tensor: Tensor | None) -> int:

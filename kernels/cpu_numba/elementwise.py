@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -9,7 +10,18 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .host import vector_bits
-from .simd import Vector, broadcast, constant, fma, integer_vector, llvm_vector
+from .jit import jit
+from .simd import (
+    Vector,
+    broadcast,
+    constant,
+    fma,
+    integer_vector,
+    llvm_vector,
+    maximum,
+    select,
+    splat_like,
+)
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -77,6 +89,73 @@ def exp2(typing: Any, x: Vector) -> Any:
         return builder.fmul(value, builder.bitcast(exponent, kind))
 
     return x(x), generate
+
+
+def _tanh_series(terms: int) -> list[float]:
+    """tanh(x) = sum of c[n] * x^(2n + 1), from tanh' = 1 - tanh^2."""
+    c = [1.0]
+    for n in range(1, terms):
+        c.append(-sum(c[m] * c[n - 1 - m] for m in range(n)) / (2 * n + 1))
+    return c
+
+
+# Below |x| = 1/4, where 1 - e^-2|x| would cancel: the next term is below half an ulp.
+_TANH_SERIES = {types.float32: _tanh_series(6), types.float64: _tanh_series(12)}
+
+
+@intrinsic
+def _tanh_below_quarter(typing: Any, x: Vector) -> Any:
+    """tanh(x) for |x| <= 1/4, by its series."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = llvm_vector(x)
+        square = builder.fmul(args[0], args[0])
+        *lower, value = [constant(kind, c) for c in _TANH_SERIES[x.dtype]]
+        for coefficient in reversed(lower):
+            value = fma(builder, value, square, coefficient)
+        return builder.fmul(value, args[0])
+
+    return x(x), generate
+
+
+@jit
+def tanh(x):
+    """tanh lane by lane: sign(x) * (1 - e) / (1 + e) with e = exp(-2 |x|)."""
+    zero, one = splat_like(0.0, x), splat_like(1.0, x)
+    size = maximum(x, zero - x)
+    e = exp2(size * splat_like(-2.0 * math.log2(math.e), x))
+    large = (one - e) / (one + e)
+    large = select(x < zero, zero - large, large)
+    return select(size < splat_like(0.25, x), _tanh_below_quarter(x), large)
+
+
+# log2(m) = 2 / ln 2 * atanh(s), s = (m - 1) / (m + 1), for m in [1/sqrt 2, sqrt 2]: |s| < 0.1716
+_LOG2_SERIES = [2.0 / math.log(2.0) / (2 * n + 1) for n in range(11)]
+
+
+@intrinsic
+def log2_wide(typing: Any, x: Vector) -> Any:
+    """log2(x) of finite x > 0 in float64, lane by lane; of 0 anything."""
+    wide = Vector(types.float64, x.lanes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = llvm_vector(wide)
+        words = ir.VectorType(ir.IntType(64), x.lanes)
+        value = args[0] if x == wide else builder.fpext(args[0], kind)
+        bits = builder.bitcast(value, words)
+        # the exponent of x / sqrt(1/2), so that m = x / 2^n lies around 1
+        offset = constant(words, 0x3FE6A09E667F3BCD)
+        exponent = builder.ashr(builder.sub(bits, offset), constant(words, 52))
+        m = builder.bitcast(builder.sub(bits, builder.shl(exponent, constant(words, 52))), kind)
+        one = constant(kind, 1.0)
+        s = builder.fdiv(builder.fsub(m, one), builder.fadd(m, one))
+        square = builder.fmul(s, s)
+        *lower, total = [constant(kind, c) for c in _LOG2_SERIES]
+        for coefficient in reversed(lower):
+            total = fma(builder, total, square, coefficient)
+        return fma(builder, total, s, builder.sitofp(exponent, kind))
+
+    return wide(x), generate
 
 
 def _philox_rounds(

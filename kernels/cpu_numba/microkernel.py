@@ -70,7 +70,7 @@ def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int
     b_k = builder.phi(pointer)
     sums = {cell: builder.phi(vector) for cell in cells}
     columns = [
-        load_vector(builder, builder.gep(b_k, [ir.Constant(i64, v * lanes)]), vector, element)
+        load_vector(builder, builder.gep(b_k, [ir.Constant(i64, v * lanes)]), vector)
         for v in range(vectors)
     ]
     after = {}
@@ -99,7 +99,7 @@ def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int
         products[cell].add_incoming(zero, entry)
         products[cell].add_incoming(after[cell], loop)
     for cell, product in products.items():
-        before = load_vector(builder, c_at(builder, *cell), vector, element)
+        before = load_vector(builder, c_at(builder, *cell), vector)
         total = builder.fadd(builder.select(add, before, zero), product)
         store_vector(builder, total, c_at(builder, *cell))
     builder.ret_void()
@@ -182,6 +182,69 @@ def multiply(vectors, rows, depth, left, right, result, add):
             r += 1
 
 
+def _dots_function(module: ir.Module, dtype: types.Type, rows: int) -> ir.Function:
+    """Lane-wise sums over c of Q[r, c] * k[c], one vector a row, with k read once.
+
+    (columns, q, q_row, k, sums, sums_row); columns are a multiple of the lanes.
+    """
+    element = llvm_element(dtype)
+    name = f"rowmax_dots_{dtype}_{rows}"
+    if name in module.globals:
+        return module.globals[name]
+    i64, pointer = ir.IntType(64), element.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [i64, pointer, i64, pointer, pointer, i64])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    columns, q, q_row, k, sums, sums_row = function.args
+    vector = ir.VectorType(element, LANES[dtype])
+    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
+
+    builder = ir.IRBuilder(entry)
+    zero = ir.Constant(vector, None)
+    q_rows = [builder.gep(q, [builder.mul(q_row, ir.Constant(i64, r))]) for r in range(rows)]
+    some = builder.icmp_signed(">", columns, ir.Constant(i64, 0))
+    builder.cbranch(some, loop, done)
+
+    builder.position_at_end(loop)
+    c = builder.phi(i64)
+    before = [builder.phi(vector) for _ in range(rows)]
+    key = load_vector(builder, builder.gep(k, [c]), vector)
+    queries = [load_vector(builder, builder.gep(row, [c]), vector) for row in q_rows]
+    after = [fma(builder, queries[r], key, before[r]) for r in range(rows)]
+    following = builder.add(c, ir.Constant(i64, vector.count))
+    builder.cbranch(builder.icmp_signed("<", following, columns), loop, done)
+    c.add_incoming(ir.Constant(i64, 0), entry)
+    c.add_incoming(following, loop)
+
+    builder.position_at_end(done)
+    totals = [builder.phi(vector) for _ in range(rows)]
+    for r in range(rows):
+        for phi in (before[r], totals[r]):
+            phi.add_incoming(zero, entry)
+            phi.add_incoming(after[r], loop)
+        at = builder.gep(sums, [builder.mul(sums_row, ir.Constant(i64, r))])
+        store_vector(builder, totals[r], at)
+    builder.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def dots(
+    typing: Any, rows: Any, columns: Any, q: Any, q_row: Any, k: Any, sums: Any, sums_row: Any
+) -> Any:
+    """See `_dots_function`; `rows` is a literal."""
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    i64 = types.int64
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        function = _dots_function(builder.module, q.dtype, rows.literal_value)
+        builder.call(function, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(rows, i64, q, i64, q, q, i64), generate
+
+
 def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
     """to[c * to_row + r] = factor * from[r * from_row + c] for LANES x LANES elements.
 
@@ -206,7 +269,7 @@ def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
         return builder.gep(base, [builder.mul(stride, ir.Constant(i64, r))])
 
     rows = [
-        builder.fmul(load_vector(builder, row(source, source_row, r), vector, element), scale)
+        builder.fmul(load_vector(builder, row(source, source_row, r), vector), scale)
         for r in range(lanes)
     ]
     half = lanes // 2

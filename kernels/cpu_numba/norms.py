@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..layout import count_rows, rows_of
+from ..layout import count_rows, rows_of, statistics_dtype
 from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
-from .norms_backward import BACKWARD, GROUP
-from .norms_forward import FACTOR_BLOCK, FORWARD
+from .norms_backward import BACKWARD
+from .norms_forward import FACTOR_BLOCK, FORWARD, GROUP
 from .results import new_result
 from .rows import chunk_rows, task_rows
 
@@ -72,21 +73,22 @@ def _forward(
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     y = new_result(x, shape)
-    rstd = x.new_empty(shape[:-1])
-    mean = x.new_empty(shape[:-1]) if centred else rstd
+    dtype = statistics_dtype(x.dtype)
+    rstd = x.new_empty(shape[:-1], dtype=dtype)
+    mean = torch.empty_like(rstd) if centred else rstd
     x, x_row = rows_of(x)
     total, residual_address, residual_row = y, 0, 0
     if residual is not None:
         total = new_result(x, shape)
         residual, residual_row = rows_of(residual)
         residual_address = residual.data_ptr()
-    weight, bias = _parameter(weight, 1.0, x), _parameter(bias, 0.0, x)
+    weight, bias = _parameter(weight, 1.0, x, dtype), _parameter(bias, 0.0, x, dtype)
     dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
     task = task_rows(columns)
     FORWARD(
         x.dtype,
         -(-rows // task),
-        FACTOR_BLOCK * x.element_size(),
+        (FACTOR_BLOCK + 4 * GROUP) * dtype.itemsize,
         (
             *(x.data_ptr(), x_row, residual_address, residual_row),
             *(weight.data_ptr(), bias.data_ptr()),
@@ -115,8 +117,9 @@ def _backward(
     d_total = new_result(x, shape)
     dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
     d_x = new_result(x, shape) if dropping else x.new_empty(0)
-    d_weight = x.new_empty(0 if weight is None else columns)
-    d_bias = x.new_empty(0 if bias is None else columns)
+    dtype = statistics_dtype(x.dtype)
+    d_weight = x.new_empty(0 if weight is None else columns, dtype=dtype)
+    d_bias = x.new_empty(0 if bias is None else columns, dtype=dtype)
     x, x_row = rows_of(x)
     grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
     grad_total_address, grad_total_row = 0, 0
@@ -125,16 +128,16 @@ def _backward(
         grad_total_address = grad_total.data_ptr()
     rstd = rstd.contiguous()
     mean = rstd if mean is None else mean.contiguous()
-    scale = _parameter(weight, 1.0, x)
+    scale = _parameter(weight, 1.0, x, dtype)
     chunk = chunk_rows(rows, columns)
     # Without any row one chunk still writes the zeros of d_weight and d_bias.
     chunks = max(1, -(-rows // chunk))
-    lanes = lanes_in(x.dtype)
-    partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes))
+    lanes = lanes_in(dtype)
+    partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes), dtype=dtype)
     BACKWARD(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
-        (FACTOR_BLOCK + 4 * GROUP) * x.element_size(),
+        ((1 + GROUP) * FACTOR_BLOCK + 4 * GROUP) * dtype.itemsize,
         (
             *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
             *(grad_total_address, grad_total_row),
@@ -151,13 +154,13 @@ def _backward(
     return d_x, d_total, d_weight, d_bias
 
 
-def _parameter(parameter: Tensor | None, absent: float, x: Tensor) -> Tensor:
-    """(N,), contiguous and in x's dtype: small beside x, so that kernels need no case for it."""
+def _parameter(parameter: Tensor | None, absent: float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), contiguous and of `dtype`: small beside x, so that kernels need no case for it."""
     if parameter is None:
-        return x.new_full((x.shape[-1],), absent)
-    if parameter.dtype == x.dtype and parameter.is_contiguous():
+        return x.new_full((x.shape[-1],), absent, dtype=dtype)
+    if parameter.dtype == dtype and parameter.is_contiguous():
         return parameter
-    return parameter.to(x.dtype).contiguous()
+    return parameter.to(dtype).contiguous()
 
 
 def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:

@@ -7,38 +7,31 @@ With x^ = (x - mean) * rstd and g = dy * weight, both never stored:
     d_x = d_total * keep / (1 - p)               only in add-and-norm with dropout
 
 RMS norm is the same without mean and mean(g). Rows are summed in chunks whose number follows from
-the shape alone, and the chunks in their order, so that the bits do not depend on the threads.
+the shape alone, and the chunks in their order, so that the bits do not depend on the threads. Half
+types are widened in registers; what is summed is float32 or wider.
 """
 
 from __future__ import annotations
 
 from .call import Kernel, read
 from .jit import jit
-from .microkernel import lanes_of
-from .norms_forward import FACTOR_BLOCK, draw_factors, fill
-from .simd import (
-    add_lanes,
-    cast,
+from .memory import (
     finish_task,
     integers_at,
     load,
     load_first,
-    multiply_add,
     pointer,
-    splat,
     store,
     store_first,
     take_ticket,
 )
-
-# Long rows are taken together, and d_weight and d_bias read and written once for all of them. Short
-# ones find both in the first cache, and one after another they make longer streams of memory.
-GROUP = 4
-_GROUPED_COLUMNS = 2048
+from .microkernel import lanes_of
+from .norms_forward import FACTOR_BLOCK, GROUP, GROUPED_COLUMNS, draw_factors, fill
+from .simd import add_lanes, cast, multiply_add, splat
 
 
 @jit
-def _row_means(x, grad_y, mean, rstd, weight, columns, count, zero):
+def _row_means(x, grad_y, mean, rstd, weight, columns, zero):
     """The means of g and of g * x^ over a row."""
     lanes = lanes_of(zero)
     means, scales = splat(mean), splat(rstd)
@@ -62,8 +55,8 @@ def _row_means(x, grad_y, mean, rstd, weight, columns, count, zero):
         s0 = s0 + g0
         q0 = multiply_add(g0, (load_first(x + c, rest) - means) * scales, q0)
         c += lanes
-    first = add_lanes((s0 + s1) + (s2 + s3)) / count
-    second = add_lanes((q0 + q1) + (q2 + q3)) / count
+    first = add_lanes((s0 + s1) + (s2 + s3)) / float(columns)
+    second = add_lanes((q0 + q1) + (q2 + q3)) / float(columns)
     return first, second
 
 
@@ -83,35 +76,46 @@ def _row_terms(x, d_y, weight, spread):
 
 
 @jit
-def _differentiate_row(x, grad_y, statistics, weight, d_total, d_weight, d_bias, columns):
-    """d_total of one row, and its terms added to d_weight and d_bias (whole vectors)."""
-    lanes = lanes_of(x)
+def _differentiate_row(x, grad_y, statistics, weight, target, d_weight, d_bias, columns, zero):
+    """target = d_total of one row, whose terms are added to d_weight and d_bias (whole vectors)."""
+    lanes = lanes_of(zero)
     spread = _spread(statistics)
     rest = columns % lanes
     for c in range(0, columns - rest, lanes):
         d_y = load(grad_y + c)
         x_hat, d_x = _row_terms(load(x + c), d_y, load(weight + c), spread)
-        store(d_total + c, d_x)
+        store(target + c, d_x)
         store(d_weight + c, multiply_add(d_y, x_hat, load(d_weight + c)))
         store(d_bias + c, load(d_bias + c) + d_y)
     if rest > 0:
         c = columns - rest
         d_y = load_first(grad_y + c, rest)
         x_hat, d_x = _row_terms(load_first(x + c, rest), d_y, load_first(weight + c, rest), spread)
-        store_first(d_total + c, d_x, rest)
+        store_first(target + c, d_x, rest)
         store(d_weight + c, multiply_add(d_y, x_hat, load(d_weight + c)))
         store(d_bias + c, load(d_bias + c) + d_y)
 
 
 @jit
 def _differentiate_group(
-    x, x_row, grad_y, grad_y_row, statistics, weight, d_total, d_weight, d_bias, columns
+    x,
+    x_row,
+    grad_y,
+    grad_y_row,
+    statistics,
+    weight,
+    target,
+    target_row,
+    d_weight,
+    d_bias,
+    columns,
+    zero,
 ):
     """The same for GROUP rows at once."""
-    lanes = lanes_of(x)
+    lanes = lanes_of(zero)
     x1, x2, x3 = x + x_row, x + 2 * x_row, x + 3 * x_row
     y1, y2, y3 = grad_y + grad_y_row, grad_y + 2 * grad_y_row, grad_y + 3 * grad_y_row
-    t1, t2, t3 = d_total + columns, d_total + 2 * columns, d_total + 3 * columns
+    t1, t2, t3 = target + target_row, target + 2 * target_row, target + 3 * target_row
     s0, s1 = _spread(statistics), _spread(statistics + 4)
     s2, s3 = _spread(statistics + 8), _spread(statistics + 12)
     rest = columns % lanes
@@ -122,7 +126,7 @@ def _differentiate_group(
         h1, g1 = _row_terms(load(x1 + c), d1, w, s1)
         h2, g2 = _row_terms(load(x2 + c), d2, w, s2)
         h3, g3 = _row_terms(load(x3 + c), d3, w, s3)
-        store(d_total + c, g0)
+        store(target + c, g0)
         store(t1 + c, g1)
         store(t2 + c, g2)
         store(t3 + c, g3)
@@ -137,36 +141,69 @@ def _differentiate_group(
                 grad_y + (r * grad_y_row + c),
                 statistics + 4 * r,
                 weight + c,
-                d_total + (r * columns + c),
+                target + (r * target_row + c),
                 d_weight + c,
                 d_bias + c,
                 rest,
+                zero,
             )
 
 
 @jit
-def _add_gradient(d_total, grad_total, columns, zero):
-    """d_total += grad_total, one row."""
-    lanes = lanes_of(zero)
-    rest = columns % lanes
-    for c in range(0, columns - rest, lanes):
-        store(d_total + c, load(d_total + c) + load(grad_total + c))
-    if rest > 0:
-        c = columns - rest
-        total = load_first(d_total + c, rest) + load_first(grad_total + c, rest)
-        store_first(d_total + c, total, rest)
+def _differentiate_rows(
+    call, index, group, first, columns, statistics, target, target_row, d_weight, d_bias, zero
+):
+    """`columns` of d_total from `first` on, for `group` rows from `index` on."""
+    x = pointer(call.x, call.item) + (index * call.x_row + first)
+    grad_y = pointer(call.grad_y, call.item) + (index * call.grad_y_row + first)
+    weight = pointer(call.weight, zero) + first
+    if group == GROUP:
+        _differentiate_group(
+            x,
+            call.x_row,
+            grad_y,
+            call.grad_y_row,
+            statistics,
+            weight,
+            target,
+            target_row,
+            d_weight + first,
+            d_bias + first,
+            columns,
+            zero,
+        )
+    else:
+        for r in range(group):
+            _differentiate_row(
+                x + r * call.x_row,
+                grad_y + r * call.grad_y_row,
+                statistics + 4 * r,
+                weight,
+                target + r * target_row,
+                d_weight + first,
+                d_bias + first,
+                columns,
+                zero,
+            )
 
 
 @jit
-def _drop_row(d_total, factors, d_x, columns, zero):
-    """d_x = d_total * factors, for at most FACTOR_BLOCK columns."""
+def _finish_block(call, row, first, columns, block, factors, zero):
+    """d_total = block (+ grad_total) and d_x = d_total * keep, for at most FACTOR_BLOCK columns."""
     lanes = lanes_of(zero)
-    rest = columns % lanes
-    for c in range(0, columns - rest, lanes):
-        store(d_x + c, load(d_total + c) * load(factors + c))
-    if rest > 0:
-        c = columns - rest
-        store_first(d_x + c, load_first(d_total + c, rest) * load(factors + c), rest)
+    d_total = pointer(call.d_total, call.item) + (row * call.columns + first)
+    grad_total = pointer(call.grad_total, call.item) + (row * call.grad_total_row + first)
+    d_x = pointer(call.d_x, call.item) + (row * call.columns + first)
+    if call.grad_total != 0:
+        for c in range(0, columns, lanes):
+            store(block + c, load(block + c) + load_first(grad_total + c, columns - c))
+    for c in range(0, columns, lanes):
+        store_first(d_total + c, load(block + c), columns - c)
+    if call.d_x != 0:
+        keep_scale = cast(call.keep_scale, zero)
+        draw_factors(factors, row, first, columns, call.threshold, keep_scale, call.seed, zero)
+        for c in range(0, columns, lanes):
+            store_first(d_x + c, load(block + c) * load(factors + c), columns - c)
 
 
 @jit
@@ -183,45 +220,27 @@ def _sum_chunks(partials, chunk_stride, chunks, target, columns, zero):
         store_first(target + c, total, columns - c)
 
 
-@jit
-def _finish_row(call, row, factors, zero):
-    """grad_total added to d_total, and d_x from it, where they are asked for."""
-    columns = call.columns
-    d_total = pointer(call.d_total, zero) + row * columns
-    grad_total = pointer(call.grad_total, zero) + row * call.grad_total_row
-    d_x = pointer(call.d_x, zero) + row * columns
-    keep_scale = cast(call.keep_scale, zero)
-    for c in range(0, columns, FACTOR_BLOCK):
-        width = min(FACTOR_BLOCK, columns - c)
-        if call.grad_total != 0:
-            _add_gradient(d_total + c, grad_total + c, width, zero)
-        if call.d_x != 0:
-            draw_factors(factors, row, c, width, call.threshold, keep_scale, call.seed, zero)
-            _drop_row(d_total + c, factors, d_x + c, width, zero)
-
-
 def differentiate(argument):
     """x, grad_y, grad_total, d_total, d_x (rows, columns); weight, d_weight, d_bias (columns,).
 
-    x, grad_y and grad_total have a row stride of their own, in elements; all else is contiguous.
-    mean, rstd (rows,). grad_total, d_x, d_weight and d_bias may be absent (0); without `centred`
-    mean is not read. partials (chunks, 2, columns rounded up to whole vectors): every chunk's
-    d_weight and d_bias. Scratch: FACTOR_BLOCK elements, and four for each of GROUP rows: mean,
-    rstd, rstd * mean(g), -rstd * mean(g * x^).
+    The first five hold items; x, grad_y and grad_total have a row stride of their own, in elements;
+    all else is contiguous. mean, rstd (rows,). grad_total, d_x, d_weight and d_bias may be absent
+    (0); without `centred` mean is not read. partials (chunks, 2, columns rounded up to whole
+    vectors): every chunk's d_weight and d_bias. Scratch: FACTOR_BLOCK elements, and for each of
+    GROUP rows as many and four more: mean, rstd, rstd * mean(g), -rstd * mean(g * x^).
     """
     call = read(argument)
     zero = call.zero
     tickets = integers_at(call.tickets)
     thread = take_ticket(tickets + 1)
     columns = call.columns
-    count = float(columns)
     centred = call.centred != 0
-    weight = pointer(call.weight, zero)
     factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
-    statistics = factors + FACTOR_BLOCK
+    blocks = factors + FACTOR_BLOCK
+    statistics = blocks + GROUP * FACTOR_BLOCK
     lanes = lanes_of(zero)
     padded = (columns + lanes - 1) // lanes * lanes
-    step = GROUP if columns >= _GROUPED_COLUMNS else 1
+    step = GROUP if columns >= GROUPED_COLUMNS else 1
     while True:
         chunk = take_ticket(tickets)
         if chunk >= call.chunks:
@@ -229,26 +248,23 @@ def differentiate(argument):
         d_weight = pointer(call.partials, zero) + chunk * 2 * padded
         d_bias = d_weight + padded
         fill(d_weight, 2 * padded, zero)
-        first = chunk * call.chunk_rows
-        end = min(first + call.chunk_rows, call.rows)
-        for index in range(first, end, step):
+        start = chunk * call.chunk_rows
+        end = min(start + call.chunk_rows, call.rows)
+        for index in range(start, end, step):
             group = min(step, end - index)
-            x = pointer(call.x, zero) + index * call.x_row
-            grad_y = pointer(call.grad_y, zero) + index * call.grad_y_row
-            d_total = pointer(call.d_total, zero) + index * columns
             for r in range(group):
+                row = index + r
                 mean = zero
                 if centred:
-                    mean = pointer(call.mean, zero)[index + r]
-                rstd = pointer(call.rstd, zero)[index + r]
+                    mean = pointer(call.mean, zero)[row]
+                rstd = pointer(call.rstd, zero)[row]
                 g_mean, gx_mean = _row_means(
-                    x + r * call.x_row,
-                    grad_y + r * call.grad_y_row,
+                    pointer(call.x, call.item) + row * call.x_row,
+                    pointer(call.grad_y, call.item) + row * call.grad_y_row,
                     mean,
                     rstd,
-                    weight,
+                    pointer(call.weight, zero),
                     columns,
-                    count,
                     zero,
                 )
                 if not centred:
@@ -257,34 +273,40 @@ def differentiate(argument):
                 statistics[4 * r + 1] = rstd
                 statistics[4 * r + 2] = cast(g_mean * rstd, zero)
                 statistics[4 * r + 3] = cast(-gx_mean * rstd, zero)
-            if group == GROUP:
-                _differentiate_group(
-                    x,
-                    call.x_row,
-                    grad_y,
-                    call.grad_y_row,
+            if call.grad_total == 0 and call.d_x == 0:
+                d_total = pointer(call.d_total, call.item) + index * columns
+                _differentiate_rows(
+                    call,
+                    index,
+                    group,
+                    0,
+                    columns,
                     statistics,
-                    weight,
                     d_total,
+                    columns,
                     d_weight,
                     d_bias,
-                    columns,
+                    zero,
                 )
             else:
-                for r in range(group):
-                    _differentiate_row(
-                        x + r * call.x_row,
-                        grad_y + r * call.grad_y_row,
-                        statistics + 4 * r,
-                        weight,
-                        d_total + r * columns,
+                for c in range(0, columns, FACTOR_BLOCK):
+                    width = min(FACTOR_BLOCK, columns - c)
+                    _differentiate_rows(
+                        call,
+                        index,
+                        group,
+                        c,
+                        width,
+                        statistics,
+                        blocks,
+                        FACTOR_BLOCK,
                         d_weight,
                         d_bias,
-                        columns,
+                        zero,
                     )
-            if call.grad_total != 0 or call.d_x != 0:
-                for row in range(index, index + group):
-                    _finish_row(call, row, factors, zero)
+                    for r in range(group):
+                        block = blocks + r * FACTOR_BLOCK
+                        _finish_block(call, index + r, c, width, block, factors, zero)
         if finish_task(tickets + 2) == call.chunks - 1:
             partials = pointer(call.partials, zero)
             if call.d_weight != 0:

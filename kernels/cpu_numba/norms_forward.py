@@ -3,14 +3,18 @@
 A row is read from memory once and from the cache afterwards:
 
     total = residual + x * keep / (1 - p)                       only in add-and-norm
-    mean = sum(row) / N
-    shift, square = sum(row - mean) / N, sum((row - mean)^2) / N
+    near = the mean of the row's first elements
+    shift, square = sum(row - near) / N, sum((row - near)^2) / N
     rstd = 1 / sqrt(square - shift^2 + eps)
-    y = ((row - mean) - shift) * rstd * weight + bias
+    y = ((row - near) - shift) * rstd * weight + bias
 
-`shift` is the rounding error of `mean`: with it the statistics hold where the mean is thousands of
-deviations (Chan, Golub & LeVeque 1983, 'corrected two-pass algorithm'). RMS norm is the same with
-mean = shift = 0.
+Where `near` is not near the mean (shift^2 not small beside square), it becomes near + shift and the
+two sums are taken again: so the statistics hold where the mean is thousands of deviations, as in
+the 'corrected two-pass algorithm' (Chan, Golub & LeVeque 1983). RMS norm is the same with near =
+shift = 0. Half types are widened in registers; `total` is rounded to them before it is normalised.
+
+A sum ends in a chain of dependent instructions in which memory would stand still. Short rows are
+therefore written while the next one is summed, and long rows taken GROUP at a time.
 """
 
 from __future__ import annotations
@@ -20,26 +24,20 @@ import math
 from .call import Kernel, read
 from .elementwise import at_least, philox_columns
 from .jit import jit
+from .memory import integers_at, load, load_first, pointer, store, store_first, take_ticket
 from .microkernel import lanes_of
-from .simd import (
-    add_lanes,
-    cast,
-    integers_at,
-    lanes_before,
-    load,
-    load_first,
-    multiply_add,
-    pointer,
-    select,
-    splat,
-    store,
-    store_first,
-    take_ticket,
-)
+from .simd import add_lanes, cast, lanes_before, multiply_add, select, splat
 
 NORM_STREAM = 0x6E6F726D
 # Columns whose dropout is drawn at a time: small enough to stay in the first cache.
 FACTOR_BLOCK = 256
+# From so many columns on the parameters don't stay in the first cache: rows are taken together, and
+# the parameters read once for all of them. Below, one row after another makes longer streams.
+GROUP = 4
+GROUPED_COLUMNS = 2048
+# Vectors whose mean stands for the row's, and how much of the square may be the shift's.
+_NEAR_VECTORS = 4
+_FAR = 2.0
 _WORD = 0xFFFFFFFF
 
 
@@ -68,7 +66,7 @@ def draw_factors(factors, row, first, columns, threshold, keep_scale, seed, zero
 
 
 @jit
-def _add_row(x, factors, residual, total, columns, zero):
+def _add_block(x, factors, residual, total, columns, zero):
     """total = residual + x * factors, for at most FACTOR_BLOCK columns."""
     lanes = lanes_of(zero)
     rest = columns % lanes
@@ -81,7 +79,22 @@ def _add_row(x, factors, residual, total, columns, zero):
 
 
 @jit
-def _row_mean(row, columns, count, zero):
+def _add_row(call, index, factors, zero):
+    """One row of total = residual + x * keep / (1 - p)."""
+    columns = call.columns
+    x = pointer(call.x, call.item) + index * call.x_row
+    residual = pointer(call.residual, call.item) + index * call.residual_row
+    total = pointer(call.total, call.item) + index * columns
+    keep_scale = cast(call.keep_scale, zero)
+    for c in range(0, columns, FACTOR_BLOCK):
+        width = min(FACTOR_BLOCK, columns - c)
+        if call.dropping != 0:
+            draw_factors(factors, index, c, width, call.threshold, keep_scale, call.seed, zero)
+        _add_block(x + c, factors, residual + c, total + c, width, zero)
+
+
+@jit
+def _row_mean(row, columns, zero):
     lanes = lanes_of(zero)
     s0 = s1 = s2 = s3 = splat(zero)
     c = 0
@@ -94,104 +107,237 @@ def _row_mean(row, columns, count, zero):
     while c < columns:
         s0 = s0 + load_first(row + c, columns - c)
         c += lanes
-    return cast(add_lanes((s0 + s1) + (s2 + s3)) / count, zero)
+    return cast(add_lanes((s0 + s1) + (s2 + s3)) / float(columns), zero)
 
 
 @jit
-def _row_moments(row, mean, columns, count, zero):
-    """The means of row - mean and of its square."""
+def _row_moments(row, near, columns, zero):
+    """The means of row - near and of its square."""
     lanes = lanes_of(zero)
-    means = splat(mean)
+    nears = splat(near)
     s0 = s1 = s2 = s3 = splat(zero)
     q0 = q1 = q2 = q3 = splat(zero)
     c = 0
     while c + 4 * lanes <= columns:
-        d0 = load(row + c) - means
-        d1 = load(row + (c + lanes)) - means
-        d2 = load(row + (c + 2 * lanes)) - means
-        d3 = load(row + (c + 3 * lanes)) - means
+        d0 = load(row + c) - nears
+        d1 = load(row + (c + lanes)) - nears
+        d2 = load(row + (c + 2 * lanes)) - nears
+        d3 = load(row + (c + 3 * lanes)) - nears
         s0, s1, s2, s3 = s0 + d0, s1 + d1, s2 + d2, s3 + d3
         q0, q1 = multiply_add(d0, d0, q0), multiply_add(d1, d1, q1)
         q2, q3 = multiply_add(d2, d2, q2), multiply_add(d3, d3, q3)
         c += 4 * lanes
     while c < columns:
         rest = columns - c
-        d0 = load_first(row + c, rest) - means
+        d0 = load_first(row + c, rest) - nears
         d0 = select(lanes_before(rest, zero), d0, splat(zero))
         s0 = s0 + d0
         q0 = multiply_add(d0, d0, q0)
         c += lanes
-    first = add_lanes((s0 + s1) + (s2 + s3)) / count
-    second = add_lanes((q0 + q1) + (q2 + q3)) / count
+    first = add_lanes((s0 + s1) + (s2 + s3)) / float(columns)
+    second = add_lanes((q0 + q1) + (q2 + q3)) / float(columns)
     return first, second
 
 
 @jit
-def _write_row(row, mean, shift, rstd, weight, bias, y, columns, zero):
-    """y = ((row - mean) - shift) * rstd * weight + bias."""
+def _prepare_row(call, index, factors, zero):
+    """The row that is normalised, written first where it is a sum; returns its `near`."""
+    row = pointer(call.x, call.item) + index * call.x_row
+    if call.residual != 0:
+        _add_row(call, index, factors, zero)
+        row = pointer(call.total, call.item) + index * call.columns
+    near = zero
+    if call.centred != 0:
+        near = _row_mean(row, min(call.columns, _NEAR_VECTORS * lanes_of(zero)), zero)
+    return row, near
+
+
+@jit
+def _keep_statistics(call, index, row, near, first, square, statistics, zero):
+    """mean and rstd from the moments; statistics = near, -shift * rstd, rstd."""
+    shift = 0.0
+    if call.centred != 0:
+        if _FAR * first * first > square:
+            near = cast(near + first, zero)
+            first, square = _row_moments(row, near, call.columns, zero)
+        shift = first
+        pointer(call.mean, zero)[index] = cast(near + shift, zero)
+    variance = square - shift * shift
+    if variance < 0.0:
+        variance = 0.0
+    rstd = cast(1.0 / math.sqrt(variance + call.eps), zero)
+    pointer(call.rstd, zero)[index] = rstd
+    statistics[0], statistics[1], statistics[2] = near, cast(-shift * rstd, zero), rstd
+
+
+@jit
+def _spread(statistics):
+    """A row's statistics, each in all lanes."""
+    return splat(statistics[0]), splat(statistics[1]), splat(statistics[2])
+
+
+@jit
+def _affine(x, spread, weight, bias):
+    """((x - near) - shift) * rstd * weight + bias of one vector."""
+    near, shift, rstd = spread
+    return multiply_add(multiply_add(x - near, rstd, shift), weight, bias)
+
+
+@jit
+def _write_row(row, statistics, weight, bias, y, columns, zero):
     lanes = lanes_of(zero)
-    means, shifts, scales = splat(mean), splat(-shift * rstd), splat(rstd)
+    spread = _spread(statistics)
     rest = columns % lanes
     for c in range(0, columns - rest, lanes):
-        normal = multiply_add(load(row + c) - means, scales, shifts)
-        store(y + c, multiply_add(normal, load(weight + c), load(bias + c)))
+        store(y + c, _affine(load(row + c), spread, load(weight + c), load(bias + c)))
     if rest > 0:
         c = columns - rest
-        normal = multiply_add(load_first(row + c, rest) - means, scales, shifts)
-        result = multiply_add(normal, load_first(weight + c, rest), load_first(bias + c, rest))
-        store_first(y + c, result, rest)
+        w, b = load_first(weight + c, rest), load_first(bias + c, rest)
+        store_first(y + c, _affine(load_first(row + c, rest), spread, w, b), rest)
+
+
+@jit
+def _write_group(row, row_stride, statistics, weight, bias, y, columns, zero):
+    """The same for GROUP rows at once."""
+    lanes = lanes_of(zero)
+    r1, r2, r3 = row + row_stride, row + 2 * row_stride, row + 3 * row_stride
+    y1, y2, y3 = y + columns, y + 2 * columns, y + 3 * columns
+    s0, s1 = _spread(statistics), _spread(statistics + 4)
+    s2, s3 = _spread(statistics + 8), _spread(statistics + 12)
+    rest = columns % lanes
+    for c in range(0, columns - rest, lanes):
+        w, b = load(weight + c), load(bias + c)
+        store(y + c, _affine(load(row + c), s0, w, b))
+        store(y1 + c, _affine(load(r1 + c), s1, w, b))
+        store(y2 + c, _affine(load(r2 + c), s2, w, b))
+        store(y3 + c, _affine(load(r3 + c), s3, w, b))
+    if rest > 0:
+        c = columns - rest
+        for r in range(GROUP):
+            _write_row(
+                row + (r * row_stride + c),
+                statistics + 4 * r,
+                weight + c,
+                bias + c,
+                y + (r * columns + c),
+                rest,
+                zero,
+            )
+
+
+@jit
+def _write_and_sum(row, statistics, weight, bias, y, following, near, columns, zero):
+    """`_write_row` of one row and `_row_moments` of the following one, with their bits."""
+    lanes = lanes_of(zero)
+    spread = _spread(statistics)
+    nears = splat(near)
+    s0 = s1 = s2 = s3 = splat(zero)
+    q0 = q1 = q2 = q3 = splat(zero)
+    c = 0
+    while c + 4 * lanes <= columns:
+        c1, c2, c3 = c + lanes, c + 2 * lanes, c + 3 * lanes
+        d0, d1 = load(following + c) - nears, load(following + c1) - nears
+        d2, d3 = load(following + c2) - nears, load(following + c3) - nears
+        s0, s1, s2, s3 = s0 + d0, s1 + d1, s2 + d2, s3 + d3
+        q0, q1 = multiply_add(d0, d0, q0), multiply_add(d1, d1, q1)
+        q2, q3 = multiply_add(d2, d2, q2), multiply_add(d3, d3, q3)
+        store(y + c, _affine(load(row + c), spread, load(weight + c), load(bias + c)))
+        store(y + c1, _affine(load(row + c1), spread, load(weight + c1), load(bias + c1)))
+        store(y + c2, _affine(load(row + c2), spread, load(weight + c2), load(bias + c2)))
+        store(y + c3, _affine(load(row + c3), spread, load(weight + c3), load(bias + c3)))
+        c += 4 * lanes
+    while c < columns:
+        rest = columns - c
+        d0 = select(lanes_before(rest, zero), load_first(following + c, rest) - nears, splat(zero))
+        s0, q0 = s0 + d0, multiply_add(d0, d0, q0)
+        w, b = load_first(weight + c, rest), load_first(bias + c, rest)
+        store_first(y + c, _affine(load_first(row + c, rest), spread, w, b), rest)
+        c += lanes
+    first = add_lanes((s0 + s1) + (s2 + s3)) / float(columns)
+    second = add_lanes((q0 + q1) + (q2 + q3)) / float(columns)
+    return first, second
+
+
+@jit
+def _normalise_one_by_one(call, start, end, factors, statistics, zero):
+    """Rows start to end; each is prepared two rows ahead, so that nothing waits for its `near`."""
+    columns = call.columns
+    weight, bias = pointer(call.weight, zero), pointer(call.bias, zero)
+    row, near = _prepare_row(call, start, factors, zero)
+    following, following_near = row, near
+    if start + 1 < end:
+        following, following_near = _prepare_row(call, start + 1, factors, zero)
+    first, square = _row_moments(row, near, columns, zero)
+    for index in range(start, end):
+        _keep_statistics(call, index, row, near, first, square, statistics, zero)
+        y = pointer(call.y, call.item) + index * columns
+        if index + 1 == end:
+            _write_row(row, statistics, weight, bias, y, columns, zero)
+            break
+        further, further_near = following, following_near
+        if index + 2 < end:
+            further, further_near = _prepare_row(call, index + 2, factors, zero)
+        first, square = _write_and_sum(
+            row, statistics, weight, bias, y, following, following_near, columns, zero
+        )
+        row, near = following, following_near
+        following, following_near = further, further_near
+
+
+@jit
+def _normalise_groups(call, start, end, factors, statistics, zero):
+    """Rows start to end, GROUP at a time."""
+    columns = call.columns
+    weight, bias = pointer(call.weight, zero), pointer(call.bias, zero)
+    rows, row_stride = pointer(call.x, call.item), call.x_row
+    if call.residual != 0:
+        rows, row_stride = pointer(call.total, call.item), columns
+    for index in range(start, end, GROUP):
+        group = min(GROUP, end - index)
+        for r in range(group):
+            row, near = _prepare_row(call, index + r, factors, zero)
+            first, square = _row_moments(row, near, columns, zero)
+            _keep_statistics(call, index + r, row, near, first, square, statistics + 4 * r, zero)
+        row = rows + index * row_stride
+        y = pointer(call.y, call.item) + index * columns
+        if group == GROUP:
+            _write_group(row, row_stride, statistics, weight, bias, y, columns, zero)
+        else:
+            for r in range(group):
+                _write_row(
+                    row + r * row_stride,
+                    statistics + 4 * r,
+                    weight,
+                    bias,
+                    y + r * columns,
+                    columns,
+                    zero,
+                )
 
 
 def normalise(argument):
     """x, residual, y, total (rows, columns); weight, bias (columns,); mean, rstd (rows,).
 
-    x and residual have a row stride of their own, in elements; all else is contiguous. Without a
-    residual (0) x itself is normalised; without `centred` the mean is taken as 0 and not stored.
-    Scratch: FACTOR_BLOCK elements.
+    The first four hold items; x and residual have a row stride of their own, in elements; all else
+    is contiguous. Without a residual (0) x itself is normalised; without `centred` the mean is
+    taken as 0 and not stored. Scratch: FACTOR_BLOCK elements, and four for each of GROUP rows.
     """
     call = read(argument)
     zero = call.zero
     tickets = integers_at(call.tickets)
     thread = take_ticket(tickets + 1)
-    columns = call.columns
-    count = float(columns)
-    adding, dropping, centred = call.residual != 0, call.dropping != 0, call.centred != 0
-    weight, bias = pointer(call.weight, zero), pointer(call.bias, zero)
     factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
-    keep_scale = cast(call.keep_scale, zero)
+    statistics = factors + FACTOR_BLOCK
     fill(factors, FACTOR_BLOCK, cast(1.0, zero))
     while True:
-        first = take_ticket(tickets) * call.task_rows
-        if first >= call.rows:
+        start = take_ticket(tickets) * call.task_rows
+        if start >= call.rows:
             break
-        for index in range(first, min(first + call.task_rows, call.rows)):
-            row = pointer(call.x, zero) + index * call.x_row
-            if adding:
-                total = pointer(call.total, zero) + index * columns
-                residual = pointer(call.residual, zero) + index * call.residual_row
-                for c in range(0, columns, FACTOR_BLOCK):
-                    width = min(FACTOR_BLOCK, columns - c)
-                    if dropping:
-                        draw_factors(
-                            factors, index, c, width, call.threshold, keep_scale, call.seed, zero
-                        )
-                    _add_row(row + c, factors, residual + c, total + c, width, zero)
-                row = total
-            mean = zero
-            if centred:
-                mean = _row_mean(row, columns, count, zero)
-            shift, square = _row_moments(row, mean, columns, count, zero)
-            if centred:
-                pointer(call.mean, zero)[index] = cast(mean + shift, zero)
-            else:
-                shift = 0.0
-            variance = square - shift * shift
-            if variance < 0.0:
-                variance = 0.0
-            rstd = cast(1.0 / math.sqrt(variance + call.eps), zero)
-            pointer(call.rstd, zero)[index] = rstd
-            y = pointer(call.y, zero) + index * columns
-            _write_row(row, mean, cast(shift, zero), rstd, weight, bias, y, columns, zero)
+        end = min(start + call.task_rows, call.rows)
+        if call.columns >= GROUPED_COLUMNS:
+            _normalise_groups(call, start, end, factors, statistics, zero)
+        else:
+            _normalise_one_by_one(call, start, end, factors, statistics, zero)
 
 
 FORWARD = Kernel(

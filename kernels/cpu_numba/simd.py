@@ -20,7 +20,8 @@ from numba.extending import intrinsic, lower_builtin, register_model
 from .host import vector_bits
 
 LANES = {types.float32: vector_bits() // 32, types.float64: vector_bits() // 64}
-_BITS = {types.float32: 32, types.float64: 64}
+# The half types as they lie in memory; Numba computes with neither.
+BFLOAT16, FLOAT16 = types.uint16, types.int16
 
 
 class Pointer(types.Type):
@@ -100,7 +101,8 @@ def call_llvm(
 
 def suffix(kind: ir.VectorType) -> str:
     """The vector type in LLVM's intrinsic names, as v16f32."""
-    letter = {ir.FloatType(): "f32", ir.DoubleType(): "f64"}.get(kind.element)
+    letters = {ir.HalfType(): "f16", ir.FloatType(): "f32", ir.DoubleType(): "f64"}
+    letter = letters.get(kind.element)
     return f"v{kind.count}{letter or f'i{kind.element.width}'}"
 
 
@@ -108,73 +110,22 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
     return call_llvm(builder, f"llvm.fma.{suffix(a.type)}", a.type, [a, b, c])
 
 
-def load_vector(
-    builder: ir.IRBuilder, pointer: ir.Value, kind: ir.VectorType, element: ir.Type
-) -> ir.Value:
-    bits = 64 if isinstance(element, ir.DoubleType) else 32
-    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=bits // 8)
+def element_bytes(kind: ir.VectorType) -> int:
+    sizes = {ir.HalfType(): 2, ir.FloatType(): 4, ir.DoubleType(): 8}
+    found: int = sizes.get(kind.element) or kind.element.width // 8
+    return found
+
+
+def load_vector(builder: ir.IRBuilder, pointer: ir.Value, kind: ir.VectorType) -> ir.Value:
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=element_bytes(kind))
 
 
 def store_vector(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
-    bits = 64 if isinstance(value.type.element, ir.DoubleType) else 32
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=bits // 8)
+    address = builder.bitcast(pointer, value.type.as_pointer())
+    builder.store(value, address, align=element_bytes(value.type))
 
 
 # --- pointers -------------------------------------------------------------------------------------
-
-
-@intrinsic
-def pointer(typing: Any, address: types.Type, like: types.Type) -> Any:
-    """The int64 `address` as a pointer to elements of `like`'s type."""
-    kind = Pointer(like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64, like), generate
-
-
-@intrinsic
-def integers_at(typing: Any, address: types.Type) -> Any:
-    """The int64 `address` as a pointer to int64 elements."""
-    kind = Pointer(types.int64)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
-
-
-@intrinsic
-def bytes_at(typing: Any, address: types.Type) -> Any:
-    """The int64 `address` as a pointer to bytes (bools)."""
-    kind = Pointer(types.uint8)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
-
-
-@intrinsic
-def as_integers32(typing: Any, source: types.Type) -> Any:
-    """The same address as a pointer to int32 elements."""
-    kind = Pointer(types.int32)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(kind))
-
-    return kind(source), generate
-
-
-@intrinsic
-def item_size(typing: Any, like: types.Type) -> Any:
-    """Bytes an element of `like`'s type takes."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return ir.Constant(ir.IntType(64), like.bitwidth // 8)
-
-    return types.int64(like), generate
 
 
 @intrinsic
@@ -187,116 +138,10 @@ def cast(typing: Any, value: types.Type, like: types.Type) -> Any:
     return like(types.float64, like), generate
 
 
-@infer_global(operator.add)
-class _PointerAdd(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0], args[0], types.int64)
-        return None
-
-
-@lower_builtin(operator.add, Pointer, types.int64)
-def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-    return builder.gep(args[0], [args[1]])
-
-
-@infer_global(operator.getitem)
-class _PointerGet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0].dtype, args[0], types.int64)
-        return None
-
-
-@lower_builtin(operator.getitem, Pointer, types.int64)
-def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-    return builder.load(builder.gep(args[0], [args[1]]))
-
-
-@infer_global(operator.setitem)
-class _PointerSet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(types.none, args[0], types.int64, args[0].dtype)
-        return None
-
-
-@lower_builtin(operator.setitem, Pointer, types.int64, types.Any)
-def _pointer_set(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-    builder.store(args[2], builder.gep(args[0], [args[1]]))
-    return context.get_dummy_value()
-
-
-@intrinsic
-def load(typing: Any, source: types.Type) -> Any:
-    """One vector from LANES consecutive elements, of any alignment."""
-    kind = float_vector(source.dtype) if source.dtype in LANES else None
-    if kind is None:
-        return None
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return load_vector(builder, args[0], llvm_vector(kind), llvm_element(kind.dtype))
-
-    return kind(source), generate
-
-
-@intrinsic
-def load_integers(typing: Any, source: types.Type, like: types.Type) -> Any:
-    """int32 elements, as many as a vector of `like` has lanes."""
-    kind = integer_vector(like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return load_vector(builder, args[0], llvm_vector(kind), ir.IntType(32))
-
-    return kind(source, like), generate
-
-
-@intrinsic
-def store(typing: Any, target: types.Type, value: types.Type) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        store_vector(builder, args[1], args[0])
-        return context.get_dummy_value()
-
-    return types.void(target, value), generate
-
-
-def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     kind = ir.VectorType(ir.IntType(64), lanes)
     index = ir.Constant(kind, [ir.Constant(ir.IntType(64), lane) for lane in range(lanes)])
     return builder.icmp_signed("<", index, broadcast(builder, kind, count))
-
-
-@intrinsic
-def load_first(typing: Any, source: types.Type, count: types.Type) -> Any:
-    """The first `count` elements and zeros; what lies beyond is not read."""
-    kind = float_vector(source.dtype)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        vector = llvm_vector(kind)
-        mask = _first_lanes(builder, args[1], kind.lanes)
-        address = builder.bitcast(args[0], vector.as_pointer())
-        align = ir.Constant(ir.IntType(32), _BITS[kind.dtype] // 8)
-        name = f"llvm.masked.load.{suffix(vector)}.p0"
-        zeros = ir.Constant(vector, None)
-        return call_llvm(builder, name, vector, [address, align, mask, zeros])
-
-    return kind(source, types.int64), generate
-
-
-@intrinsic
-def store_first(typing: Any, target: types.Type, value: types.Type, count: types.Type) -> Any:
-    """Stores the first `count` lanes; what lies beyond is not touched."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        vector = llvm_vector(value)
-        mask = _first_lanes(builder, args[2], value.lanes)
-        address = builder.bitcast(args[0], vector.as_pointer())
-        align = ir.Constant(ir.IntType(32), _BITS[value.dtype] // 8)
-        name = f"llvm.masked.store.{suffix(vector)}.p0"
-        call_llvm(builder, name, ir.VoidType(), [args[1], address, align, mask])
-        return context.get_dummy_value()
-
-    return types.void(target, value, types.int64), generate
 
 
 # --- vectors --------------------------------------------------------------------------------------
@@ -311,6 +156,39 @@ def splat(typing: Any, scalar: types.Type) -> Any:
         return broadcast(builder, llvm_vector(kind), args[0])
 
     return kind(scalar), generate
+
+
+@intrinsic
+def widened(typing: Any, x: types.Type) -> Any:
+    """The vector in float64."""
+    wide = Vector(types.float64, x.lanes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return args[0] if x == wide else builder.fpext(args[0], llvm_vector(wide))
+
+    return wide(x), generate
+
+
+@intrinsic
+def narrowed(typing: Any, x: types.Type, like: types.Type) -> Any:
+    """The float64 vector in `like`'s type."""
+    kind = Vector(like, x.lanes)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return args[0] if x == kind else builder.fptrunc(args[0], llvm_vector(kind))
+
+    return kind(x, like), generate
+
+
+@intrinsic
+def splat_like(typing: Any, scalar: types.Type, x: types.Type) -> Any:
+    """The float64 scalar in every lane of a vector of x's type."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        value = context.cast(builder, args[0], types.float64, x.dtype)
+        return broadcast(builder, llvm_vector(x), value)
+
+    return x(types.float64, x), generate
 
 
 @intrinsic
@@ -332,6 +210,19 @@ def lane_numbers(typing: Any, like: types.Type) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         vector = llvm_vector(kind)
         return ir.Constant(vector, [ir.Constant(vector.element, i) for i in range(vector.count)])
+
+    return kind(like), generate
+
+
+@intrinsic
+def lane_floats(typing: Any, like: types.Type) -> Any:
+    """0.0, 1.0, 2.0, ..., one a lane of `like`."""
+    kind = float_vector(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        vector = llvm_vector(kind)
+        numbers = [ir.Constant(vector.element, float(i)) for i in range(vector.count)]
+        return ir.Constant(vector, numbers)
 
     return kind(like), generate
 
@@ -461,65 +352,14 @@ def add_lanes(typing: Any, vector: types.Type) -> Any:
 
 
 @intrinsic
-def take_ticket(typing: Any, counter: types.Type) -> Any:
-    """Atomically: the number at the int64 pointer, which then is one more."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), generate
-
-
-@intrinsic
-def finish_task(typing: Any, counter: types.Type) -> Any:
-    """As `take_ticket`, and a barrier: who draws the last number sees what all others wrote."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(counter), generate
-
-
-@intrinsic
 def lanes_before(typing: Any, count: types.Type, like: types.Type) -> Any:
     """True in the first `count` lanes of a vector of `like`."""
     lanes = LANES[like]
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return _first_lanes(builder, args[0], lanes)
+        return first_lanes(builder, args[0], lanes)
 
     return Vector(types.boolean, lanes)(types.int64, like), generate
-
-
-@intrinsic
-def load_flags(typing: Any, source: types.Type, like: types.Type) -> Any:
-    """Bools from consecutive bytes, as many as a vector of `like` has lanes."""
-    lanes = LANES[like]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(8), lanes)
-        flags = builder.load(builder.bitcast(args[0], kind.as_pointer()), align=1)
-        return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
-
-    return Vector(types.boolean, lanes)(source, like), generate
-
-
-@intrinsic
-def load_first_flags(typing: Any, source: types.Type, like: types.Type, count: types.Type) -> Any:
-    """The first `count` bools and False; what lies beyond is not read."""
-    lanes = LANES[like]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(8), lanes)
-        mask = _first_lanes(builder, args[2], lanes)
-        address = builder.bitcast(args[0], kind.as_pointer())
-        align = ir.Constant(ir.IntType(32), 1)
-        zeros = ir.Constant(kind, None)
-        name = f"llvm.masked.load.{suffix(kind)}.p0"
-        flags = call_llvm(builder, name, kind, [address, align, mask, zeros])
-        return builder.icmp_unsigned("!=", flags, zeros)
-
-    return Vector(types.boolean, lanes)(source, like, types.int64), generate
 
 
 @intrinsic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layout import count_rows, rows_of
+from ..layout import count_rows, rows_of, statistics_dtype
 from ..problem import SoftmaxProblem
 from .results import new_result
 from .rows import task_rows
@@ -23,21 +23,27 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
         if dense.shape[3] != 1 and dense.stride(3) != 1:
             dense = dense.contiguous()
         dense_address, dense_strides = dense.data_ptr(), _broadcast_strides(dense)
-    band, key_lengths, query_lengths = (
+    band, key_lengths, query_lengths, query_documents, key_documents = (
         None if tensor is None else tensor.contiguous()
-        for tensor in (mask.band, mask.key_lengths, mask.query_lengths)
+        for tensor in (
+            *(mask.band, mask.key_lengths, mask.query_lengths),
+            *(mask.query_documents, mask.key_documents),
+        )
     )
+    computed = statistics_dtype(scores.dtype)
+    narrow = scores.dtype != computed
     rows, task = count_rows(scores), task_rows(keys)
     FORWARD(
         scores.dtype,
         -(-rows // task),
-        0,
+        keys * computed.itemsize if narrow else 0,
         (
             *(scores.data_ptr(), *scores.stride()[:3], weights.data_ptr()),
             *(heads, queries, keys, rows, task),
             -NO_BOUND if mask.band_lower is None else max(mask.band_lower, -NO_BOUND),
             NO_BOUND if mask.band_upper is None else min(mask.band_upper, NO_BOUND),
             *(_address(band), _address(key_lengths), _address(query_lengths)),
+            *(_address(query_documents), _address(key_documents), narrow),
             *(dense_address, *dense_strides),
         ),
         (scale,),

@@ -4,8 +4,9 @@
     d_scores = scale * weights * (grad - sum(weights * grad)),  grad taken as 0 where weights are 0
 
 The exponentials are 2^((s - max s) * |scale| * log2 e) with s = sign(scale) * scores: the
-difference is rounded once, however large the scores. Bands and lengths leave each row one range of
-keys, and only that is read; a dense mask turns what it forbids into -inf.
+difference is rounded once, however large the scores. Bands, lengths and documents leave each row
+one range of keys, and only that is read; within it documents and a dense mask turn what they forbid
+into -inf. Half types are widened in registers, and a row of them is worked on in float32 scratch.
 """
 
 from __future__ import annotations
@@ -15,26 +16,31 @@ import math
 from .call import Kernel, read
 from .elementwise import exp2
 from .jit import jit
-from .microkernel import lanes_of
-from .simd import (
-    add_lanes,
+from .memory import (
     bytes_at,
-    cast,
     integers_at,
-    lanes_before,
-    largest_lane,
+    item_size,
     load,
     load_first,
+    load_first_equal,
     load_first_flags,
     load_flags,
-    maximum,
-    multiply_add,
     pointer,
-    select,
-    splat,
     store,
     store_first,
     take_ticket,
+)
+from .microkernel import lanes_of
+from .simd import (
+    add_lanes,
+    any_lane,
+    cast,
+    lanes_before,
+    largest_lane,
+    maximum,
+    multiply_add,
+    select,
+    splat,
 )
 
 # Beyond any position, and far from overflow when a position is added.
@@ -59,6 +65,19 @@ def _key_range(call, batch, query):
 
 
 @jit
+def _document_range(ids, document, first, end, zero):
+    """(first, end) without the keys of other documents before the first and behind the last own."""
+    lanes = lanes_of(zero)
+    while first < end and not any_lane(load_first_equal(ids + first, document, zero, end - first)):
+        first += lanes
+    while end - lanes > first and not any_lane(
+        load_first_equal(ids + (end - lanes), document, zero, lanes)
+    ):
+        end -= lanes
+    return min(first, end), end
+
+
+@jit
 def _set_row(target, first, end, value):
     """target[first:end] = value."""
     for c in range(first, end, lanes_of(value)):
@@ -77,6 +96,18 @@ def _mask_row(scores, flags, sign, target, keys, zero):
     if rest > 0:
         c = keys - rest
         allowed = load_first_flags(flags + c, zero, rest)
+        result = select(allowed, load_first(scores + c, rest) * signs, forbidden)
+        store_first(target + c, result, rest)
+
+
+@jit
+def _mask_documents(scores, ids, document, sign, target, keys, zero):
+    """target = sign * scores where the ids are the document's, -inf elsewhere."""
+    lanes = lanes_of(zero)
+    signs, forbidden = splat(sign), splat(cast(-math.inf, zero))
+    for c in range(0, keys, lanes):
+        rest = keys - c
+        allowed = load_first_equal(ids + c, document, zero, rest)
         result = select(allowed, load_first(scores + c, rest) * signs, forbidden)
         store_first(target + c, result, rest)
 
@@ -121,27 +152,46 @@ def _exponentials(row, sign, largest, factor, target, keys, zero):
 
 
 @jit
-def _scale_row(row, factor, keys):
-    """row *= factor."""
+def _scale_row(row, factor, target, keys):
+    """target = row * factor."""
     lanes = lanes_of(factor)
     factors = splat(factor)
     rest = keys % lanes
     for c in range(0, keys - rest, lanes):
-        store(row + c, load(row + c) * factors)
+        store(target + c, load(row + c) * factors)
     if rest > 0:
         c = keys - rest
-        store_first(row + c, load_first(row + c, rest) * factors, rest)
+        store_first(target + c, load_first(row + c, rest) * factors, rest)
+
+
+@jit
+def _weigh_row(row, sign, work, factor, target, first, end, keys, zero):
+    """target = softmax(row[first:end] * sign * factor), 0 elsewhere; `row` and `work` from 0 on."""
+    largest = _row_maximum(row + first, sign, end - first, zero)
+    if largest == -math.inf:
+        largest = zero
+    total = _exponentials(row + first, sign, largest, factor, work + first, end - first, zero)
+    # A sum of 0 is one of no key, or of scores that are all -inf: the weights stay 0.
+    one = cast(1.0, zero)
+    inverse = one if total == zero else one / total
+    _scale_row(work + first, inverse, target + first, end - first)
+    # Where a score is NaN the whole row is, as in the equation.
+    _set_row(target, 0, first, inverse * zero)
+    _set_row(target, end, keys, inverse * zero)
 
 
 def weigh(argument):
     """scores (B, H, Lq, Lk) with any leading strides, in elements; weights the same, contiguous.
 
-    key_lengths, query_lengths (B,) and band (B, 2), int64, or absent (0). dense: bytes with a
-    stride for each of the four dimensions, 0 where broadcast and 1 for the keys; or absent (0).
+    key_lengths, query_lengths (B,), band (B, 2), query_documents (B, Lq) and key_documents (B, Lk),
+    int64, or absent (0). dense: bytes with a stride for each of the four dimensions, 0 where
+    broadcast and 1 for the keys; or absent (0). Scratch: a row, if `narrow` says that an item
+    is narrower than what is computed in.
     """
     call = read(argument)
     zero = call.zero
     tickets = integers_at(call.tickets)
+    thread = take_ticket(tickets + 1)
     queries, keys = call.queries, call.keys
     # A scale of 0 is a sign of 0: -inf must not be multiplied by it once it stands for 'masked'.
     sign, factor = zero, cast(1.0, zero)
@@ -157,30 +207,37 @@ def weigh(argument):
         batch, head = head // call.heads, head % call.heads
         for index in range(first_row, min(first_row + call.task_rows, call.rows)):
             offset = batch * call.scores_batch + head * call.scores_head
-            row = pointer(call.scores, zero) + (offset + query * call.scores_query)
-            target = pointer(call.weights, zero) + index * keys
+            row = pointer(call.scores, call.item) + (offset + query * call.scores_query)
+            target = pointer(call.weights, call.item) + index * keys
+            address = call.weights + index * keys * item_size(call.item)
+            if call.narrow != 0:
+                address = call.scratch + thread * call.scratch_bytes
+            work = pointer(address, zero)
             first, end = _key_range(call, batch, query)
-            row_sign = sign
+            masked = False
+            if call.query_documents != 0:
+                document = integers_at(call.query_documents)[batch * queries + query]
+                ids = integers_at(call.key_documents) + batch * keys
+                first, end = _document_range(ids, document, first, end, zero)
+                _mask_documents(
+                    row + first, ids + first, document, sign, work + first, end - first, zero
+                )
+                masked = True
             if call.dense != 0:
                 offset = batch * call.dense_batch + head * call.dense_head
                 flags = bytes_at(call.dense) + (offset + query * call.dense_query)
-                if call.dense_key == 1:
-                    _mask_row(row + first, flags + first, sign, target + first, end - first, zero)
-                    row, row_sign = target, one
-                elif flags[0] == 0:
-                    end = first
-            largest = _row_maximum(row + first, row_sign, end - first, zero)
-            if largest == -math.inf:
-                largest = zero
-            total = _exponentials(
-                row + first, row_sign, largest, factor, target + first, end - first, zero
-            )
-            # A sum of 0 is one of no key, or of scores that are all -inf: the weights stay 0.
-            inverse = one if total == zero else one / total
-            _scale_row(target + first, inverse, end - first)
-            # Where a score is NaN the whole row is, as in the equation.
-            _set_row(target, 0, first, inverse * zero)
-            _set_row(target, end, keys, inverse * zero)
+                if call.dense_key != 1:
+                    if flags[0] == 0:
+                        end = first
+                elif masked:
+                    _mask_row(work + first, flags + first, one, work + first, end - first, zero)
+                else:
+                    _mask_row(row + first, flags + first, sign, work + first, end - first, zero)
+                    masked = True
+            if masked:
+                _weigh_row(work, one, work, factor, target, first, end, keys, zero)
+            else:
+                _weigh_row(row, sign, work, factor, target, first, end, keys, zero)
             query += 1
             if query == queries:
                 query, head = 0, head + 1
@@ -201,9 +258,9 @@ def differentiate_weights(argument):
         if first_row >= call.rows:
             break
         for index in range(first_row, min(first_row + call.task_rows, call.rows)):
-            weights = pointer(call.weights, zero) + index * call.weights_row
-            grad = pointer(call.grad, zero) + index * call.grad_row
-            target = pointer(call.d_scores, zero) + index * keys
+            weights = pointer(call.weights, call.item) + index * call.weights_row
+            grad = pointer(call.grad, call.item) + index * call.grad_row
+            target = pointer(call.d_scores, call.item) + index * keys
             s0 = s1 = zeros
             c = 0
             while c + 2 * lanes <= keys:
@@ -236,6 +293,7 @@ FORWARD = Kernel(
         *("scores", "scores_batch", "scores_head", "scores_query", "weights"),
         *("heads", "queries", "keys", "rows", "task_rows"),
         *("band_lower", "band_upper", "band", "key_lengths", "query_lengths"),
+        *("query_documents", "key_documents", "narrow"),
         *("dense", "dense_batch", "dense_head", "dense_query", "dense_key"),
     ),
     ("scale",),

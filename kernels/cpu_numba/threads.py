@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+TICKETS = 64  # bytes: eight int64 counters that start at zero
+HEADER = 4096  # bytes for the tickets and the largest record
 _ALIGNMENT = 64
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -57,7 +59,7 @@ def _openmp_parallel() -> Callable[..., None] | None:
 
 def thread_count(tasks: int) -> int:
     """How many threads will take `tasks` tasks."""
-    return 1 if _State.inherited else max(1, min(torch.get_num_threads(), tasks))
+    return 1 if tasks <= 1 or _State.inherited else min(torch.get_num_threads(), tasks)
 
 
 def run(function: int, argument: int, threads: int) -> None:
@@ -81,30 +83,46 @@ def _worker(function: int) -> Callable[[int], None]:
     return _WORKER(function)
 
 
-class _Workspace(threading.local):
-    """Scratch memory of the calling Python thread: kept, and grown when a call needs more."""
+class Workspace:
+    """Memory for one kernel call: a header of TICKETS and the record, and the threads' scratch.
+
+    All aligned to 64 bytes. Contents are arbitrary.
+    """
 
     def __init__(self) -> None:
-        self.memory = np.empty(0, dtype=np.uint8)
-        self.size, self.start = -1, 0
+        self.header = bytearray(HEADER + _ALIGNMENT)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.header))
+        self.header_start = -address % _ALIGNMENT
+        self.header_address = address + self.header_start
+        self._memory = np.empty(0, dtype=np.uint8)
+        self._size, self._start = -1, 0
 
-    def address(self, size: int) -> int:
-        if self.size < size:
-            self.memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
-            start: int = self.memory.ctypes.data
-            self.size, self.start = size, start + -start % _ALIGNMENT
-        return self.start
+    def scratch(self, size: int) -> int:
+        """The address of at least `size` bytes; kept, and grown when a call needs more."""
+        if self._size < size:
+            self._memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+            start: int = self._memory.ctypes.data
+            self._size, self._start = size, start + -start % _ALIGNMENT
+        return self._start
 
 
-_workspace = _Workspace()
+class _Kept(threading.local):
+    """The workspace of each Python thread between its calls."""
+
+    workspace: Workspace | None = None
 
 
-def workspace(threads: int, bytes_each: int) -> tuple[int, int]:
-    """(tickets, scratch): eight zeroed int64 counters, and `threads` pieces of `bytes_each` bytes.
+_kept = _Kept()
 
-    All aligned to 64 bytes; `bytes_each` must be a multiple of 64. Contents are arbitrary, and
-    the memory belongs to the calling thread until its next call.
-    """
-    start = _workspace.address(_ALIGNMENT + threads * bytes_each)
-    ctypes.memset(start, 0, _ALIGNMENT)
-    return start, start + _ALIGNMENT
+
+def take_workspace() -> Workspace:
+    """The calling thread's workspace; a new one where it is in use, as in a signal's handler."""
+    workspace = _kept.workspace
+    if workspace is None:
+        return Workspace()
+    _kept.workspace = None
+    return workspace
+
+
+def give_back(workspace: Workspace) -> None:
+    _kept.workspace = workspace

@@ -80,12 +80,15 @@ def bias_gradients(
     if DROPOUT:
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start, keep_scale)
 
+    # Triton 3.6 forgets, within nested loops, the constants (strides of 1) in the tuples that the
+    # kernel was given; in a tuple that is made before the loops it keeps them.
+    given = (mask, bias, alibi)
     total = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for batch in range(b_first, b_end):
         b = tl.full((), batch, tl.int64)
-        bounds = limits(mask, b, query_len, key_len)
+        bounds = limits(given[0], b, query_len, key_len)
         lower, upper, queries, keys = bounds
-        terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
+        terms = (given[0], given[1], given[2], score_factor, cap_factor, bounds)
         for h in range(h_first, h_end):
             wide_h = tl.full((), h, tl.int64)
             key_head = wide_h // (heads // key_heads)
@@ -101,28 +104,27 @@ def bias_gradients(
                 i = i0 + tl.arange(0, BLOCK_M)
                 row = (b * heads + h) * query_len + i
                 high, low, row_delta = load_statistics(shift, rest, delta, row, i < query_len)
-                for j0 in range(j_first, j_end, BLOCK_N):
-                    if (j0 < end) & (j0 + BLOCK_N > first):
-                        j = j0 + tl.arange(0, BLOCK_N)
-                        key_tile = load_rows(key_of_head, j0, first, end, True, HEAD_DIM)
-                        value_tile = load_rows(value_of_head, j0, first, end, True, VALUE_DIM)
-                        gradients = score_gradients(
-                            query_tile,
-                            key_tile,
-                            grad_tile,
-                            value_tile,
-                            i[:, None],
-                            j[None, :],
-                            (i0, j0, b, h),
-                            (high[:, None], low[:, None], row_delta[:, None]),
-                            terms,
-                            dropout,
-                            True,
-                            False,
-                            SOFTCAP,
-                            PRECISION,
-                        )
-                        total += gradients[1]
+                for j0 in range(tl.maximum(j_first, ranges[2]), tl.minimum(j_end, end), BLOCK_N):
+                    j = j0 + tl.arange(0, BLOCK_N)
+                    key_tile = load_rows(key_of_head, j0, first, end, True, HEAD_DIM)
+                    value_tile = load_rows(value_of_head, j0, first, end, True, VALUE_DIM)
+                    gradients = score_gradients(
+                        query_tile,
+                        key_tile,
+                        grad_tile,
+                        value_tile,
+                        i[:, None],
+                        j[None, :],
+                        (j0, b, wide_h),
+                        (high[:, None], low[:, None], row_delta[:, None]),
+                        terms,
+                        dropout,
+                        True,
+                        False,
+                        SOFTCAP,
+                        PRECISION,
+                    )
+                    total += gradients[1]
 
     # d_bias as (B | 1, Hq | 1, Lq | 1, Lk | 1): the sums over a tile's rows or columns come last
     rows = query_len if EACH_QUERY else 1

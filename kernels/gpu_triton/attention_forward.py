@@ -31,7 +31,7 @@ from .philox import load_seed
 
 
 @triton.jit
-def _attend(
+def attend(
     state,
     tile,
     terms,
@@ -45,14 +45,16 @@ def _attend(
     VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(O, m, l) after the block of keys from k0 on."""
+    """(O, m, l) after the block of keys from k0 on.
+
+    `tile`: (Q, key and value of `head_of`, positions of the queries (M, 1), first key, end of the
+    keys, batch element, head or heads (M, 1)).
+    """
     out_tile, row_max, row_sum = state
-    query_tile, key, value, i0, first, end, b, h = tile
+    query_tile, key, value, i, first, end, b, h = tile
     dtype = out_tile.dtype
-    BLOCK_M: tl.constexpr = query_tile.shape[0]
     key_tile = load_rows(key, k0, first, end, MASKED, HEAD_DIM)
     product = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION, out_dtype=dtype)
-    i = i0 + tl.arange(0, BLOCK_M)[:, None]
     j = k0 + tl.arange(0, BLOCK_N)[None, :]
     scores, allowed, _ = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -63,7 +65,7 @@ def _attend(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if dropout is not None:
         seed, threshold, batch_start = dropout
-        words = kept_words(i0, k0, b + batch_start, h, seed, BLOCK_M, BLOCK_N, False)
+        words = kept_words(i, k0, b + batch_start, h, seed, BLOCK_N, False)
         weights = tl.where(words >= threshold, weights, 0.0)
     value_tile = load_rows(value, k0, first, end, MASKED, VALUE_DIM)
     if HOLES:
@@ -149,7 +151,8 @@ def forward(
         row_max = tl.zeros((BLOCK_M,), DTYPE) + tl.load(sinks + h).to(DTYPE) * LOG2_E
         row_sum = tl.full((BLOCK_M,), 1.0, DTYPE)
     state = (out_tile, row_max, row_sum)
-    tile = (query_tile, key, value, i0, first, end, b, h)
+    i = i0 + tl.arange(0, BLOCK_M)
+    tile = (query_tile, key, value, i[:, None], first, end, b, h)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     if HOLES:
         full_begin, full_end = end, end
@@ -157,7 +160,7 @@ def forward(
     for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
         if (PHASE == 0 and (LEFT or HOLES)) or (PHASE > 0 and not HOLES):
             for k0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
-                state = _attend(
+                state = attend(
                     state,
                     tile,
                     terms,
@@ -173,7 +176,6 @@ def forward(
                 )
 
     out_tile, row_max, row_sum = state
-    i = i0 + tl.arange(0, BLOCK_M)
     beyond = i >= queries  # such a row has only the sink
     empty = beyond | (row_sum == 0.0)
     total = tl.where(empty, 1.0, row_sum)

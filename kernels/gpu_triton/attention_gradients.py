@@ -112,10 +112,10 @@ def score_gradients(
     """(P * M, dS before the softcap, dS after it, allowed) of one tile.
 
     (left, right, d_left, d_right) are (Q, K, dO, V), or with KEYS_FIRST (K, Q, V, dO): then the
-    tile is transposed. `place` is (i0, j0, b, h); `statistics` broadcast against the tile.
+    tile is transposed. `place` is (j0, b, h); `statistics` broadcast against the tile.
     """
     shift, rest, delta = statistics
-    i0, j0, b, h = place
+    j0, b, h = place
     dtype = delta.dtype
     product = tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=dtype)
     scores, allowed, slope = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
@@ -124,9 +124,8 @@ def score_gradients(
     kept = weights
     if dropout is not None:
         seed, threshold, batch_start, keep_scale = dropout
-        M: tl.constexpr = right.shape[0] if KEYS_FIRST else left.shape[0]
         N: tl.constexpr = left.shape[0] if KEYS_FIRST else right.shape[0]
-        words = kept_words(i0, j0, b + batch_start, h, seed, M, N, KEYS_FIRST)
+        words = kept_words(i, j0, b + batch_start, h, seed, N, KEYS_FIRST)
         factor = tl.where(words >= threshold, tl.full((1, 1), keep_scale, dtype), 0.0)
         kept = weights * factor
         d_weights *= factor
@@ -174,7 +173,7 @@ def _add_queries(
         grad_tile,
         i[None, :],
         j[:, None],
-        (i0, j0, b, h),
+        (j0, b, h),
         (high[None, :], low[None, :], row_delta[None, :]),
         terms,
         dropout,
@@ -330,7 +329,7 @@ def _add_keys(
         value_tile,
         i,
         j,
-        (i0, j0, b, h),
+        (j0, b, h),
         statistics,
         terms,
         dropout,
@@ -341,7 +340,7 @@ def _add_keys(
     )
     if d_bias is not None:
         target, batch, head, row, column = d_bias
-        at = target + b * batch + h * head + i.to(tl.int64) * row + j * column
+        at = target + b * batch + h.to(tl.int64) * head + i.to(tl.int64) * row + j * column
         tl.store(at, d_scores.to(target.dtype.element_ty), mask=allowed)
     if HOLES:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN

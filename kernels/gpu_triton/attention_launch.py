@@ -14,6 +14,7 @@ from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
 from .arguments import contiguous, dropout, on_device
 from .attention_bias_gradients import bias_gradients
+from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
 from .configurations import Configuration, configuration
@@ -42,19 +43,24 @@ def launch_kernel(
     arguments: dict[str, Any],
 ) -> None:
     """A dimension of `extent` that is 1 is not divided."""
-    config = configuration(kernel.fn.__name__, problem)
-    rows, columns, planes = extent
-    programs = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n) * planes
+    programs, form = compiled_form(kernel, extent, configuration(kernel.fn.__name__, problem))
     if programs == 0:
         return
     with on_device(problem.query):
-        kernel[(programs,)](**arguments, **compiled_form(kernel, config))
+        kernel[(programs,)](**arguments, **form)
 
 
-def compiled_form(kernel: Any, config: Configuration) -> dict[str, int]:
-    """The arguments of `kernel` that `config` decides."""
-    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    return {
+def compiled_form(
+    kernel: Any, extent: tuple[int, int, int], config: Configuration
+) -> tuple[int, dict[str, int]]:
+    """How many programs there are, and the arguments of `kernel` that `config` decides."""
+    rows, columns, planes = extent
+    block_m = config.block_m
+    if kernel is decode:  # often a single row: its tile is as small as a product may be
+        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": config.block_n}
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, config.block_n) * planes
+    return programs, {
         **{name: size for name, size in sizes.items() if name in kernel.arg_names},
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -66,7 +72,11 @@ def attention(problem: AttentionProblem, launch: Launch = launch_kernel) -> tupl
     query, value = problem.query, problem.value
     out = empty_heads(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
-    batch, heads, query_len, _ = problem.shape
+    batch, heads, query_len, key_len = problem.shape
+    key_heads = problem.key.shape[1]
+    if key_heads and splits_keys(query_len, heads // key_heads, key_len):
+        _decode(problem, out, lse, launch)
+        return out, lse
     launch(
         forward,
         problem,
@@ -82,6 +92,53 @@ def attention(problem: AttentionProblem, launch: Launch = launch_kernel) -> tupl
         },
     )
     return out, lse
+
+
+def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, launch: Launch) -> None:
+    """out and lse with the keys split over programs."""
+    batch, heads, query_len, key_len = problem.shape
+    key_heads, value_dim = problem.key.shape[1], problem.value.shape[3]
+    group, chunks = heads // key_heads, triton.cdiv(key_len, CHUNK)
+    rows, dtype = group * query_len, statistics_dtype(out.dtype)
+    partial = out.new_empty((batch, key_heads, chunks, rows, value_dim), dtype=dtype)
+    maxima, sums = out.new_empty((2, batch, key_heads, chunks, rows), dtype=dtype)
+    common, constants = _common(problem), _constants(problem)
+    shared = {
+        "partial": partial,
+        "maxima": maxima,
+        "sums": sums,
+        "chunks": chunks,
+        "GROUP": group,
+        "packed": _packed(problem)["packed"],
+    }
+    keep_scale = common.pop("keep_scale")
+    launch(
+        decode,
+        problem,
+        (rows, 1, chunks * key_heads * batch),
+        {
+            **shared,
+            "CHUNK": CHUNK,
+            **_tensors(problem),
+            **common,
+            **{name: constants[name] for name in constants if name != "LEFT"},
+        },
+    )
+    launch(
+        combine,
+        problem,
+        (1, 1, query_len * heads * batch),
+        {
+            **shared,
+            "out": _rows(out),
+            "lse": lse,
+            "sinks": problem.sinks,
+            "query_rows": problem.query.shape[2],
+            "keep_scale": keep_scale,
+            **{name: common[name] for name in ("heads", "key_heads", "query_len")},
+            **{name: constants[name] for name in ("VALUE_DIM", "BLOCK_DV")},
+        },
+    )
 
 
 def attention_backward(

@@ -1,8 +1,9 @@
 """What the attention kernels share: ranges of keys and queries, scores, masks, dropout.
 
 Tiles are written for any orientation: `i` and `j`, the positions of queries and keys, are tensors
-that broadcast against each other, (M, 1) and (1, N) or (1, M) and (N, 1). Arguments that belong
-together come as one tuple; an absent part is None, decided when the kernel is compiled:
+that broadcast against each other, (M, 1) and (1, N) or (1, M) and (N, 1); the head `h` is one for
+the whole tile, or a tensor of the shape of `i`. Arguments that belong together come as one tuple;
+an absent part is None, decided when the kernel is compiled:
 
     tensor  (pointer, batch stride, head stride, row stride), in elements; columns are contiguous
     mask    (band lower, band upper, band (B, 2) int64, key lengths (B,) int64, query lengths (B,)
@@ -167,6 +168,7 @@ def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.cons
     """
     mask, bias, alibi, score_factor, cap_factor, bounds = terms
     dtype = product.dtype
+    h = h.to(tl.int64)  # times a stride it may pass 32 bits
     factor = tl.full((1, 1), score_factor, dtype)
     slope = product
     if SOFTCAP:
@@ -191,12 +193,12 @@ def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.cons
     if mask[7] is not None:
         dense, dense_batch, dense_head, dense_row, dense_column = mask[7]
         at = dense + b * dense_batch + h * dense_head
-        at = at + i.to(tl.int64) * dense_row + j * dense_column
+        at = at + i.to(tl.int64) * dense_row + j.to(tl.int64) * dense_column
         allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
     if bias is not None:
         added, bias_batch, bias_head, bias_row, bias_column = bias
         at = added + b * bias_batch + h * bias_head
-        at = at + i.to(tl.int64) * bias_row + j * bias_column
+        at = at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_column
         added = tl.load(at, mask=allowed, other=0.0).to(dtype)
         allowed = allowed & (added > -float("inf"))
         scores += added * LOG2_E
@@ -216,21 +218,21 @@ def accumulate(total, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def kept_words(i0, j0, b, h, seed, M: tl.constexpr, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def kept_words(i, j0, b, h, seed, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """The random word of every weight of a tile: (N, M) with KEYS_FIRST, else (M, N).
 
     Four neighbouring keys share one Philox call; j0 is a multiple of 4.
     """
     group = (j0 // 4 + tl.arange(0, N // 4)).to(tl.uint32)
-    i = (i0 + tl.arange(0, M)).to(tl.uint32)
+    M: tl.constexpr = i.shape[1] if KEYS_FIRST else i.shape[0]
     if KEYS_FIRST:
         zeros = tl.zeros((N // 4, M), tl.uint32)
-        group, i = group[:, None] + zeros, i[None, :] + zeros
+        group = group[:, None] + zeros
     else:
         zeros = tl.zeros((M, N // 4), tl.uint32)
-        group, i = group[None, :] + zeros, i[:, None] + zeros
-    head, batch = zeros + tl.full((), h, tl.uint32), zeros + b.to(tl.uint32)
-    w0, w1, w2, w3 = philox4x32(group, i, head, batch, seed)
+        group = group[None, :] + zeros
+    query, head, batch = zeros + i.to(tl.uint32), zeros + h.to(tl.uint32), zeros + b.to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(group, query, head, batch, seed)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., x, y] is word 2 x + y
     if KEYS_FIRST:
         tile = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (N, M))

@@ -3,7 +3,8 @@
 The forms are data: `configurations.json` holds, for each (architecture, kernel, bits of the type,
 head size, features), the form that was found best, or else the largest that compiles without
 spilling registers. An architecture or a size that the table lacks takes the entry of the nearest
-architecture below it and the nearest size above it, or `SAFE`, which fits everywhere.
+architecture below it, of the nearest size above it and of all features, or `SAFE`, which fits
+everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from . import interpreting
 
 
 class Configuration(NamedTuple):
-    """BLOCK_M queries and BLOCK_N keys a tile, warps a program, stages of the pipeline."""
+    """BLOCK_M queries and BLOCK_N keys a tile, warps a program, stages of the pipeline.
+
+    Of decoding BLOCK_M is the most rows of a tile, those of all queries and heads of a group.
+    """
 
     block_m: int
     block_n: int
@@ -32,7 +36,7 @@ class Configuration(NamedTuple):
 class Key(NamedTuple):
     """What a form is chosen by."""
 
-    arch: str  # "sm_90"; "gfx" for AMD's
+    arch: str  # "sm_90"; AMD: "gfx942"
     kernel: str
     bits: int  # of q's type
     dim: int  # the larger one of D and Dv, rounded up to a power of two
@@ -41,6 +45,8 @@ class Key(NamedTuple):
     )
 
 
+# The features that the table may have alone for a size: a form that bears them bears fewer.
+EVERYTHING = "rich_dropout"
 # Small tiles: several of them even at the lengths of the tests.
 INTERPRETED = Configuration(32, 32, 4, 1)
 SAFE = Configuration(16, 16, 4, 1)
@@ -75,9 +81,10 @@ def key_of(kernel: str, problem: AttentionProblem, arch: str) -> Key:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The device's compute capability as "sm_90", or "gfx" on AMD."""
+    """The device's compute capability as "sm_90", or AMD's name, "gfx942"."""
     if torch.version.hip is not None:
-        return "gfx"
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{10 * major + minor}"
 
@@ -92,9 +99,10 @@ def lookup(key: Key) -> Configuration:
     ]
     for arch in (key.arch, *reversed(below)):
         for dim in (key.dim, *(2 * key.dim, 4 * key.dim)):
-            found = entries.get(key._replace(arch=arch, dim=dim))
-            if found is not None:
-                return found
+            for features in (key.features, EVERYTHING):
+                found = entries.get(key._replace(arch=arch, dim=dim, features=features))
+                if found is not None:
+                    return found
     return SAFE if key.bits > 16 else _SAFE_HALF
 
 

@@ -45,7 +45,7 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
     dtype = statistics_dtype(problem.query.dtype)
     device = problem.query.device
     query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
-    allowed = _allowed(problem)
+    allowed = allowed_positions(problem)
     if allowed is not None:
         # What nobody attends may hold NaN, and 0 * NaN is NaN: it must not take part at all.
         unused = ~allowed.any(2).any(1)
@@ -101,6 +101,24 @@ def attention_backward(
         return sequences.attention_backward(
             *(attention_backward, problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
         )
+    *of_heads, d_bias, d_sinks = attention_gradients(
+        problem, grad_out, grad_lse, bias_grad, sinks_grad
+    )
+    d_query, d_key, d_value = (
+        empty_heads(tensor, tensor.shape[3]).copy_(gradient)
+        for tensor, gradient in zip(problem[:3], of_heads, strict=True)
+    )
+    return d_query, d_key, d_value, d_bias.contiguous(), d_sinks
+
+
+def attention_gradients(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    bias_grad: bool,
+    sinks_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass without an order of dimensions of its results in memory."""
     naive = naive_attention(problem)
     attends_nothing = (naive.lse == -torch.inf).unsqueeze(-1)
     d_out = grad_out.to(naive.out.dtype).masked_fill(attends_nothing, 0.0)
@@ -117,21 +135,21 @@ def attention_backward(
 
     d_bias, d_sinks = problem.query.new_empty(0), problem.query.new_empty(0)
     if bias_grad and problem.bias is not None:
-        d_bias = d_shifted.sum_to_size(problem.bias.shape).to(problem.bias.dtype).contiguous()
+        d_bias = d_shifted.sum_to_size(problem.bias.shape).to(problem.bias.dtype)
     if sinks_grad and problem.sinks is not None:
         sinks = problem.sinks.to(delta.dtype).view(1, -1, 1)
         taken = torch.exp(sinks - naive.lse.masked_fill(naive.lse == -torch.inf, torch.inf))
         d_sinks = -(taken * delta.squeeze(-1)).sum((0, 2)).to(problem.sinks.dtype)
     return (
-        _as_gradient_of(problem.query, d_scores @ naive.key),
-        _as_gradient_of(problem.key, d_key),
-        _as_gradient_of(problem.value, d_value),
+        _of_tensor(problem.query, d_scores @ naive.key),
+        _of_tensor(problem.key, d_key),
+        _of_tensor(problem.value, d_value),
         d_bias,
         d_sinks,
     )
 
 
-def _allowed(problem: AttentionProblem) -> Tensor | None:
+def allowed_positions(problem: AttentionProblem) -> Tensor | None:
     """The mask, and where the bias is not -inf, as a bool tensor (B, Hq, Lq, Lk)."""
     _, _, query_len, key_len = problem.shape
     allowed = problem.mask.allowed(query_len, key_len, problem.query.device)
@@ -159,9 +177,9 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return exponentials[..., :-1] / total, lse.squeeze(-1)
 
 
-def _as_gradient_of(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` (B, Hq, L, D) summed over each group of heads, in `tensor`'s dtype and layout."""
-    heads, head_dim = tensor.shape[1], tensor.shape[3]
+def _of_tensor(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """`gradient` (B, Hq, L, D) summed over each group of heads, in `tensor`'s dtype."""
+    heads = tensor.shape[1]
     if gradient.shape[1] != heads:
         gradient = gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)
-    return empty_heads(tensor, head_dim).copy_(gradient)
+    return gradient.to(tensor.dtype)

@@ -25,7 +25,7 @@ def layer_norm_backward(
 
 def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(problem.x.dtype)
-    total = problem.residual.to(dtype) + problem.x.to(dtype) * _keep(problem, dtype)
+    total = problem.residual.to(dtype) + problem.x.to(dtype) * keep_factor(problem, dtype)
     total = total.to(problem.x.dtype).contiguous()
     y, mean, rstd = _normalise(total, problem.weight, problem.bias, problem.eps)
     return y, total, mean, rstd
@@ -45,7 +45,7 @@ def add_layer_norm_backward(
     )
     if grad_total is not None:
         d_total = d_total + grad_total
-    d_x = (d_total * _keep(problem, d_total.dtype)).to(x.dtype)
+    d_x = (d_total * keep_factor(problem, d_total.dtype)).to(x.dtype)
     return d_x if problem.dropout_p > 0.0 else x.new_empty(0), d_total.to(x.dtype), d_weight, d_bias
 
 
@@ -111,7 +111,7 @@ def _over_rows(terms: Tensor, parameter: Tensor | None) -> Tensor:
     return terms.reshape(rows, terms.shape[-1]).sum(0).to(parameter.dtype)
 
 
-def _keep(problem: AddLayerNormProblem, dtype: torch.dtype) -> Tensor:
+def keep_factor(problem: AddLayerNormProblem, dtype: torch.dtype) -> Tensor:
     """What dropout multiplies x by, of x's shape, or a scalar 1."""
     x = problem.x
     if problem.dropout_p == 0.0 or problem.seed is None:

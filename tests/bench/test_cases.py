@@ -18,6 +18,7 @@ from rowmax.bench.cases import (
     attention_flops,
     cases_of,
     norm_bytes,
+    shape_text,
     suits,
 )
 from rowmax.bench.inputs import AttentionInputs, make_inputs
@@ -30,14 +31,31 @@ GPU = replace(SUITES["gpu-attention"], device="cpu")
 
 
 def inputs_of(kind: str, suite: Suite = CPU, shape: tuple[int, ...] = SHAPE) -> AttentionInputs:
-    inputs = make_inputs(Case(suite, kind, shape, FORWARD))
+    inputs = make_inputs(Case(suite, suite.dtypes[0], kind, shape, FORWARD))
     assert isinstance(inputs, AttentionInputs)
     return inputs
 
 
 def test_every_combination_once() -> None:
-    cases = cases_of(CPU, CPU.shapes, CPU.kinds, CPU.steps)
-    assert len(cases) == len(set(cases)) == 5 * 4 * 2
+    """Two dtypes, two passes: five shapes in seven kinds, two long ones, a window, a translation's
+    memory; three of decoding, forward only.
+    """
+    cases = cases_of(CPU, CPU.dtypes, CPU.kinds, CPU.steps)
+    assert len(cases) == len(set(cases)) == 2 * (2 * (5 * 7 + 2 + 1 + 1) + 3)
+    assert {case.step for case in cases if case.kind == "decode"} == {FORWARD}
+    windows = {case.shape for case in cases if case.kind == "window"}
+    assert windows < {case.shape for case in cases if case.kind == "plain"}
+
+
+def test_quick_is_less_of_every_kind() -> None:
+    quick = cases_of(CPU, CPU.dtypes, CPU.kinds, CPU.steps, quick=True)
+    assert {case.kind for case in quick} == set(CPU.kinds)
+    assert 0 < len(quick) < len(cases_of(CPU, CPU.dtypes, CPU.kinds, CPU.steps))
+
+
+def test_shapes_of_ones_own_take_the_suites_place() -> None:
+    cases = cases_of(CPU, [torch.float16], ["plain", "decode"], [FORWARD], [(2, 2, 1, 9, 4)])
+    assert cases == [Case(CPU, torch.float16, "decode", (2, 2, 1, 9, 4), FORWARD)]
 
 
 def test_the_gpus_cases() -> None:
@@ -47,11 +65,11 @@ def test_the_gpus_cases() -> None:
     assert {batch * length for batch, _, length, _ in suite.shapes} == {16384}
     assert {heads * size for _, heads, _, size in suite.shapes} == {2048}
     assert set(suite.quick_shapes) < set(suite.shapes)
-    cases = cases_of(suite, suite.shapes, suite.kinds, suite.steps)
+    cases = cases_of(suite, suite.dtypes, suite.kinds, suite.steps)
     assert len(cases) == len(set(cases)) == (6 * 10 + 2 * 6) * 3
     assert {case.shape[2] for case in cases if case.kind == "bias"} == {1024, 2048, 4096}
     norms = SUITES["gpu-norms"]
-    assert len(cases_of(norms, norms.shapes, norms.kinds, norms.steps)) == 5 * 4 * 3
+    assert len(cases_of(norms, norms.dtypes, norms.kinds, norms.steps)) == 5 * 4 * 3
 
 
 def test_kinds_that_a_shape_does_not_suit() -> None:
@@ -60,6 +78,29 @@ def test_kinds_that_a_shape_does_not_suit() -> None:
     assert suits("gqa", (1, 16, 8, 8))
     assert not suits("gqa", (1, 12, 8, 8))
     assert suits("layer_norm", (3, 5))
+
+
+@pytest.mark.parametrize(
+    "shape, kind",
+    [
+        ((2, 8, 20, 4), "plain"),
+        ((2, 8, 1, 4), "plain"),
+        ((2, 8, 17, 20, 4), "cross"),
+        ((2, 8, 20, 4, 4), "cross"),
+        ((2, 8, 16, 20, 4), "decode"),
+        ((2, 8, 2, 1, 20, 4), "decode"),
+        ((2, 8, 2, 20, 20, 4), "plain"),
+    ],
+)
+def test_a_shape_is_of_one_of_three_kinds(shape: tuple[int, ...], kind: str) -> None:
+    assert [name for name in ("plain", "cross", "decode") if suits(name, shape)] == [kind]
+    assert suits("padded+dropout", shape)
+    assert suits("causal", shape) == (kind == "plain")
+
+
+def test_a_shape_in_words() -> None:
+    assert shape_text((2, 8, 20, 4)) == "(2,8,20,4)"
+    assert shape_text((16, 32, 8, 1, 1024, 128)) == "(16,32/8,1,1024,128)"
 
 
 def test_every_peer_of_a_suite_has_a_maker() -> None:
@@ -104,9 +145,35 @@ def test_the_gpus_kinds() -> None:
     assert len(inputs_of("bias", GPU, shape).leaves) == 4
 
 
+def test_parts_are_joined() -> None:
+    """Masks are met by all of them at once; the pairs that are left are counted."""
+    inputs = inputs_of("causal+padded+bias+dropout", shape=(3, 2, 40, 4))
+    assert inputs.lengths is not None
+    assert inputs.allowed is not None
+    assert inputs.mask is not None
+    assert inputs.bias is not None
+    assert inputs.dropout_p > 0
+    assert not inputs.causal  # it is not all of the mask
+    written = inputs.mask.dense(3, 2, 40, 40)
+    assert torch.equal(written, inputs.allowed.expand(3, 2, 40, 40))
+    assert inputs.pairs == int(written.sum()) < 3 * 2 * 40 * 41 // 2
+
+
+def test_queries_and_keys_of_their_own_lengths() -> None:
+    inputs = inputs_of("padded+bias", shape=(3, 8, 2, 5, 30, 4))
+    assert inputs.q.shape == inputs.d_out.shape == (3, 8, 5, 4)
+    assert inputs.k.shape == inputs.v.shape == (3, 2, 30, 4)
+    assert inputs.bias is not None
+    assert inputs.bias.shape == (1, 8, 5, 30)
+    assert inputs.lengths is not None
+    assert inputs.pairs == 8 * 5 * int(inputs.lengths.sum())
+    assert inputs.bytes_to_move == 4 * 4 * (2 * 3 * 8 * 5 + 2 * 3 * 2 * 30)
+    assert inputs.to_copy().nbytes == inputs.k.nbytes + inputs.v.nbytes
+
+
 @pytest.mark.parametrize("length", [1, 7, 512])
 def test_padding_is_uniform_from_half_the_length(length: int) -> None:
-    inputs = make_inputs(Case(CPU, "padded", (256, 1, length, 1), FORWARD))
+    inputs = make_inputs(Case(CPU, torch.float32, "padded", (256, 1, length, 1), FORWARD))
     assert isinstance(inputs, AttentionInputs)
     assert inputs.lengths is not None
     assert inputs.allowed is not None

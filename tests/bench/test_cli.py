@@ -31,15 +31,14 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*TINY, *ON_CPU, *shapes, "--json", str(path)]) == 0
     output = capsys.readouterr().out
     assert max(len(line) for line in output.splitlines()) <= WIDTH
-    for word in ("cpu-attention", "cpu-norms", "(2,2,9,4)", "sdpa-math", "geometric means"):
+    for word in ("cpu-attention", "cpu-norms", "(2,2,9,4)", "math: sdpa-math", "geometric means"):
         assert word in output
 
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["schema"] == 1
-    assert len(document["rows"]) == 4 * 2 + 4 * 2
+    assert document["schema"] == 2
+    assert len(document["rows"]) == 8 * 2 * 2 + 4 * 2
     assert document["limits"]["float32_fma_flops_per_s"] > 0
     assert document["machine"]["torch_threads"] >= 1
-    assert len(document["geometric_means"]) == 16
     for row in document["rows"]:
         assert row["faults"] == {}
         assert "compile" not in row["seconds"]
@@ -54,12 +53,42 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_selection(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--shape", "1,1,4,4", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
-    assert cli.main([*TINY, *ON_CPU, *chosen]) == 0
+    assert cli.main([*TINY, *ON_CPU, *chosen, "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if "(1,1,4,4)" in line]
-    assert len(rows) == 1
-    assert rows[0].startswith("causal")
-    assert " fwd " in rows[0]
+    (row,) = [line for line in lines if line[1:].startswith("(1,1,4,4)")]
+    assert " fwd " in row
+    assert "causal (GFLOP/s; limit: float32 FMA from registers)" in lines
+
+
+def test_one_shape_with_its_mask_dtype_and_dropout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a combination of no suite's; a cache of grouped heads; and what memory holds up."""
+    path = tmp_path / "speed.json"
+    chosen = ["--shape", "2,8/2,5,30,4", "--shape", "2,8/2,1,30,4", "--dtype", "float16"]
+    kinds = ["--kind", "padded+bias+dropout,decode", "--pass", "forward", "--json", str(path)]
+    assert cli.main([*TINY, "--suite", "cpu-attention", *chosen, *kinds]) == 0
+    output = capsys.readouterr().out
+    assert "cpu-attention, float16" in output
+    assert "decode (GB/s; limit: x.clone(), timed in turns with it)" in output
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = [(row["kind"], row["shape"], row["limit"], row["copy_seconds"] is None) for row in rows]
+    uneven, few = [2, 8, 2, 5, 30, 4], [2, 8, 2, 1, 30, 4]
+    assert found == [
+        ("decode", uneven, "copy", False),
+        ("decode", few, "copy", False),
+        ("padded+bias+dropout", uneven, "arithmetic", True),
+        ("padded+bias+dropout", few, "arithmetic", True),
+    ]
+    for row in rows:
+        assert row["faults"] == {}
+        assert "copy" not in row["seconds"]
+        moved = 2 * 4 * 2 * (2 * 8 * row["shape"][3] + 2 * 2 * 30)  # q and out, k and v
+        if row["limit"] == "copy":
+            rate = moved / row["seconds"]["rowmax"]["median"]
+            assert row["rowmax_rate_per_s"] == pytest.approx(rate)
+            copied = 2 * (2 * 2 * 2 * 30 * 4 * 2)  # k and v, read and written
+            assert row["share_of_limit"] == pytest.approx(rate * row["copy_seconds"] / copied)
 
 
 @pytest.mark.skipif(
@@ -69,7 +98,8 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     """Traced and run; what the compiler makes of it is torch's business."""
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "compile"]
     assert cli.main([*TINY, *ON_CPU, *chosen]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if "(16,8)" in line]
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line[1:].startswith("(16,8)")]
     assert "fault" not in row
 
 
@@ -81,10 +111,13 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
         (["--kind", "plain,odd"], "got 'odd'"),
         (["--pass", "sideways"], "--pass: expected names of forward, forward+backward, backward"),
-        (["--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got int8"),
+        (["--dtype", "int8"], "--dtype: expected names of float32, bfloat16, float16; got 'int8'"),
         (["--stop-after", "0"], "--stop-after: expected a positive number"),
         (["--shape", "8,8,512"], "--shape: expected cpu-attention: batch,heads,length,head size"),
         (["--suite", "cpu-norms", "--shape", "8,8,512,64"], "cpu-norms: rows,columns"),
+        (["--shape", "8,8/3,1,9,4"], "--shape: expected heads that 3 divides, got 8,8/3,1,9,4"),
+        (["--kind", "causal+odd"], "got 'causal+odd'"),
+        (["--suite", "cpu-norms", "--kind", "causal+padded"], "got 'causal+padded'"),
         (["--shape", "8,x"], "--shape: expected positive whole numbers"),
         (["--shape", "8,0"], "--shape: expected positive whole numbers"),
         (["--backend", "cuda"], "--backend: expected one of auto, "),
@@ -115,7 +148,11 @@ def test_a_kernel_that_fails_the_gate_is_exit_status_1(
 
 @pytest.mark.parametrize("suite", ["cpu-attention", "cpu-norms"])
 def test_the_header_fits(suite: str) -> None:
-    assert max(len(line) for line in header_lines(SUITES[suite])) <= WIDTH
+    """With every peer that there is, and the widest shape."""
+    suite_ = SUITES[suite]
+    for dtype in suite_.dtypes:
+        lines = header_lines(suite_, dtype, suite_.peers)
+        assert max(map(len, lines)) <= WIDTH
 
 
 def test_other_dtypes_and_the_backward_alone(
@@ -138,7 +175,8 @@ def test_the_gpus_suites_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every kind and pass; what a peer can't do is a line, and no failure."""
-    here = {name: replace(SUITES[name], device="cpu") for name in ("gpu-attention", "gpu-norms")}
+    names = ("gpu-attention", "gpu-norms")
+    here = {name: replace(SUITES[name], device="cpu") for name in names}
     monkeypatch.setattr(cli, "SUITES", here)
     path = tmp_path / "speed.json"
     shapes = ["--shape", "2,8,20,16", "--shape", "16,24"]
@@ -159,7 +197,9 @@ def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path = tmp_path / "speed.json"
     chosen = ["--suite", "cpu-norms", "--shape", "16,8", "--shape", "8,8", "--json", str(path)]
     assert cli.main([*TINY, *chosen, "--stop-after", "1e-9"]) == 0
-    assert "stopped after 1e-09 seconds: 16 lines not begun" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "stopped after 1e-09 seconds: 16 lines not begun" in output
+    assert "cpu-norms, float32" not in output  # no table where nothing was begun
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -23,7 +23,9 @@ from rowmax.bench.cases import (
 from rowmax.bench.gate import Gate, compare
 from rowmax.bench.inputs import SEED, AttentionInputs, Inputs, NormInputs, Outputs, make_inputs
 from rowmax.bench.machine import CpuLimits
+from rowmax.bench.more_peers import UnsupportedError
 from rowmax.bench.peers import (
+    PACKAGES,
     SLOW_TO_START,
     measured_call,
     naive_attention,
@@ -32,29 +34,42 @@ from rowmax.bench.peers import (
     peers_of,
     run_pass,
     subject,
+    unfused,
 )
 from rowmax.bench.runner import Row, run_cases
 from rowmax.bench.timing import Budget, HostTimer
+from rowmax.kernels import dispatch
 
 ATTENTION, NORMS = SUITES["cpu-attention"], SUITES["cpu-norms"]
 # The GPU's kinds and peers too, on tensors that are here.
 HERE = [
     *(ATTENTION, NORMS),
     *(
-        replace(SUITES[name], device="cpu", dtype=dtype, name=f"{name}-{dtype}")
+        replace(SUITES[name], device="cpu", dtypes=(dtype,), name=f"{name}-{dtype}")
         for name in ("gpu-attention", "gpu-norms")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ),
 ]
 KINDS = [
-    pytest.param(suite, kind, id=f"{suite.name}-{kind}") for suite in HERE for kind in suite.kinds
+    pytest.param(suite, kind, id=f"{suite.name}-{kind}")
+    for suite in HERE
+    for kind in (*suite.kinds, *(("padded+bias+dropout",) if suite is ATTENTION else ()))
 ]
-HALF = replace(ATTENTION, dtype=torch.bfloat16)
+# Kinds whose queries are not as many as their keys; key heads are shared by four.
+UNEVEN = {
+    "cross": (3, 2, 20, 30, 8),
+    "decode": (3, 8, 2, 1, 30, 8),
+    "padded+bias+dropout": (3, 8, 2, 5, 30, 8),
+}
+HALF = replace(ATTENTION, dtypes=(torch.bfloat16,))
 
 
 def case_of(kind: str, suite: Suite, step: str = FORWARD_BACKWARD) -> Case:
     heads = 16 if kind == "gqa" else 2
-    return Case(suite, kind, (3, heads, 24, 8) if suite.attention else (16, 24), step)
+    shape: tuple[int, ...] = (3, heads, 24, 8) if suite.attention else (16, 24)
+    if kind in UNEVEN:
+        shape = UNEVEN[kind]
+    return Case(suite, suite.dtypes[0], kind, shape, step)
 
 
 def inputs_of(kind: str, suite: Suite = ATTENTION) -> Inputs:
@@ -93,7 +108,7 @@ def test_the_reference_passes(
 def test_torchs_eager_paths_pass(suite: Suite, kind: str) -> None:
     gate = gate_of(kind, suite)
     for name, make in peers_of(suite).items():
-        if name in (*SLOW_TO_START, "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
+        if name in (*SLOW_TO_START, *PACKAGES, "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
             continue  # tested by themselves, or on a GPU only
         assert gate.fault(make(kind), is_subject=False) is None, name
 
@@ -223,7 +238,7 @@ def test_compare_names_the_shape() -> None:
 
 
 def rows_of(functions: dict[str, Callable[..., Outputs]], *cases: Case) -> list[Row]:
-    limits = CpuLimits(1, 1e9, {})
+    limits = CpuLimits(1, 1e9, 1e9)
     return list(run_cases(cases, functions, Budget(0.0, 2, 2), limits, HostTimer()))
 
 
@@ -250,6 +265,49 @@ def test_a_peer_that_cannot_do_a_case_is_no_failure() -> None:
     assert row.failed
     (row,) = rows_of({"rowmax": naive_attention, "wrong": no_mask}, case)
     assert row.failed
+
+
+def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no fused backend does the case, that is what the line says, and no failure."""
+    case = case_of("plain", ATTENTION, FORWARD)
+    functions = {"rowmax": subject(ATTENTION, "plain", "auto"), "naive": naive_attention}
+    (row,) = rows_of(functions, case)
+    assert set(row.timings) == {"rowmax", "naive"}
+
+    def declines(_problem: object) -> str:
+        return "there is a full moon"
+
+    for backend in ("numba", "native"):
+        monkeypatch.setattr(dispatch.load(backend), "declines", declines)
+    functions["rowmax"] = subject(ATTENTION, "plain", "auto")
+    (row,) = rows_of(functions, case)
+    assert set(row.timings) == {"naive"}
+    assert row.not_done["rowmax"].startswith("numba: there is a full moon; native: ")
+    assert (row.faults, row.failed, row.ratio) == ({}, False, None)
+
+
+def test_an_error_of_a_fused_backend_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_arguments: object, **_options: object) -> None:
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr("rowmax.bench.peers.kernels.attention", fails)
+    functions = {"rowmax": subject(ATTENTION, "plain", "auto")}
+    (row,) = rows_of(functions, case_of("plain", ATTENTION, FORWARD))
+    assert row.faults == {"rowmax": "RuntimeError: illegal instruction"}
+    assert row.failed
+
+
+def test_scores_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 heads of 2 batch elements, 24 x 24 scores of 4 bytes: three matrices, five backward."""
+    inputs = inputs_of("plain")
+    matrix = 3 * 2 * 24 * 24 * 4
+    function = unfused(naive_attention)
+    for backward, matrices in ((False, 3), (True, 5)):
+        monkeypatch.setattr("rowmax.bench.peers.free_memory", lambda m=matrices: m * matrix)
+        assert len(run_pass(function, inputs, backward=backward)) == (4 if backward else 1)
+        monkeypatch.setattr("rowmax.bench.peers.free_memory", lambda m=matrices: m * matrix - 1)
+        with pytest.raises(UnsupportedError, match="GiB are free"):
+            run_pass(function, inputs, backward=backward)
 
 
 def test_passes_share_their_inputs() -> None:

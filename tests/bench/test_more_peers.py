@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowmax.bench import peers
-from rowmax.bench.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case
+from rowmax.bench.cases import FORWARD_BACKWARD, SUITES, Case
 from rowmax.bench.gate import Gate
 from rowmax.bench.inputs import EPS, AttentionInputs, make_inputs
 from rowmax.bench.more_peers import Flex, UnsupportedError
 from rowmax.bench.report import machine_lines
 
-SUITE = replace(SUITES["gpu-attention"], device="cpu", dtype=torch.float32)
-NORMS = replace(SUITES["gpu-norms"], device="cpu", dtype=torch.float32)
+SUITE = replace(SUITES["gpu-attention"], device="cpu")
+NORMS = replace(SUITES["gpu-norms"], device="cpu")
+FLOAT = torch.float32
 
 
 def gate_of(kind: str, *, backward: bool = True) -> Gate:
     # longer than flex's blocks and than the window
-    inputs = make_inputs(Case(SUITE, kind, (2, 8, 300, 16), FORWARD_BACKWARD))
-    if not backward:
-        for leaf in inputs.leaves:
-            leaf.requires_grad_(False)
+    inputs = make_inputs(Case(SUITE, FLOAT, kind, (2, 8, 300, 16), FORWARD_BACKWARD))
     return Gate(inputs, peers.oracle(SUITE, kind), backward=backward)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SUITE.kinds if kind != "dropout"])
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in SUITE.kinds if kind != "dropout"), "causal+padded+bias"]
+)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_is_asked_for_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward: the CPU has no backward of it."""
@@ -41,10 +41,13 @@ def test_flex_is_asked_for_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) 
     assert gate.fault(Flex(kind), backward=False, is_subject=False) is None
 
 
-def test_flex_has_no_dropout() -> None:
-    inputs = make_inputs(Case(SUITE, "dropout", (1, 1, 8, 8), FORWARD))
-    with pytest.raises(UnsupportedError, match="no dropout"):
-        Flex("dropout")(inputs)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "kind, words", [("dropout", "no dropout"), ("plain", "no backward on the CPU")]
+)
+def test_what_flex_has_not(kind: str, words: str) -> None:
+    inputs = make_inputs(Case(SUITE, FLOAT, kind, (1, 1, 8, 8), FORWARD_BACKWARD))
+    with pytest.raises(UnsupportedError, match=words):
+        Flex(kind)(inputs)  # type: ignore[arg-type]
 
 
 def flash_attn_func(
@@ -140,7 +143,7 @@ def test_attention_packages_are_called_right(name: str, kinds: set[str]) -> None
 @pytest.mark.usefixtures("installed")
 def test_liger_is_called_right() -> None:
     for kind in NORMS.kinds:
-        inputs = make_inputs(Case(NORMS, kind, (16, 24), FORWARD_BACKWARD))
+        inputs = make_inputs(Case(NORMS, FLOAT, kind, (16, 24), FORWARD_BACKWARD))
         gate = Gate(inputs, peers.oracle(NORMS, kind), backward=True)
         function = peers.peers_of(NORMS)["liger"](kind)
         if kind in ("layer_norm", "rms_norm"):

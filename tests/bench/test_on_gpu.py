@@ -14,7 +14,7 @@ from rowmax.bench.cases import SUITES
 from rowmax.bench.cli import build_parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
-PHASES = ("install", "parity", "attention", "compiled", "norms", "tune", "profile")
+PHASES = ("install", "parity", "attention", "compiled", "norms", "tune", "sanitize")
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "timeout"))), reason="needs bash and timeout"
@@ -86,6 +86,28 @@ def test_a_phase_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None
         words = "failed with exit status 3" if phase in spoiled else "ok"
         assert f"\n{phase}: {words}" in result.stdout
         assert (tmp_path / "out" / f"{phase}.log").exists()
+
+
+@pytest.mark.parametrize("fails", ["nothing-of-this", "bfloat16"])
+def test_sanitize(tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sanitizer that notes what it is asked for, and runs the command."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/tools"\nshift 4\nexec "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result, calls = run(tmp_path, "sanitize", fails=fails)
+    tools = (tmp_path / "tools").read_text()
+    assert len(calls) == 2
+    assert re.findall(r"--tool (\w+) --error-exitcode 9", tools) == ["memcheck", "racecheck"]
+    assert result.returncode == (0 if fails == "nothing-of-this" else 1)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is installed")
+def test_sanitize_says_that_nothing_was_checked(tmp_path: Path) -> None:
+    result, calls = run(tmp_path, "sanitize")
+    assert result.returncode == 0
+    assert not calls
+    assert "compute-sanitizer is not installed: nothing was checked" in result.stdout
 
 
 def test_its_commands_are_understood(tmp_path: Path) -> None:

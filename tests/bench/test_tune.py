@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from rowmax.bench import trials, tune
 from rowmax.bench.timing import Budget, HostTimer
 from rowmax.kernels import gpu_triton
+from rowmax.kernels.gpu_triton import attention_decode, attention_launch
 from rowmax.kernels.gpu_triton.configurations import Configuration, Key, key_of
 
 KEY = Key("sm_90", "forward", 16, 64, "plain")
@@ -34,7 +35,7 @@ def test_wide_types_and_heads_get_small_tiles() -> None:
 
 def test_what_matters_most_comes_first() -> None:
     keys = tune.keys(["sm_90"])
-    assert len(keys) == len(set(keys)) == 3 * 3 * (4 * 3 + 2)
+    assert len(keys) == len(set(keys)) == 3 * (4 * 4 + 2 + 2 * 4 + 1 + 4 + 1)
     assert keys[:3] == [
         Key("sm_90", kernel, 16, 128, "plain")
         for kernel in ("forward", "key_gradients", "query_gradients")
@@ -105,6 +106,8 @@ def test_the_first_that_fits_is_taken() -> None:
     choice = tune.first_fitting(KEY, lambda _key, form: (form == forms[2], "just so"))
     assert choice == (forms[2], "just so")
     assert tune.first_fitting(KEY, lambda _key, _form: (False, "")) is None
+    last = tune.first_fitting(KEY, lambda _key, _form: (True, ""), begin=forms[5])
+    assert last == (forms[5], "")
 
 
 def small_trials() -> trials.Trials:
@@ -128,7 +131,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 ONE_TILE, SMALL = Configuration(32, 32, 4, 1), Configuration(16, 32, 4, 1)
 KEYS = [
-    *(Key("sm_90", kernel, 32, 16, "plain") for kernel in tune.KERNELS[:3]),
+    *(Key("sm_90", kernel, 32, 16, "plain") for kernel in tune.KERNELS[:4]),
     Key("sm_90", "forward", 16, 16, "dropout"),
     Key("sm_90", "key_gradients", 64, 16, "rich"),
     Key("sm_90", "query_gradients", 32, 16, "rich"),
@@ -140,6 +143,8 @@ KEYS = [
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.kernel}-{key.bits}-{key.features}")
 def test_forms_are_run_and_timed(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "BUDGET", Budget(0.0, 1, 1))
+    for module in (trials, attention_decode, attention_launch):
+        monkeypatch.setattr(module, "CHUNK", 32)
     times = small_trials().time_forms(key, [ONE_TILE, SMALL])
     assert set(times) == {ONE_TILE, SMALL}
     assert min(times.values()) > 0.0

@@ -19,14 +19,7 @@ BACKENDS = [name for name, reason in dispatch.installation().items() if reason i
 # backend -> {op or feature that it declines: what the refusal says}
 DECLINES: dict[str, dict[str, str]] = {
     "reference": {},
-    "numba": {
-        "softcap": "softcap",
-        "sinks": "sinks",
-        "alibi": "ALiBi",
-        "documents": "Documents",
-        "bfloat16": "bfloat16",
-        "float16": "float16",
-    },
+    "numba": {},
     "native": {
         "attention": "layer_norm only, not attention",
         "masked_softmax": "layer_norm only, not masked_softmax",

@@ -407,6 +407,49 @@ def causal_lower_right(shape: Shape, generator: torch.Generator) -> Mask:
     return Causal("lower_right")
 
 
-CASES = _shapes() + _bands() + _masks() + _biases() + _options()
+def _decoding() -> list[Case]:
+    """Few queries over many keys: the key range may be divided, and merged again."""
+    few = Shape(2, 4, 2, 3, 600, 24, 40)
+    one = Shape(3, 6, 1, 1, 270, 16, 16)
+
+    def ragged(s: Shape, g: torch.Generator) -> Mask:
+        filled = torch.randint(s.Lq, s.Lk + 1, (s.B,), generator=g)
+        return Causal(filled - s.Lq) & KeyLengths(filled)
+
+    docs = frozenset({"documents"})
+    return [
+        Case("decode", few),
+        Case("decode_mqa", one),
+        Case("decode_d64", Shape(1, 8, 2, 1, 513, 64, 64)),
+        Case("decode_eight", Shape(1, 2, 2, 8, 300, 72, 8), causal_lower_right),
+        Case("decode_long", Shape(1, 1, 1, 2, 2100, 8, 8)),
+        Case("decode_ragged", few, ragged),
+        Case("decode_window", few, always(Window(100, 0, "lower_right"))),
+        Case("decode_nothing", few, always(KeyLengths(lengths(0, 599)))),
+        Case("decode_queries", few, always(QueryLengths(lengths(0, 2)))),
+        Case("decode_dense", few, random_dense(True, True, True, True)),
+        Case("decode_dense_keys", few, random_dense(True, False, False, True)),
+        Case("decode_dense_sparse", few, lambda s, g: torch.rand(s.scores, generator=g) < 0.005),
+        Case("decode_documents", few, documents, needs=docs),
+        Case("decode_bias", few, ragged, random_bias(True, True, True, True)),
+        Case("decode_bias_queries", few, bias=random_bias(False, True, True, False)),
+        Case("decode_bias_keys", one, bias=random_bias(True, False, False, True)),
+        Case("decode_alibi", few, ragged, alibi(5), needs=frozenset({"alibi"})),
+        Case("decode_softcap", few, options={"softcap": 1.5}),
+        Case("decode_sinks", few, always(KeyLengths(lengths(0, 300))), sinks=True),
+        Case("decode_dropout", few, ragged, options={"dropout_p": 0.4, "seed": 11}),
+        Case(
+            "decode_everything",
+            few,
+            lambda s, g: ragged(s, g) & Window(400, None, "lower_right"),
+            random_bias(True, True, True, True),
+            sinks=True,
+            options={"softcap": 3.0, "dropout_p": 0.3, "seed": 4, "scale": 0.4},
+            layout="heads_last",
+        ),
+    ]
+
+
+CASES = _shapes() + _bands() + _masks() + _biases() + _options() + _decoding()
 BY_NAME = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases of one name"

@@ -14,8 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, add_layer_norm, dispatch, layer_norm, masked_softmax, rms_norm
-from rowmax.kernels.layout import rows_of
+from rowmax.kernels import (
+    Causal,
+    Documents,
+    add_layer_norm,
+    dispatch,
+    layer_norm,
+    masked_softmax,
+    rms_norm,
+)
+from rowmax.kernels.layout import rows_of, statistics_dtype
 from rowmax.kernels.reference import rows_keep
 from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_threshold, philox4x32
 
@@ -23,11 +31,15 @@ if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.cpu_numba.call import Kernel, read
-from rowmax.kernels.cpu_numba.norms_forward import draw_factors
+from rowmax.kernels.cpu_numba.memory import pointer
+from rowmax.kernels.cpu_numba.norms_forward import GROUPED_COLUMNS, draw_factors
 from rowmax.kernels.cpu_numba.rows import chunk_rows
-from rowmax.kernels.cpu_numba.simd import cast, pointer
+from rowmax.kernels.cpu_numba.simd import cast
 
-DTYPES = (torch.float32, torch.float64)
+from .backends import dtype_name
+
+WIDE = (torch.float32, torch.float64)
+DTYPES = (*WIDE, torch.bfloat16, torch.float16)
 NORMS = {
     "layer_norm": lambda x, w, b: layer_norm(x, w, b, backend="numba"),
     "add_layer_norm": lambda x, w, b: add_layer_norm(
@@ -36,7 +48,7 @@ NORMS = {
     "rms_norm": lambda x, w, b: rms_norm(x, w, backend="numba"),
 }
 EVERY_NORM = pytest.mark.parametrize("name", NORMS)
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
 @pytest.fixture
@@ -65,28 +77,28 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 
 @EVERY_NORM
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.usefixtures("_threads")
-def test_norms_give_the_same_bits_on_any_number_of_threads(name: str) -> None:
+def test_norms_give_the_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
     x, weight, bias = draw(3001, 41), draw(41), draw(41)
     assert chunk_rows(3001, 41) < 3001 / 4
     runs = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        runs.append(gradients(NORMS[name], x.float(), weight.float(), bias.float()))
+        runs.append(gradients(NORMS[name], x.to(dtype), weight.to(dtype), bias.to(dtype)))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=dtype_name)
 @pytest.mark.usefixtures("_threads")
-def test_softmax_gives_the_same_bits_on_any_number_of_threads() -> None:
+def test_softmax_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    mask = Causal() & Documents(torch.arange(400).expand(2, 400) // 150)
+    scores = draw(2, 8, 400, 400, dtype=dtype)
     runs = []
-    for threads in (1, 2, 3, 8):
+    for threads in (1, 2, 2, 2, 3, 8):
         torch.set_num_threads(threads)
-        runs.append(
-            gradients(
-                lambda s: masked_softmax(s, Causal(), 0.3, backend="numba"), draw(2, 3, 150, 150)
-            )
-        )
+        runs.append(gradients(lambda s: masked_softmax(s, mask, 0.3, backend="numba"), scores))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -116,6 +128,36 @@ def test_rows_around_the_edges_of_chunks(name: str, columns: int, chunks: int, e
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@EVERY_NORM
+@EVERY_DTYPE
+@pytest.mark.parametrize("columns", [512, GROUPED_COLUMNS + 7])
+def test_a_row_has_the_same_bits_wherever_it_stands(
+    name: str, dtype: torch.dtype, columns: int
+) -> None:
+    """Alone, first, between others, last, in a group or left over: there is one way to sum it."""
+    norm = NORMS[name]
+    if name == "add_layer_norm":  # dropout is for the row of that number
+        norm = lambda x, w, b: add_layer_norm(x, x, w, b, backend="numba")[0]  # noqa: E731
+    x, weight, bias = (draw(*size, dtype=dtype) for size in ((11, columns), (columns,), (columns,)))
+    together = norm(x, weight, bias)
+    for row in range(11):
+        assert torch.equal(norm(x[row : row + 1], weight, bias)[0], together[row])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_row_that_begins_far_from_its_mean(residual: bool) -> None:
+    """The variance is not taken about the first elements when those say little about the row."""
+    x = draw(3, 2**14)
+    x[:, :64] += 100.0
+    x = x.float()
+    if residual:
+        y, _ = add_layer_norm(x / 2, x / 2, backend="numba")
+    else:
+        y = layer_norm(x, backend="numba")
+    exact = layer_norm(x.double(), backend="reference")
+    assert (y.double() / exact - 1)[:, :64].abs().max() < 4 * torch.finfo(torch.float32).eps
 
 
 def test_the_partial_sums_keep_what_float32_can() -> None:
@@ -170,11 +212,12 @@ def test_strided_rows_give_the_bits_of_contiguous_ones(name: str, dtype: torch.d
         assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
 
 
-def test_nothing_beyond_a_row_is_read_or_written() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+def test_nothing_beyond_a_row_is_read_or_written(dtype: torch.dtype) -> None:
     """Rows inside a wider tensor whose other columns are NaN, at every number of tail lanes."""
     for columns in range(1, 70):
-        wide = torch.full((3, columns + 40), float("nan"))
-        wide[:, 20 : 20 + columns] = draw(3, columns, dtype=torch.float32)
+        wide = torch.full((3, columns + 40), float("nan"), dtype=dtype)
+        wide[:, 20 : 20 + columns] = draw(3, columns, dtype=dtype)
         inner = wide[:, 20 : 20 + columns]
         for y in (
             *add_layer_norm(inner, inner, dropout_p=0.5, seed=1, backend="numba"),
@@ -182,6 +225,73 @@ def test_nothing_beyond_a_row_is_read_or_written() -> None:
             masked_softmax(inner, backend="numba"),
         ):
             assert y.isfinite().all()
+
+
+# --- half types -----------------------------------------------------------------------------------
+
+
+@EVERY_NORM
+@pytest.mark.parametrize("columns", [40, GROUPED_COLUMNS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_half_gradients_are_rounded_once(name: str, columns: int, dtype: torch.dtype) -> None:
+    """The half kernels' results are the float32 kernels', of the same values, rounded."""
+    x, weight, bias = (draw(*size, dtype=dtype) for size in ((6, columns), (columns,), (columns,)))
+    d_total = draw(6, columns + 1, dtype=dtype)[:, 1:]
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        if name == "add_layer_norm":  # no rounded sum between: the residual holds all of it
+            zeros = torch.zeros_like(x, requires_grad=True)
+            row, w, b = leaves
+            leaves = [row, zeros, w, b]
+            y, total = add_layer_norm(zeros, row, w, b, dropout_p=0.3, seed=5, backend="numba")
+            outputs, grads = [y, total], [d_total.flip(0).to(y.dtype), d_total.to(y.dtype)]
+        else:
+            outputs, grads = [NORMS[name](*leaves)], [d_total.flip(0).to(x.dtype)]
+        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+        return [outputs[0].detach(), *(gradient for gradient in found if gradient is not None)]
+
+    half = run(x, weight, bias)
+    wide = run(x.float(), weight.float(), bias.float())
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(half, wide, strict=True))
+
+
+@EVERY_NORM
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_no_tensor_is_copied_to_float32(name: str, dtype: torch.dtype) -> None:
+    """Of x's size are the results alone: a float32 copy would be worth two of them."""
+    x, weight, bias = (draw(*size, dtype=dtype) for size in ((2048, 512), (512,), (512,)))
+    flipped, grad = x.flip(0), draw(2048, 512, dtype=dtype)
+
+    def run() -> None:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+        if name == "add_layer_norm":
+            rows, w, b = leaves
+            y, _ = add_layer_norm(rows, flipped, w, b, backend="numba")
+        else:
+            y = NORMS[name](*leaves)
+        torch.autograd.grad(y, leaves, grad, allow_unused=True)
+
+    results = 3 if name == "add_layer_norm" else 2
+    assert results <= allocated(run) / x.nbytes < results + 0.5
+
+
+def test_no_scores_are_copied_to_float32() -> None:
+    scores, grad = draw(1, 2, 512, 512).bfloat16(), draw(1, 2, 512, 512).bfloat16()
+
+    def run() -> None:
+        leaf = scores.detach().requires_grad_()
+        torch.autograd.grad(masked_softmax(leaf, Causal(), backend="numba"), leaf, grad)
+
+    assert 2 <= allocated(run) / scores.nbytes < 2.5
+
+
+def allocated(function: Callable[[], None]) -> int:
+    """The bytes of all tensors that a call makes, one after another."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    sizes = (event.self_cpu_memory_usage for event in profile.events() or ())
+    return sum(size for size in sizes if size > 0)
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -196,7 +306,8 @@ def test_lanes_drop_what_the_definition_drops(p: float, dtype: torch.dtype) -> N
             ones = torch.ones(3, columns, dtype=dtype)
             _, total = add_layer_norm(ones, ones * 0, dropout_p=p, seed=seed, backend="numba")
             keep = rows_keep(torch.tensor(seed), p, 3, columns)
-            assert torch.equal(total, keep.to(dtype) * keep_scale(p))
+            factor = torch.tensor(keep_scale(p), dtype=statistics_dtype(dtype))
+            assert torch.equal(total, (keep * factor).to(dtype))
 
 
 def factors_of_row(argument):
@@ -210,7 +321,7 @@ def factors_of_row(argument):
 FACTORS = Kernel(factors_of_row, ("target", "row", "columns", "threshold", "seed"), ("keep_scale",))
 
 
-@EVERY_DTYPE
+@pytest.mark.parametrize("dtype", WIDE, ids=dtype_name)
 @pytest.mark.parametrize("row", [5, 2**31 + 1, 2**32 + 5, 2**40 - 1])
 def test_rows_beyond_32_bits_have_words_of_their_own(row: int, dtype: torch.dtype) -> None:
     columns, p, seed = 128, 0.4, 123456789123

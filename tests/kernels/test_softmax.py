@@ -117,3 +117,51 @@ def test_layouts(layout: str, backend: str) -> None:
         "expanded": scores[:, :1].expand(2, 3, 7, 9),
     }[layout]
     judge(backend, moved, Causal("upper_left"), 1.0, set())
+
+
+def documents(name: str, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """(B, Lq) and (B, Lk) of the same few ids."""
+    generator = torch.Generator().manual_seed(5)
+    named = torch.tensor([-3, 0, 2**40, 2**40 + 2**32, -(2**63)])
+    drawn = (torch.randint(5, (batch, length), generator=generator) for length in (queries, keys))
+    chosen = [named[numbers] for numbers in drawn]
+    if name == "packed":
+        chosen = [ids.sort(dim=1).values for ids in chosen]
+    if name == "one":
+        chosen = [torch.zeros_like(ids) for ids in chosen]
+    if name == "some_without_keys":
+        chosen[1] = torch.where(chosen[1] == 0, -3, chosen[1])
+    return chosen[0], chosen[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("queries,keys", [(70, 129), (33, 16), (5, 300), (4, 1)])
+@pytest.mark.parametrize("name", ["packed", "mixed", "one", "some_without_keys"])
+def test_documents(name: str, queries: int, keys: int, dtype: torch.dtype, backend: str) -> None:
+    """Ranges of keys that begin and end at any lane, ids of 64 bits, documents without a key."""
+    scores = torch.randn(2, 3, queries, keys, generator=torch.Generator().manual_seed(6)).to(dtype)
+    ids = Documents(*documents(name, 2, queries, keys))
+    judge(backend, scores, ids, 1.3, {"documents"})
+    dense = Dense(torch.rand(3, 1, keys, generator=torch.Generator().manual_seed(7)) < 0.6)
+    lengths = KeyLengths(torch.tensor([keys // 2, keys]))
+    judge(backend, scores, ids & Causal("lower_right") & dense & lengths, -0.7, {"documents"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("name", ["packed", "mixed"])
+def test_nothing_of_other_documents_is_felt(name: str, dtype: torch.dtype, backend: str) -> None:
+    queries, keys = 37, 150
+    mask = Documents(*documents(name, 2, queries, keys))
+    if refused(
+        backend,
+        {"documents", dtype_name(dtype)},
+        lambda: masked_softmax(torch.ones(2, 1, queries, keys, dtype=dtype), mask, backend=backend),
+    ):
+        return
+    scores = torch.randn(2, 1, queries, keys, generator=torch.Generator().manual_seed(8)).to(dtype)
+    foreign = torch.where(mask.dense(2, 1, queries, keys), scores, torch.nan)
+    plain, strange = (
+        masked_softmax(tensor.to(device_of(backend)), mask, 0.9, backend=backend)
+        for tensor in (scores, foreign)
+    )
+    assert torch.equal(plain, strange)

@@ -1,0 +1,404 @@
+"""Memory as kernels see it: typed pointers, and vectors loaded from them and stored to them.
+
+`Pointer(dtype)` is an address of elements: `p + n` moves by n elements, `p[n]` reads or writes
+one. Half types are storage only: their vectors load as float32 and are rounded to nearest even when
+they are stored.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin
+
+from .simd import (
+    BFLOAT16,
+    FLOAT16,
+    LANES,
+    Pointer,
+    Vector,
+    broadcast,
+    call_llvm,
+    constant,
+    element_bytes,
+    first_lanes,
+    float_vector,
+    integer_vector,
+    llvm_vector,
+    load_vector,
+    store_vector,
+    suffix,
+)
+
+
+@intrinsic
+def pointer(typing: Any, address: types.Type, like: types.Type) -> Any:
+    """The int64 `address` as a pointer to elements of `like`'s type."""
+    kind = Pointer(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64, like), generate
+
+
+@intrinsic
+def integers_at(typing: Any, address: types.Type) -> Any:
+    """The int64 `address` as a pointer to int64 elements."""
+    kind = Pointer(types.int64)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+@intrinsic
+def bytes_at(typing: Any, address: types.Type) -> Any:
+    """The int64 `address` as a pointer to bytes (bools)."""
+    kind = Pointer(types.uint8)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64), generate
+
+
+def _half_at(stored: types.Type, address: types.Type, like: types.Type) -> Any:
+    kind = Pointer(stored if like == types.float32 else like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64, like), generate
+
+
+@intrinsic
+def bfloat16_at(typing: Any, address: types.Type, like: types.Type) -> Any:
+    """The int64 `address` as a pointer to bfloat16 elements, to be computed with in float32.
+
+    Where a kernel computes in float64 there are none, and this is a pointer to float64: so one
+    source does both.
+    """
+    return _half_at(BFLOAT16, address, like)
+
+
+@intrinsic
+def float16_at(typing: Any, address: types.Type, like: types.Type) -> Any:
+    """As `bfloat16_at`, of float16."""
+    return _half_at(FLOAT16, address, like)
+
+
+@intrinsic
+def as_integers32(typing: Any, source: types.Type) -> Any:
+    """The same address as a pointer to int32 elements."""
+    kind = Pointer(types.int32)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(kind))
+
+    return kind(source), generate
+
+
+@intrinsic
+def item_size(typing: Any, like: types.Type) -> Any:
+    """Bytes an element of `like`'s type takes."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return ir.Constant(ir.IntType(64), like.bitwidth // 8)
+
+    return types.int64(like), generate
+
+
+@infer_global(operator.add)
+class _PointerAdd(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
+        if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(args[0], args[0], types.int64)
+        return None
+
+
+@lower_builtin(operator.add, Pointer, types.int64)
+def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    return builder.gep(args[0], [args[1]])
+
+
+@infer_global(operator.getitem)
+class _PointerGet(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
+        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(args[0].dtype, args[0], types.int64)
+        return None
+
+
+@lower_builtin(operator.getitem, Pointer, types.int64)
+def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    return builder.load(builder.gep(args[0], [args[1]]))
+
+
+@infer_global(operator.setitem)
+class _PointerSet(AbstractTemplate):
+    def generic(self, args: Any, _kws: Any) -> Any:
+        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
+            return signature(types.none, args[0], types.int64, args[0].dtype)
+        return None
+
+
+@lower_builtin(operator.setitem, Pointer, types.int64, types.Any)
+def _pointer_set(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    builder.store(args[2], builder.gep(args[0], [args[1]]))
+    return context.get_dummy_value()
+
+
+def _stored_vector(dtype: types.Type) -> ir.VectorType:
+    """A vector of `dtype`, or of a half type as it lies in memory, as LLVM reads it."""
+    if dtype == BFLOAT16:
+        return ir.VectorType(ir.IntType(16), LANES[types.float32])
+    if dtype == FLOAT16:
+        return ir.VectorType(ir.HalfType(), LANES[types.float32])
+    return llvm_vector(float_vector(dtype))
+
+
+def _computed(dtype: types.Type) -> types.Type:
+    """The type that elements stored as `dtype` are computed in."""
+    return types.float32 if dtype in (BFLOAT16, FLOAT16) else dtype
+
+
+def _widened(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
+    floats = llvm_vector(float_vector(_computed(dtype)))
+    if dtype == BFLOAT16:  # the high half of a float32
+        words = ir.VectorType(ir.IntType(32), floats.count)
+        return builder.bitcast(builder.shl(builder.zext(value, words), constant(words, 16)), floats)
+    return builder.fpext(value, floats) if dtype == FLOAT16 else value
+
+
+def _narrowed(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
+    """Rounded to nearest, ties to even; a NaN stays one."""
+    stored = _stored_vector(dtype)
+    if dtype == BFLOAT16:
+        words = ir.VectorType(ir.IntType(32), stored.count)
+        bits = builder.bitcast(value, words)
+        odd = builder.and_(builder.lshr(bits, constant(words, 16)), constant(words, 1))
+        rounded = builder.add(bits, builder.add(odd, constant(words, 0x7FFF)))
+        quiet = builder.or_(bits, constant(words, 0x400000))
+        bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+        return builder.trunc(builder.lshr(bits, constant(words, 16)), stored)
+    return builder.fptrunc(value, stored) if dtype == FLOAT16 else value
+
+
+@intrinsic
+def load(typing: Any, source: types.Type) -> Any:
+    """One vector from LANES consecutive elements, of any alignment."""
+    stored = _stored_vector(source.dtype)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        value = load_vector(builder, args[0], stored)
+        return _widened(builder, value, source.dtype)
+
+    return float_vector(_computed(source.dtype))(source), generate
+
+
+@intrinsic
+def load_integers(typing: Any, source: types.Type, like: types.Type) -> Any:
+    """int32 elements, as many as a vector of `like` has lanes."""
+    kind = integer_vector(like)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return load_vector(builder, args[0], llvm_vector(kind))
+
+    return kind(source, like), generate
+
+
+@intrinsic
+def store(typing: Any, target: types.Type, value: types.Type) -> Any:
+    """The vector to consecutive elements, of any alignment."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        store_vector(builder, _narrowed(builder, args[1], target.dtype), args[0])
+        return context.get_dummy_value()
+
+    return types.void(target, value), generate
+
+
+@intrinsic
+def load_first(typing: Any, source: types.Type, count: types.Type) -> Any:
+    """The first `count` elements and zeros; what lies beyond is not read."""
+    stored = _stored_vector(source.dtype)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        value = load_masked(builder, args[0], first_lanes(builder, args[1], stored.count), stored)
+        return _widened(builder, value, source.dtype)
+
+    return float_vector(_computed(source.dtype))(source, types.int64), generate
+
+
+@intrinsic
+def store_first(typing: Any, target: types.Type, value: types.Type, count: types.Type) -> Any:
+    """Stores the first `count` lanes; what lies beyond is not touched."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        narrow = _narrowed(builder, args[1], target.dtype)
+        mask = first_lanes(builder, args[2], narrow.type.count)
+        address = builder.bitcast(args[0], narrow.type.as_pointer())
+        align = ir.Constant(ir.IntType(32), element_bytes(narrow.type))
+        name = f"llvm.masked.store.{suffix(narrow.type)}.p0"
+        call_llvm(builder, name, ir.VoidType(), [narrow, address, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(target, value, types.int64), generate
+
+
+def load_masked(
+    builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value, kind: ir.VectorType
+) -> ir.Value:
+    """The elements where `mask` is true, and zeros."""
+    address = builder.bitcast(pointer, kind.as_pointer())
+    align = ir.Constant(ir.IntType(32), element_bytes(kind))
+    name = f"llvm.masked.load.{suffix(kind)}.p0"
+    return call_llvm(builder, name, kind, [address, align, mask, ir.Constant(kind, None)])
+
+
+@intrinsic
+def load_flags(typing: Any, source: types.Type, like: types.Type) -> Any:
+    """Bools from consecutive bytes, as many as a vector of `like` has lanes."""
+    lanes = LANES[like]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = ir.VectorType(ir.IntType(8), lanes)
+        flags = builder.load(builder.bitcast(args[0], kind.as_pointer()), align=1)
+        return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
+
+    return Vector(types.boolean, lanes)(source, like), generate
+
+
+@intrinsic
+def load_first_flags(typing: Any, source: types.Type, like: types.Type, count: types.Type) -> Any:
+    """The first `count` bools and False; what lies beyond is not read."""
+    lanes = LANES[like]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = ir.VectorType(ir.IntType(8), lanes)
+        mask = first_lanes(builder, args[2], lanes)
+        flags = load_masked(builder, args[0], mask, kind)
+        return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
+
+    return Vector(types.boolean, lanes)(source, like, types.int64), generate
+
+
+@intrinsic
+def load_first_equal(
+    typing: Any, source: types.Type, value: types.Type, like: types.Type, count: types.Type
+) -> Any:
+    """Which of the first `count` int64 elements equal `value`; what lies beyond is not read."""
+    lanes = LANES[like]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        kind = ir.VectorType(ir.IntType(64), lanes)
+        mask = first_lanes(builder, args[3], lanes)
+        equal = builder.icmp_signed(
+            "==", load_masked(builder, args[0], mask, kind), broadcast(builder, kind, args[1])
+        )
+        return builder.and_(equal, mask)
+
+    return Vector(types.boolean, lanes)(source, types.int64, like, types.int64), generate
+
+
+@intrinsic
+def add_across(typing: Any, source: types.Type) -> Any:
+    """The sums of LANES consecutive vectors: lane n is the sum of the lanes of vector n.
+
+    Each round adds the even and the odd lanes of two vectors into one.
+    """
+    kind = llvm_vector(float_vector(source.dtype))
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        lanes = kind.count
+        index = ir.VectorType(ir.IntType(32), lanes)
+        even, odd = (ir.Constant(index, list(range(half, 2 * lanes, 2))) for half in (0, 1))
+        vectors = [
+            load_vector(
+                builder, builder.gep(args[0], [ir.Constant(ir.IntType(64), n * lanes)]), kind
+            )
+            for n in range(lanes)
+        ]
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [
+                builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
+                for a, b in pairs
+            ]
+        return vectors[0]
+
+    return float_vector(source.dtype)(source), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: types.Type) -> Any:
+    """Ask for the cache line at the int64 `address`; one that is not there does no harm."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        word = ir.IntType(32)
+        at = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at, read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def take_ticket(typing: Any, counter: types.Type) -> Any:
+    """Atomically: the number at the int64 pointer, which then is one more."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def finish_task(typing: Any, counter: types.Type) -> Any:
+    """As `take_ticket`, and a barrier: who draws the last number sees what all others wrote."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def published(typing: Any, counter: types.Type) -> Any:
+    """Atomically: the int64 at the pointer, and all that was written before it was published."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        return builder.load_atomic(args[0], "acquire", 8)
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def publish(typing: Any, counter: types.Type, value: types.Type) -> Any:
+    """Atomically: the int64 at the pointer becomes `value`, after all that was written before."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        builder.store_atomic(args[1], args[0], "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(counter, types.int64), generate
+
+
+@intrinsic
+def yield_processor(typing: Any) -> Any:
+    """Lets another thread run: who is waited for may be waiting for this core."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        if sys.platform != "win32":
+            call_llvm(builder, "sched_yield", ir.IntType(32), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate

@@ -1,0 +1,72 @@
+"""The Triton kernels of norms and softmax, which work row by row, compiled without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from rowmax.bench import ahead_of_time
+from rowmax.kernels import Causal, KeyLengths, Mask
+from rowmax.kernels.gpu_triton import norms, softmax
+from rowmax.kernels.masks import structure_of
+from rowmax.kernels.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
+
+ROWS = 64
+SEED = torch.tensor(3)
+
+
+def add_layer_norm(x: Tensor, weight: Tensor) -> None:
+    problem = AddLayerNormProblem(x, x, weight, weight, 1e-5, 0.1, SEED)
+    y, total, mean, rstd = norms.add_layer_norm(problem)
+    norms.add_layer_norm_backward(problem, y, y, total, mean, rstd)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> None:
+    problem = RMSNormProblem(x, weight, 1e-5)
+    y, rstd = norms.rms_norm(problem)
+    norms.rms_norm_backward(problem, y, rstd)
+
+
+def masked_softmax(x: Tensor, weight: Tensor) -> None:
+    scores = x.view(2, 4, -1, x.shape[1])
+    shape = (2, 4, scores.shape[2], scores.shape[3])
+    mask: Mask = Causal("lower_right") & KeyLengths(torch.tensor([7, 5]))
+    weights = softmax.masked_softmax(SoftmaxProblem(scores, structure_of(mask, shape, scores), 0.5))
+    softmax.masked_softmax_backward(scores, weights, 0.5)
+
+
+OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], None], set[str]]] = {
+    "add_layer_norm": (add_layer_norm, {"normalise", "differentiate", "sum_chunks"}),
+    "rms_norm": (rms_norm, {"normalise", "differentiate", "sum_chunks"}),
+    "masked_softmax": (masked_softmax, {"weigh", "differentiate_weights"}),
+}
+# The longest rows that a program holds, 8,192 columns with dropout and the gradient of the sum as
+# well, spill 36 bytes.
+FEW_BYTES = 40
+LONG = {"normalise_blocks", "average_rows", "differentiate", "sum_chunks"}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:]
+)
+@pytest.mark.parametrize("columns", [64, 1024, 8192, 100_000])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_next_to_nothing_spills(name: str, columns: int, dtype: torch.dtype, arch: str) -> None:
+    """Narrow rows, whole rows, the longest that a program holds, and rows in blocks."""
+    ahead_of_time.pretend(arch)
+    function, kernels = OPERATIONS[name]
+    if columns == 100_000 and name != "masked_softmax":
+        kernels = LONG
+    with ahead_of_time.compiled_launches() as launched:
+        function(torch.empty(ROWS, columns, dtype=dtype), torch.empty(columns, dtype=dtype))
+    assert set(launched) >= kernels
+    for compiled in launched.values():
+        assert replace(compiled, spilled=0).fits(arch), launched
+        assert compiled.spilled <= FEW_BYTES, launched

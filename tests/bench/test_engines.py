@@ -1,0 +1,94 @@
+"""ONNX Runtime and OpenVINO: asked for the same as everyone, where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.bench import peers
+from rowmax.bench.cases import FORWARD, SUITES, Case
+from rowmax.bench.engines import Engine, Run, onnx_runtime, open_vino
+from rowmax.bench.gate import Gate
+from rowmax.bench.inputs import AttentionInputs, make_inputs
+from rowmax.bench.more_peers import UnsupportedError
+from rowmax.bench.peers import naive_attention, run_pass
+
+SUITE = SUITES["cpu-attention"]
+SQUARE = (3, 8, 40, 16)
+CASES = [
+    *((kind, SQUARE) for kind in ("plain", "causal", "padded", "bias", "causal+padded+bias")),
+    ("causal+padded", SQUARE),
+    ("window", (2, 2, 300, 16)),
+    ("cross", (3, 8, 20, 40, 16)),
+    ("padded", (3, 8, 20, 40, 16)),
+    ("decode", (3, 8, 1, 40, 16)),
+    ("decode", (3, 8, 2, 1, 40, 16)),
+]
+
+
+def inputs_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> AttentionInputs:
+    inputs = make_inputs(Case(SUITE, dtype, kind, shape, FORWARD))
+    assert isinstance(inputs, AttentionInputs)
+    return inputs
+
+
+@pytest.mark.parametrize("name, make", [("onnxruntime", onnx_runtime), ("openvino", open_vino)])
+@pytest.mark.parametrize("kind, shape", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_computes_the_same(
+    name: str, make: Callable[[], Engine], kind: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if peers.absent(name):
+        pytest.skip(f"{name} is not installed (the extra 'peers')")
+    inputs = inputs_of(kind, shape, dtype)
+    engine = make()
+    if name == "onnxruntime" and dtype != torch.float32:
+        with pytest.raises(UnsupportedError, match="no bfloat16 attention"):
+            run_pass(engine, inputs, backward=False)
+        return
+    gate = Gate(inputs, naive_attention, backward=False)
+    assert gate.fault(engine, backward=False, is_subject=False) is None
+
+
+def test_openvino_has_no_grouped_heads_for_several_queries() -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(UnsupportedError, match="no grouped heads"):
+        run_pass(open_vino(), inputs_of("plain", (1, 8, 2, 5, 5, 8), torch.float32), backward=False)
+
+
+class Prepared:
+    """Stands for an engine: counts what it prepares, and gives back the queries it was given."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, inputs: AttentionInputs) -> Run:
+        self.count += 1
+        queries = inputs.q.detach()
+        return lambda: queries
+
+
+def test_an_engine_is_prepared_once_for_the_same_tensors() -> None:
+    prepared = Prepared()
+    engine = Engine("E", prepared)
+    inputs = inputs_of("padded", SQUARE, torch.float32)
+    for same in (inputs, replace(inputs, dropout_p=0.0)):  # the gate's, then what is timed
+        assert torch.equal(run_pass(engine, same, backward=False)[0], inputs.q)
+    assert prepared.count == 1
+    changes: list[dict[str, Tensor | None]] = [{"q": inputs.q + 1}, {"allowed": None}]
+    for change in changes:
+        other = replace(inputs, **change)  # type: ignore[arg-type]
+        assert torch.equal(run_pass(engine, other, backward=False)[0], other.q)
+    assert prepared.count == 3
+
+
+def test_what_engines_have_not() -> None:
+    engine = Engine("E", Prepared())
+    with pytest.raises(UnsupportedError, match="E has no backward"):
+        run_pass(engine, inputs_of("plain", SQUARE, torch.float32), backward=True)
+    with pytest.raises(UnsupportedError, match="no dropout"):
+        run_pass(engine, inputs_of("dropout", SQUARE, torch.float32), backward=False)

@@ -1,0 +1,228 @@
+"""What only a GPU shows of the Triton kernels: CUDA graphs, compiled code, sizes that fill it.
+
+`compute-sanitizer` runs over the tests called `sanitized` too (bench/on_gpu.sh).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import (
+    Causal,
+    KeyLengths,
+    Window,
+    add_layer_norm,
+    attention,
+    attention_varlen,
+    dispatch,
+    layer_norm,
+    masked_softmax,
+    rms_norm,
+)
+
+from .backends import dtype_name
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+if dispatch.unavailable("triton") is not None:
+    pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+HALF = torch.bfloat16
+
+
+def draw(*size: int, dtype: torch.dtype = HALF, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(sum(size) + seed)
+    return torch.randn(size, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def heads(batch: int, length: int, dim: int = 64, **options: Any) -> list[Tensor]:
+    """q of 8 heads, k and v of 2."""
+    sizes = ((8, length), (2, length), (2, length))
+    return [
+        draw(batch, count, n, dim, seed=index, **options) for index, (count, n) in enumerate(sizes)
+    ]
+
+
+def padded_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, _, length, _ = q.shape
+    lengths = torch.arange(1, batch + 1, device=DEVICE) * length // batch
+    options: dict[str, Any] = {"dropout_p": 0.2, "seed": 5, "backend": "triton"}
+    return attention(q, k, v, Causal() & KeyLengths(lengths), **options)
+
+
+def decoding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention(q[:, :, :2], k, v, Causal("lower_right"), backend="triton")
+
+
+def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return attention(q, k, v, Window(300, 300), bias=bias, backend="triton")
+
+
+def normed(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y, total = add_layer_norm(x, residual, weight, bias, dropout_p=0.3, seed=3, backend="triton")
+    y = layer_norm(y + total, weight, bias, backend="triton")
+    y = rms_norm(y, weight, backend="triton")
+    return masked_softmax(y.view(1, 1, *y.shape), Causal(9), 0.5, backend="triton")
+
+
+Make = Callable[[], list[Tensor]]
+CALLS: dict[str, tuple[Callable[..., Tensor], Make]] = {
+    "padded_causal": (padded_causal, lambda: heads(3, 700)),
+    "decoding": (decoding, lambda: heads(2, 3000, 128)),
+    "with_bias": (with_bias, lambda: [*heads(2, 500), draw(1, 8, 500, 500)]),
+    "normed": (normed, lambda: [draw(600, 1000), draw(600, 1000), draw(1000), draw(1000)]),
+}
+EVERY_CALL = pytest.mark.parametrize("name", CALLS)
+
+
+def both_passes(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of all tensors."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    weights = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@EVERY_CALL
+def test_every_run_gives_the_same_bits(name: str) -> None:
+    function, make = CALLS[name]
+    tensors = make()
+    expected = both_passes(function, tensors)
+    assert all(tensor.isfinite().all() for tensor in expected)
+    for _ in range(10):
+        assert_equal(both_passes(function, tensors), expected)
+
+
+@EVERY_CALL
+def test_cuda_graphs(name: str) -> None:
+    """A captured call, replayed on other values, does what the call itself does."""
+    function, make = CALLS[name]
+    held = make()
+    leaves = [tensor.requires_grad_() for tensor in held]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels compile here, not while the graph is recorded
+        both_passes(function, leaves)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = both_passes(function, leaves)
+    for factor in (1.0, -0.5):
+        others = [tensor.detach() * factor for tensor in make()]
+        with torch.no_grad():
+            for leaf, other in zip(leaves, others, strict=True):
+                leaf.copy_(other)
+        graph.replay()
+        assert_equal(recorded, both_passes(function, others))
+
+
+@EVERY_CALL
+def test_torch_compile(name: str) -> None:
+    function, make = CALLS[name]
+    tensors = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    got, expected = both_passes(compiled, tensors), both_passes(function, tensors)
+    for one, other in zip(got, expected, strict=True):
+        scale = float(other.abs().max())  # torch's own code around the kernels may round otherwise
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * scale)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_decoding_does_not_depend_on_the_batch(dim: int, dtype: torch.dtype) -> None:
+    """Bitwise the same for every size of batch, and in a cache longer than what it holds."""
+    q, k, v = heads(7, 4100, dim, dtype=dtype)
+    q = q[:, :, :1]
+    held = torch.tensor([4100, 1500, 1024, 2047, 4096, 3000, 2], device=DEVICE)
+    together = attention(q, k, v, KeyLengths(held), backend="triton")
+    for b, length in enumerate(held.tolist()):
+        one = slice(b, b + 1)
+        alone = attention(q[one], k[one], v[one], KeyLengths(held[one]), backend="triton")
+        assert torch.equal(alone, together[one])
+        if length >= 1024:  # what is split for itself as well
+            cut = attention(q[one], k[one, :, :length], v[one, :, :length], backend="triton")
+            assert torch.equal(cut, together[one])
+
+
+def test_streams() -> None:
+    """A kernel runs on the stream that is current."""
+    tensors = heads(2, 700)
+    expected = both_passes(padded_causal, tensors)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = both_passes(padded_causal, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_equal(got, expected)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A bias of more than 2^31 elements; its last head is that of a call with this head alone."""
+    length, count = 9216, 26
+    free, _ = torch.cuda.mem_get_info()
+    wanted = 2 * count * length * length
+    if free < wanted + 2**30:
+        pytest.skip(f"needs {wanted / 2**30:.1f} GiB")
+    assert count * length * length > 2**31
+    q, k, v = (draw(1, count, length, 16, seed=index) for index in range(3))
+    bias = torch.zeros(1, count, length, length, device=DEVICE, dtype=HALF)
+    bias[:, -1] = draw(length, length)
+    out = attention(q, k, v, bias=bias, backend="triton")
+    last = attention(q[:, -1:], k[:, -1:], v[:, -1:], bias=bias[:, -1:], backend="triton")
+    assert torch.equal(out[:, -1:], last)
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32, torch.float64], ids=dtype_name)
+@pytest.mark.parametrize("name", ["ordinary", "decoding", "packed", "norms"])
+def test_sanitized(name: str, dtype: torch.dtype) -> None:
+    """Small odd shapes, each kernel once: for compute-sanitizer, beside the values."""
+    calls: dict[str, tuple[Callable[[str], Callable[..., Tensor]], list[Tensor]]] = {
+        "ordinary": (
+            lambda backend: (
+                lambda q, k, v, bias: attention(
+                    *(q, k, v, Causal() & KeyLengths(torch.tensor([77, 30], device=DEVICE))),
+                    bias=bias,
+                    dropout_p=0.1,
+                    seed=1,
+                    backend=backend,
+                )
+            ),
+            [*heads(2, 77, 40, dtype=dtype), draw(1, 8, 1, 77, dtype=dtype)],
+        ),
+        "decoding": (
+            lambda backend: lambda q, k, v: attention(q[:, :, :3], k, v, backend=backend),
+            heads(2, 1111, 40, dtype=dtype),
+        ),
+        "packed": (
+            lambda backend: (
+                lambda q, k, v: attention_varlen(
+                    *(q, k, v, *2 * (torch.tensor([0, 5, 5, 77], device=DEVICE),)),
+                    Causal(),
+                    backend=backend,
+                )
+            ),
+            [draw(77, count, 40, dtype=dtype) for count in (8, 2, 2)],
+        ),
+        "norms": (
+            lambda backend: lambda x, w, b: layer_norm(x, w, b, backend=backend),
+            [draw(33, 77, dtype=dtype), draw(77, dtype=dtype), draw(77, dtype=dtype)],
+        ),
+    }
+    make, tensors = calls[name]
+    got, expected = both_passes(make("triton"), tensors), both_passes(make("reference"), tensors)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, HALF: 0.03}[dtype]
+    for one, other in zip(got, expected, strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale)

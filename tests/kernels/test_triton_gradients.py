@@ -1,0 +1,167 @@
+"""The hand-written derivatives of the Triton kernels against differences, feature by feature.
+
+In float64 and along random directions, which is what `fast_mode` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import (
+    ALiBi,
+    Causal,
+    Dense,
+    Documents,
+    KeyLengths,
+    Mask,
+    QueryLengths,
+    Window,
+    attention,
+    attention_varlen,
+    dispatch,
+    ops,
+)
+from rowmax.kernels.problem import AttentionProblem
+
+from .backends import device_of
+
+if dispatch.unavailable("triton") is not None:
+    pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
+
+from rowmax.kernels.gpu_triton import attention_decode, attention_launch
+
+DEVICE = device_of("triton")
+B, H, QUERIES, KEYS, D, DV = 2, 4, 5, 7, 3, 4
+
+
+def draw(*size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values, device=DEVICE)
+
+
+COIN = torch.rand(B, H, QUERIES, KEYS, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.6
+MASKS: dict[str, Mask] = {
+    "causal": Causal("lower_right"),
+    "window": Window(2, 1, lengths(0, 3)),
+    "lengths": KeyLengths(lengths(6, 0)) & QueryLengths(lengths(5, 3)),
+    "dense": Dense(COIN),
+    "documents": Documents(
+        torch.arange(QUERIES, device=DEVICE).expand(B, -1) // 2,
+        torch.arange(KEYS, device=DEVICE).expand(B, -1) // 3,
+    ),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    **{name: {"mask": mask} for name, mask in MASKS.items()},
+    "softcap": {"softcap": 0.8},
+    "alibi": {"bias": ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), 2)},
+    "dropout": {"dropout_p": 0.3, "seed": 4},
+    "scale": {"scale": -1.3, "mask": Causal(1)},
+}
+BIASES = {"full": (B, H, QUERIES, KEYS), "heads": (1, H, 1, 1), "keys": (1, 1, 1, KEYS)}
+
+
+def check(call: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor) -> None:
+    """lse stands for its finite values: those of rows that attend nothing are constants."""
+
+    def finite(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = call(*tensors)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)
+
+    assert torch.autograd.gradcheck(finite, tensors, fast_mode=True)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return draw(B, H, QUERIES, D), draw(B, 2, KEYS, D), draw(B, 2, KEYS, DV)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_features(name: str) -> None:
+    options = {"return_lse": True, "backend": "triton", **OPTIONS[name]}
+    check(lambda q, k, v: attention(q, k, v, **options), *inputs())
+
+
+@pytest.mark.parametrize("shape", BIASES)
+@pytest.mark.parametrize("features", ["plain", "rich"])
+def test_biases_and_sinks(shape: str, features: str) -> None:
+    options: dict[str, Any] = {"return_lse": True, "backend": "triton"}
+    if features == "rich":
+        options |= {"mask": Causal(1) & KeyLengths(lengths(6, 0)), "softcap": 1.5}
+        options |= {"dropout_p": 0.2, "seed": 1}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Any:
+        return attention(q, k, v, bias=bias, sinks=sinks, **options)
+
+    check(call, *inputs(), draw(*BIASES[shape]), draw(H))
+
+
+STARTS = torch.tensor([0, 4, 4, 5]), torch.tensor([0, 3, 5, 7])
+PACKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": OPTIONS["causal"],
+    "dropout": OPTIONS["dropout"],
+}
+PACKED["alibi"] = {"bias": ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), "upper_left")}
+
+
+def packed_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return draw(QUERIES, H, D), draw(KEYS, 2, D), draw(KEYS, 2, DV)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences(name: str) -> None:
+    starts_q, starts_k = (tensor.to(DEVICE) for tensor in STARTS)
+    options: dict[str, Any] = {"return_lse": True, "backend": "triton", **PACKED[name]}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
+        return attention_varlen(q, k, v, starts_q, starts_k, sinks=sinks, **options)
+
+    check(call, *packed_inputs(), draw(H))
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi"])
+def test_opcheck_of_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators on a packed problem, as `attention_varlen` hands it to them."""
+    seen: list[AttentionProblem] = []
+    whole = ops.attention
+
+    def noting(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+        seen.append(problem)
+        return whole(problem, backend)
+
+    monkeypatch.setattr(ops, "attention", noting)
+    q, k, v = packed_inputs()
+    starts_q, starts_k = (tensor.to(DEVICE) for tensor in STARTS)
+    options: dict[str, Any] = {"sinks": draw(H), "backend": "triton", **PACKED[name]}
+    attention_varlen(q, k, v, starts_q, starts_k, **options)
+    flat = (*seen[0].flat(), "triton")
+    torch.library.opcheck(torch.ops.rowmax.attention.default, flat)
+    flat = tuple(value.detach() if isinstance(value, Tensor) else value for value in flat)
+    out, lse = torch.ops.rowmax.attention.default(*flat)
+    arguments = (torch.ones_like(out), None, out, lse, False, True, *flat)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    backward = torch.ops.rowmax.attention_backward.default
+    torch.library.opcheck(backward, arguments, test_utils=tests)
+
+
+def test_split_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass after a forward pass in chunks, of 32 keys here."""
+    for module in (attention_decode, attention_launch):
+        monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(attention_launch, "forward", None)
+    mask = Causal(lengths(60, 20))
+    tensors = draw(B, H, 2, D), draw(B, 2, 64, D), draw(B, 2, 64, DV), draw(H)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
+        return attention(q, k, v, mask, sinks=sinks, return_lse=True, backend="triton")
+
+    check(call, *tensors)
