@@ -5,6 +5,7 @@
 #   make test      the tests
 #   make test-interpreted  all cases of the GPU kernels in Triton's interpreter, of which `test`
 #                  takes a part
+#   make test-narrow  the parity of the CPU kernels with vectors cut to AVX2's 256 bits
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there
 #   make lint      ruff and mypy
 #   make bench     the speed tables
@@ -35,7 +36,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CHECKED := kernels transformer bench tests setup.py
 TYPING := build/typing/rowmax
 
-.PHONY: demo test test-interpreted compile lint bench install clean distclean
+.PHONY: demo test test-interpreted test-narrow compile lint bench install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -46,6 +47,12 @@ test: $(PACKAGE)
 
 test-interpreted: $(PACKAGE)
 	ROWMAX_INTERPRET_ALL=1 $(BIN)/python -m pytest $(TEST_ARGS) tests/kernels -k triton
+
+# On a CPU whose vectors are no wider, `test` has done this.
+test-narrow: $(PACKAGE)
+	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k numba \
+	    tests/kernels/test_attention_parity.py tests/kernels/test_numba_norms.py \
+	    tests/kernels/test_norms.py tests/kernels/test_softmax.py
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
 compile: $(PACKAGE)

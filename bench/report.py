@@ -60,8 +60,8 @@ def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list
     lines = ["", f"{suite.name}, {dtype_text(dtype)}", *_wrapped("; ".join(notes))]
     if dtype.itemsize == 2 and suite.attention and not suite.on_gpu:
         lines += _wrapped(
-            f"the limit is that of float32, which {SUBJECT} computes in: a peer that takes "
-            "dot-product instructions for half types has another"
+            "the limit is that of float32; what takes dot-product instructions for bfloat16 "
+            f"({SUBJECT}'s forward pass and some peers, where the CPU has them) may pass it"
         )
     cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
     line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"

@@ -1,20 +1,22 @@
 """Attention forward: online softmax over blocks of keys, queries in the lanes.
 
-For a tile of queries, with Q^T (D x width) scaled by scale * log2(e) once, each block of keys adds
+For a tile of queries, with scale * log2(e) in the scores, each block of keys adds
 
     S^T = K Q^T;  m' = max(m, max_k S^T);  P^T = 2^(S^T - m');  l = l * 2^(m - m') + sum_k P^T
     O^T = O^T * 2^(m - m') + V^T drop(P^T)
 
 so that maxima, sums and exponentials are lane-wise, with no reduction across a vector. At the end
 out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022). A sink is a
-key of weight 2^(sink - m) without a value: it starts m and l.
+key of weight 2^(sink - m) without a value: it starts m and l. `attention_products` has the two
+products, in float32 or in pairs of bfloat16.
 """
 
 from __future__ import annotations
 
 import math
 
-from .attention_rows import prefetch_rows, readable, write_rows
+from .attention_products import load_query, score_product, value_product, write_out
+from .attention_rows import prefetch_rows
 from .attention_tiles import (
     BLOCK_KEYS,
     INTEGERS,
@@ -46,7 +48,7 @@ from .memory import (
     store_first,
     take_ticket,
 )
-from .microkernel import lanes_of, multiply, transpose
+from .microkernel import lanes_of
 from .simd import (
     any_lane,
     cast,
@@ -101,18 +103,7 @@ def _softmax_block(masked, k0, keys, width, scores, row_max, row_sum, rescale, f
 
 
 @jit
-def _scale_columns(matrix, rows, width, factors):
-    """matrix[r, :] *= factors[:] for a (rows, width) matrix."""
-    lanes = lanes_of(matrix)
-    for v in range(0, width, lanes):
-        factor = load(factors + v)
-        for r in range(rows):
-            at = matrix + (r * width + v)
-            store(at, load(at) * factor)
-
-
-@jit
-def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, out_rows):
+def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, scratch):
     """out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0."""
     zero = call.zero
     lanes = lanes_of(out_t)
@@ -121,30 +112,9 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, ou
     place, first_query, _, _, _ = sequence_of(call, b)
     for v in range(0, width, lanes):
         total = load(row_sum + v)
-        empty = total == zeros
-        store(factors + v, select(empty, zeros, keep_scale / total))
-        for d in range(call.value_dim):
-            at = out_t + (d * width + v)
-            store(at, select(empty, zeros, load(at) * load(factors + v)))
+        store(factors + v, select(total == zeros, zeros, keep_scale / total))
     offset = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
-    one = cast(1.0, zero)
-    if call.half == 0:
-        out = pointer(call.out, zero) + offset
-        transpose(out_t, width, out, call.out_row, call.value_dim, rows, one)
-    else:
-        columns = (call.value_dim + lanes - 1) // lanes * lanes
-        transpose(out_t, width, out_rows, columns, call.value_dim, rows, one)
-        write_rows(
-            call.half,
-            call.out,
-            offset,
-            call.out_row,
-            out_rows,
-            columns,
-            rows,
-            call.value_dim,
-            one,
-        )
+    write_out(call, offset, rows, width, out_t, factors, scratch)
     row = (place * call.heads + h) * call.query_rows + first_query + start
     for v in range(0, rows, lanes):
         total, largest = load(row_sum + v), load(row_max + v)
@@ -171,7 +141,7 @@ def _forward_tile(call, b, h, start, scratch):
     width = vectors * lanes
 
     query_t = scratch
-    out_t = query_t + call.head_dim * width
+    out_t = query_t + (call.head_dim + lanes - 1) // lanes * lanes * width
     scores = out_t + call.value_dim * width
     terms = scores + BLOCK_KEYS * width
     row_max = terms + BLOCK_KEYS * width
@@ -198,21 +168,9 @@ def _forward_tile(call, b, h, start, scratch):
         store(row_max + v, splat(cast(start_max, zero)))
         store(row_sum + v, splat(cast(start_sum, zero)))
     if begin < end:
-        if rows < width:
-            for at in range(0, call.head_dim * width, lanes):
-                store(query_t + at, splat(cast(0.0, zero)))
         offset = place * call.query_batch + h * call.query_head
-        query, query_row = readable(
-            call.half,
-            call.query,
-            offset + (first_query + start) * call.query_row,
-            call.query_row,
-            rows,
-            call.head_dim,
-            wide_rows,
-            zero,
-        )
-        transpose(query, query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero))
+        offset += (first_query + start) * call.query_row
+        load_query(call, offset, rows, width, query_t, wide_rows, scores)
     started = False
     k0 = begin
     while k0 < end:
@@ -220,25 +178,8 @@ def _forward_tile(call, b, h, start, scratch):
         if attends_none(call, b, h, start, rows, k0, keys):
             k0 += keys
             continue
-        key_block, key_row = readable(
-            call.half,
-            call.key,
-            key + k0 * call.key_row,
-            call.key_row,
-            keys,
-            call.head_dim,
-            wide_rows,
-            zero,
-        )
-        multiply(
-            vectors,
-            keys,
-            call.head_dim,
-            (key_block, key_row, 1),
-            (query_t, width),
-            (scores, width),
-            False,
-        )
+        key_at, value_at = key + k0 * call.key_row, value + k0 * call.value_row
+        score_product(call, vectors, keys, key_at, query_t, scores, width, wide_rows)
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, terms, keys * width)
         if has_terms(call):
@@ -247,28 +188,20 @@ def _forward_tile(call, b, h, start, scratch):
         moved = _softmax_block(
             masked, k0, keys, width, scores, row_max, row_sum, rescale, first, last, zero
         )
-        if moved and started:
-            _scale_columns(out_t, call.value_dim, width, rescale)
         if call.dropout != 0:
             drop_weights(call, b, h, start, width, k0, keys, scores)
-        value_block, value_row = readable(
-            call.half,
-            call.value,
-            value + k0 * call.value_row,
-            call.value_row,
-            keys,
-            call.value_dim,
-            wide_rows,
-            zero,
-        )
-        multiply(
+        value_product(
+            call,
             vectors,
-            call.value_dim,
             keys,
-            (value_block, 1, value_row),
-            (scores, width),
-            (out_t, width),
+            value_at,
+            scores,
+            out_t,
+            rescale,
+            moved,
             started,
+            width,
+            wide_rows,
         )
         started = True
         k0 += keys
@@ -322,7 +255,8 @@ def scratch_elements(
     width: int, lanes: int, head_dim: int, value_dim: int, half: bool, half_bias: bool
 ) -> int:
     """Elements of scratch that a thread of `FORWARD` needs for tiles of `width` queries."""
-    elements = width * (head_dim + value_dim + 2 * BLOCK_KEYS + 5)
+    query_rows = -(-head_dim // lanes) * lanes  # in pairs: half as many, in whole vectors
+    elements = width * (query_rows + value_dim + 2 * BLOCK_KEYS + 5)
     if half:
         elements += BLOCK_KEYS * (max(head_dim, value_dim) + lanes)
     return elements + (width * BLOCK_KEYS if half_bias else 0)

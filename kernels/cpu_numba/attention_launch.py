@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from .attention_forward import scratch_elements as forward_scratch
 from .attention_gradients import BACKWARD
 from .attention_gradients import scratch_elements as backward_scratch
 from .attention_tiles import BLOCK_KEYS, LOG2_E, NO_BOUND
+from .call import Plan
+from .host import bfloat16_dots
 from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
@@ -22,18 +26,57 @@ _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    problem = _prepared(problem)
-    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
-    dtype = statistics_dtype(query.dtype)
+    query, key, value = problem[:3]
     out = empty_heads(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    name = _plan_name(problem)
+    plan = _plans.get(name) if name is not None else None
+    if plan is not None:
+        plan.run(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
+        return out, lse
+    problem = _prepared(problem)  # kept: a plan holds addresses of the copies made here
+    plans = _forward_plans(problem, out, lse)
+    for plan in plans:
+        plan.run()
+    if name is not None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        (_plans[name],) = plans
+    return out, lse
+
+
+_MOST_PLANS = 256
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
+    """All that a forward call depends on but the addresses of q, k, v; None where there is more."""
+    query, key, value, bias, slopes, _, sinks, mask, scale, softcap, dropout_p = problem[:11]
+    dense, key_lengths, query_lengths, documents, _, band, lower, upper = mask
+    if dropout_p > 0.0 or not (
+        bias is slopes is sinks is problem.query_starts is None
+        and dense is key_lengths is query_lengths is documents is band is None
+    ):
+        return None
+    by_query, by_key, by_value = query.stride(), key.stride(), value.stride()
+    if not by_query[3] == by_key[3] == by_value[3] == 1:
+        return None
+    return (
+        *(query.dtype, query.shape, key.shape, value.shape, by_query, by_key, by_value),
+        *(scale, softcap, lower, upper, torch.get_num_threads()),
+    )
+
+
+def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor) -> list[Plan]:
+    """The kernel of few queries or that of tiles; of packed sequences, each takes its own."""
+    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    dtype = statistics_dtype(query.dtype)
     batch, heads, query_len, key_len = problem.shape
     few = most_queries(heads // max(1, key.shape[1]))
     packed = problem.query_starts is not None
-    if packed or query_len <= few:
-        _decode(problem, out, lse, few)
+    decoding = [_decode_plan(problem, out, lse, few)] if packed or query_len <= few else []
     if query_len <= few:
-        return out, lse
+        return decoding
     tile = _tile_queries(dtype, query_len, batch * heads)
     half_bias = bias is not None and bias.dtype in _HALVES
     elements = forward_scratch(
@@ -42,17 +85,18 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     tiles = -(-query_len // tile)
     tasks = batch * heads * tiles
     run = max(1, tiles * _heads_at_once(batch * heads, max(query_len, key_len)))
-    FORWARD(
-        dtype,
+    in_pairs = query.dtype == torch.bfloat16 and bfloat16_dots()
+    tiled = FORWARD.plan(
+        query.dtype if in_pairs else dtype,
         -(-tasks // run),
         elements * dtype.itemsize,
         (*_integers(problem, out, lse, tile, few if packed else 0), run),
         _reals(problem),
     )
-    return out, lse
+    return [*decoding, tiled]
 
 
-def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) -> None:
+def _decode_plan(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) -> Plan:
     """out and lse of a problem of at most `few` queries, or of the packed sequences that have
     no more: their bits are those of the same sequence alone."""
     dtype = statistics_dtype(problem.query.dtype)
@@ -63,7 +107,7 @@ def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) -> No
     planes = batch * key_heads
     partial = planes * chunks * partial_elements(rows, lanes, value_dim) * dtype.itemsize
     finished = 8 * planes
-    DECODE(
+    return DECODE.plan(
         dtype,
         planes * chunks,
         decode_scratch(rows, lanes, problem.query.shape[3], value_dim) * dtype.itemsize,
@@ -276,11 +320,8 @@ def _integers(
     slopes, offset = problem.alibi_slopes, problem.alibi_offset
     dropout = problem.dropout_p > 0.0 and seed is not None
     return (
-        *(query.data_ptr(), *query.stride()[:3]),
-        *(key.data_ptr(), *key.stride()[:3]),
-        *(value.data_ptr(), *value.stride()[:3]),
-        *(out.data_ptr(), *out.stride()[:3]),
-        lse.data_ptr(),
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()),
+        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3]),
         _HALVES.get(query.dtype, 0),
         *(batch, heads, key.shape[1], query_len, key_len, query.shape[3], value.shape[3]),
         tile,

@@ -32,11 +32,10 @@ LN_2 = math.log(2.0)
 # Fields of the attention kernels' records: addresses, strides in elements (of the dense mask: in
 # bytes) and sizes. An absent tensor has address 0; a broadcast dimension has stride 0.
 INTEGERS = (
-    *("query", "query_batch", "query_head", "query_row"),  # (B, Hq, Lq, D)
-    *("key", "key_batch", "key_head", "key_row"),  # (B, Hkv, Lk, D)
-    *("value", "value_batch", "value_head", "value_row"),  # (B, Hkv, Lk, Dv)
-    *("out", "out_batch", "out_head", "out_row"),  # (B, Hq, Lq, Dv)
+    *("query", "key", "value", "out"),  # (B, Hq, Lq, D), (B, Hkv, Lk, D | Dv), (B, Hq, Lq, Dv)
     "lse",  # (B, Hq, query_rows), contiguous, float64; float32 where the tensors are half
+    *("query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row"),
+    *("value_batch", "value_head", "value_row", "out_batch", "out_head", "out_row"),
     "half",  # the type of q, k, v, out: 0 the one computed in, 1 bfloat16, 2 float16
     *("batch", "heads", "key_heads", "query_len", "key_len", "head_dim", "value_dim"),
     "tile",  # queries a tile has: a multiple of the lanes

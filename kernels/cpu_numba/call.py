@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -60,6 +61,28 @@ class Kernel:
         }
         assert self._struct.size <= threads.HEADER
 
+    def plan(
+        self,
+        dtype: torch.dtype,
+        tasks: int,
+        scratch_bytes: int,
+        integers: Sequence[int],
+        reals: Sequence[float] = (),
+        shared_bytes: int = 0,
+        shared_zeros: int = 0,
+    ) -> Plan:
+        """A call with `scratch_bytes` of memory for each thread, which may be run many times.
+
+        Of the `shared_bytes` that all threads share, the first `shared_zeros` are zeroed.
+        """
+        function = self._functions.get(dtype)
+        if function is None and tasks > 0:
+            function = machine_function(self.kernel, self._records[dtype])
+            self._functions[dtype] = function
+        record = self._struct.pack(*(0,) * len(_HEAD), *integers, *reals, 0.0, 0.0)
+        sizes = (_round_up(scratch_bytes), _round_up(shared_bytes), shared_zeros)
+        return Plan(function or 0, tasks, record, *sizes)
+
     def __call__(
         self,
         dtype: torch.dtype,
@@ -70,33 +93,47 @@ class Kernel:
         shared_bytes: int = 0,
         shared_zeros: int = 0,
     ) -> None:
-        """Run on as many threads as there are tasks, with `scratch_bytes` of memory for each.
+        """Run such a call."""
+        sizes = (shared_bytes, shared_zeros)
+        self.plan(dtype, tasks, scratch_bytes, integers, reals, *sizes).run()
 
-        Of the `shared_bytes` that all threads share, the first `shared_zeros` are zeroed.
-        """
-        if tasks == 0:
+
+class Plan(NamedTuple):
+    """One call of a kernel, ready but for the memory that it works in."""
+
+    function: int
+    tasks: int
+    record: bytes
+    scratch_bytes: int
+    shared_bytes: int
+    shared_zeros: int
+
+    def run(self, *addresses: int) -> None:
+        """Run on as many threads as there are tasks, with `addresses` as the first integers."""
+        if self.tasks == 0:
             return
-        function = self._functions.get(dtype)
-        if function is None:
-            function = machine_function(self.kernel, self._records[dtype])
-            self._functions[dtype] = function
-        count = threads.thread_count(tasks)
-        scratch_bytes = (scratch_bytes + 63) & -64
+        count = threads.thread_count(self.tasks)
         space = threads.take_workspace()
         try:
-            tickets = space.header_address
-            shared_bytes = (shared_bytes + 63) & -64
-            shared = space.scratch(shared_bytes + count * scratch_bytes)
-            if shared_zeros:
-                ctypes.memset(shared, 0, shared_zeros)
-            scratch = shared + shared_bytes
-            self._struct.pack_into(
-                *(space.header, space.header_start),
-                *(tickets, shared, scratch, scratch_bytes, *integers, *reals, 0.0, 0.0),
+            shared = space.scratch(self.shared_bytes + count * self.scratch_bytes)
+            if self.shared_zeros:
+                ctypes.memset(shared, 0, self.shared_zeros)
+            start, tickets = space.header_start, space.header_address
+            space.header[start : start + len(self.record)] = self.record
+            _FIRST[len(addresses)].pack_into(
+                *(space.header, start + threads.TICKETS, tickets, shared),
+                *(shared + self.shared_bytes, self.scratch_bytes, *addresses),
             )
-            threads.run(function, tickets + threads.TICKETS, count)
+            threads.run(self.function, tickets + threads.TICKETS, count)
         finally:
             threads.give_back(space)
+
+
+_FIRST = [struct.Struct(f"{len(_HEAD) + count}q") for count in range(6)]
+
+
+def _round_up(size: int) -> int:
+    return (size + 63) & -64
 
 
 @jit

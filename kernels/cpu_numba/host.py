@@ -9,6 +9,7 @@ import llvmlite.binding as llvm
 
 WIDTH_VARIABLE = "ROWMAX_VECTOR_BITS"
 WIDTHS = (512, 256, 128)
+DOTS_VARIABLE = "ROWMAX_BFLOAT16_DOTS"
 
 
 @functools.cache
@@ -32,3 +33,18 @@ def vector_bits() -> int:
             f"got {asked!r}"
         )
     return int(asked)
+
+
+@functools.cache
+def bfloat16_dots() -> bool:
+    """Whether bfloat16 is multiplied as it is, by AVX512-BF16: not if the host lacks it, if vectors
+    are narrower, if Numba is told to compile for another host, or if ROWMAX_BFLOAT16_DOTS is 0."""
+    asked = os.environ.get(DOTS_VARIABLE, "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"{DOTS_VARIABLE}: expected 0 or 1, got {asked!r}")
+    if asked == "0" or vector_bits() != 512:
+        return False
+    from numba.core.registry import cpu_target
+
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx512bf16" in features.split(",")

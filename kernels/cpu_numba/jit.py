@@ -25,13 +25,13 @@ from .host import vector_bits
 CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
 
 # Called from other kernels only: no wrappers for Python or C, which would double the compile time.
-jit = functools.partial(
-    numba.njit,
-    nogil=True,
-    error_model="numpy",
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
+OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+jit = functools.partial(numba.njit, **OPTIONS)
 
 
 def cache_directory(kernel: Callable[..., None]) -> Path:

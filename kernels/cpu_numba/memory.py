@@ -244,10 +244,7 @@ def store_first(typing: Any, target: types.Type, value: types.Type, count: types
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         narrow = _narrowed(builder, args[1], target.dtype)
         mask = first_lanes(builder, args[2], narrow.type.count)
-        address = builder.bitcast(args[0], narrow.type.as_pointer())
-        align = ir.Constant(ir.IntType(32), element_bytes(narrow.type))
-        name = f"llvm.masked.store.{suffix(narrow.type)}.p0"
-        call_llvm(builder, name, ir.VoidType(), [narrow, address, align, mask])
+        store_masked(builder, narrow, args[0], mask)
         return context.get_dummy_value()
 
     return types.void(target, value, types.int64), generate
@@ -261,6 +258,15 @@ def load_masked(
     align = ir.Constant(ir.IntType(32), element_bytes(kind))
     name = f"llvm.masked.load.{suffix(kind)}.p0"
     return call_llvm(builder, name, kind, [address, align, mask, ir.Constant(kind, None)])
+
+
+def store_masked(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
+    """The elements where `mask` is true."""
+    kind = value.type
+    address = builder.bitcast(pointer, kind.as_pointer())
+    align = ir.Constant(ir.IntType(32), element_bytes(kind))
+    name = f"llvm.masked.store.{suffix(kind)}.p0"
+    call_llvm(builder, name, ir.VoidType(), [value, address, align, mask])
 
 
 @intrinsic

@@ -245,11 +245,27 @@ def dots(
     return types.void(rows, i64, q, i64, q, q, i64), generate
 
 
-def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
-    """to[c * to_row + r] = factor * from[r * from_row + c] for LANES x LANES elements.
+def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The transpose of as many rows as they have lanes.
 
     log2(LANES) rounds of interleaving row r with row r + LANES / 2, entirely in registers.
     """
+    lanes = len(rows)
+    half = lanes // 2
+    indices = ir.VectorType(ir.IntType(32), lanes)
+    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
+    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
+    for _ in range(lanes.bit_length() - 1):
+        mixed = []
+        for r in range(half):
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
+        rows = mixed
+    return rows
+
+
+def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
+    """to[c * to_row + r] = factor * from[r * from_row + c] for LANES x LANES elements."""
     element = llvm_element(dtype)
     name = f"rowmax_transpose_{dtype}"
     if name in module.globals:
@@ -272,16 +288,7 @@ def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
         builder.fmul(load_vector(builder, row(source, source_row, r), vector), scale)
         for r in range(lanes)
     ]
-    half = lanes // 2
-    indices = ir.VectorType(ir.IntType(32), lanes)
-    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
-    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
-    for _ in range(lanes.bit_length() - 1):
-        mixed = []
-        for r in range(half):
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
-        rows = mixed
+    rows = interleaved_rounds(builder, rows)
     for r in range(lanes):
         store_vector(builder, rows[r], row(target, target_row, r))
     builder.ret_void()

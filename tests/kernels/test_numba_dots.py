@@ -1,0 +1,122 @@
+"""bfloat16 by dot-product instructions (`dot_products`), and by float32 where the host has none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import Causal, KeyLengths, attention, dispatch
+
+from .cases import Case, Shape, always, lengths, random_bias, random_dense
+from .support import SUMMATION, assert_parity, run
+
+if dispatch.unavailable("numba"):
+    pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
+
+from rowmax.kernels.cpu_numba import attention_launch, host
+
+needs_dots = pytest.mark.skipif(
+    not host.bfloat16_dots(), reason="no bfloat16 dot-product instructions here"
+)
+
+CASES = [
+    Case("dots_long", Shape(1, 2, 2, 150, 300, 64, 64), always(Causal("lower_right"))),
+    Case("dots_odd", Shape(1, 4, 2, 37, 141, 33, 37)),
+    Case(
+        "dots_terms",
+        Shape(2, 2, 2, 70, 131, 24, 80),
+        random_dense(True, False, True, True),
+        random_bias(False, True, True, True),
+        sinks=True,
+        options={"softcap": 3.0, "dropout_p": 0.3, "seed": 5},
+    ),
+    Case("dots_lengths", Shape(3, 2, 2, 20, 90, 16, 16), always(KeyLengths(lengths(0, 33, 90)))),
+]
+
+
+def without_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_launch, "bfloat16_dots", lambda: False)
+    monkeypatch.setattr(attention_launch, "_plans", {})  # of calls that were made with them
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dots", [pytest.param(True, marks=needs_dots), False])
+def test_both_ways_agree_with_the_oracle(
+    case: Case, dots: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not dots:
+        without_dots(monkeypatch)
+    arguments = case.build(torch.bfloat16)
+    assert_parity(run("numba", arguments), arguments)
+
+
+@needs_dots
+def test_the_instruction_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes subnormal values for zeros; float32 keeps them."""
+    q, k = (torch.randn(1, 1, 40, 16).bfloat16() for _ in range(2))
+    v = torch.full((1, 1, 40, 16), 2.0**-130, dtype=torch.bfloat16)
+    assert attention(q, k, v, backend="numba").eq(0.0).all()
+    without_dots(monkeypatch)
+    assert attention(q, k, v, backend="numba").eq(v).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 15, 31, 32, 33, 64, 70])
+@pytest.mark.parametrize("rows", [17, 40, 64, 65])
+def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
+    """With one key, the last of an odd number, lse is its score and out its value."""
+    generator = torch.Generator().manual_seed(dim)
+
+    def integers(length: int) -> Tensor:
+        return torch.randint(-9, 10, (1, 2, length, dim), generator=generator).bfloat16()
+
+    q, k, v = integers(rows), integers(1), integers(1)
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend="numba")
+    assert torch.equal(out, v.expand_as(out))
+    q, k = q.double(), k.double()
+    score, size = ((a @ b.mT)[..., 0] for a, b in ((q, k), (q.abs(), k.abs())))
+    # (float32 rounds q * log2(e), one by one, and lse at its end)
+    assert ((lse - score).abs() <= SUMMATION * torch.finfo(torch.float32).eps * size).all()
+
+
+@pytest.mark.parametrize("shape", [(70, 33, 7), (66, 77, 40), (18, 129, 64)])
+def test_nothing_around_the_tensors_is_used(shape: tuple[int, int, int]) -> None:
+    """Odd row strides, NaN before and behind every row: the bits are those of packed tensors."""
+    queries, keys, dim = shape
+    generator = torch.Generator().manual_seed(queries)
+
+    def amid_nan(length: int) -> Tensor:
+        around = torch.full((1, 2, length + 2, dim + dim % 2 + 3), torch.nan, dtype=torch.bfloat16)
+        inside = around[:, :, 1:-1, 1 : dim + 1]
+        inside.copy_(torch.randn(1, 2, length, dim, generator=generator))
+        assert inside.stride(2) % 2 == 1
+        return inside
+
+    q, k, v = amid_nan(queries), amid_nan(keys), amid_nan(keys)
+    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="numba")
+    assert torch.equal(attention(q, k, v, backend="numba"), expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("last", [1.0, torch.inf])
+def test_an_odd_number_of_keys(last: float) -> None:
+    """The last pair is completed with zeros: neither with the last value nor with what an earlier
+    call left in the scratch."""
+    q, k, v = (torch.zeros(1, 1, length, 16, dtype=torch.bfloat16) for length in (40, 65, 65))
+    v[:] = 1.0
+    v[:, :, -1] = last
+    more = torch.zeros(1, 1, 128, 16, dtype=torch.bfloat16)
+    attention(torch.full_like(q, torch.nan), more, more, backend="numba")
+    assert attention(q, k, v, backend="numba").eq(last).all()
+
+
+def test_the_host_or_the_environment_may_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = host.bfloat16_dots.__wrapped__  # not what was found before
+    monkeypatch.setenv(host.DOTS_VARIABLE, "0")
+    assert not ask()
+    monkeypatch.setenv(host.DOTS_VARIABLE, "no")
+    with pytest.raises(ValueError, match=r"ROWMAX_BFLOAT16_DOTS: expected 0 or 1, got 'no'"):
+        ask()
+    monkeypatch.delenv(host.DOTS_VARIABLE)
+    monkeypatch.setattr(host, "vector_bits", lambda: 256)
+    assert not ask()
