@@ -11,12 +11,14 @@ from torch import Tensor
 
 from rowmax.kernels import Causal, Window, attention, dispatch
 
-from .cases import lay_out
+from .cases import BY_NAME, lay_out
+from .support import assert_parity, run
 
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.cpu_numba import attention_launch
+from rowmax.kernels.cpu_numba.call import Plan
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +90,21 @@ def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         out = attention(q, q, q, backend="numba")
         assert torch.isfinite(out).all()
         assert len(attention_launch._plans) <= 4
+
+
+@pytest.mark.parametrize(
+    "name", ["sinks", "decode_sinks", "alibi_per_batch_causal", "layout_strided", "bias_strided"]
+)
+def test_copies_made_for_a_call_outlive_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record holds addresses: memory freed before the kernel runs would be someone else's."""
+    original = Plan.run
+
+    def run_late(plan: Plan, *addresses: int) -> None:
+        sizes = [2**n for n in range(14)]
+        others = [torch.full((size,), torch.nan, dtype=torch.float64) for size in sizes * 8]
+        original(plan, *addresses)
+        del others
+
+    monkeypatch.setattr(Plan, "run", run_late)
+    arguments = BY_NAME[name].build(torch.float32)
+    assert_parity(run("numba", arguments), arguments)
