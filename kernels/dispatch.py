@@ -47,6 +47,9 @@ class Backend(Protocol):
     def attention(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `layout.saved_lse_dtype`."""
 
+    def attention_out(self, problem: AttentionProblem) -> Tensor:
+        """The same out alone, for those who want neither lse nor a gradient."""
+
     def attention_backward(
         self,
         problem: AttentionProblem,

@@ -154,11 +154,15 @@ def attention(
     if return_weights or weight_heads is not None or weight_rows is not None:
         limits = (problem.shape[1], problem.shape[2]) if return_weights else None
         heads, rows = require_choice("attention", limits, weight_heads, weight_rows)
-    out, lse = ops.attention(problem, backend)
-    if not return_weights:
-        return (out, lse.to(statistics_dtype(out.dtype))) if return_lse else out
-    weights = dispatch.attention_weights(problem, heads, rows)
-    return (out, lse.to(statistics_dtype(out.dtype)), weights) if return_lse else (out, weights)
+    out, lse = ops.attention(problem, backend, return_lse)
+    if not (return_lse or return_weights):
+        return out
+    result: tuple[Tensor, ...] = (out,)
+    if return_lse and lse is not None:
+        result = (out, lse.to(statistics_dtype(out.dtype)))
+    if return_weights:
+        result = (*result, dispatch.attention_weights(problem, heads, rows))
+    return result
 
 
 def explain(

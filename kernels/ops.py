@@ -81,10 +81,12 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`."""
+def attention(
+    problem: AttentionProblem, backend: str, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`; lse perhaps, if not asked for."""
     # as `call` would decide, without taking the problem apart and together again
-    result: tuple[Tensor, Tensor]
+    result: tuple[Tensor, Tensor | None]
     if not (
         nothing_watches()
         and are_plain(problem[:3] if _has_heads_only(problem) else tensors_in(problem.flat()))
@@ -93,7 +95,8 @@ def attention(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
         result = _AUTOGRAD["attention"](_attention, (*problem.flat(), backend))
     else:
-        result = dispatch.choose(backend, problem).attention(problem)
+        chosen = dispatch.choose(backend, problem)
+        result = chosen.attention(problem) if with_lse else (chosen.attention_out(problem), None)
     return result
 
 

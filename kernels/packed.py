@@ -147,9 +147,12 @@ def attention_varlen(
             longest_key=shape[3],
         ),
         name,
+        return_lse,
     )
     joined = out.squeeze(0).transpose(0, 1)
-    return (joined, lse.squeeze(0).to(statistics_dtype(q.dtype))) if return_lse else joined
+    if return_lse and lse is not None:
+        return joined, lse.squeeze(0).to(statistics_dtype(q.dtype))
+    return joined
 
 
 def _heads_first(sequence: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..problem import AttentionProblem, Problem
 
 _IMPLEMENTED = {
     "attention": "attention_launch",
+    "attention_out": "attention_launch",
     "attention_backward": "attention_launch",
     "masked_softmax": "softmax",
     "masked_softmax_backward": "softmax",
@@ -36,10 +37,8 @@ def unavailable() -> str | None:
 
 
 def declines(problem: Problem) -> str | None:
-    if problem.op_name not in _IMPLEMENTED:
-        return f"{problem.op_name} has no Numba kernel yet"
     first = problem[0]
-    if first.device.type != "cpu":
+    if not first.is_cpu:
         return f"tensors on {first.device}, not on the CPU"
     if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
         return "sequences of 2**30 and more are not done (positions are 32-bit)"

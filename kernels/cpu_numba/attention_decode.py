@@ -56,7 +56,8 @@ _MAX_QUERIES = 8  # with more, queries in the lanes are faster
 _MAX_ROWS = 128
 
 # Behind INTEGERS. The shared memory holds how many chunks of each head of K and V are done, int64
-# zeros; then (B, Hkv, chunks, rows, .) of the type computed in: lanes of m, lanes of l, and O.
+# zeros (none where a head is one chunk); then (B, Hkv, chunks, rows, .) of the type computed in:
+# lanes of m, lanes of l, and O.
 _DECODE = ("chunks", "finished_bytes")  # chunks of CHUNK_KEYS keys
 
 
@@ -274,7 +275,6 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         if call.dropout != 0:
             _drop_row(call, b, h, i, k0, keys, row)
     at = place * call.value_batch + head * call.value_head + (first_key + begin) * call.value_row
-    at = place * call.value_batch + head * call.value_head + (first_key + begin) * call.value_row
     value, value_row = _padded(
         *(
             call,
@@ -341,6 +341,8 @@ def _merge(call, b, head, partial, partial_chunk, scratch):
             *(scratch, columns, 1, call.value_dim, cast(factor, zero)),
         )
         row = (place * call.heads + h) * call.query_rows + first_query + i
+        if call.lse == 0:
+            continue
         if call.half == 0:
             (pointer(call.lse, 0.0) + row)[0] = row_lse
         else:
@@ -371,7 +373,7 @@ def _decode(argument):
         partial = pointer(call.shared + call.finished_bytes, zero)
         partial = partial + plane * call.chunks * partial_chunk
         _decode_chunk(call, b, head, chunk, scratch, partial + chunk * partial_chunk)
-        if finish_task(integers_at(call.shared) + plane) == call.chunks - 1:
+        if call.chunks == 1 or finish_task(integers_at(call.shared) + plane) == call.chunks - 1:
             _merge(call, b, head, partial, partial_chunk, scratch)
 
 

@@ -116,6 +116,8 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, sc
     offset = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
     write_out(call, offset, rows, width, out_t, factors, scratch)
     row = (place * call.heads + h) * call.query_rows + first_query + start
+    if call.lse == 0:
+        return
     for v in range(0, rows, lanes):
         total, largest = load(row_sum + v), load(row_max + v)
         # (m = -inf where l = 0)

@@ -26,14 +26,27 @@ _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    query = problem.query
+    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    return _forward(problem, lse), lse
+
+
+def attention_out(problem: AttentionProblem) -> Tensor:
+    return _forward(problem, None)
+
+
+def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
+    """out, and what is written into lse."""
     query, key, value = problem[:3]
     out = empty_heads(query, value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
     name = _plan_name(problem)
     plan = _plans.get(name) if name is not None else None
     if plan is not None:
-        plan.run(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr())
-        return out, lse
+        plan.run(
+            *(query.data_ptr(), key.data_ptr(), value.data_ptr()),
+            *(out.data_ptr(), 0 if lse is None else lse.data_ptr()),
+        )
+        return out
     problem = _prepared(problem)  # kept: a plan holds addresses of the copies made here
     plans = _forward_plans(problem, out, lse)
     for plan in plans:
@@ -42,7 +55,7 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         (_plans[name],) = plans
-    return out, lse
+    return out
 
 
 _MOST_PLANS = 256
@@ -67,7 +80,7 @@ def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
     )
 
 
-def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor) -> list[Plan]:
+def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -> list[Plan]:
     """The kernel of few queries or that of tiles; of packed sequences, each takes its own."""
     query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
     dtype = statistics_dtype(query.dtype)
@@ -96,7 +109,7 @@ def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor) -> list[
     return [*decoding, tiled]
 
 
-def _decode_plan(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) -> Plan:
+def _decode_plan(problem: AttentionProblem, out: Tensor, lse: Tensor | None, few: int) -> Plan:
     """out and lse of a problem of at most `few` queries, or of the packed sequences that have
     no more: their bits are those of the same sequence alone."""
     dtype = statistics_dtype(problem.query.dtype)
@@ -106,7 +119,7 @@ def _decode_plan(problem: AttentionProblem, out: Tensor, lse: Tensor, few: int) 
     chunks = max(1, -(-key_len // CHUNK_KEYS))
     planes = batch * key_heads
     partial = planes * chunks * partial_elements(rows, lanes, value_dim) * dtype.itemsize
-    finished = 8 * planes
+    finished = 8 * planes if chunks > 1 else 0
     return DECODE.plan(
         dtype,
         planes * chunks,
@@ -310,7 +323,7 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
 
 
 def _integers(
-    problem: AttentionProblem, out: Tensor, lse: Tensor, tile: int, few: int
+    problem: AttentionProblem, out: Tensor, lse: Tensor | None, tile: int, few: int
 ) -> tuple[int, ...]:
     query, key, value, mask = problem.query, problem.key, problem.value, problem.mask
     batch, heads, query_len, key_len = problem.shape
@@ -320,7 +333,7 @@ def _integers(
     slopes, offset = problem.alibi_slopes, problem.alibi_offset
     dropout = problem.dropout_p > 0.0 and seed is not None
     return (
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()),
+        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), _address(lse)),
         *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3]),
         _HALVES.get(query.dtype, 0),
         *(batch, heads, key.shape[1], query_len, key_len, query.shape[3], value.shape[3]),

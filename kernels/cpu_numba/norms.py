@@ -10,6 +10,7 @@ from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD
 from .norms_forward import FACTOR_BLOCK, FORWARD, GROUP
+from .norms_forward import scratch_bytes as forward_scratch
 from .results import new_result
 from .rows import chunk_rows, task_rows
 
@@ -88,7 +89,7 @@ def _forward(
     FORWARD(
         x.dtype,
         -(-rows // task),
-        (FACTOR_BLOCK + 4 * GROUP) * dtype.itemsize,
+        forward_scratch(dtype.itemsize),
         (
             *(x.data_ptr(), x_row, residual_address, residual_row),
             *(weight.data_ptr(), bias.data_ptr()),

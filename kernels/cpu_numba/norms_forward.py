@@ -14,7 +14,7 @@ the 'corrected two-pass algorithm' (Chan, Golub & LeVeque 1983). RMS norm is the
 shift = 0. Half types are widened in registers; `total` is rounded to them before it is normalised.
 
 A sum ends in a chain of dependent instructions in which memory would stand still. Short rows are
-therefore written while the next one is summed, and long rows taken GROUP at a time.
+therefore written while a later one is summed, and long rows taken GROUP at a time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ FACTOR_BLOCK = 256
 # From so many columns on the parameters don't stay in the first cache: rows are taken together, and
 # the parameters read once for all of them. Below, one row after another makes longer streams.
 GROUP = 4
-GROUPED_COLUMNS = 2048
+GROUPED_COLUMNS = 1536
 # Vectors whose mean stands for the row's, and how much of the square may be the shift's.
 _NEAR_VECTORS = 4
 _FAR = 2.0
 _WORD = 0xFFFFFFFF
+_MOMENT_BYTES = 2 * GROUP * 8
 
 
 @jit
@@ -259,29 +260,45 @@ def _write_and_sum(row, statistics, weight, bias, y, following, near, columns, z
 
 
 @jit
-def _normalise_one_by_one(call, start, end, factors, statistics, zero):
-    """Rows start to end; each is prepared two rows ahead, so that nothing waits for its `near`."""
+def _normalise_one_by_one(call, start, end, factors, statistics, moments, zero):
+    """Rows start to end, as a pipeline: in one step a row is prepared, another one's moments are
+    summed while a third is written, and the statistics of a fourth follow from its moments.
+
+    Each of these ends in a chain of dependent instructions, and a step is what hides it: what a
+    step computes is first used a step later, or two.
+    """
     columns = call.columns
     weight, bias = pointer(call.weight, zero), pointer(call.bias, zero)
-    row, near = _prepare_row(call, start, factors, zero)
-    following, following_near = row, near
-    if start + 1 < end:
-        following, following_near = _prepare_row(call, start + 1, factors, zero)
-    first, square = _row_moments(row, near, columns, zero)
-    for index in range(start, end):
-        _keep_statistics(call, index, row, near, first, square, statistics, zero)
+    rows, row_stride = pointer(call.x, call.item), call.x_row
+    if call.residual != 0:
+        rows, row_stride = pointer(call.total, call.item), columns
+    nears = statistics + 4 * GROUP
+    for index in range(start - 4, end):  # the row that is written
+        prepared, summed, known = index + 4, index + 3, index + 1
+        if prepared < end:
+            _, near = _prepare_row(call, prepared, factors, zero)
+            nears[prepared & 3] = near
+        row = rows + index * row_stride
+        if start <= known < end:
+            slot = known & 3
+            first, square = moments[2 * slot], moments[2 * slot + 1]
+            near = nears[slot]
+            _keep_statistics(
+                call, known, row + row_stride, near, first, square, statistics + 4 * slot, zero
+            )
         y = pointer(call.y, call.item) + index * columns
-        if index + 1 == end:
-            _write_row(row, statistics, weight, bias, y, columns, zero)
-            break
-        further, further_near = following, following_near
-        if index + 2 < end:
-            further, further_near = _prepare_row(call, index + 2, factors, zero)
-        first, square = _write_and_sum(
-            row, statistics, weight, bias, y, following, following_near, columns, zero
-        )
-        row, near = following, following_near
-        following, following_near = further, further_near
+        of_row = statistics + 4 * (index & 3)
+        if not start <= summed < end:
+            if index >= start:
+                _write_row(row, of_row, weight, bias, y, columns, zero)
+            continue
+        near = nears[summed & 3]
+        ahead = row + 3 * row_stride
+        if index < start:
+            first, square = _row_moments(ahead, near, columns, zero)
+        else:
+            first, square = _write_and_sum(row, of_row, weight, bias, y, ahead, near, columns, zero)
+        moments[2 * (summed & 3)], moments[2 * (summed & 3) + 1] = first, square
 
 
 @jit
@@ -320,13 +337,16 @@ def normalise(argument):
 
     The first four hold items; x and residual have a row stride of their own, in elements; all else
     is contiguous. Without a residual (0) x itself is normalised; without `centred` the mean is
-    taken as 0 and not stored. Scratch: FACTOR_BLOCK elements, and four for each of GROUP rows.
+    taken as 0 and not stored. Scratch, for four rows: two float64 moments each; behind them
+    FACTOR_BLOCK elements, then four statistics each, then `near` of each.
     """
     call = read(argument)
     zero = call.zero
     tickets = integers_at(call.tickets)
     thread = take_ticket(tickets + 1)
-    factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
+    scratch = call.scratch + thread * call.scratch_bytes
+    moments = pointer(scratch, 0.0)
+    factors = pointer(scratch + _MOMENT_BYTES, zero)
     statistics = factors + FACTOR_BLOCK
     fill(factors, FACTOR_BLOCK, cast(1.0, zero))
     while True:
@@ -337,7 +357,7 @@ def normalise(argument):
         if call.columns >= GROUPED_COLUMNS:
             _normalise_groups(call, start, end, factors, statistics, zero)
         else:
-            _normalise_one_by_one(call, start, end, factors, statistics, zero)
+            _normalise_one_by_one(call, start, end, factors, statistics, moments, zero)
 
 
 FORWARD = Kernel(
@@ -350,3 +370,8 @@ FORWARD = Kernel(
     ),
     ("eps", "keep_scale"),
 )
+
+
+def scratch_bytes(itemsize: int) -> int:
+    """Bytes of scratch that a thread of `FORWARD` needs, where elements have `itemsize` bytes."""
+    return _MOMENT_BYTES + (FACTOR_BLOCK + 5 * GROUP) * itemsize

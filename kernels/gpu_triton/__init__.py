@@ -18,6 +18,7 @@ from ..problem import AttentionProblem, Problem
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _IMPLEMENTED = {
     "attention": "attention_launch",
+    "attention_out": "attention_launch",
     "attention_backward": "attention_launch",
     "layer_norm": "norms",
     "layer_norm_backward": "norms",

@@ -141,6 +141,10 @@ def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, launch: Launch)
     )
 
 
+def attention_out(problem: AttentionProblem) -> Tensor:
+    return attention(problem)[0]
+
+
 def attention_backward(
     problem: AttentionProblem,
     grad_out: Tensor,

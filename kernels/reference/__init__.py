@@ -6,7 +6,7 @@ It materialises the scores, runs on any device and dtype, and imports neither Nu
 from __future__ import annotations
 
 from ..problem import Problem
-from .attention import attention, attention_backward, naive_attention
+from .attention import attention, attention_backward, attention_out, naive_attention
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -24,6 +24,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_keep",
+    "attention_out",
     "declines",
     "keep_threshold",
     "layer_norm",

@@ -88,6 +88,10 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return out, naive.lse.to(saved_lse_dtype(out.dtype))
 
 
+def attention_out(problem: AttentionProblem) -> Tensor:
+    return attention(problem)[0]
+
+
 def attention_backward(
     problem: AttentionProblem,
     grad_out: Tensor,

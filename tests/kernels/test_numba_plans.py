@@ -108,3 +108,12 @@ def test_copies_made_for_a_call_outlive_it(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Plan, "run", run_late)
     arguments = BY_NAME[name].build(torch.float32)
     assert_parity(run("numba", arguments), arguments)
+
+
+@pytest.mark.parametrize("queries", [3, 40], ids=["decoded", "tiled"])
+def test_out_alone_is_the_same_out(queries: int) -> None:
+    for (q, k, v), options in calls(queries):
+        for _ in range(2):  # the second time by the plan of the first
+            out = attention(q, k, v, **options, backend="numba")
+            beside_lse, _ = attention(q, k, v, **options, return_lse=True, backend="numba")
+            assert torch.equal(out, beside_lse)
