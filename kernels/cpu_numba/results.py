@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-# Smaller ones come from memory that the allocator keeps. (It may keep up to 32 MiB, but often gives
-# back what lies last; and kept memory too is read and written faster in huge pages.)
-_LEAST_BYTES = 4 << 20
+# The largest block that glibc keeps when it is freed (its mmap threshold grows to this). Smaller
+# results come from kept memory, which has its pages already: advice would only make it fault anew.
+_LEAST_BYTES = 32 << 20
 
 
 def new_result(like: Tensor, shape: Sequence[int]) -> Tensor:
