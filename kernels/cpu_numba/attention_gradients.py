@@ -24,7 +24,8 @@ import math
 import numpy as np
 
 from .attention_gradient_blocks import add_to_bias, gradient_block
-from .attention_rows import copy_rows, dot_rows, prefetch_rows, readable, write_rows
+from .attention_gradient_products import add_products, load_tile, score_products
+from .attention_rows import copy_rows, dot_rows, prefetch_rows, write_rows
 from .attention_tiles import (
     BLOCK_KEYS,
     INTEGERS,
@@ -53,7 +54,7 @@ from .memory import (
     take_ticket,
     yield_processor,
 )
-from .microkernel import VECTORS, lanes_of, multiply, transpose
+from .microkernel import VECTORS, lanes_of, transpose
 from .simd import cast, splat
 
 _GRADIENTS = (
@@ -79,15 +80,6 @@ def _fill(target, elements, value):
     """The first `elements` (a multiple of the lanes) of `target` set to `value`."""
     for at in range(0, elements, lanes_of(target)):
         store(target + at, splat(value))
-
-
-@jit
-def _multiply_wide(columns, rows, depth, a, a_row, b, b_row, c):
-    """C += A B with C and A (rows, .) scratch and `columns` of B in panels of VECTORS."""
-    lanes = lanes_of(a)
-    for at in range(0, columns, VECTORS * lanes):
-        vectors = min(VECTORS, (columns - at) // lanes)
-        multiply(vectors, rows, depth, (a, a_row, 1), (b + at, b_row), (c + at, columns), True)
 
 
 @jit
@@ -191,18 +183,17 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
     delta = rest + width
     first = delta + width
     last = first + width
-    parts = last + width
+    ones = last + width
+    parts = ones + VECTORS * lanes
     slopes = parts
     if call.chunk_tasks > 1:
         slopes = parts + call.chunk_keys // BLOCK_KEYS * call.head_dim * width
     key_rows = slopes
     if call.cap != 0.0:
         key_rows = slopes + BLOCK_KEYS * width
-    value_rows = key_rows
     bias_rows = key_rows
     if call.half != 0:
-        value_rows = key_rows + BLOCK_KEYS * call.head_dim
-        bias_rows = value_rows + BLOCK_KEYS * call.value_dim
+        bias_rows = key_rows + BLOCK_KEYS * (call.head_dim + call.value_dim + lanes)
 
     begin, end, common_first, common_last = key_ranges(
         call, b, start, rows, width, query_len, key_len, first, last
@@ -229,6 +220,7 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
     grad_out_row = call.grad_out_row
 
     _fill(d_query_t, call.head_dim * width, zero)
+    _fill(ones, VECTORS * lanes, cast(1.0, zero))
     if begin < end:
         if rows < width:
             _fill(query_t, call.head_dim * width, zero)
@@ -251,13 +243,15 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
                 *(grad_out_rows, value_columns, rows, call.value_dim, lse2, zero),
             )
             grad_out, grad_out_row = grad_out_rows, value_columns
-        transpose(query, query_row, query_t, width, rows, call.head_dim, cast(call.scale, zero))
-        transpose(grad_out, grad_out_row, grad_out_t, width, rows, call.value_dim, cast(1.0, zero))
         dot_rows(
             *(call.half, call.out, out_at, call.out_row),
             *(grad_out, grad_out_row, rows, call.value_dim, delta, zero),
         )
         _finish_delta(call, row, rows, lse2, delta, chunk == first_chunk)
+        load_tile(
+            *(call, rows, width, query, query_row, grad_out, grad_out_row, query_t, grad_out_t)
+        )
+    tile = (rows, width, query, query_row, grad_out, grad_out_row)
 
     blocks = 0
     k0 = begin
@@ -266,18 +260,11 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
         if attends_none(call, b, h, start, rows, k0, keys):
             k0 += keys
             continue
-        key_block, key_row = readable(
-            *(call.half, call.key, key + k0 * call.key_row, call.key_row),
-            *(keys, call.head_dim, key_rows, zero),
+        key_at, value_at = key + k0 * call.key_row, value + k0 * call.value_row
+        score_products(
+            *(call, vectors, keys, key_at, value_at, query_t, grad_out_t),
+            *(scores, d_weights, width, key_rows),
         )
-        value_block, value_row = readable(
-            *(call.half, call.value, value + k0 * call.value_row, call.value_row),
-            *(keys, call.value_dim, value_rows, zero),
-        )
-        left, right = (key_block, key_row, 1), (query_t, width)
-        multiply(vectors, keys, call.head_dim, left, right, (scores, width), False)
-        left, right = (value_block, value_row, 1), (grad_out_t, width)
-        multiply(vectors, keys, call.value_dim, left, right, (d_weights, width), False)
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, slopes, keys * width)
         if has_terms(call):
@@ -292,15 +279,18 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
         if call.cap != 0.0:
             for at in range(0, keys * width, lanes):
                 store(d_weights + at, load(d_weights + at) * load(slopes + at))
-        to = d_value + (k0 - chunk_begin) * value_columns
-        _multiply_wide(value_columns, keys, rows, scores, width, grad_out, grad_out_row, to)
-        to = d_key + (k0 - chunk_begin) * head_columns
-        _multiply_wide(head_columns, keys, rows, d_weights, width, query, query_row, to)
         part, alone = d_query_t, call.chunk_tasks == 1
         if not alone:
             part = parts + blocks * call.head_dim * width
-        left, right = (key_block, 1, key_row), (d_weights, width)
-        multiply(vectors, call.head_dim, keys, left, right, (part, width), alone)
+        done = k0 - chunk_begin
+        sums = (
+            *(d_key + done * head_columns, head_columns),
+            *(d_value + done * value_columns, value_columns),
+        )
+        add_products(
+            *(call, vectors, keys, tile, scores, d_weights, terms, ones),
+            *(key_at, key_rows, sums, part, alone),
+        )
         blocks += 1
         k0 += keys
 
@@ -406,6 +396,7 @@ def scratch_elements(
     head, value = (-(-columns // lanes) * lanes for columns in (head_dim, value_dim))
     blocks = 3 + softcap + half_bias
     tile = width * (2 * head_dim + value_dim + blocks * BLOCK_KEYS + head + value + 5)
+    tile += VECTORS * lanes
     parts = chunk_keys // BLOCK_KEYS * head_dim * width if chunked else 0
-    widened = BLOCK_KEYS * (head_dim + value_dim) if half else 0
+    widened = BLOCK_KEYS * (head_dim + value_dim + lanes) if half else 0
     return tile + parts + widened + chunk_keys * (head + value)

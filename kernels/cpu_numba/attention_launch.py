@@ -98,9 +98,8 @@ def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -
     tiles = -(-query_len // tile)
     tasks = batch * heads * tiles
     run = max(1, tiles * _heads_at_once(batch * heads, max(query_len, key_len)))
-    in_pairs = query.dtype == torch.bfloat16 and bfloat16_dots()
     tiled = FORWARD.plan(
-        query.dtype if in_pairs else dtype,
+        _compiled_for(query.dtype),
         -(-tasks // run),
         elements * dtype.itemsize,
         (*_integers(problem, out, lse, tile, few if packed else 0), run),
@@ -184,7 +183,7 @@ def attention_backward(
     whole = count == batch * key_heads  # a task is a head
     run = max(1, _heads_at_once(count, max(query_len, key_len))) if whole else 1
     BACKWARD(
-        dtype,
+        _compiled_for(query.dtype),
         -(-count // run),
         elements * dtype.itemsize,
         (
@@ -216,6 +215,12 @@ def attention_backward(
         query.new_empty(0) if d_bias is None else d_bias,
         query.new_empty(0) if d_sinks is None else d_sinks,
     )
+
+
+def _compiled_for(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a kernel is asked for: bfloat16 has a form of its own where the host can do it."""
+    in_pairs = dtype == torch.bfloat16 and bfloat16_dots()
+    return dtype if in_pairs else statistics_dtype(dtype)
 
 
 def _tile_queries(dtype: torch.dtype, query_len: int, heads: int) -> int:

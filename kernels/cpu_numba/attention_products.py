@@ -34,7 +34,7 @@ from .microkernel import lanes_of, multiply, transpose
 from .simd import BFLOAT16, cast, select, splat
 
 
-def _either(floats: Callable[..., None], pairs: Callable[..., None]) -> Callable[..., Any]:
+def either(floats: Callable[..., None], pairs: Callable[..., None]) -> Callable[..., Any]:
     """Compiles what it decorates as one of the two, by the record `call`, the first argument."""
 
     def declare(step: Callable[..., None]) -> Callable[..., None]:
@@ -79,7 +79,7 @@ def _query_in_pairs(call, offset, rows, width, query_t, scratch, spare):
                 transpose_words(block, PAIRED, to, 2 * width)
 
 
-@_either(_query_in_floats, _query_in_pairs)
+@either(_query_in_floats, _query_in_pairs)
 def load_query(call, offset, rows, width, query_t, scratch, spare):
     """Q^T of `rows` queries from element `offset` of q on; lanes past the last hold zeros."""
     raise NotImplementedError
@@ -96,7 +96,7 @@ def _scores_in_floats(call, vectors, keys, offset, query_t, scores, width, scrat
 
 
 @jit
-def _even_rows(source, row, rows, columns, target):
+def even_rows(source, row, rows, columns, target):
     """Rows with zeros behind an odd last element, as (pointer, row stride)."""
     even_row = (columns + PAIRED - 1) // PAIRED * PAIRED
     lanes = lanes_of(target)
@@ -110,7 +110,7 @@ def _even_rows(source, row, rows, columns, target):
 def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratch):
     key, row = bfloat16_at(call.key, call.zero) + offset, call.key_row
     if call.head_dim % 2 != 0:
-        key, row = _even_rows(key, row, keys, call.head_dim, scratch)
+        key, row = even_rows(key, row, keys, call.head_dim, scratch)
     multiply_pairs(
         vectors,
         keys,
@@ -124,7 +124,7 @@ def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratc
     )
 
 
-@_either(_scores_in_floats, _scores_in_pairs)
+@either(_scores_in_floats, _scores_in_pairs)
 def score_product(call, vectors, keys, offset, query_t, scores, width, scratch):
     """scores = call.scale * K Q^T of `keys` keys from element `offset` of k on."""
     raise NotImplementedError
@@ -158,19 +158,19 @@ def _values_in_floats(
 
 
 @jit
-def _round_weights(weights, keys, width, zeros):
-    """P^T in pairs, in place: the words of rows 2k and 2k + 1 become row k."""
-    lanes = lanes_of(weights)
-    for k in range(0, keys, 2):
-        row, words = weights + k * width, weights + k // 2 * width
+def round_pairs(matrix, rows, width, zeros):
+    """A matrix in pairs, in place: the words of rows 2r and 2r + 1 become row r."""
+    lanes = lanes_of(matrix)
+    for r in range(0, rows, 2):
+        row, words = matrix + r * width, matrix + r // 2 * width
         for v in range(0, width, lanes):
             first = load(row + v)
-            second = load(row + (width + v)) if k + 1 < keys else zeros
+            second = load(row + (width + v)) if r + 1 < rows else zeros
             store_rounded(words + v, first, second)
 
 
 @jit
-def _interleave_rows(source, row, rows, columns, target):
+def interleave_rows(source, row, rows, columns, target):
     """Rows 2k and 2k + 1 as one row of pairs; returns how many words such a row takes."""
     whole = columns - columns % PAIRED
     words = (columns + PAIRED - 1) // PAIRED * PAIRED
@@ -194,8 +194,8 @@ def _values_in_pairs(
 ):
     zero = call.zero
     value = bfloat16_at(call.value, zero) + offset
-    words = _interleave_rows(value, call.value_row, keys, call.value_dim, scratch)
-    _round_weights(weights, keys, width, splat(zero))
+    words = interleave_rows(value, call.value_row, keys, call.value_dim, scratch)
+    round_pairs(weights, keys, width, splat(zero))
     multiply_pairs(
         vectors,
         call.value_dim,
@@ -209,7 +209,7 @@ def _values_in_pairs(
     )
 
 
-@_either(_values_in_floats, _values_in_pairs)
+@either(_values_in_floats, _values_in_pairs)
 def value_product(
     call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch
 ):
@@ -281,7 +281,7 @@ def _out_in_pairs(call, offset, rows, width, out_t, factors, scratch):
                     store_first_paired(to + n * call.out_row, row, call.value_dim - c)
 
 
-@_either(_out_in_floats, _out_in_pairs)
+@either(_out_in_floats, _out_in_pairs)
 def write_out(call, offset, rows, width, out_t, factors, scratch):
     """out = O * factors of `rows` queries from element `offset` on; 0 where the factor is 0, for
     there O may be NaN."""

@@ -10,6 +10,8 @@ words, one a column. K and Q^T have their pairs along the head, V and P^T along 
     S^T = K Q^T         A = K as it lies in memory        B = Q^T, words transposed
     O^T += V^T P^T      A = V, two rows interleaved       B = P^T, two rows rounded and interleaved
 
+(those of the backward in `attention_gradient_products`).
+
 An odd depth ends with a pair whose second half is zero in both. The instruction rounds to nearest
 and takes subnormal numbers for zeros.
 """
@@ -137,17 +139,32 @@ def store_interleaved(typing: Any, target: Any, first: Any, second: Any) -> Any:
     return types.void(target, first, second), generate
 
 
+def _rounded(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    """Two float vectors, rounded to nearest even, one behind the other."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return builder.bitcast(call_llvm(builder, name, _PAIRS, [second, first]), llvm_vector(_ROW))
+
+
 @intrinsic
 def store_rounded(typing: Any, target: Any, first: Any, second: Any) -> Any:
     """Two float vectors, rounded to nearest even and interleaved, as one vector of words."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        rounded = call_llvm(
-            builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, [args[2], args[1]]
-        )
-        elements = builder.bitcast(rounded, llvm_vector(_ROW))
+        elements = _rounded(builder, args[1], args[2])
         words = builder.shuffle_vector(elements, elements, _interleaved_halves(PAIRED))
         store_vector(builder, builder.bitcast(words, _FLOATS), args[0])
+        return context.get_dummy_value()
+
+    return types.void(target, first, second), generate
+
+
+@intrinsic
+def store_rounded_row(typing: Any, target: Any, first: Any, second: Any) -> Any:
+    """Two float vectors, rounded to nearest even, as PAIRED consecutive elements."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        elements = _rounded(builder, args[1], args[2])
+        store_vector(builder, builder.bitcast(elements, _FLOATS), args[0])
         return context.get_dummy_value()
 
     return types.void(target, first, second), generate

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, KeyLengths, attention, dispatch
+from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention, dispatch
 
 from .cases import Case, Shape, always, lengths, random_bias, random_dense
 from .support import SUMMATION, assert_parity, run
@@ -30,6 +30,12 @@ CASES = [
         random_bias(False, True, True, True),
         sinks=True,
         options={"softcap": 3.0, "dropout_p": 0.3, "seed": 5},
+    ),
+    # In the lane past the last query, which completes a pair, weights grow beyond all bounds.
+    Case(
+        "dots_steep",
+        Shape(1, 1, 1, 5, 400, 16, 16),
+        bias=lambda shape, draw: ALiBi(torch.tensor([-1.0]), align="upper_left"),
     ),
     Case("dots_lengths", Shape(3, 2, 2, 20, 90, 16, 16), always(KeyLengths(lengths(0, 33, 90)))),
 ]
@@ -61,6 +67,24 @@ def test_the_instruction_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert attention(q, k, v, backend="numba").eq(v).all()
 
 
+@needs_dots
+def test_the_backward_uses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key has all the weight: d_value is the sum of grad_out, in subnormal numbers."""
+
+    def d_value() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(1, 1, length, 16, generator=generator).bfloat16() for length in (4, 1, 1)
+        )
+        v.requires_grad_()
+        grad_out = torch.full((1, 1, 4, 16), 2.0**-130, dtype=torch.bfloat16)
+        return torch.autograd.grad(attention(q, k, v, backend="numba"), v, grad_out)[0]
+
+    assert d_value().eq(0.0).all()
+    without_dots(monkeypatch)
+    assert d_value().eq(2.0**-128).all()
+
+
 @pytest.mark.parametrize("dim", [1, 2, 15, 31, 32, 33, 64, 70])
 @pytest.mark.parametrize("rows", [17, 40, 64, 65])
 def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
@@ -73,6 +97,10 @@ def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
     q, k, v = integers(rows), integers(1), integers(1)
     out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend="numba")
     assert torch.equal(out, v.expand_as(out))
+    v.requires_grad_()
+    grad_out = integers(rows)
+    (d_value,) = torch.autograd.grad(attention(q, k, v, backend="numba"), v, grad_out)
+    assert torch.equal(d_value, grad_out.double().sum(2, keepdim=True).bfloat16())
     q, k = q.double(), k.double()
     score, size = ((a @ b.mT)[..., 0] for a, b in ((q, k), (q.abs(), k.abs())))
     # (float32 rounds q * log2(e), one by one, and lse at its end)
@@ -93,9 +121,46 @@ def test_nothing_around_the_tensors_is_used(shape: tuple[int, int, int]) -> None
         return inside
 
     q, k, v = amid_nan(queries), amid_nan(keys), amid_nan(keys)
-    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), backend="numba")
-    assert torch.equal(attention(q, k, v, backend="numba"), expected)
-    assert expected.isfinite().all()
+    grad_out = amid_nan(queries)
+
+    def results(tensors: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = attention(leaves[0], leaves[1], leaves[2], backend="numba")
+        return out, *torch.autograd.grad(out, leaves, grad_out)
+
+    expected = results([q.contiguous(), k.contiguous(), v.contiguous()], grad_out.contiguous())
+    for got, wanted in zip(results([q, k, v], grad_out), expected, strict=True):
+        assert torch.equal(got, wanted)
+        assert wanted.isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [5, 64, 77])
+def test_rows_that_attend_nothing_give_nothing(queries: int) -> None:
+    """Whatever they hold: their weights are 0, and 0 * NaN must not come about."""
+    generator = torch.Generator().manual_seed(queries)
+    tensors = [
+        torch.randn(2, 2, length, 24, generator=generator).bfloat16()
+        for length in (queries, 50, 50)
+    ]
+    grad_out = torch.randn(2, 2, queries, 24, generator=generator).bfloat16()
+    live = [1, queries - 2]
+
+    def gradients(bad: float) -> tuple[Tensor, ...]:
+        q, k, v = (tensor.clone() for tensor in tensors)
+        g = grad_out.clone()
+        for element, length in enumerate(live):
+            q[element, :, length:] = bad
+            g[element, :, length:] = bad
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = attention(
+            *(leaves[0], leaves[1], leaves[2]),
+            mask=QueryLengths(torch.tensor(live)),
+            backend="numba",
+        )
+        return torch.autograd.grad(out, leaves, g)
+
+    for got, wanted in zip(gradients(torch.nan), gradients(0.0), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("last", [1.0, torch.inf])
