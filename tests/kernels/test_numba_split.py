@@ -84,6 +84,23 @@ def test_packed_sequences_of_all_lengths_on_any_threads() -> None:
         assert torch.equal(got, tensor)
 
 
+def test_sums_that_outgrow_the_cache_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    row_bytes = 512
+    most = 3 * attention_launch._CACHE_BYTES // row_bytes  # keys
+    heads = 4 * torch.get_num_threads()  # enough of them for all threads
+    assert attention_launch._backward_tasks(1, heads, most, row_bytes, None)[2:] == (1, most)
+    _, _, chunks, keys = attention_launch._backward_tasks(1, heads, most + 1, row_bytes, None)
+    assert keys * row_bytes == attention_launch._CACHE_BYTES
+    assert chunks == -(-(most + 1) // keys)
+
+    for case in CASES:
+        arguments = case.build(torch.float32)
+        expected = run("numba", arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_launch, "_CACHE_BYTES", 2 * BLOCK_KEYS * 32 * 4)
+            assert_same(run("numba", arguments), expected)
+
+
 def busiest(weights: list[int], threads: int) -> float:
     """Work of the busiest thread over the mean; whoever gets free takes the next task."""
     loads = [0] * threads
@@ -102,7 +119,7 @@ def test_one_head_keeps_64_threads_busy(length: int, monkeypatch: pytest.MonkeyP
     # causal: tile t has t + 1 parts of work, the longest first
     assert busiest(list(range(tiles, 0, -1)), threads) < 1.02
 
-    _, _, chunks, chunk_keys = attention_launch._backward_tasks(1, 1, length, None)
+    _, _, chunks, chunk_keys = attention_launch._backward_tasks(1, 1, length, 512, None)
     assert chunk_keys % BLOCK_KEYS == 0
     assert chunks * chunk_keys >= length
     assert busiest([1] * chunks, threads) == 1.0
