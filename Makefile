@@ -33,7 +33,7 @@ REQUIREMENTS := $(VENV)/.stamp-requirements
 PACKAGE := $(VENV)/.stamp-package
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CHECKED := kernels transformer bench tests setup.py
+CHECKED := kernels transformer bench tests setup.py csrc
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow compile lint bench install clean distclean

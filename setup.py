@@ -15,6 +15,8 @@ found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
 from __future__ import annotations
 
 import os
+import platform
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,27 @@ PACKAGE_DIR = {
 CHOICES = ("auto", "require", "skip")
 # The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
+# Compiled once: the binding. Its headers, and the constants that the build writes, are in here.
+SOURCES = ["attention_launch.cpp", "kernels.cpp", "module.cpp", "rows_launch.cpp", "threads.cpp"]
+# Compiled once for each instruction set, which is chosen at run time (csrc/kernels.cpp).
+KERNEL_SOURCES = [
+    "attention_forward.cpp",
+    "attention_gradients.cpp",
+    "norms_forward.cpp",
+    "norms_backward.cpp",
+    "softmax_rows.cpp",
+]
+INSTRUCTION_SETS: dict[str, list[str]] = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"],
+    }
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
+# Products and sums are fused where the source says so, and nowhere else: the same bits in every
+# tile shape. No kernel looks at the flags that a floating-point operation may raise. GCC's own
+# header of AVX-512 makes it warn of variables that are left undefined on purpose.
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", "-Wno-uninitialized"]
 
 
 def all_packages() -> list[str]:
@@ -77,18 +100,25 @@ def extension_arguments() -> dict[str, Any]:
                     raise
                 report_absence(error)
 
+        def build_extension(self, ext: Extension) -> None:
+            build = Path(self.build_temp).resolve()
+            write_constants = runpy.run_path(str(ROOT / "csrc" / "write_constants.py"))["write"]
+            write_constants(build / "constants.h")
+            ext.include_dirs.append(str(build))
+            for name, flags in INSTRUCTION_SETS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [f"csrc/{source}" for source in KERNEL_SOURCES],
+                    output_dir=str(build / name),
+                    include_dirs=[str(build)],
+                    extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DROWMAX_ISA={name}"],
+                )
+            super().build_extension(ext)
+
     extension: Extension = CppExtension(
         "rowmax.kernels._C",
-        sources=["csrc/binding.cpp", "csrc/module.cpp"],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))],
-        extra_compile_args=[
-            "-std=c++20",
-            "-O3",
-            "-g0",
-            "-fno-math-errno",
-            "-fvisibility=hidden",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-        ],
+        sources=[f"csrc/{source}" for source in SOURCES],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*"))],
+        extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
         py_limited_api=True,
     )
     # An optional extension may be missing from the build folder when files are collected.

@@ -1,7 +1,4 @@
-"""The compiled CPU backend: the C++ extension `rowmax.kernels._C` (sources in csrc/).
-
-So far it does layer norm and declines everything else by name.
-"""
+"""The compiled CPU backend: the C++ extension `rowmax.kernels._C` (sources in csrc/)."""
 
 from __future__ import annotations
 
@@ -10,12 +7,33 @@ import importlib
 
 import torch
 
-from ..problem import LayerNormProblem, Problem
-from .norms import layer_norm, layer_norm_backward
+from ..problem import AttentionProblem, Problem
+from .attention_launch import attention, attention_backward, attention_out
+from .norms import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+from .softmax import masked_softmax, masked_softmax_backward
 
-__all__ = ["declines", "layer_norm", "layer_norm_backward", "unavailable"]
-
-DTYPES = (torch.float32, torch.float64)
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "attention",
+    "attention_backward",
+    "attention_out",
+    "declines",
+    "layer_norm",
+    "layer_norm_backward",
+    "masked_softmax",
+    "masked_softmax_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "unavailable",
+]
 
 
 @functools.cache
@@ -30,17 +48,17 @@ def unavailable() -> str | None:
         )
     except ImportError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"
+    try:
+        torch.ops.rowmax_native.vector_bits()
+    except RuntimeError as error:
+        return str(error)
     return None
 
 
 def declines(problem: Problem) -> str | None:
-    if not isinstance(problem, LayerNormProblem):
-        return f"it does layer_norm only, not {problem.op_name}"
-    if problem.x.device.type != "cpu":
-        return f"it runs on cpu, not on {problem.x.device.type}"
-    if problem.x.dtype not in DTYPES:
-        return f"it does float32 and float64, not {problem.x.dtype}"
-    for name, parameter in (("weight", problem.weight), ("bias", problem.bias)):
-        if parameter is not None and parameter.dtype != problem.x.dtype:
-            return f"it takes `{name}` in the dtype of `x` only, not {parameter.dtype}"
+    first = problem[0]
+    if first.device.type != "cpu":
+        return f"tensors on {first.device}, not on the CPU"
+    if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
+        return "sequences of 2**30 and more are not done (positions are 32-bit)"
     return None

@@ -1,43 +1,125 @@
-"""Layer norm through torch.ops.rowmax_native; the arithmetic is in csrc/layer_norm.h."""
+"""Norms through torch.ops.rowmax_native: layouts, allocations, and what is copied and why."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..problem import LayerNormProblem
+from ..cpu_results import new_result
+from ..layout import count_rows, rows_of, statistics_dtype
+from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 
 
 def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
-    x = problem.x
-    y, mean, rstd = torch.ops.rowmax_native.layer_norm_forward(
-        _rows(x), _contiguous(problem.weight), _contiguous(problem.bias), problem.eps
-    )
-    return y.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    x, weight, bias, eps = problem
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, None, centred=True)
+    return y, mean, rstd
 
 
 def layer_norm_backward(
     problem: LayerNormProblem, grad_y: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = problem.x
-    d_x, d_weight, d_bias = torch.ops.rowmax_native.layer_norm_backward(
-        _rows(grad_y),
-        _rows(x),
-        mean.reshape(-1),
-        rstd.reshape(-1),
-        _contiguous(problem.weight),
-        problem.weight is not None,
-        problem.bias is not None,
+    x, weight, bias, _ = problem
+    _, d_x, d_weight, d_bias = _backward(x, grad_y, None, mean, rstd, weight, bias, 0.0, None)
+    return d_x, d_weight, d_bias
+
+
+def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, eps, dropout_p, seed = problem
+    return _forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
+
+
+def add_layer_norm_backward(
+    problem: AddLayerNormProblem,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, weight, bias, _, dropout_p, seed = problem
+    return _backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
+
+
+def rms_norm(problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
+    x, weight, eps = problem
+    y, _, _, rstd = _forward(x, None, weight, None, eps, 0.0, None, centred=False)
+    return y, rstd
+
+
+def rms_norm_backward(
+    problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, weight, _ = problem
+    _, d_x, d_weight, _ = _backward(x, grad_y, None, None, rstd, weight, None, 0.0, None)
+    return d_x, d_weight
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+    shape, rows = x.shape, count_rows(x)
+    dtype = statistics_dtype(x.dtype)
+    y = new_result(x, shape)
+    rstd = x.new_empty(shape[:-1], dtype=dtype)
+    mean = torch.empty_like(rstd) if centred else None
+    x, x_row = rows_of(x)
+    total, residual_row = None, 0
+    if residual is not None:
+        total = new_result(x, shape)
+        residual, residual_row = rows_of(residual)
+    torch.ops.rowmax_native.norm_forward.default(
+        *(x, x_row, residual, residual_row, _parameter(weight, dtype), _parameter(bias, dtype)),
+        *(y, total, mean, rstd, rows, shape[-1], eps, dropout_p, seed),
     )
-    return d_x.view(x.shape), d_weight, d_bias
+    return y, y if total is None else total, rstd if mean is None else mean, rstd
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """(rows, N), copied only where the strides do not fit."""
-    columns = tensor.shape[-1]
-    rows = tensor.numel() // columns if columns else tensor.shape[:-1].numel()
-    return tensor.reshape(rows, columns).contiguous()
+def _backward(
+    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+    shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
+    dtype = statistics_dtype(x.dtype)
+    d_total = new_result(x, shape)
+    d_x = new_result(x, shape) if dropout_p > 0.0 else None
+    d_weight = None if weight is None else x.new_empty(columns, dtype=dtype)
+    d_bias = None if bias is None else x.new_empty(columns, dtype=dtype)
+    x, x_row = rows_of(x)
+    grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
+    grad_total_row = 0
+    if grad_total is not None:
+        grad_total, grad_total_row = rows_of(grad_total.to(x.dtype))
+    torch.ops.rowmax_native.norm_backward.default(
+        *(x, x_row, grad_y, grad_y_row, grad_total, grad_total_row),
+        *(None if mean is None else mean.contiguous(), rstd.contiguous()),
+        *(_parameter(weight, dtype), d_total, d_x, d_weight, d_bias),
+        *(rows, columns, dropout_p, seed),
+    )
+    return (
+        x.new_empty(0) if d_x is None else d_x,
+        d_total,
+        x.new_empty(0) if d_weight is None or weight is None else d_weight.to(weight.dtype),
+        x.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
 
 
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(N,), contiguous and of `dtype`: small beside x, so that kernels need no case for it."""
+    return None if parameter is None else parameter.detach().to(dtype).contiguous()

@@ -20,8 +20,9 @@ import math
 
 import numpy as np
 
+from ..cpu_constants import LN_2, LOG2_E
 from .attention_rows import copy_rows, readable, write_rows
-from .attention_tiles import INTEGERS, LN_2, LOG2_E, REALS, attends_none, limits, sequence_of
+from .attention_tiles import INTEGERS, REALS, attends_none, limits, sequence_of
 from .call import Kernel, read
 from .elementwise import at_least, exp2, philox_columns, tanh
 from .jit import jit

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_constants import BLOCK_KEYS, LN_2, LOG2_E
 from .attention_products import load_query, score_product, value_product, write_out
 from .attention_rows import prefetch_rows
 from .attention_tiles import (
-    BLOCK_KEYS,
     INTEGERS,
-    LN_2,
-    LOG2_E,
     REALS,
     add_terms,
     attends_none,

@@ -23,13 +23,12 @@ import math
 
 import numpy as np
 
+from ..cpu_constants import BLOCK_KEYS, LOG2_E
 from .attention_gradient_blocks import add_to_bias, gradient_block
 from .attention_gradient_products import add_products, load_tile, score_products
 from .attention_rows import copy_rows, dot_rows, prefetch_rows, write_rows
 from .attention_tiles import (
-    BLOCK_KEYS,
     INTEGERS,
-    LOG2_E,
     REALS,
     add_terms,
     attends_none,

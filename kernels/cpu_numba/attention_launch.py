@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu_constants import BLOCK_KEYS, LOG2_E, NO_BOUND, SHORT_HEAD
+from ..cpu_preparation import prepared, unit_last_stride
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
 from .attention_decode import CHUNK_KEYS, DECODE, most_queries, partial_elements
@@ -15,13 +17,11 @@ from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
 from .attention_gradients import BACKWARD
 from .attention_gradients import scratch_elements as backward_scratch
-from .attention_tiles import BLOCK_KEYS, LOG2_E, NO_BOUND
 from .call import Plan
 from .host import bfloat16_dots
 from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
-_SHORT = 256  # queries and keys of a head that is asked for as a whole
 _CACHE_BYTES = 1 << 20  # of the second level; dividing sums pays from three times as much on
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -48,7 +48,7 @@ def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
             *(out.data_ptr(), 0 if lse is None else lse.data_ptr()),
         )
         return out
-    problem = _prepared(problem)  # kept: a plan holds addresses of the copies made here
+    problem = prepared(problem)  # kept: a plan holds addresses of the copies made here
     plans = _forward_plans(problem, out, lse)
     for plan in plans:
         plan.run()
@@ -144,10 +144,10 @@ def attention_backward(
     sinks_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     bias, sinks = problem.bias, problem.sinks
-    problem = _prepared(problem)
+    problem = prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
     dtype, half = statistics_dtype(query.dtype), query.dtype in _HALVES
-    grad_out, out = _unit_last_stride(grad_out), _unit_last_stride(out)
+    grad_out, out = unit_last_stride(grad_out), unit_last_stride(out)
     lse = lse.to(torch.float64).contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
     d_bias, wide = None, False
@@ -241,7 +241,7 @@ def _tile_queries(dtype: torch.dtype, query_len: int, heads: int) -> int:
 def _heads_at_once(heads: int, length: int) -> int:
     """Heads that a thread takes at once: several short ones, so that one can ask memory for the
     next. Long heads are tiles that any thread may take."""
-    return min(8, heads // (8 * thread_count(heads))) if length <= _SHORT else 0
+    return min(8, heads // (8 * thread_count(heads))) if length <= SHORT_HEAD else 0
 
 
 def _backward_tasks(
@@ -268,68 +268,6 @@ def _backward_tasks(
     if blocks < 2 or chunk_blocks == blocks or (d_bias is not None and d_bias.shape[3] == 1):
         return batch_tasks, head_tasks, 1, max(1, blocks) * BLOCK_KEYS
     return batch_tasks, head_tasks, -(-blocks // chunk_blocks), chunk_blocks * BLOCK_KEYS
-
-
-def _prepared(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with everything a kernel reads in a form that it can read."""
-    bias, mask, dtype = problem.bias, problem.mask, statistics_dtype(problem.query.dtype)
-    if bias is not None:
-        readable = bias.dtype == dtype or (bias.dtype in _HALVES and dtype == torch.float32)
-        bias = _unit_last_stride(bias if readable else bias.to(dtype))
-        problem = problem._replace(bias=bias)
-    if bias is not None or mask.dense is not None or mask.query_documents is not None:
-        problem = _without_unattended(problem)
-    query, key, value = problem.query, problem.key, problem.value
-    if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
-        problem = problem._replace(
-            query=_unit_last_stride(query),
-            key=_unit_last_stride(key),
-            value=_unit_last_stride(value),
-        )
-    if problem.alibi_slopes is not None:
-        problem = problem._replace(alibi_slopes=problem.alibi_slopes.double().contiguous())
-    if problem.sinks is not None:
-        problem = problem._replace(sinks=problem.sinks.detach().double().contiguous())
-    tensors = (mask.key_lengths, mask.query_lengths, mask.band)
-    if any(tensor is not None and not tensor.is_contiguous() for tensor in tensors):
-        key_lengths, query_lengths, band = (
-            None if tensor is None else tensor.contiguous() for tensor in tensors
-        )
-        mask = mask._replace(key_lengths=key_lengths, query_lengths=query_lengths, band=band)
-        problem = problem._replace(mask=mask)
-    return problem
-
-
-def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
-    """Zeros in the place of NaN and infinities that no query attends.
-
-    Bands and lengths leave such keys unread, but a dense mask, documents or a -inf bias only give
-    them weight 0, and 0 * NaN is NaN. Finite inputs, the usual case, cost one sum.
-    """
-    dtype = statistics_dtype(problem.query.dtype)
-    total = problem.key.sum(dtype=dtype) + problem.value.sum(dtype=dtype)
-    if bool(torch.isfinite(total)):
-        return problem
-    batch, _, query_len, key_len = problem.shape
-    unused = torch.ones(batch, key_len, dtype=torch.bool)
-    step = 64
-    for start in range(0, query_len, step):
-        rows = min(step, query_len - start)
-        allowed = problem.mask.rows(start, rows).allowed(rows, key_len, problem.query.device)
-        if problem.bias is not None:
-            bias = problem.bias
-            if bias.shape[2] > 1:
-                bias = bias[:, :, start : start + rows]
-            attended = bias != -torch.inf
-            allowed = attended if allowed is None else allowed & attended
-        if allowed is None:
-            return problem
-        met = allowed.expand(batch, allowed.shape[1], rows, key_len)
-        unused &= ~met.any(2).any(1)
-    at = unused[:, None, :, None]
-    return problem._replace(
-        key=problem.key.masked_fill(at, 0.0), value=problem.value.masked_fill(at, 0.0)
-    )
 
 
 def _integers(
@@ -387,11 +325,6 @@ def _documents(ids: Tensor | None) -> tuple[int, int]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _unit_last_stride(tensor: Tensor) -> Tensor:
-    """The tensor itself where its last dimension is contiguous, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_constants import BLOCK_KEYS, LOG2_E
 from .attention_rows import readable
 from .elementwise import at_least, philox, tanh
 from .jit import jit
@@ -23,11 +24,6 @@ from .simd import (
     splat,
     splat_integer,
 )
-
-BLOCK_KEYS = 128  # keys whose scores are in the scratch at once; blocks start at its multiples
-NO_BOUND = 2**40  # a band bound that no position reaches
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2.0)
 
 # Fields of the attention kernels' records: addresses, strides in elements (of the dense mask: in
 # bytes) and sizes. An absent tensor has address 0; a broadcast dimension has stride 0.

@@ -9,6 +9,16 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from ..cpu_constants import (
+    EXP2_DOUBLE,
+    EXP2_FLOAT,
+    LOG2_SERIES,
+    PHILOX_MULTIPLIERS,
+    PHILOX_ROUNDS,
+    PHILOX_WEYL,
+    TANH_DOUBLE,
+    TANH_FLOAT,
+)
 from .host import vector_bits
 from .jit import jit
 from .simd import (
@@ -23,37 +33,7 @@ from .simd import (
     splat_like,
 )
 
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-PHILOX_ROUNDS = 10
-
-# 2^f on [-1/2, 1/2], Chebyshev fits, lowest power first: absolute errors 2e-9 and 4e-20.
-_EXP2_COEFFICIENTS = {
-    types.float32: (
-        1.0,
-        0.6931472067028326,
-        0.24022650922288757,
-        0.05550327226670302,
-        0.009618056678524637,
-        0.0013400428177615838,
-        0.0001546144469856913,
-    ),
-    types.float64: (
-        1.0,
-        0.6931471805599453,
-        0.24022650695910072,
-        0.0555041086648217,
-        0.009618129107628484,
-        0.0013333558146390353,
-        0.00015403530393362755,
-        1.5252733856293466e-05,
-        1.3215486815999978e-06,
-        1.0178051192960649e-07,
-        7.054894386348348e-09,
-        4.456675341049206e-10,
-        2.5733568308756892e-11,
-    ),
-}
+_EXP2_COEFFICIENTS = {types.float32: EXP2_FLOAT, types.float64: EXP2_DOUBLE}
 # mantissa bits, exponent bias, and the number whose addition leaves round(x) in the low bits
 _FORMAT = {
     types.float32: (23, 127, 1.5 * 2.0**23),
@@ -91,16 +71,7 @@ def exp2(typing: Any, x: Vector) -> Any:
     return x(x), generate
 
 
-def _tanh_series(terms: int) -> list[float]:
-    """tanh(x) = sum of c[n] * x^(2n + 1), from tanh' = 1 - tanh^2."""
-    c = [1.0]
-    for n in range(1, terms):
-        c.append(-sum(c[m] * c[n - 1 - m] for m in range(n)) / (2 * n + 1))
-    return c
-
-
-# Below |x| = 1/4, where 1 - e^-2|x| would cancel: the next term is below half an ulp.
-_TANH_SERIES = {types.float32: _tanh_series(6), types.float64: _tanh_series(12)}
+_TANH_SERIES = {types.float32: TANH_FLOAT, types.float64: TANH_DOUBLE}
 
 
 @intrinsic
@@ -129,10 +100,6 @@ def tanh(x):
     return select(size < splat_like(0.25, x), _tanh_below_quarter(x), large)
 
 
-# log2(m) = 2 / ln 2 * atanh(s), s = (m - 1) / (m + 1), for m in [1/sqrt 2, sqrt 2]: |s| < 0.1716
-_LOG2_SERIES = [2.0 / math.log(2.0) / (2 * n + 1) for n in range(11)]
-
-
 @intrinsic
 def log2_wide(typing: Any, x: Vector) -> Any:
     """log2(x) of finite x > 0 in float64, lane by lane; of 0 anything."""
@@ -150,7 +117,7 @@ def log2_wide(typing: Any, x: Vector) -> Any:
         one = constant(kind, 1.0)
         s = builder.fdiv(builder.fsub(m, one), builder.fadd(m, one))
         square = builder.fmul(s, s)
-        *lower, total = [constant(kind, c) for c in _LOG2_SERIES]
+        *lower, total = [constant(kind, c) for c in LOG2_SERIES]
         for coefficient in reversed(lower):
             total = fma(builder, total, square, coefficient)
         return fma(builder, total, s, builder.sitofp(exponent, kind))

@@ -2,7 +2,8 @@
 
 Numba keeps its cache beside the sources and renews a function only when the file it stands in
 changes. Here it lies in the user's cache directory, in a folder named after everything that the
-machine code depends on: all sources of this package, the vector width, and the versions.
+machine code depends on: all sources of this package, the constants, the vector width, and the
+versions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import llvmlite
 import numba
 from numba.core import config
 
+from .. import cpu_constants
 from .host import vector_bits
 
 CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
@@ -52,6 +54,7 @@ def _fingerprint(kernel: Callable[..., None]) -> str:
     digest = hashlib.sha256()
     versions = (numba.__version__, llvmlite.__version__, sys.version, vector_bits())
     digest.update(repr(versions).encode())
+    digest.update(Path(str(cpu_constants.__file__)).read_bytes())
     for module in sorted(_modules_behind(kernel.__module__)):
         digest.update(Path(str(sys.modules[module].__file__)).read_bytes())
     return digest.hexdigest()[:16]

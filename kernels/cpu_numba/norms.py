@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cpu_constants import FACTOR_BLOCK, GROUP
+from ..cpu_results import new_result
 from ..layout import count_rows, rows_of, statistics_dtype
 from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD
-from .norms_forward import FACTOR_BLOCK, FORWARD, GROUP
+from .norms_forward import FORWARD
 from .norms_forward import scratch_bytes as forward_scratch
-from .results import new_result
 from .rows import chunk_rows, task_rows
 
 

@@ -13,6 +13,7 @@ types are widened in registers; what is summed is float32 or wider.
 
 from __future__ import annotations
 
+from ..cpu_constants import FACTOR_BLOCK, GROUP, GROUPED_COLUMNS
 from .call import Kernel, read
 from .jit import jit
 from .memory import (
@@ -26,7 +27,7 @@ from .memory import (
     take_ticket,
 )
 from .microkernel import lanes_of
-from .norms_forward import FACTOR_BLOCK, GROUP, GROUPED_COLUMNS, draw_factors, fill
+from .norms_forward import draw_factors, fill
 from .simd import add_lanes, cast, multiply_add, splat
 
 

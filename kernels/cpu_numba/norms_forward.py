@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_constants import FACTOR_BLOCK, FAR, GROUP, GROUPED_COLUMNS, NEAR_VECTORS, NORM_STREAM
 from .call import Kernel, read
 from .elementwise import at_least, philox_columns
 from .jit import jit
@@ -28,16 +29,6 @@ from .memory import integers_at, load, load_first, pointer, store, store_first, 
 from .microkernel import lanes_of
 from .simd import add_lanes, cast, lanes_before, multiply_add, select, splat
 
-NORM_STREAM = 0x6E6F726D
-# Columns whose dropout is drawn at a time: small enough to stay in the first cache.
-FACTOR_BLOCK = 256
-# From so many columns on the parameters don't stay in the first cache: rows are taken together, and
-# the parameters read once for all of them. Below, one row after another makes longer streams.
-GROUP = 4
-GROUPED_COLUMNS = 1536
-# Vectors whose mean stands for the row's, and how much of the square may be the shift's.
-_NEAR_VECTORS = 4
-_FAR = 2.0
 _WORD = 0xFFFFFFFF
 _MOMENT_BYTES = 2 * GROUP * 8
 
@@ -149,7 +140,7 @@ def _prepare_row(call, index, factors, zero):
         row = pointer(call.total, call.item) + index * call.columns
     near = zero
     if call.centred != 0:
-        near = _row_mean(row, min(call.columns, _NEAR_VECTORS * lanes_of(zero)), zero)
+        near = _row_mean(row, min(call.columns, NEAR_VECTORS * lanes_of(zero)), zero)
     return row, near
 
 
@@ -158,7 +149,7 @@ def _keep_statistics(call, index, row, near, first, square, statistics, zero):
     """mean and rstd from the moments; statistics = near, -shift * rstd, rstd."""
     shift = 0.0
     if call.centred != 0:
-        if _FAR * first * first > square:
+        if FAR * first * first > square:
             near = cast(near + first, zero)
             first, square = _row_moments(row, near, call.columns, zero)
         shift = first

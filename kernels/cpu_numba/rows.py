@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-# Elements a task takes at least: enough work to pay for waking a thread.
-_TASK_ELEMENTS = 16384
+from ..cpu_constants import TASK_ELEMENTS
 
 
 def task_rows(columns: int) -> int:
     """How many rows of `columns` elements a task takes."""
-    return max(1, _TASK_ELEMENTS // max(1, columns))
+    return max(1, TASK_ELEMENTS // max(1, columns))
 
 
 def chunk_rows(rows: int, columns: int) -> int:

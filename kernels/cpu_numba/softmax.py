@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..cpu_constants import NO_BOUND
+from ..cpu_results import new_result
 from ..layout import count_rows, rows_of, statistics_dtype
 from ..problem import SoftmaxProblem
-from .results import new_result
 from .rows import task_rows
-from .softmax_rows import BACKWARD, FORWARD, NO_BOUND
+from .softmax_rows import BACKWARD, FORWARD
 
 
 def masked_softmax(problem: SoftmaxProblem) -> Tensor:

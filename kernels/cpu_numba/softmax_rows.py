@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_constants import LOG2_E, NO_BOUND
 from .call import Kernel, read
 from .elementwise import exp2
 from .jit import jit
@@ -42,10 +43,6 @@ from .simd import (
     select,
     splat,
 )
-
-# Beyond any position, and far from overflow when a position is added.
-NO_BOUND = 2**60
-LOG2_E = 1.4426950408889634
 
 
 @jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import attention, layer_norm, rms_norm
+from rowmax.kernels import layer_norm
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -67,14 +68,49 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(compiled_grad, grad)
 
 
-def test_declines_by_name_and_reason() -> None:
-    x = rand(3, 8)
-    with pytest.raises(RuntimeError, match="native.*layer_norm only, not rms_norm"):
-        rms_norm(x, backend="native")
-    with pytest.raises(RuntimeError, match="native.*layer_norm only, not attention"):
-        attention(rand(1, 1, 2, 4), rand(1, 1, 2, 4), rand(1, 1, 2, 4), backend="native")
-    with pytest.raises(RuntimeError, match="float32 and float64, not torch.bfloat16"):
-        layer_norm(x.bfloat16(), backend="native")
+def run_with(variable: str, value: str, script: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with an environment variable set."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, variable: value},
+    )
+
+
+EACH_WIDTH = """
+import torch
+from rowmax.kernels import Causal, attention, layer_norm
+torch.manual_seed(0)
+q = torch.randn(1, 2, 70, 24, dtype=torch.float64, requires_grad=True)
+results = []
+for backend in ("native", "reference"):
+    y = layer_norm(attention(q, q.cos(), q.sin(), Causal(), backend=backend), backend=backend)
+    results.append((y, torch.autograd.grad(y.square().sum(), q)[0]))
+for one, other in zip(*results):
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+print(torch.ops.rowmax_native.vector_bits())
+"""
+
+
+@pytest.mark.parametrize("bits", [512, 256, 128])
+def test_every_width_up_to_the_processors_own(bits: int) -> None:
+    """One library holds the kernels of all instruction sets; the environment picks a narrower."""
+    own = torch.ops.rowmax_native.vector_bits()
+    if bits > own:
+        pytest.skip(f"this processor's vectors have {own} bits")
+    done = run_with("ROWMAX_VECTOR_BITS", str(bits), EACH_WIDTH)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{bits}\n"
+
+
+@pytest.mark.parametrize("bits", ["64", "1024", "wide", ""])
+def test_a_width_that_is_none(bits: str) -> None:
+    done = run_with("ROWMAX_VECTOR_BITS", bits, EACH_WIDTH)
+    assert done.returncode != 0
+    assert "ROWMAX_VECTOR_BITS: expected one of (512, 256, 128), at most" in done.stderr
+    assert f"got '{bits}'" in done.stderr
 
 
 def test_a_missing_extension_is_named() -> None:

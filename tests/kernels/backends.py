@@ -20,15 +20,7 @@ BACKENDS = [name for name, reason in dispatch.installation().items() if reason i
 DECLINES: dict[str, dict[str, str]] = {
     "reference": {},
     "numba": {},
-    "native": {
-        "attention": "layer_norm only, not attention",
-        "masked_softmax": "layer_norm only, not masked_softmax",
-        "add_layer_norm": "layer_norm only, not add_layer_norm",
-        "rms_norm": "layer_norm only, not rms_norm",
-        "bfloat16": "not torch.bfloat16",
-        "float16": "not torch.float16",
-        "mixed_dtypes": "in the dtype of `x` only",
-    },
+    "native": {},
     "triton": {},
 }
 

@@ -236,7 +236,7 @@ def test_a_device_that_a_backend_does_not_know(name: str) -> None:
     """A named backend refuses with its reason; it never crashes on memory that is not there."""
     refusals = {
         "numba": ("tensors on meta, not on the CPU", torch.zeros(1, 1, 2, 4, device="meta")),
-        "native": ("layer_norm only, not attention", torch.zeros(1, 1, 2, 4)),
+        "native": ("tensors on meta, not on the CPU", torch.zeros(1, 1, 2, 4, device="meta")),
         "triton": ("tensors on meta, not on c", torch.zeros(1, 1, 2, 4, device="meta")),
     }
     reason, q = refusals[name]

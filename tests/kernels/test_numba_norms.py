@@ -30,9 +30,10 @@ from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_thresh
 if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
+from rowmax.kernels.cpu_constants import GROUPED_COLUMNS
 from rowmax.kernels.cpu_numba.call import Kernel, read
 from rowmax.kernels.cpu_numba.memory import pointer
-from rowmax.kernels.cpu_numba.norms_forward import GROUPED_COLUMNS, draw_factors
+from rowmax.kernels.cpu_numba.norms_forward import draw_factors
 from rowmax.kernels.cpu_numba.rows import chunk_rows
 from rowmax.kernels.cpu_numba.simd import cast
 

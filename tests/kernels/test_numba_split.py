@@ -17,8 +17,8 @@ from .support import Results, run
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
+from rowmax.kernels.cpu_constants import BLOCK_KEYS
 from rowmax.kernels.cpu_numba import attention_launch
-from rowmax.kernels.cpu_numba.attention_tiles import BLOCK_KEYS
 
 CASES = [
     Case("one_head", Shape(1, 1, 1, 300, 900, 24, 40), always(Causal("lower_right"))),

@@ -195,7 +195,8 @@ def test_a_sentence_beyond_the_limit(trained, capsys, monkeypatch):
 
 def test_a_backend_that_can_not(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(*[corpus.generate(300)] * 3))
-    # The native backend has no attention, and the Triton one no CPU but in its interpreter.
+    # The Triton backend has no CPU but in its interpreter.
+    monkeypatch.setattr(dispatch.load("native"), "declines", lambda problem: "a full moon")
     refusing = ("native",) if dispatch.unavailable("triton") is None else ("native", "triton")
     for backend in refusing:
         for command in (

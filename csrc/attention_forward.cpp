@@ -1,0 +1,270 @@
+// Attention forward: online softmax over blocks of keys, queries in the lanes.
+//
+// For a tile of queries, with scale * log2(e) in the scores, each block of keys adds
+//
+//     S^T = K Q^T;  m' = max(m, max_k S^T);  P^T = 2^(S^T - m');  l = l * 2^(m - m') + sum_k P^T
+//     O^T = O^T * 2^(m - m') + V^T drop(P^T)
+//
+// so that maxima, sums and exponentials are lane-wise, with no reduction across a vector. At the end
+// out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022). A sink is a
+// key of weight 2^(sink - m) without a value: it starts m and l.
+
+#include "attention_tiles.h"
+#include "kernels.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+namespace {
+
+template <typename T>
+struct ForwardScratch {
+  ForwardScratch(const AttentionCall& call, Scratch& scratch) {
+    const int64_t width = call.tile;
+    query_t = scratch.take<T>(call.head_dim * width);
+    out_t = scratch.take<T>(call.value_dim * width);
+    scores = scratch.take<T>(BLOCK_KEYS * width);
+    terms = scratch.take<T>(BLOCK_KEYS * width);
+    row_max = scratch.take<T>(width);
+    row_sum = scratch.take<T>(width);
+    rescale = scratch.take<T>(width);
+    first = scratch.take<IntOf<T>>(width);
+    last = scratch.take<IntOf<T>>(width);
+    if (call.half != kWhole) {
+      const int64_t columns = max(call.head_dim, call.value_dim) + LANES<T>;
+      wide_rows = scratch.take<T>(max<int64_t>(BLOCK_KEYS, width) * columns);
+    }
+    if (call.bias_half != kWhole) {
+      bias_rows = scratch.take<T>(BLOCK_KEYS * width);
+    }
+  }
+
+  T *query_t, *out_t;    // (D, width), (Dv, width)
+  T *scores, *terms;     // (BLOCK_KEYS, width)
+  T *row_max, *row_sum;  // (width,)
+  T* rescale;
+  IntOf<T>*first, *last;
+  T* wide_rows = nullptr;  // of half types: queries, then a block of keys or values, then out
+  T* bias_rows = nullptr;
+};
+
+// Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
+// `rescale` and returns whether any maximum moved.
+template <typename T>
+bool softmax_block(
+    bool masked, int64_t k0, int64_t keys, int64_t width, const ForwardScratch<T>& to) {
+  const Vec<T> nothing = splat(-INFINITE<T>), zero{};
+  bool moved = false;
+  for (int64_t v = 0; v < width; v += LANES<T>) {
+    const Vec<T> before = load(to.row_max + v);
+    Vec<T> after = before;
+    T* column = to.scores + v;
+    if (masked) {
+      const Ints<T> low = load(to.first + v), high = load(to.last + v);
+      for (int64_t k = 0; k < keys; ++k) {
+        const Ints<T> allowed = in_range<T>(k0 + k, low, high);
+        const Vec<T> score = select(allowed, load(column + k * width), nothing);
+        store(column + k * width, score);
+        after = maximum(score, after);
+      }
+    } else {
+      for (int64_t k = 0; k < keys; ++k) {
+        after = maximum(load(column + k * width), after);
+      }
+    }
+    moved = moved || any_lane(after > before);
+    // a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
+    const Vec<T> shift = after == nothing ? zero : after;
+    Vec<T> total{};
+    for (int64_t k = 0; k < keys; ++k) {
+      const Vec<T> weight = exp2<T>(load(column + k * width) - shift);
+      total = total + weight;
+      store(column + k * width, weight);
+    }
+    const Vec<T> factor = exp2<T>(before - shift);
+    store(to.row_max + v, after);
+    store(to.rescale + v, factor);
+    store(to.row_sum + v, multiply_add(load(to.row_sum + v), factor, total));
+  }
+  return moved;
+}
+
+// matrix[r, :] *= factors[:] for a (rows, width) matrix.
+template <typename T>
+void scale_columns(T* matrix, int64_t rows, int64_t width, const T* factors) {
+  for (int64_t v = 0; v < width; v += LANES<T>) {
+    const Vec<T> factor = load(factors + v);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* at = matrix + r * width + v;
+      store(at, load(at) * factor);
+    }
+  }
+}
+
+// out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.
+template <typename T>
+void finish(
+    const AttentionCall& call, const Sequence& sequence, const Tile& tile,
+    const ForwardScratch<T>& from) {
+  const Vec<T> zero{}, keep_scale = splat(static_cast<T>(call.keep_scale));
+  for (int64_t v = 0; v < tile.width; v += LANES<T>) {
+    const Vec<T> total = load(from.row_sum + v);
+    const Ints<T> empty = total == zero;
+    const Vec<T> factor = keep_scale / total;
+    for (int64_t d = 0; d < call.value_dim; ++d) {
+      T* at = from.out_t + d * tile.width + v;
+      store(at, select(empty, zero, load(at) * factor));  // (O may be NaN there)
+    }
+  }
+  const int64_t first_row = sequence.first_query + tile.start;
+  const int64_t offset =
+      sequence.place * call.out_batch + tile.h * call.out_head + first_row * call.out_row;
+  if (call.half == kWhole) {
+    T* out = static_cast<T*>(call.out) + offset;
+    transpose<T>({from.out_t, tile.width}, {out, call.out_row}, call.value_dim, tile.rows, T(1));
+  } else {
+    const int64_t columns = round_up(call.value_dim, LANES<T>);
+    transpose<T>(
+        {from.out_t, tile.width}, {from.wide_rows, columns}, call.value_dim, tile.rows, T(1));
+    write_rows<T>(
+        call.half, call.out, offset, call.out_row, {from.wide_rows, columns}, tile.rows,
+        call.value_dim, T(1));
+  }
+  const int64_t row = (sequence.place * call.heads + tile.h) * call.query_rows + first_row;
+  for (int64_t v = 0; v < tile.rows; v += LANES<double>) {
+    const Vec<double> largest = load_wide(from.row_max + v);  // -inf where l = 0
+    const Vec<double> row_lse = (largest + log2(load_wide(from.row_sum + v))) * splat(LN_2);
+    if (call.half == kWhole) {
+      store_first(static_cast<double*>(call.lse) + row + v, row_lse, tile.rows - v);
+    } else {
+      for (int64_t r = 0; r < min<int64_t>(LANES<double>, tile.rows - v); ++r) {
+        static_cast<float*>(call.lse)[row + v + r] = static_cast<float>(row_lse[r]);
+      }
+    }
+  }
+}
+
+// One tile of queries of head (b, h), from `start` on.
+template <typename T>
+void forward_tile(
+    const AttentionCall& call, int64_t b, int64_t h, int64_t start, const ForwardScratch<T>& to) {
+  const Sequence sequence = sequence_of(call, b);
+  const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
+  if (tile.rows <= 0) {
+    return;
+  }
+  const int64_t width = tile.width, vectors = width / LANES<T>;
+  const int64_t head = h / (call.heads / call.key_heads);
+  const int64_t key = sequence.place * call.key_batch + head * call.key_head +
+                      sequence.first_key * call.key_row;
+  const int64_t value = sequence.place * call.value_batch + head * call.value_head +
+                        sequence.first_key * call.value_row;
+
+  const KeyRange range = key_ranges<T>(call, sequence, tile, to.first, to.last);
+  const bool sink = call.sinks != nullptr;  // a key of weight 1 without a value
+  fill(to.row_max, width, sink ? static_cast<T>(call.sinks[h] * LOG2_E) : -INFINITE<T>);
+  fill(to.row_sum, width, sink ? T(1) : T(0));
+  if (range.begin < range.end) {
+    if (tile.rows < width) {
+      fill(to.query_t, call.head_dim * width, T(0));
+    }
+    const int64_t offset = sequence.place * call.query_batch + h * call.query_head +
+                           (sequence.first_query + start) * call.query_row;
+    const Matrix<const T> query = readable<T>(
+        call.half, call.query, offset, call.query_row, tile.rows, call.head_dim, to.wide_rows);
+    transpose<T>(
+        query, {to.query_t, width}, tile.rows, call.head_dim, static_cast<T>(call.scale));
+  }
+  bool started = false;
+  for (int64_t k0 = range.begin, keys; k0 < range.end; k0 += keys) {
+    keys = block_end(k0, range.end) - k0;
+    if (attends_none(call, tile, k0, keys)) {
+      continue;
+    }
+    const Matrix<const T> key_block = readable<T>(
+        call.half, call.key, key + k0 * call.key_row, call.key_row, keys, call.head_dim,
+        to.wide_rows);
+    multiply<T>(
+        vectors, keys, call.head_dim, {key_block.at, key_block.row, 1}, {to.query_t, width},
+        {to.scores, width}, false);
+    if (call.cap != 0.0) {
+      cap_scores(static_cast<T>(call.cap), to.scores, to.terms, keys * width);
+    }
+    if (has_terms(call)) {
+      add_terms(call, tile, k0, keys, to.scores, to.terms, to.bias_rows);
+    }
+    const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
+    const bool moved = softmax_block(masked, k0, keys, width, to);
+    if (call.dropout) {
+      drop_weights(call, tile, k0, keys, to.scores);
+    }
+    if (moved && started) {
+      scale_columns(to.out_t, call.value_dim, width, to.rescale);
+    }
+    const Matrix<const T> values = readable<T>(
+        call.half, call.value, value + k0 * call.value_row, call.value_row, keys, call.value_dim,
+        to.wide_rows);
+    multiply<T>(
+        vectors, call.value_dim, keys, {values.at, 1, values.row}, {to.scores, width},
+        {to.out_t, width}, started);
+    started = true;
+  }
+  if (!started) {
+    fill(to.out_t, call.value_dim * width, T(0));
+  }
+  finish(call, sequence, tile, to);
+}
+
+// Ask for q, k and v of a short head, which would begin by waiting for memory.
+template <typename T>
+void prefetch_head(const AttentionCall& call, int64_t plane) {
+  const int64_t b = plane / call.heads, h = plane % call.heads;
+  const Sequence at = sequence_of(call, b);
+  const int64_t head = h / (call.heads / call.key_heads);
+  const int64_t query =
+      at.place * call.query_batch + h * call.query_head + at.first_query * call.query_row;
+  const int64_t key = at.place * call.key_batch + head * call.key_head + at.first_key * call.key_row;
+  const int64_t value =
+      at.place * call.value_batch + head * call.value_head + at.first_key * call.value_row;
+  prefetch_rows<T>(call.half, call.query, query, call.query_row, at.query_len, call.head_dim);
+  prefetch_rows<T>(call.half, call.key, key, call.key_row, at.key_len, call.head_dim);
+  prefetch_rows<T>(call.half, call.value, value, call.value_row, at.key_len, call.value_dim);
+}
+
+// All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask) first.
+template <typename T>
+void forward(const AttentionCall& call, void* memory) {
+  Scratch scratch(memory);
+  const ForwardScratch<T> parts(call, scratch);
+  const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
+  const int64_t tasks = call.batch * call.heads * tiles;
+  while (true) {
+    const int64_t first = take_ticket(call.tickets) * call.run;
+    if (first >= tasks) {
+      break;
+    }
+    const int64_t end = min(first + call.run, tasks);
+    for (int64_t task = first; task < end; ++task) {
+      const int64_t following = task + 1;
+      if (following % tiles == 0 && following < end) {
+        prefetch_head<T>(call, following / tiles);
+      }
+      const int64_t plane = task / tiles, tile = tiles - 1 - task % tiles;
+      forward_tile<T>(call, plane / call.heads, plane % call.heads, tile * call.tile, parts);
+    }
+  }
+}
+
+template <typename T>
+int64_t forward_scratch(const AttentionCall& call) {
+  Scratch scratch(nullptr);
+  ForwardScratch<T>(call, scratch);
+  return scratch.bytes();
+}
+
+}  // namespace
+
+const AttentionKernel attention_forward[2] = {
+    {forward<float>, forward_scratch<float>}, {forward<double>, forward_scratch<double>}};
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

@@ -1,0 +1,393 @@
+// Attention backward: chunks of keys outside, query tiles inside, blocks of a chunk innermost.
+//
+// Every product is done once, and each sum has one order, whatever the number of threads. With
+// P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * O) - dlse:
+//
+//     S^T = K Q^T        P^T = 2^(S^T - lse * log2 e)       (Q^T scaled by scale * log2 e)
+//     dP^T = V dO^T      dS^T = P^T * (M^T * dP^T - delta)  d_bias += dS
+//     dV += (P * M)^T dO     dK += scale * dS^T Q           columns of the head in the lanes
+//     dQ^T += scale * K^T dS^T                              queries in the lanes
+//
+// (Dao et al. 2022, algorithm 4; a softcap multiplies dS by its derivative after d_bias.) lse * log2 e
+// comes as a rounded value and the rest of it.
+//
+// A task is one head of K and V, with all query heads that share it, the last tile first. Where there
+// are few heads it is one chunk of keys of a head, and a tile of dQ has a turn: chunk after chunk adds
+// its blocks' parts to it, in the same order as one task alone, so that the bits are the same. Tasks
+// are taken in order: whoever is waited for is being worked on.
+
+#include <sched.h>
+
+#include "attention_gradient_blocks.h"
+#include "kernels.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+namespace {
+
+template <typename T>
+struct BackwardScratch {
+  BackwardScratch(const AttentionCall& call, Scratch& scratch)
+      : head_columns(round_up(call.head_dim, LANES<T>)),
+        value_columns(round_up(call.value_dim, LANES<T>)) {
+    const int64_t width = call.tile;
+    d_key = scratch.take<T>(call.chunk_keys * head_columns);
+    d_value = scratch.take<T>(call.chunk_keys * value_columns);
+    query_t = scratch.take<T>(call.head_dim * width);
+    d_query_t = scratch.take<T>(call.head_dim * width);
+    grad_out_t = scratch.take<T>(call.value_dim * width);
+    scores = scratch.take<T>(BLOCK_KEYS * width);
+    d_weights = scratch.take<T>(BLOCK_KEYS * width);
+    query_rows = scratch.take<T>(head_columns * width);
+    grad_out_rows = scratch.take<T>(value_columns * width);
+    terms.lse2 = scratch.take<T>(width);
+    terms.rest = scratch.take<T>(width);
+    terms.delta = scratch.take<T>(width);
+    terms.first = scratch.take<IntOf<T>>(width);
+    terms.last = scratch.take<IntOf<T>>(width);
+    if (call.chunk_tasks > 1) {
+      parts = scratch.take<T>(call.chunk_keys / BLOCK_KEYS * call.head_dim * width);
+    }
+    if (call.cap != 0.0) {
+      slopes = scratch.take<T>(BLOCK_KEYS * width);
+    }
+    if (call.half != kWhole) {
+      key_rows = scratch.take<T>(BLOCK_KEYS * call.head_dim);
+      value_rows = scratch.take<T>(BLOCK_KEYS * call.value_dim);
+    }
+    if (has_terms(call)) {
+      added = scratch.take<T>(BLOCK_KEYS * width);
+    }
+    if (call.bias_half != kWhole) {
+      bias_rows = scratch.take<T>(BLOCK_KEYS * width);
+    }
+  }
+
+  int64_t head_columns, value_columns;   // D and Dv in whole vectors
+  T *d_key, *d_value;                    // (chunk_keys, head_columns | value_columns)
+  T *query_t, *d_query_t, *grad_out_t;   // (D | Dv, width)
+  T *scores, *d_weights;                 // (BLOCK_KEYS, width)
+  T *query_rows, *grad_out_rows;         // (width, head_columns | value_columns)
+  QueryTerms<T> terms;                   // (width,) each
+  T* parts = nullptr;                    // (blocks of a chunk, D, width): their parts of dQ^T
+  T* slopes = nullptr;                   // (BLOCK_KEYS, width): the derivative of the softcap
+  T *key_rows = nullptr, *value_rows = nullptr;  // (BLOCK_KEYS, D | Dv), widened
+  T *added = nullptr, *bias_rows = nullptr;      // (BLOCK_KEYS, width)
+};
+
+// lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing. Such a row
+// has lse2 = +inf, which makes its weights 2^-inf = 0.
+template <typename T>
+bool read_lse(const AttentionCall& call, int64_t row, int64_t rows, const QueryTerms<T>& to) {
+  const double* lse = static_cast<const double*>(call.lse) + row;
+  bool dead = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (lse[r] == -INFINITE<double> || to.last[r] < to.first[r]) {
+      dead = true;
+      to.lse2[r] = INFINITE<T>;
+      to.rest[r] = T(0);
+    } else {
+      const double both = lse[r] * LOG2_E;
+      to.lse2[r] = static_cast<T>(both);
+      to.rest[r] = static_cast<T>(both - static_cast<double>(to.lse2[r]));
+    }
+  }
+  return dead;
+}
+
+// delta -= dlse; with `keep` a copy of it for the gradient of the sinks.
+template <typename T>
+void finish_delta(
+    const AttentionCall& call, int64_t row, int64_t rows, const QueryTerms<T>& to, bool keep) {
+  const double* lse = static_cast<const double*>(call.lse) + row;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (to.lse2[r] == INFINITE<T>) {
+      to.delta[r] = T(0);
+    }
+    if (call.grad_lse != nullptr && lse[r] != -INFINITE<double>) {
+      to.delta[r] -= static_cast<T>(call.grad_lse[row + r]);
+    }
+    if (keep && call.delta != nullptr) {
+      call.delta[row + r] = static_cast<double>(to.delta[r]);
+    }
+  }
+}
+
+// d_query = scale * (d_query_t)^T; `row` counts from the start of the tensor.
+template <typename T>
+void put_query(
+    const AttentionCall& call, int64_t place, int64_t row, const Tile& tile, const T* d_query_t,
+    const BackwardScratch<T>& with) {
+  const int64_t offset =
+      place * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
+  const T factor = static_cast<T>(call.plain_scale);
+  const Matrix<const T> from{d_query_t, tile.width};
+  if (call.half == kWhole) {
+    T* to = static_cast<T*>(call.d_query) + offset;
+    transpose<T>(from, {to, call.d_query_row}, call.head_dim, tile.rows, factor);
+    return;
+  }
+  const Matrix<T> rows{with.query_rows, with.head_columns};
+  transpose<T>(from, rows, call.head_dim, tile.rows, factor);
+  write_rows<T>(
+      call.half, call.d_query, offset, call.d_query_row, {rows.at, rows.row}, tile.rows,
+      call.head_dim, T(1));
+}
+
+// Add the blocks' parts of a tile's dQ to its sum, after the chunks before; returns the sum.
+template <typename T>
+T* add_in_turn(
+    const AttentionCall& call, const Tile& tile, int64_t first, bool last, const T* parts,
+    int64_t blocks) {
+  const int64_t size = call.head_dim * tile.width;
+  const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
+  const int64_t index = (tile.b * call.heads + tile.h) * tiles + tile.start / call.tile;
+  int64_t* turn = call.turns + index;
+  T* total = static_cast<T*>(call.d_query_sums) + index * call.head_dim * call.tile;
+  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) < first) {
+    sched_yield();  // who is waited for may be waiting for this core
+  }
+  if (first == 0) {
+    fill(total, size, T(0));
+  }
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int64_t at = 0; at < size; at += LANES<T>) {
+      store(total + at, load(total + at) + load(parts + block * size + at));
+    }
+  }
+  if (!last) {
+    __atomic_store_n(turn, first + 1, __ATOMIC_RELEASE);
+  }
+  return total;
+}
+
+// One tile of queries and one chunk of keys: adds to its d_query and to the chunk's d_key and d_value.
+template <typename T>
+void backward_tile(
+    const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t chunk,
+    const BackwardScratch<T>& with) {
+  const Sequence sequence = sequence_of(call, b);
+  const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
+  const int64_t rows = tile.rows, width = tile.width, vectors = width / LANES<T>;
+  const QueryTerms<T>& terms = with.terms;
+
+  const KeyRange range = key_ranges<T>(call, sequence, tile, terms.first, terms.last);
+  const int64_t chunk_begin = chunk * call.chunk_keys;
+  int64_t first_chunk = 0, last_chunk = 0;
+  if (range.begin < range.end) {
+    first_chunk = range.begin / call.chunk_keys;
+    last_chunk = (range.end - 1) / call.chunk_keys;
+  }
+  const int64_t begin = max(range.begin, chunk_begin);
+  const int64_t end = min(range.end, chunk_begin + call.chunk_keys);
+  if (begin >= end && chunk != first_chunk) {
+    return;
+  }
+
+  const int64_t place = sequence.place, head = h / (call.heads / call.key_heads);
+  const int64_t first_row = sequence.first_query + start;
+  const int64_t row = (place * call.heads + h) * call.query_rows + first_row;
+  const int64_t key =
+      place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
+  const int64_t value =
+      place * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
+  const int64_t query_at =
+      place * call.query_batch + h * call.query_head + first_row * call.query_row;
+  const int64_t grad_out_at =
+      place * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row;
+  const int64_t out_at = place * call.out_batch + h * call.out_head + first_row * call.out_row;
+  Matrix<const T> query{}, grad_out{};
+
+  fill(with.d_query_t, call.head_dim * width, T(0));
+  if (begin < end) {
+    if (rows < width) {
+      fill(with.query_t, call.head_dim * width, T(0));
+      fill(with.grad_out_t, call.value_dim * width, T(0));
+      fill(terms.lse2, width, T(0));
+      fill(terms.rest, width, T(0));
+      fill(terms.delta, width, T(0));
+    }
+    // Rows that attend nothing may hold NaN, and padding is needed where a row is no whole number
+    // of vectors: only then, and to widen them, are rows copied.
+    const bool copied = read_lse(call, row, rows, terms) || call.half != kWhole;
+    if (copied || with.head_columns != call.head_dim) {
+      const Matrix<T> to{with.query_rows, with.head_columns};
+      copy_rows<T>(
+          call.half, call.query, query_at, call.query_row, to, rows, call.head_dim, terms.lse2);
+      query = {to.at, to.row};
+    } else {
+      query = {static_cast<const T*>(call.query) + query_at, call.query_row};
+    }
+    if (copied || with.value_columns != call.value_dim) {
+      const Matrix<T> to{with.grad_out_rows, with.value_columns};
+      copy_rows<T>(
+          call.half, call.grad_out, grad_out_at, call.grad_out_row, to, rows, call.value_dim,
+          terms.lse2);
+      grad_out = {to.at, to.row};
+    } else {
+      grad_out = {static_cast<const T*>(call.grad_out) + grad_out_at, call.grad_out_row};
+    }
+    transpose<T>(
+        query, {with.query_t, width}, rows, call.head_dim, static_cast<T>(call.scale));
+    transpose<T>(grad_out, {with.grad_out_t, width}, rows, call.value_dim, T(1));
+    dot_rows<T>(
+        call.half, call.out, out_at, call.out_row, grad_out, rows, call.value_dim, terms.delta);
+    finish_delta(call, row, rows, terms, chunk == first_chunk);
+  }
+
+  const bool alone = call.chunk_tasks == 1;
+  int64_t blocks = 0;
+  for (int64_t k0 = begin, keys; k0 < end; k0 += keys) {
+    keys = block_end(k0, end) - k0;
+    if (attends_none(call, tile, k0, keys)) {
+      continue;
+    }
+    const Matrix<const T> key_block = readable<T>(
+        call.half, call.key, key + k0 * call.key_row, call.key_row, keys, call.head_dim,
+        with.key_rows);
+    const Matrix<const T> values = readable<T>(
+        call.half, call.value, value + k0 * call.value_row, call.value_row, keys, call.value_dim,
+        with.value_rows);
+    multiply<T>(
+        vectors, keys, call.head_dim, {key_block.at, key_block.row, 1}, {with.query_t, width},
+        {with.scores, width}, false);
+    multiply<T>(
+        vectors, keys, call.value_dim, {values.at, values.row, 1}, {with.grad_out_t, width},
+        {with.d_weights, width}, false);
+    if (call.cap != 0.0) {
+      cap_scores(static_cast<T>(call.cap), with.scores, with.slopes, keys * width);
+    }
+    if (has_terms(call)) {
+      add_terms(call, tile, k0, keys, with.scores, with.added, with.bias_rows);
+    }
+    const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
+    gradient_block(call, tile, masked, k0, keys, with.scores, with.d_weights, terms);
+    if (call.d_bias != nullptr) {
+      add_to_bias(call, tile, k0, keys, with.d_weights);
+    }
+    if (call.cap != 0.0) {
+      for (int64_t at = 0; at < keys * width; at += LANES<T>) {
+        store(with.d_weights + at, load(with.d_weights + at) * load(with.slopes + at));
+      }
+    }
+    multiply_wide<T>(
+        with.value_columns, keys, rows, {with.scores, width, 1}, grad_out,
+        {with.d_value + (k0 - chunk_begin) * with.value_columns, with.value_columns});
+    multiply_wide<T>(
+        with.head_columns, keys, rows, {with.d_weights, width, 1}, query,
+        {with.d_key + (k0 - chunk_begin) * with.head_columns, with.head_columns});
+    T* part = alone ? with.d_query_t : with.parts + blocks * call.head_dim * width;
+    multiply<T>(
+        vectors, call.head_dim, keys, {key_block.at, 1, key_block.row}, {with.d_weights, width},
+        {part, width}, alone);
+    ++blocks;
+  }
+
+  const T* d_query_t = with.d_query_t;
+  if (!alone) {
+    const bool ends = chunk == last_chunk;
+    d_query_t = add_in_turn(call, tile, chunk - first_chunk, ends, with.parts, blocks);
+    if (!ends) {
+      return;
+    }
+  }
+  put_query(call, place, first_row, tile, d_query_t, with);
+}
+
+// Ask for what the first query head of one head of K and V reads; see attention_forward.
+template <typename T>
+void prefetch_head(const AttentionCall& call, int64_t b, int64_t head) {
+  const Sequence at = sequence_of(call, b);
+  const int64_t h = head * (call.heads / call.key_heads);
+  const auto ask = [&](const void* address, int64_t batch, int64_t of_head, int64_t which,
+                       int64_t row, int64_t first, int64_t rows, int64_t columns) {
+    const int64_t offset = at.place * batch + which * of_head + first * row;
+    prefetch_rows<T>(call.half, address, offset, row, rows, columns);
+  };
+  ask(call.query, call.query_batch, call.query_head, h, call.query_row, at.first_query,
+      at.query_len, call.head_dim);
+  ask(call.key, call.key_batch, call.key_head, head, call.key_row, at.first_key, at.key_len,
+      call.head_dim);
+  ask(call.value, call.value_batch, call.value_head, head, call.value_row, at.first_key, at.key_len,
+      call.value_dim);
+  ask(call.grad_out, call.grad_out_batch, call.grad_out_head, h, call.grad_out_row, at.first_query,
+      at.query_len, call.value_dim);
+  ask(call.out, call.out_batch, call.out_head, h, call.out_row, at.first_query, at.query_len,
+      call.value_dim);
+}
+
+// One chunk of a head of K and V, with every query of every query head that shares it.
+template <typename T>
+void backward_chunk(
+    const AttentionCall& call, int64_t b, int64_t head, int64_t chunk,
+    const BackwardScratch<T>& with) {
+  const Sequence sequence = sequence_of(call, b);
+  const int64_t begin = chunk * call.chunk_keys;
+  const int64_t keys = max<int64_t>(0, min(call.chunk_keys, sequence.key_len - begin));
+  if (keys == 0 && chunk > 0) {
+    return;
+  }
+  fill(with.d_key, keys * with.head_columns, T(0));
+  fill(with.d_value, keys * with.value_columns, T(0));
+  const int64_t groups = call.heads / call.key_heads;
+  for (int64_t h = head * groups; h < (head + 1) * groups; ++h) {
+    for (int64_t tile = (sequence.query_len + call.tile - 1) / call.tile - 1; tile >= 0; --tile) {
+      backward_tile(call, b, h, tile * call.tile, chunk, with);
+    }
+  }
+  const int64_t first_key = sequence.first_key + begin;
+  const int64_t to_key =
+      sequence.place * call.d_key_batch + head * call.d_key_head + first_key * call.d_key_row;
+  write_rows<T>(
+      call.half, call.d_key, to_key, call.d_key_row, {with.d_key, with.head_columns}, keys,
+      call.head_dim, static_cast<T>(call.plain_scale));
+  const int64_t to_value =
+      sequence.place * call.d_value_batch + head * call.d_value_head + first_key * call.d_value_row;
+  write_rows<T>(
+      call.half, call.d_value, to_value, call.d_value_row, {with.d_value, with.value_columns}, keys,
+      call.value_dim, T(1));
+}
+
+// All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient.
+template <typename T>
+void backward(const AttentionCall& call, void* memory) {
+  Scratch scratch(memory);
+  const BackwardScratch<T> parts(call, scratch);
+  const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
+  while (true) {
+    const int64_t first = take_ticket(call.tickets) * call.run;
+    if (first >= tasks) {
+      break;
+    }
+    const int64_t last = min(first + call.run, tasks) - 1;
+    for (int64_t task = first; task <= last; ++task) {
+      if (task < last) {
+        prefetch_head<T>(call, (task + 1) / call.key_heads, (task + 1) % call.key_heads);
+      }
+      const int64_t plane = task / call.chunk_tasks, chunk = task % call.chunk_tasks;
+      const int64_t b = plane / call.head_tasks, head = plane % call.head_tasks;
+      const int64_t b_end = call.batch_tasks == call.batch ? b + 1 : call.batch;
+      const int64_t head_end = call.head_tasks == call.key_heads ? head + 1 : call.key_heads;
+      for (int64_t each_b = b; each_b < b_end; ++each_b) {
+        for (int64_t each_head = head; each_head < head_end; ++each_head) {
+          backward_chunk(call, each_b, each_head, chunk, parts);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+int64_t backward_scratch(const AttentionCall& call) {
+  Scratch scratch(nullptr);
+  BackwardScratch<T>(call, scratch);
+  return scratch.bytes();
+}
+
+}  // namespace
+
+const AttentionKernel attention_backward[2] = {
+    {backward<float>, backward_scratch<float>}, {backward<double>, backward_scratch<double>}};
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

@@ -1,0 +1,159 @@
+// Functions of single vectors: the exponential of the softmax, tanh and log2, and random words.
+
+#pragma once
+
+#include "constants.h"
+#include "microkernel.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+
+// Mantissa bits, the exponent's bias, the number whose addition leaves round(x) in the low bits, and
+// the coefficients of the series.
+template <typename T>
+struct Format;
+template <>
+struct Format<float> {
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float rounder = 0x1.8p23f;
+  static constexpr auto& exp2 = EXP2_FLOAT;
+  static constexpr auto& tanh = TANH_FLOAT;
+};
+template <>
+struct Format<double> {
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double rounder = 0x1.8p52;
+  static constexpr auto& exp2 = EXP2_DOUBLE;
+  static constexpr auto& tanh = TANH_DOUBLE;
+};
+
+// sum over n of coefficients[n] * x^n
+template <typename T, int count>
+ROWMAX_INLINE Vec<T> polynomial(const double (&coefficients)[count], Vec<T> x) {
+  Vec<T> value = splat(static_cast<T>(coefficients[count - 1]));
+#pragma GCC unroll 16
+  for (int n = count - 2; n >= 0; --n) {
+    value = multiply_add(value, x, splat(static_cast<T>(coefficients[n])));
+  }
+  return value;
+}
+
+// 2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
+// 2^x = 2^n * 2^f with n = round(x): a polynomial in f, then n added to the exponent's bits.
+template <typename T>
+ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
+  using F = Format<T>;
+  // With x = -bias the exponent's bits come out as 0, and so does the result.
+  const Vec<T> clamped = maximum(splat(static_cast<T>(-F::bias)), x);
+  const Vec<T> shifted = clamped + splat(F::rounder);
+  const Vec<T> fraction = clamped - (shifted - splat(F::rounder));
+  const Words<T> exponent = (reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits) +
+                            (static_cast<WordOf<T>>(F::bias) << F::mantissa_bits);
+  return polynomial<T>(F::exp2, fraction) * reinterpret_cast<Vec<T>>(exponent);
+}
+
+// tanh lane by lane: sign(x) * (1 - e) / (1 + e) with e = exp(-2 |x|); near 0 by its series.
+template <typename T>
+ROWMAX_INLINE Vec<T> tanh(Vec<T> x) {
+  const Vec<T> one = splat(T(1)), zero{};
+  const Vec<T> size = maximum(x, zero - x);
+  const Vec<T> e = exp2<T>(size * splat(static_cast<T>(-2.0 * LOG2_E)));
+  Vec<T> large = (one - e) / (one + e);
+  large = x < zero ? zero - large : large;
+  return size < splat(T(0.25)) ? polynomial<T>(Format<T>::tanh, x * x) * x : large;
+}
+
+// log2(x) of finite x > 0; of 0 anything.
+ROWMAX_INLINE Vec<double> log2(Vec<double> x) {
+  const Ints<double> bits = reinterpret_cast<Ints<double>>(x);
+  // the exponent of x / sqrt(1/2), so that m = x / 2^n lies around 1
+  const Ints<double> exponent = (bits - 0x3FE6A09E667F3BCD) >> 52;
+  const Vec<double> m = reinterpret_cast<Vec<double>>(bits - (exponent << 52));
+  const Vec<double> s = (m - splat(1.0)) / (m + splat(1.0));
+  return multiply_add(
+      polynomial<double>(LOG2_SERIES, s * s), s, __builtin_convertvector(exponent, Vec<double>));
+}
+
+// As many elements as a vector of doubles has lanes, in float64.
+template <typename T>
+ROWMAX_INLINE Vec<double> load_wide(const T* from) {
+  const auto items = load_bits<Lanes<T, LANES<double> * sizeof(T)>>(from);
+  return __builtin_convertvector(items, Vec<double>);
+}
+
+// --- dropout --------------------------------------------------------------------------------------
+
+typedef Vec<uint64_t> Wide;  // 32-bit words in 64-bit lanes
+
+// The product of the low halves of each lane.
+ROWMAX_INLINE Wide multiply_low(Wide a, Wide b) {
+#if defined(ROWMAX_AVX512)
+  return reinterpret_cast<Wide>(
+      _mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(ROWMAX_AVX2)
+  return reinterpret_cast<Wide>(
+      _mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__x86_64__)
+  return reinterpret_cast<Wide>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+struct Counters {
+  Wide word[4];
+};
+
+// Philox4x32-10 of four counter words in 64-bit lanes. Of the results the low halves count: the
+// product reads the low halves and ignores the high ones, so a round is a product, a shift and an
+// exclusive or, twice, with no conversion.
+ROWMAX_INLINE Counters philox_rounds(Counters c, uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < PHILOX_ROUNDS; ++round) {
+    const Wide product0 = multiply_low(c.word[0], Wide{} + PHILOX_MULTIPLIERS[0]);
+    const Wide product1 = multiply_low(c.word[2], Wide{} + PHILOX_MULTIPLIERS[1]);
+    c = {{(product1 >> 32) ^ c.word[1] ^ k0, product1, (product0 >> 32) ^ c.word[3] ^ k1, product0}};
+    k0 += static_cast<uint32_t>(PHILOX_WEYL[0]);
+    k1 += static_cast<uint32_t>(PHILOX_WEYL[1]);
+  }
+  return c;
+}
+
+template <typename T>
+struct RandomWords {
+  Words<T> word[4];  // each below 2^32
+};
+
+// Philox of the counters (group, first_query + lane, head, batch).
+template <typename T>
+ROWMAX_INLINE RandomWords<T> philox(
+    uint32_t group, uint32_t first_query, uint32_t head, uint32_t batch, uint64_t seed) {
+  const Words<T> query = lane_numbers<WordOf<T>>() + static_cast<WordOf<T>>(first_query);
+  const Wide lanes = reinterpret_cast<Wide>(query);
+  RandomWords<T> result;
+  const Counters even =
+      philox_rounds({{Wide{} + group, lanes & 0xffffffff, Wide{} + head, Wide{} + batch}}, seed);
+  if constexpr (sizeof(T) == 8) {
+    for (int n = 0; n < 4; ++n) {
+      result.word[n] = even.word[n] & 0xffffffff;
+    }
+  } else {
+    const Counters odd =
+        philox_rounds({{Wide{} + group, lanes >> 32, Wide{} + head, Wide{} + batch}}, seed);
+    for (int n = 0; n < 4; ++n) {
+      result.word[n] =
+          reinterpret_cast<Words<T>>((even.word[n] & 0xffffffff) | (odd.word[n] << 32));
+    }
+  }
+  return result;
+}
+
+// Which lanes dropout keeps.
+template <typename T>
+ROWMAX_INLINE Ints<T> at_least(Words<T> words, int64_t threshold) {
+  return words >= static_cast<WordOf<T>>(threshold);
+}
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

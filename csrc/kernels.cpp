@@ -1,0 +1,63 @@
+#include "kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace rowmax {
+namespace {
+
+#define ROWMAX_KERNELS(isa, bytes, vectors)                                                  \
+  {bytes,                   vectors,                isa::attention_forward,                  \
+   isa::attention_backward, isa::norm_forward,      isa::norm_backward,                      \
+   isa::softmax_forward,    isa::softmax_backward}
+
+// The widest first; vectors as VECTORS in microkernel.h.
+constexpr Kernels kAll[] = {
+#if defined(__x86_64__)
+    ROWMAX_KERNELS(avx512, 64, 4),
+    ROWMAX_KERNELS(avx2, 32, 2),
+#endif
+    ROWMAX_KERNELS(portable, 16, 2),
+};
+
+bool runs_here(const Kernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (kernels.vector_bytes == 64) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  }
+  if (kernels.vector_bytes == 32) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  }
+#endif
+  return true;
+}
+
+const Kernels& choose() {
+  const char* asked = std::getenv("ROWMAX_VECTOR_BITS");
+  const Kernels* widest = nullptr;
+  for (const Kernels& kernels : kAll) {
+    if (!runs_here(kernels)) {
+      continue;
+    }
+    widest = widest == nullptr ? &kernels : widest;
+    if (asked == nullptr || std::to_string(8 * kernels.vector_bytes) == asked) {
+      return kernels;
+    }
+  }
+  throw std::runtime_error(
+      "ROWMAX_VECTOR_BITS: expected one of (512, 256, 128), at most " +
+      std::to_string(8 * widest->vector_bytes) + " here, got '" + asked + "'");
+}
+
+}  // namespace
+
+const Kernels& chosen_kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace rowmax

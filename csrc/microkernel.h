@@ -1,0 +1,192 @@
+// The one product behind every matrix multiplication here, and the transposition beside it.
+//
+//     C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
+//
+// A's elements are broadcast, B's and C's rows are vectors: a tile of up to 4 x VECTORS registers of
+// C stays in registers for the whole depth, with no packing of A or B. The old C is added at the end:
+// a sum over many blocks is then one of short sums, whose rounding error grows with the root of the
+// block's depth, not of the whole length. Strides are in elements; only the columns of B and C are
+// contiguous. Which way a matrix is read is a matter of strides alone:
+//
+//     S^T = K Q^T         A = K,    rows = keys, depth = D        B = Q^T, columns = queries
+//     O^T += V^T P^T      A = V,    rows = Dv,   depth = keys     B = P^T, columns = queries
+//     dV += P^T dO        A = P^T,  rows = keys, depth = queries  B = dO,  columns = Dv
+
+#pragma once
+
+#include "simd.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+
+// Registers of C: 16 of AVX-512's 32, and 8 of the 16 of AVX2; SSE and NEON as AVX2.
+#if defined(ROWMAX_AVX512)
+inline constexpr int VECTORS = 4;
+inline constexpr bool TALL_TILES = true;  // 8 x 2 registers
+#else
+inline constexpr int VECTORS = 2;
+inline constexpr bool TALL_TILES = false;
+#endif
+
+// A matrix whose element (r, k) lies at at[r * row + k * depth].
+template <typename T>
+struct Left {
+  const T* at;
+  int64_t row, depth;
+};
+// A matrix with contiguous columns.
+template <typename T>
+struct Matrix {
+  T* at;
+  int64_t row;
+};
+
+template <typename T, int rows, int vectors>
+__attribute__((noinline)) void multiply_tile(
+    int64_t depth, Left<T> left, Matrix<const T> right, Matrix<T> result, bool add) {
+  Vec<T> sums[rows][vectors] = {};
+  const T* a = left.at;
+  const T* b = right.at;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> columns[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      columns[v] = load(b + v * LANES<T>);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> element = splat(a[r * left.row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+      }
+    }
+    a += left.depth;
+    b += right.row;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) {
+      T* to = result.at + r * result.row + v * LANES<T>;
+      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+template <typename T, int vectors>
+inline void multiply_columns(
+    int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right, Matrix<T> result, bool add) {
+  constexpr int tall = vectors == 1 || (vectors == 2 && TALL_TILES) ? 8 : 4;
+  const auto step = [&](auto count) {
+    multiply_tile<T, decltype(count)::value, vectors>(depth, left, right, result, add);
+    left.at += count * left.row;
+    result.at += count * result.row;
+    rows -= count;
+  };
+  while (rows >= tall) {
+    step(std::integral_constant<int, tall>{});
+  }
+  if (tall == 8 && rows >= 4) {
+    step(std::integral_constant<int, 4>{});
+  }
+  while (rows > 0) {
+    step(std::integral_constant<int, 1>{});
+  }
+}
+
+// C (+)= A B over `vectors` (1 to VECTORS) vectors of columns: added to C with `add`, else in its
+// place.
+template <typename T>
+inline void multiply(
+    int64_t vectors, int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right,
+    Matrix<T> result, bool add) {
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) {
+      return multiply_columns<T, 4>(rows, depth, left, right, result, add);
+    }
+    if (vectors == 3) {
+      return multiply_columns<T, 3>(rows, depth, left, right, result, add);
+    }
+  }
+  if (vectors == 2) {
+    return multiply_columns<T, 2>(rows, depth, left, right, result, add);
+  }
+  multiply_columns<T, 1>(rows, depth, left, right, result, add);
+}
+
+// C += A B for any number of columns, a multiple of the lanes.
+template <typename T>
+inline void multiply_wide(
+    int64_t columns, int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right,
+    Matrix<T> result) {
+  for (int64_t at = 0; at < columns; at += VECTORS * LANES<T>) {
+    const int64_t vectors = min<int64_t>(VECTORS, (columns - at) / LANES<T>);
+    multiply<T>(
+        vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, true);
+  }
+}
+
+// Two vectors' lanes in turn: their first halves (part = 0) or their second halves (part = 1).
+template <typename V, int... lane>
+ROWMAX_INLINE V interleave(V a, V b, int part, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return part == 0 ? __builtin_shufflevector(a, b, (lane / 2 + lanes * (lane % 2))...)
+                   : __builtin_shufflevector(a, b, (lanes / 2 + lane / 2 + lanes * (lane % 2))...);
+}
+template <typename V>
+ROWMAX_INLINE V interleave(V a, V b, int part) {
+  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+  return interleave(a, b, part, std::make_integer_sequence<int, lanes>{});
+}
+
+// LANES x LANES elements: to[c * to_row + r] = factor * from[r * from_row + c], by log2(LANES) rounds
+// of interleaving row r with row r + LANES / 2, in registers.
+template <typename T>
+__attribute__((noinline)) void transpose_block(
+    const T* from, int64_t from_row, T* to, int64_t to_row, T factor) {
+  constexpr int lanes = LANES<T>;
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes; ++r) {
+    rows[r] = load(from + r * from_row) * splat(factor);
+  }
+#pragma GCC unroll 4
+  for (int round = lanes; round > 1; round /= 2) {
+    Vec<T> mixed[lanes];
+#pragma GCC unroll 8
+    for (int r = 0; r < lanes / 2; ++r) {
+      mixed[2 * r] = interleave(rows[r], rows[r + lanes / 2], 0);
+      mixed[2 * r + 1] = interleave(rows[r], rows[r + lanes / 2], 1);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) {
+      rows[r] = mixed[r];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes; ++r) {
+    store(to + r * to_row, rows[r]);
+  }
+}
+
+// to[c, r] = factor * from[r, c] for r < rows, c < columns.
+template <typename T>
+inline void transpose(
+    Matrix<const T> from, Matrix<T> to, int64_t rows, int64_t columns, T factor) {
+  constexpr int lanes = LANES<T>;
+  const int64_t full_rows = rows - rows % lanes, full_columns = columns - columns % lanes;
+  for (int64_t r = 0; r < full_rows; r += lanes) {
+    for (int64_t c = 0; c < full_columns; c += lanes) {
+      transpose_block(from.at + r * from.row + c, from.row, to.at + c * to.row + r, to.row, factor);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < full_rows ? full_columns : 0; c < columns; ++c) {
+      to.at[c * to.row + r] = from.at[r * from.row + c] * factor;
+    }
+  }
+}
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

@@ -1,0 +1,72 @@
+"""Attention through torch.ops.rowmax_native; strides and the division of work are in
+csrc/attention_launch.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cpu_preparation import prepared, unit_last_stride
+from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
+from ..problem import AttentionProblem
+
+
+def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    query = problem.query
+    out = empty_heads(query, problem.value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    problem = prepared(problem)
+    torch.ops.rowmax_native.attention_forward.default(out, lse, *problem.flat())
+    return out, lse
+
+
+def attention_out(problem: AttentionProblem) -> Tensor:
+    return attention(problem)[0]
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    sinks_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias, sinks = problem.bias, problem.sinks
+    problem = prepared(problem)
+    query, key, value = problem.query, problem.key, problem.value
+    lse = lse.to(torch.float64).contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
+    d_bias = None
+    if bias_grad and bias is not None:
+        shared = tuple(bias.shape) != problem.shape  # its gradient is a sum
+        dtype = torch.float64 if shared else statistics_dtype(query.dtype)
+        d_bias = torch.zeros(bias.shape, dtype=dtype)
+    delta = None
+    if sinks_grad:
+        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    torch.ops.rowmax_native.attention_backward.default(
+        unit_last_stride(out),
+        lse,
+        unit_last_stride(grad_out),
+        grad_lse,
+        d_query,
+        d_key,
+        d_value,
+        d_bias,
+        delta,
+        *problem.flat(),
+    )
+    d_sinks = None
+    if delta is not None and sinks is not None:
+        # -sum over batch and rows of exp(sink - lse) * delta
+        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - lse)
+        d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
+    return (
+        *(d_query, d_key, d_value),
+        query.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        query.new_empty(0) if d_sinks is None else d_sinks,
+    )
