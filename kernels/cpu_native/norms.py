@@ -6,53 +6,8 @@ import torch
 from torch import Tensor
 
 from ..cpu_results import new_result
+from ..fused_norms import FusedNorms
 from ..layout import count_rows, rows_of, statistics_dtype
-from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
-
-
-def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, eps = problem
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, None, centred=True)
-    return y, mean, rstd
-
-
-def layer_norm_backward(
-    problem: LayerNormProblem, grad_y: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, _ = problem
-    _, d_x, d_weight, d_bias = _backward(x, grad_y, None, mean, rstd, weight, bias, 0.0, None)
-    return d_x, d_weight, d_bias
-
-
-def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, weight, bias, eps, dropout_p, seed = problem
-    return _forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
-
-
-def add_layer_norm_backward(
-    problem: AddLayerNormProblem,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, weight, bias, _, dropout_p, seed = problem
-    return _backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
-
-
-def rms_norm(problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
-    x, weight, eps = problem
-    y, _, _, rstd = _forward(x, None, weight, None, eps, 0.0, None, centred=False)
-    return y, rstd
-
-
-def rms_norm_backward(
-    problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    x, weight, _ = problem
-    _, d_x, d_weight, _ = _backward(x, grad_y, None, None, rstd, weight, None, 0.0, None)
-    return d_x, d_weight
 
 
 def _forward(
@@ -63,6 +18,7 @@ def _forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    *,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
@@ -123,3 +79,12 @@ def _backward(
 def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """(N,), contiguous and of `dtype`: small beside x, so that kernels need no case for it."""
     return None if parameter is None else parameter.detach().to(dtype).contiguous()
+
+
+_norms = FusedNorms(_forward, _backward)
+layer_norm = _norms.layer_norm
+layer_norm_backward = _norms.layer_norm_backward
+add_layer_norm = _norms.add_layer_norm
+add_layer_norm_backward = _norms.add_layer_norm_backward
+rms_norm = _norms.rms_norm
+rms_norm_backward = _norms.rms_norm_backward

@@ -7,58 +7,13 @@ from torch import Tensor
 
 from ..cpu_constants import FACTOR_BLOCK, GROUP
 from ..cpu_results import new_result
+from ..fused_norms import FusedNorms
 from ..layout import count_rows, rows_of, statistics_dtype
-from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD
 from .norms_forward import FORWARD
 from .norms_forward import scratch_bytes as forward_scratch
 from .rows import chunk_rows, task_rows
-
-
-def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, eps = problem
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, None, centred=True)
-    return y, mean, rstd
-
-
-def layer_norm_backward(
-    problem: LayerNormProblem, grad_y: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, _ = problem
-    _, d_x, d_weight, d_bias = _backward(x, grad_y, None, mean, rstd, weight, bias, 0.0, None)
-    return d_x, d_weight, d_bias
-
-
-def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, weight, bias, eps, dropout_p, seed = problem
-    return _forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
-
-
-def add_layer_norm_backward(
-    problem: AddLayerNormProblem,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, weight, bias, _, dropout_p, seed = problem
-    return _backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
-
-
-def rms_norm(problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
-    x, weight, eps = problem
-    y, _, _, rstd = _forward(x, None, weight, None, eps, 0.0, None, centred=False)
-    return y, rstd
-
-
-def rms_norm_backward(
-    problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    x, weight, _ = problem
-    _, d_x, d_weight, _ = _backward(x, grad_y, None, None, rstd, weight, None, 0.0, None)
-    return d_x, d_weight
 
 
 def _forward(
@@ -69,6 +24,7 @@ def _forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    *,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
@@ -173,3 +129,12 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, flo
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
     keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     return True, threshold, int(seed), keep_scale
+
+
+_norms = FusedNorms(_forward, _backward)
+layer_norm = _norms.layer_norm
+layer_norm_backward = _norms.layer_norm_backward
+add_layer_norm = _norms.add_layer_norm
+add_layer_norm_backward = _norms.add_layer_norm_backward
+rms_norm = _norms.rms_norm
+rms_norm_backward = _norms.rms_norm_backward

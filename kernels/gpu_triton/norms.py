@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..fused_norms import FusedNorms
 from ..layout import count_rows, rows_of, statistics_dtype
-from ..problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
 from .arguments import contiguous, dropout, on_device
 from .norms_backward import average_rows, differentiate, sum_chunks
 from .norms_forward import normalise, normalise_blocks
@@ -13,51 +13,6 @@ from .rows import backward_tile, chunk_rows, forward_tile, stages
 
 # The tile in which partial sums are added: many loads in flight, and blocks of columns enough.
 _SUMMED_CHUNKS, _SUMMED_COLUMNS = 128, 32
-
-
-def layer_norm(problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, eps = problem
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps, 0.0, None, centred=True)
-    return y, mean, rstd
-
-
-def layer_norm_backward(
-    problem: LayerNormProblem, grad_y: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, _ = problem
-    _, d_x, d_weight, d_bias = _backward(x, grad_y, None, mean, rstd, weight, bias, 0.0, None)
-    return d_x, d_weight, d_bias
-
-
-def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual, weight, bias, eps, dropout_p, seed = problem
-    return _forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
-
-
-def add_layer_norm_backward(
-    problem: AddLayerNormProblem,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, weight, bias, _, dropout_p, seed = problem
-    return _backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
-
-
-def rms_norm(problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
-    x, weight, eps = problem
-    y, _, _, rstd = _forward(x, None, weight, None, eps, 0.0, None, centred=False)
-    return y, rstd
-
-
-def rms_norm_backward(
-    problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    x, weight, _ = problem
-    _, d_x, d_weight, _ = _backward(x, grad_y, None, None, rstd, weight, None, 0.0, None)
-    return d_x, d_weight
 
 
 def _forward(
@@ -68,6 +23,7 @@ def _forward(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,
+    *,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
@@ -156,3 +112,12 @@ def _backward(
                 num_warps=8,
             )
     return d_x, d_total, d_weight, d_bias
+
+
+_norms = FusedNorms(_forward, _backward)
+layer_norm = _norms.layer_norm
+layer_norm_backward = _norms.layer_norm_backward
+add_layer_norm = _norms.add_layer_norm
+add_layer_norm_backward = _norms.add_layer_norm_backward
+rms_norm = _norms.rms_norm
+rms_norm_backward = _norms.rms_norm_backward
