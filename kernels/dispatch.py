@@ -168,6 +168,11 @@ def explain(problem: Problem) -> str:
     return "\n".join(lines)
 
 
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the named backend can't do `problem`; None when it can."""
+    return _refuses(name, problem)
+
+
 def _select(problem: Problem) -> tuple[str, list[tuple[str, str]]]:
     passed_over: list[tuple[str, str]] = []
     for name in PREFERENCE.get(problem[0].device.type, ("reference",)):

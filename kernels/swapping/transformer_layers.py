@@ -1,0 +1,200 @@
+"""torch's Transformer layers, with residual, dropout and norm as one call, and its encoder, packed.
+
+The layers' own forward takes, in inference, one C++ function for the whole layer that never calls
+the attention or the norms in it; a swapped layer does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import add_layer_norm
+from ..masks import Causal
+from .instances import Swapped, as_torch_does, has_own, is_plain_call
+from .multihead import packs
+from .norms import SwappedLayerNorm
+from .packing import Packing
+from .tensor_masks import mask_of_forbidden
+
+_BLOCKS = ("forward", "_sa_block", "_ff_block")
+
+
+class SwappedEncoderLayer(Swapped, nn.TransformerEncoderLayer):
+    """nn.TransformerEncoderLayer; what it calls is the swapped attention and norms."""
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | Packing | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested:  # of an encoder that was left as it was
+            result: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+            return result
+        attended = self.self_attn(
+            *(self.norm1(src) if self.norm_first else src,) * 3,
+            attn_mask=src_mask,
+            key_padding_mask=src_key_padding_mask,
+            need_weights=False,
+            is_causal=is_causal,
+        )[0]
+        if self.norm_first:
+            y, total = add_and_norm(attended, src, self.dropout1, self.norm2)
+            return total + self._ff_block(y)
+        x, _ = add_and_norm(attended, src, self.dropout1, self.norm1)
+        return add_and_norm(_feed_forward(self, x), x, self.dropout2, self.norm2)[0]
+
+
+class SwappedDecoderLayer(Swapped, nn.TransformerDecoderLayer):
+    """nn.TransformerDecoderLayer; what it calls is the swapped attention and norms."""
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        first = self.norm1(tgt) if self.norm_first else tgt
+        attended = self.self_attn(
+            *(first, first, first),
+            attn_mask=tgt_mask,
+            key_padding_mask=tgt_key_padding_mask,
+            is_causal=tgt_is_causal,
+            need_weights=False,
+        )[0]
+        norm = self.norm2 if self.norm_first else self.norm1
+        x, total = add_and_norm(attended, tgt, self.dropout1, norm)
+        crossed = self.multihead_attn(
+            *(x, memory, memory),
+            attn_mask=memory_mask,
+            key_padding_mask=memory_key_padding_mask,
+            is_causal=memory_is_causal,
+            need_weights=False,
+        )[0]
+        if self.norm_first:
+            x, total = add_and_norm(crossed, total, self.dropout2, self.norm3)
+            return total + self._ff_block(x)
+        x, _ = add_and_norm(crossed, x, self.dropout2, self.norm2)
+        return add_and_norm(_feed_forward(self, x), x, self.dropout3, self.norm3)[0]
+
+
+class SwappedEncoder(Swapped, nn.TransformerEncoder):
+    """nn.TransformerEncoder without its conversion to nested tensors, which swapped layers don't take.
+
+    With `pack` a batch with a padding mask goes through the layers as its real tokens alone; zeros
+    stand where padding was. A hook on a layer then sees (total, E). Calls with a mask other than a
+    causal one have no packed form and run padded.
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        if src.is_nested:
+            result: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
+            return result
+        packing = None
+        if self.rowmax_options.pack and src_key_padding_mask is not None and src.dim() == 3:
+            packing = self._packing(src_key_padding_mask, mask, is_causal)
+        if packing is None:
+            output = src
+            for layer in self.layers:
+                output = layer(
+                    output,
+                    src_mask=mask,
+                    is_causal=bool(is_causal),
+                    src_key_padding_mask=src_key_padding_mask,
+                )
+        else:
+            batch_first = self.layers[0].self_attn.batch_first
+            output = packing.pack(src if batch_first else src.transpose(0, 1))
+            for layer in self.layers:
+                output = layer(
+                    output, is_causal=mask is not None, src_key_padding_mask=packing
+                )
+            output = packing.unpack(output)
+            output = output if batch_first else output.transpose(0, 1)
+        return output if self.norm is None else self.norm(output)
+
+    def _packing(
+        self, padding_mask: Tensor, mask: Tensor | None, is_causal: bool | None
+    ) -> Packing | None:
+        """Which tokens are real; None where this call has no packed form."""
+        if torch.compiler.is_compiling() or why_not_packed(self) is not None:
+            return None
+        if mask is not None and not is_causal and not _is_causal(mask):
+            return None
+        if padding_mask.dtype == torch.bool:
+            return Packing.of(~padding_mask)
+        real = padding_mask == 0
+        return Packing.of(real) if bool((real | (padding_mask == -torch.inf)).all()) else None
+
+
+def add_and_norm(
+    x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """norm(residual + dropout(x)) and the sum: one call where nothing watches the modules."""
+    if (
+        isinstance(norm, SwappedLayerNorm)
+        and type(dropout) is nn.Dropout
+        and is_plain_call(norm)
+        and is_plain_call(dropout)
+        and not as_torch_does(x, residual)
+        and len(norm.normalized_shape) == 1
+        and x.dtype == residual.dtype
+        and (norm.weight is None or norm.weight.dtype == x.dtype)
+    ):
+        return add_layer_norm(
+            *(x, residual, norm.weight, norm.bias, norm.eps),
+            dropout_p=dropout.p if dropout.training else 0.0,
+            backend=norm.rowmax_options.backend,
+        )
+    total = residual + dropout(x)
+    return norm(total), total
+
+
+def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """The feed-forward block before its last dropout."""
+    hidden: Tensor = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))  # type: ignore[operator]
+    return hidden
+
+
+def _is_causal(mask: Tensor) -> bool:
+    if mask.dim() != 2:
+        return False
+    found = mask_of_forbidden(mask, (1, 1, mask.shape[0], mask.shape[1]))
+    return isinstance(found, Causal) and found.align == 0
+
+
+def why_not_packed(encoder: nn.TransformerEncoder) -> str | None:
+    """Why the layers can't take packed tokens; None when they can."""
+    for index, layer in enumerate(encoder.layers):
+        if not isinstance(layer, SwappedEncoderLayer):
+            return f"layer {index} is not swapped"
+        if not packs(layer.self_attn):
+            return f"the attention of layer {index} is not swapped, or has keys of its own"
+    return None
+
+
+def recognise(module: nn.Module) -> tuple[type[Swapped] | None, str] | None:
+    """The form for one of torch's layers, or None and why not; None for other modules."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        own = has_own(module, nn.TransformerEncoderLayer, *_BLOCKS)
+        return (None, own) if own else (SwappedEncoderLayer, "residual, dropout and norm in one")
+    if isinstance(module, nn.TransformerDecoderLayer):
+        own = has_own(module, nn.TransformerDecoderLayer, *_BLOCKS, "_mha_block")
+        return (None, own) if own else (SwappedDecoderLayer, "residual, dropout and norm in one")
+    if isinstance(module, nn.TransformerEncoder):
+        own = has_own(module, nn.TransformerEncoder, "forward")
+        return (None, own) if own else (SwappedEncoder, "no nested tensors")
+    return None
