@@ -13,6 +13,14 @@ from .functional import (
 )
 from .masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
 from .packed import attention_varlen
+from .swapping import (
+    attention_as_sdpa,
+    compare,
+    register_huggingface,
+    scaled_dot_product_attention,
+    swap,
+    swapped,
+)
 
 __all__ = [
     "ALiBi",
@@ -25,9 +33,15 @@ __all__ = [
     "Window",
     "add_layer_norm",
     "attention",
+    "attention_as_sdpa",
     "attention_varlen",
+    "compare",
     "explain",
     "layer_norm",
     "masked_softmax",
+    "register_huggingface",
     "rms_norm",
+    "scaled_dot_product_attention",
+    "swap",
+    "swapped",
 ]

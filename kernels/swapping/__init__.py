@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from .huggingface import register_huggingface
 from .models import swap, swapped
+from .process_wide import SdpaRoute, attention_as_sdpa
+from .receipt import Receipt, compare
 from .report import Site, SwapReport
+from .sdpa import scaled_dot_product_attention
 
-__all__ = ["Site", "SwapReport", "swap", "swapped"]
+__all__ = [
+    "Receipt",
+    "SdpaRoute",
+    "Site",
+    "SwapReport",
+    "attention_as_sdpa",
+    "compare",
+    "register_huggingface",
+    "scaled_dot_product_attention",
+    "swap",
+    "swapped",
+]

@@ -44,11 +44,11 @@ def register_huggingface() -> None:
             "register_huggingface: transformers is not installed (pip install rowmax[huggingface])"
         ) from error
     check_version(transformers.__version__)
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, rowmax_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, rowmax_mask)
 
 
 def check_version(version: str) -> None:
@@ -59,6 +59,26 @@ def check_version(version: str) -> None:
             f"rowmax: transformers {version} is outside the range it knows, 4.57 to 5.x; nothing was "
             "changed"
         )
+
+
+def rowmax_mask(**arguments: Any) -> Tensor | None:
+    """The mask function of transformers' interface: a bool mask, True = may attend, as for sdpa.
+
+    Padding alone is the same for all queries, and is made for one: (B, 1, Lq, Lk) with stride 0.
+    """
+    from transformers import masking_utils
+
+    plain = getattr(masking_utils, "bidirectional_mask_function", None)
+    if plain is None or arguments.get("mask_function") is not plain:
+        mask: Tensor | None = masking_utils.sdpa_mask(**arguments)
+        return mask
+    if "cache_position" in arguments:  # transformers 4
+        queries = arguments["cache_position"].shape[0]
+        one = {"cache_position": arguments["cache_position"][:1]}
+    else:
+        queries, one = arguments["q_length"], {"q_length": 1}
+    mask = masking_utils.sdpa_mask(**{**arguments, **one})
+    return None if mask is None else mask.expand(-1, -1, queries, -1)
 
 
 def rowmax_attention(

@@ -89,9 +89,9 @@ def _asks_interface(cls: type[nn.Module]) -> bool:
 
 
 def _functions(cls: type[nn.Module]) -> Iterator[Any]:
-    """The functions that the class and its bases define, below nn.Module."""
+    """The functions that the class and its bases define, below nn.Module and PreTrainedModel."""
     for base in cls.__mro__:
-        if base is nn.Module:
+        if base is nn.Module or base.__name__ == "PreTrainedModel":
             return
         for value in vars(base).values():
             function = inspect.unwrap(value) if callable(value) else value

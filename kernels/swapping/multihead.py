@@ -79,7 +79,7 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
         """Self-attention of packed tokens (total, E)."""
         total = tokens.shape[0]
         q, k, v = (
-            tensor.view(total, self.num_heads, -1) for tensor in self._project(*(tokens,) * 3)
+            tensor.view(total, self.num_heads, self.head_dim) for tensor in self._project(*(tokens,) * 3)
         )
         out = attention_varlen(
             *(q, k, v, packing.cu_seqlens, packing.cu_seqlens),
@@ -94,7 +94,7 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
 
     def _heads(self, tensor: Tensor) -> Tensor:
         """(B, L, E) seen as (B, H, L, E / H)."""
-        return tensor.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return tensor.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (..., E); inputs that are one and the same are multiplied once."""
