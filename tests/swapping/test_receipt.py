@@ -1,0 +1,104 @@
+"""`compare`: what it reports is true, and it fails what is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rowmax.kernels import compare, swap
+from rowmax.kernels.swapping import norms
+
+WIDTH, LENGTHS = 16, torch.tensor([[8], [3], [5]])
+PADDING = torch.arange(8) >= LENGTHS
+
+
+@pytest.fixture
+def encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.1, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"src": torch.randn(3, 8, WIDTH), "src_key_padding_mask": PADDING}
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_receipt(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor], pack: bool) -> None:
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    classes = [type(module) for module in encoder.modules()]
+    receipt = compare(encoder, inputs, pack=pack, seconds=0.01)
+    assert receipt.passed, str(receipt)
+    assert receipt.verdict.startswith("PASS: as close to float64 as the original in every layer")
+    rows = [(row.name, row.what) for row in receipt.layers[:-1]]
+    assert rows == [
+        *(("layers.0", "output"), ("layers.0", "gradient")),
+        *(("layers.1", "output"), ("layers.1", "gradient")),
+        ("", "output"),
+    ]
+    assert receipt.layers[-1].what == "gradient of the parameter"
+    for row in receipt.layers:
+        assert 0 <= row.error_swapped <= row.allowed
+        assert row.difference <= row.error_original + row.error_swapped + 1e-12
+    for cost in (receipt.original, receipt.swapped):
+        assert cost.inference_seconds > 0
+        assert cost.training_seconds > 0
+        assert cost.saved_bytes > 0
+    assert receipt.swapped.saved_bytes < receipt.original.saved_bytes
+    assert json.loads(receipt.to_json()) == receipt.to_dict()
+    text = str(receipt)
+    assert text.splitlines()[-1] == receipt.verdict
+    assert "training step, ms" in text
+    # the model is as it was
+    assert [type(module) for module in encoder.modules()] == classes
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert encoder.training
+
+
+def test_what_is_wrong_fails(
+    encoder: nn.TransformerEncoder, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error a thousand times the rounding of float32, in one place, is found and named."""
+    fused = norms.layer_norm
+
+    def wrong(x, *args, **kwargs):
+        return fused(x, *args, **kwargs) * (1 + 1e-4)
+
+    monkeypatch.setattr(norms, "layer_norm", wrong)
+    encoder.norm = nn.LayerNorm(WIDTH)
+    receipt = compare(encoder, inputs, seconds=0.01)
+    assert not receipt.passed
+    assert receipt.verdict.startswith("FAIL: ")
+    failed = {(row.name, row.what) for row in receipt.layers if not row.agrees}
+    assert ("", "output") in failed
+    assert ("layers.0", "output") not in failed
+
+
+def test_nan_does_not_pass(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]) -> None:
+    inputs["src"][0, 0, 0] = torch.nan
+    assert not compare(encoder, inputs, seconds=0.01).passed
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])
+def test_forms_of_inputs(form: str) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(4, 6)
+    inputs = {"tensor": x, "tuple": (x,), "dict": {"input": x}}[form]
+    receipt = compare(model, inputs, seconds=0.01)
+    assert receipt.passed
+    assert [(row.name, row.what) for row in receipt.layers[:2]] == [("1", "output"), ("1", "gradient")]
+
+
+def test_wrong_input(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="nothing to swap"):
+        compare(nn.Linear(3, 3), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="`model`"):
+        compare(len, inputs)  # type: ignore[arg-type]
+    swap(encoder)
+    with pytest.raises(ValueError, match="restore it first"):
+        compare(encoder, inputs)
