@@ -216,11 +216,13 @@ def _share(call: Callable[[], object]) -> float:
 def _header() -> list[str]:
     return [
         "",
-        "median ms; x: original / swapped, and original / packed; share: of the original's time, what",
-        "  attention, norms and dropout take; limit: the gain if that cost nothing, without packing",
+        "median ms; x: original / swapped, and original / packed; share: what attention, norms and",
+        "  dropout take of the original's time; limit: the gain if that cost nothing, unpacked",
         "",
-        f" {'model':8} {'batch':>9} {'real':>5} {'step':9} {'original':>9} {'swapped':>9} {'x':>5} "
-        f"{'packed':>9} {'x':>5} {'share':>6} {'limit':>6}",
+        (
+            f" {'model':8} {'batch':>9} {'real':>5} {'step':9} {'original':>9} {'swapped':>9} "
+            f"{'x':>5} {'packed':>9} {'x':>5} {'share':>6} {'limit':>6}"
+        ),
     ]
 
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+# `python -m pytest` puts the root first on the path, where `kernels/` would pass for Hugging Face's
+# package of that name, and `import transformers` would take it.
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
 
 # OpenMP's threads spin while they wait, and so starve the other test process (or whatever else the
 # machine does). The runtime reads this when torch loads it.

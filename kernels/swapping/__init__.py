@@ -1,4 +1,4 @@
-"""rowmax in models that are there already: swapped in by instance, reported, and taken out again."""
+"""rowmax in models that are there already: swapped in by instance, reported, taken out again."""
 
 from __future__ import annotations
 

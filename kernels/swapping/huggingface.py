@@ -30,8 +30,8 @@ def register_huggingface() -> None:
     """Make "rowmax" an attention implementation of transformers, as "sdpa" is one.
 
     After it, `attn_implementation="rowmax"` works in `from_pretrained` and `from_config`, and
-    `model.set_attn_implementation("rowmax")` on a model. It changes no model. `swap` needs no call of
-    it, and refuses models that would ignore the setting.
+    `model.set_attn_implementation("rowmax")` on a model. It changes no model. `swap` needs no
+    call of it, and refuses models that would ignore the setting.
 
     Raises:
         ImportError: transformers is not installed.
@@ -56,8 +56,8 @@ def check_version(version: str) -> None:
     numbers = tuple(int(part) for part in version.split(".")[:2])
     if not _OLDEST <= numbers <= _NEWEST:
         raise RuntimeError(
-            f"rowmax: transformers {version} is outside the range it knows, 4.57 to 5.x; nothing was "
-            "changed"
+            f"rowmax: transformers {version} is outside the range it knows, 4.57 to 5.x; "
+            "nothing was changed"
         )
 
 
@@ -102,7 +102,7 @@ def rowmax_attention(
     """The attention function of transformers' interface.
 
     Args:
-        module: the attention module that calls; `is_causal` of it counts where the argument is None.
+        module: the attention that calls; its `is_causal` counts where the argument is None.
         query: (B, Hq, Lq, D). key, value: (B, Hkv, Lk, D), grouped heads as they are.
         attention_mask: (B, 1 | H, Lq, Lk), bool with True = may attend or added to the scores; or
             the packing of a packed encoder. With None, causal modules attend causally.
@@ -143,9 +143,7 @@ def rowmax_attention(
             position_bias = position_bias[..., : key.shape[2]]
             bias = position_bias if bias is None else bias + position_bias
         if output_attentions:
-            out, weights = attention(
-                *(query, key, value, mask, bias), **same, return_weights=True
-            )
+            out, weights = attention(*(query, key, value, mask, bias), **same, return_weights=True)
         else:
             out = attention(query, key, value, mask, bias, **same)
         joined = out.transpose(1, 2)
@@ -171,8 +169,8 @@ def _mask_and_bias(
         return Causal(align="upper_left"), None
     if given.dim() != 4:
         raise ValueError(
-            f'rowmax: `attention_mask`: expected (B, H, Lq, Lk), got {tuple(given.shape)}; it was made '
-            "for another attention implementation"
+            f"rowmax: `attention_mask`: expected (B, H, Lq, Lk), got {tuple(given.shape)}; it was "
+            "made for another attention implementation"
         )
     if given.shape[-1] > key_len:  # of a static cache, longer than its keys
         given = given[..., :key_len]

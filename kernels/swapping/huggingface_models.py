@@ -22,7 +22,7 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION_NAME = re.compile(r"(Attention|Attn)(V\d)?$")
 
 # What a model's eager attention may read off its module or take as an argument so that the
-# interface's arguments are all there is to it. GPT-2 and its like pass no scale, so rowmax reads it.
+# interface's arguments are all there is to it. GPT-2 passes no scale, so rowmax reads it.
 _KNOWN_ATTRIBUTES = {"training", "num_key_value_groups", "head_dim", "sinks"}
 _GPT2_ATTRIBUTES = {
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "layer_idx"),
@@ -44,7 +44,7 @@ PACKED_ENCODERS = (
 
 
 def outermost_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The transformers models in `model` that are in no other; () where transformers is not loaded."""
+    """The transformers models in `model` that are in no other; none where it is not loaded."""
     library = sys.modules.get("transformers")
     if library is None:
         return []

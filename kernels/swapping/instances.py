@@ -1,8 +1,8 @@
 """Giving one module instance another forward: its class becomes a subclass made for the purpose.
 
 A changed class is all there is to a swap: parameters, buffers, hooks, mode and every attribute stay
-in the instance's own dictionary, untouched, and going back is one assignment. The subclass bears the
-name of the class that it replaces.
+in the instance's own dictionary, untouched, and going back is one assignment. The subclass bears
+the name of the class that it replaces.
 
 A deep copy of a swapped module is swapped as well. A pickle of it (`torch.save(model)`, a process
 that is spawned) holds the original class and no word of rowmax, so that it loads anywhere.
@@ -23,7 +23,7 @@ _M = TypeVar("_M", bound="Swapped")
 
 @dataclass(frozen=True)
 class Options:
-    """What a swapped module was asked to do; part of its class, so that its state has none of it."""
+    """What a swapped module was asked to do; kept in its class, so that its state has none."""
 
     backend: str = "auto"
     pack: bool = False

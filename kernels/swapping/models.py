@@ -60,8 +60,8 @@ def swap(
         TypeError: `model` is no nn.Module.
         ValueError: nothing to swap, or attention in a model of transformers that bypasses the
             interface. The model is untouched.
-        RuntimeError: a named backend that can't do a site's dtype or device, or an unknown version of
-            transformers. The model is untouched.
+        RuntimeError: a named backend that can't do a site's dtype or device, or a version of
+            transformers outside the range. The model is untouched.
     """
     if not isinstance(model, nn.Module):
         fail_type("swap", "model", type(model).__name__, "a torch.nn.Module")
@@ -124,9 +124,7 @@ class _Plan:
         if attention or norms_too:
             self._note_bypassed(model)
 
-    def _torch_module(
-        self, name: str, module: nn.Module, attention: bool, norms_too: bool
-    ) -> None:
+    def _torch_module(self, name: str, module: nn.Module, attention: bool, norms_too: bool) -> None:
         options = Options(self.options.backend)
         verdict = None
         if attention and (verdict := multihead.recognise(module)) is not None:
@@ -205,7 +203,7 @@ class _Plan:
                 implementation = module.__dict__["config"]._attn_implementation
                 if implementation not in ("eager", "sdpa"):
                     raise ValueError(
-                        f"swap: with a part of {type(model).__name__} left out, its masks remain those "
+                        f"swap: with a part of {type(model).__name__} left, its masks stay those "
                         f'of attn_implementation {implementation!r}; expected "eager" or "sdpa". '
                         "Nothing was changed"
                     )
@@ -265,7 +263,9 @@ class _Plan:
 def _kind(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
-    if isinstance(module, transformer_layers.SwappedEncoder | huggingface_models.SwappedBertEncoder):
+    if isinstance(
+        module, transformer_layers.SwappedEncoder | huggingface_models.SwappedBertEncoder
+    ):
         return "encoder"
     if isinstance(module, norms.SwappedLayerNorm | norms.SwappedRMSNorm):
         return "norm"

@@ -17,8 +17,8 @@ from .tensor_masks import mask_of_forbidden
 class SwappedMultihead(Swapped, nn.MultiheadAttention):
     """What torch's computes, but zeros and not NaN for a query that may attend nothing.
 
-    need_weights returns the weights before dropout. Projections are torch's; q, k and v are handed to
-    the kernels as they come out of them, uncopied.
+    need_weights returns the weights before dropout. Projections are torch's; q, k and v are handed
+    to the kernels as they come out of them, uncopied.
     """
 
     def forward(
@@ -58,7 +58,13 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         k, v, appended = self._append_keys(k, v)
         mask, bias = _masks(
-            q.shape[0], self.num_heads, key_padding_mask, attn_mask, is_causal, need_weights, appended
+            q.shape[0],
+            self.num_heads,
+            key_padding_mask,
+            attn_mask,
+            is_causal,
+            need_weights,
+            appended,
         )
         dropout_p, backend = self.dropout if self.training else 0.0, self.rowmax_options.backend
         q, k, v = (self._heads(tensor) for tensor in (q, k, v))
@@ -79,7 +85,8 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
         """Self-attention of packed tokens (total, E)."""
         total = tokens.shape[0]
         q, k, v = (
-            tensor.view(total, self.num_heads, self.head_dim) for tensor in self._project(*(tokens,) * 3)
+            tensor.view(total, self.num_heads, self.head_dim)
+            for tensor in self._project(*(tokens,) * 3)
         )
         out = attention_varlen(
             *(q, k, v, packing.cu_seqlens, packing.cu_seqlens),
@@ -151,8 +158,8 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
         dims = query.dim()
         if dims not in (2, 3) or not dims == key.dim() == value.dim():
             raise ValueError(
-                "MultiheadAttention: `query`, `key`, `value`: expected all of 3 dimensions, or all of "
-                f"2 (unbatched), got {dims}, {key.dim()} and {value.dim()}"
+                "MultiheadAttention: `query`, `key`, `value`: expected all of 3 dimensions, or all "
+                f"of 2 (unbatched), got {dims}, {key.dim()} and {value.dim()}"
             )
         if query.shape[-1] != self.embed_dim:
             raise ValueError(
@@ -177,8 +184,8 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
                 continue
             if tuple(mask.shape) not in shapes:
                 raise ValueError(
-                    f"MultiheadAttention: `{name}`: expected shape {' or '.join(map(str, shapes))}, "
-                    f"got {tuple(mask.shape)}"
+                    f"MultiheadAttention: `{name}`: expected shape "
+                    f"{' or '.join(map(str, shapes))}, got {tuple(mask.shape)}"
                 )
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 raise TypeError(

@@ -20,8 +20,8 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 class SwappedLayerNorm(Swapped):
     """nn.LayerNorm over one or several last dimensions.
 
-    Under autocast, and where the input's dtype is not the weight's, the original runs: torch's rules
-    of types decide there.
+    Under autocast, and where the input's dtype is not the weight's, the original runs: torch's
+    rules of types decide there.
     """
 
     weight: Tensor | None
@@ -88,9 +88,7 @@ def recognise(module: nn.Module) -> tuple[type[Swapped] | None, str] | None:
     return None
 
 
-def _check(
-    module: nn.Module, form: type[Swapped], does: str
-) -> tuple[type[Swapped] | None, str]:
+def _check(module: nn.Module, form: type[Swapped], does: str) -> tuple[type[Swapped] | None, str]:
     for parameter in module.parameters(recurse=False):
         if parameter.dtype not in FLOAT_DTYPES:
             return None, f"its {parameter.dtype} weight has no kernel"

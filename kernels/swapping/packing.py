@@ -14,8 +14,8 @@ class Packing:
 
     Layers of a packed encoder are handed this in the place of their padding mask.
 
-    indices: (total,) int64, where in (B * L) each real token stood. cu_seqlens: (B + 1,) int64, where
-    each sequence begins and ends among the real tokens.
+    indices: (total,) int64, where in (B * L) each real token stood. cu_seqlens: (B + 1,) int64,
+    where each sequence begins and ends among the real tokens.
     """
 
     indices: Tensor

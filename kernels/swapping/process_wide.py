@@ -22,8 +22,10 @@ from .tensor_masks import mask_of_forbidden
 NAME = "rowmax"
 
 NOT_REACHED = (
-    "calls with dropout_p > 0, with a mask that wants a gradient, or with Ev != E: torch takes its "
-    "unfused path before it asks for a kernel",
+    (
+        "calls with dropout_p > 0, with a mask that wants a gradient, or with Ev != E: torch takes "
+        "its unfused path before it asks for a kernel"
+    ),
     "nn.MultiheadAttention with need_weights=True, which multiplies by itself",
     "the inference fast path of nn.TransformerEncoderLayer and nn.MultiheadAttention, one C++ call",
     "calls inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and tensors not on the CPU",
@@ -69,15 +71,19 @@ class SdpaRoute:
 
     def __repr__(self) -> str:
         state = "open" if self._open else "closed"
-        return "\n".join([f"<SdpaRoute, {state}; not reached:", *(f"  {x}" for x in NOT_REACHED)]) + ">"
+        return (
+            "\n".join([f"<SdpaRoute, {state}; not reached:", *(f"  {x}" for x in NOT_REACHED)])
+            + ">"
+        )
 
 
 def attention_as_sdpa() -> SdpaRoute:
     """Make every fused `F.scaled_dot_product_attention` on the CPU run rowmax's kernels.
 
-    For the whole process, until the result's `restore()`, or for a block: `with attention_as_sdpa():`.
-    Importing rowmax opens nothing. `not_reached` of the result lists the calls that torch never hands
-    to a registered kernel; `swap` reaches all of these in a model's modules.
+    For the whole process, until the result's `restore()`, or for a block:
+    `with attention_as_sdpa():`. Importing rowmax opens nothing. `not_reached` of the result lists
+    the calls that torch never hands to a registered kernel; `swap` reaches them in a model's
+    modules.
 
     Raises:
         RuntimeError: this torch has no registry for such implementations, or the route is open.

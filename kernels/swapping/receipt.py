@@ -45,8 +45,11 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: medians of runs in turns. saved_bytes: what forward keeps for backward, beside the
-    parameters. peak_bytes: of one training step on a GPU; None on a CPU, where torch counts none."""
+    """What a model takes.
+
+    seconds: medians of runs in turns. saved_bytes: what forward keeps for backward, beside the
+    parameters. peak_bytes: of a training step on a GPU; None on a CPU, where torch counts none.
+    """
 
     inference_seconds: float
     training_seconds: float
@@ -79,14 +82,17 @@ class Receipt:
         """One sentence."""
         faster = self.original.training_seconds / self.swapped.training_seconds
         memory = self.swapped.saved_bytes / max(1, self.original.saved_bytes)
-        cost = f"a training step takes {1 / faster:.2f} of the time and keeps {memory:.2f} of the memory"
+        cost = (
+            f"a training step is {faster:.2f} times as fast and keeps {memory:.2f} of the memory "
+            "for its backward pass"
+        )
         if self.passed:
             return f"PASS: as close to float64 as the original in every layer; {cost}"
         wrong = [layer for layer in self.layers if not layer.agrees]
         worst = max(wrong, key=lambda layer: layer.error_swapped / max(layer.allowed, 1e-300))
         return (
-            f"FAIL: {len(wrong)} of {len(self.layers)} comparisons are further from float64 than they "
-            f"may be, the worst {worst.what} of {worst.name or 'the model'}: error "
+            f"FAIL: {len(wrong)} of {len(self.layers)} comparisons are further from float64 than "
+            f"they may be, the worst {worst.what} of {worst.name or 'the model'}: error "
             f"{worst.error_swapped:.1e}, allowed {worst.allowed:.1e}"
         )
 
@@ -162,7 +168,7 @@ def compare(
 
     Args:
         model: not swapped yet.
-        inputs: one tensor, a tuple (positional arguments) or a dict (keyword arguments) of one call.
+        inputs: of one call: a tensor, a tuple (positional) or a dict (keyword arguments).
         real: bool (B, L), True for tokens that count; what models give for padding differs. By
             default the 2-D `attention_mask` of a dict, or the inverse of `src_key_padding_mask`.
         attention, norms, filter_fn, backend, pack: as in `swap`.
@@ -190,7 +196,9 @@ def compare(
     runs = []
     for which, wide in ((original, False), (other, False), (truth, True)):
         which.eval()
-        runs.append(_run(which, *(_widened((args, kwargs)) if wide else (args, kwargs)), names, counts))
+        runs.append(
+            _run(which, *(_widened((args, kwargs)) if wide else (args, kwargs)), names, counts)
+        )
         which.train(model.training)
     layers = _differences(*runs)
     costs = _costs((original, other), args, kwargs, seconds)
@@ -265,7 +273,9 @@ def _run(
         for handle in handles:
             handle.remove()
     if final is None:
-        fail_value("compare", "model", "no float tensor in its output", "one, to compare and derive")
+        fail_value(
+            "compare", "model", "no float tensor in its output", "one, to compare and derive"
+        )
     shown = _counted(final, counts)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(shown.shape, generator=generator, dtype=torch.float64)

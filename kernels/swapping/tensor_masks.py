@@ -43,8 +43,7 @@ def mask_of_forbidden(forbidden: Tensor, shape: tuple[int, int, int, int]) -> Ma
     if not forbidden.is_floating_point():
         if not _is_readable(forbidden):
             return Dense(~forbidden.view(shape))
-        mask = remember(forbidden, shape, lambda tensor: _or_dense(~tensor.view(shape)))
-        return mask
+        return remember(forbidden, shape, lambda tensor: _or_dense(~tensor.view(shape)))
     if forbidden.requires_grad or not _is_readable(forbidden):
         return forbidden.view(shape)
 

@@ -86,7 +86,7 @@ class SwappedDecoderLayer(Swapped, nn.TransformerDecoderLayer):
 
 
 class SwappedEncoder(Swapped, nn.TransformerEncoder):
-    """nn.TransformerEncoder without its conversion to nested tensors, which swapped layers don't take.
+    """nn.TransformerEncoder without its nested tensors, which swapped layers don't take.
 
     With `pack` a batch with a padding mask goes through the layers as its real tokens alone; zeros
     stand where padding was. A hook on a layer then sees (total, E). Calls with a mask other than a
@@ -119,9 +119,7 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             batch_first = self.layers[0].self_attn.batch_first
             output = packing.pack(src if batch_first else src.transpose(0, 1))
             for layer in self.layers:
-                output = layer(
-                    output, is_causal=mask is not None, src_key_padding_mask=packing
-                )
+                output = layer(output, is_causal=mask is not None, src_key_padding_mask=packing)
             output = packing.unpack(output)
             output = output if batch_first else output.transpose(0, 1)
         return output if self.norm is None else self.norm(output)

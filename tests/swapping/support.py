@@ -1,4 +1,4 @@
-"""What the tests of the swap share: calls with gradients, and a bound on how far results may differ."""
+"""What the tests of the swap share: calls with gradients, and how far results may differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """The output of `call` and the gradients of all parameters for a fixed random gradient of it."""
+    """The output of `call`, and the gradients of all parameters for a random gradient of it."""
     model.zero_grad(set_to_none=True)
     out = call(model)
     generator = torch.Generator().manual_seed(11)

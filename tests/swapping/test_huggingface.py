@@ -62,7 +62,9 @@ def test_like_eager(name: str, calls: list[dict]) -> None:
         got = results(model, call)
         sites = sum(site.kind == "attention" for site in report.swapped)
         assert not report.left
-        assert len(calls) == (2 if name == "ALBERT" else sites)  # ALBERT's layers are one and the same
+        assert len(calls) == (
+            2 if name == "ALBERT" else sites
+        )  # ALBERT's layers are one and the same
         calls.clear()
         assert_close(got, expected)
         report.restore()
@@ -196,7 +198,9 @@ def test_a_part_may_be_left(implementation: str, calls: list[dict]) -> None:
     model.set_attn_implementation(implementation)
     arguments, real = zoo.batch_of("text")
     expected = model(**arguments).last_hidden_state[real]
-    with swapped(model, filter_fn=lambda _, name: not name.startswith("layers.0.self_attn")) as report:
+    with swapped(
+        model, filter_fn=lambda _, name: not name.startswith("layers.0.self_attn")
+    ) as report:
         got = model(**arguments).last_hidden_state[real]
     assert len(calls) == 1
     assert [site.name for site in report.left] == ["layers.0.self_attn"]

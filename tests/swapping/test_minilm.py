@@ -24,7 +24,7 @@ from . import architectures as zoo  # noqa: E402
 SENTENCES = (
     "A man rides a bicycle along the river.",
     "Yes.",
-    "The meeting was moved from Tuesday to Thursday because two of the speakers could not be there.",
+    "The meeting was moved from Tuesday to Thursday because two speakers could not be there.",
     "Attention weighs every word of a sentence by every other one.",
 )
 

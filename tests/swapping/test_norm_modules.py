@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,7 +95,7 @@ def test_mixed_dtypes_are_the_originals_business(norm: type[nn.Module]) -> None:
         expected = module(x)
     except RuntimeError as error:
         swap(module)
-        with pytest.raises(RuntimeError, match=str(error)[:20]):
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
             module(x)
         return
     swap(module)

@@ -91,7 +91,10 @@ def test_forms_of_inputs(form: str) -> None:
     inputs = {"tensor": x, "tuple": (x,), "dict": {"input": x}}[form]
     receipt = compare(model, inputs, seconds=0.01)
     assert receipt.passed
-    assert [(row.name, row.what) for row in receipt.layers[:2]] == [("1", "output"), ("1", "gradient")]
+    assert [(row.name, row.what) for row in receipt.layers[:2]] == [
+        ("1", "output"),
+        ("1", "gradient"),
+    ]
 
 
 def test_wrong_input(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]) -> None:

@@ -128,7 +128,9 @@ def test_a_left_layer_may_be_nested_inside_a_swapped_model(norm_first: bool) -> 
     torch.testing.assert_close(out[~PADDING], expected[~PADDING])
 
 
-@pytest.mark.parametrize("padding", ["right", "left", "scattered", "whole sequences", "all", "none"])
+@pytest.mark.parametrize(
+    "padding", ["right", "left", "scattered", "whole sequences", "all", "none"]
+)
 def test_packing_any_padding(padding: str) -> None:
     model, source = encoder(), tokens(SOURCE, True)
     torch.manual_seed(2)
