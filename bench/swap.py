@@ -173,14 +173,13 @@ def _measure(
     for call in calls.values():
         call()
     timings = interleave(calls, Budget(seconds, 5, 200), HostTimer())
-    return Row(
-        name,
-        *batch,
-        step,
-        *(1e3 * timings[key].median for key in ("original", "swapped", "packed")),
-        _share(calls["original"]),
-        max(timing.spread for timing in timings.values()),
+    original, swapped, packed = (
+        1e3 * timings[key].median for key in ("original", "swapped", "packed")
     )
+    size, length, real = batch
+    share = _share(calls["original"])
+    spread = max(timing.spread for timing in timings.values())
+    return Row(name, size, length, real, step, original, swapped, packed, share, spread)
 
 
 def _call(model: nn.Module, arguments: dict[str, Tensor], step: str) -> Callable[[], object]:

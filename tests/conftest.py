@@ -6,11 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-# `python -m pytest` puts the root first on the path, where `kernels/` would pass for Hugging Face's
-# package of that name, and `import transformers` would take it.
-_ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
-
 # OpenMP's threads spin while they wait, and so starve the other test process (or whatever else the
 # machine does). The runtime reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -18,6 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
+
+# `python -m pytest` puts the root first on the path, where `kernels/` would pass for Hugging Face's
+# package of that name, and `import transformers` would take it.
+sys.path[:] = [at for at in sys.path if Path(at).resolve() != Path(__file__).resolve().parents[1]]
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which Triton decides at its import.
 if not torch.cuda.is_available():

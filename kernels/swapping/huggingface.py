@@ -132,9 +132,9 @@ def rowmax_attention(
     }
     weights: Tensor | None = None
     if isinstance(attention_mask, Packing):
-        packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         starts = attention_mask.cu_seqlens
-        joined = attention_varlen(*packed, starts, starts, **same).unsqueeze(0)
+        joined = attention_varlen(q, k, v, starts, starts, **same).unsqueeze(0)
     else:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
@@ -176,7 +176,8 @@ def _mask_and_bias(
         given = given[..., :key_len]
     if given.dtype == torch.bool:
         return mask_of(given, batch), None
-    found = mask_of_forbidden(given, tuple(given.shape))
+    shape = (given.shape[0], given.shape[1], given.shape[2], given.shape[3])
+    found = mask_of_forbidden(given, shape)
     return (None, found) if isinstance(found, Tensor) else (found, None)
 
 

@@ -95,7 +95,7 @@ def _alias(config: Any, aliases: Aliases, options: Options) -> Any:
     }
     for name in original.sub_configs or ():
         members[name] = _sub_config(name)
-    alias = object.__new__(type(original.__name__, (_Alias, original), members))
+    alias: Any = object.__new__(type(original.__name__, (_Alias, original), members))
     object.__setattr__(alias, "__dict__", config.__dict__)
     return alias
 

@@ -58,7 +58,7 @@ def outermost_models(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def attends(module: nn.Module) -> bool:
     """Whether `module` asks the interface for its attention function."""
-    return "config" in module.__dict__ and _asks_interface(type(module))
+    return "config" in module.__dict__ and _asks_interface(type(module))  # type: ignore[arg-type]
 
 
 def bypasses(module: nn.Module) -> bool:
@@ -76,7 +76,7 @@ def bypasses(module: nn.Module) -> bool:
 
 def why_not(module: nn.Module) -> str | None:
     """Why an attention that asks the interface can't be swapped all the same; None when it can."""
-    return _needs_more(type(module))
+    return _needs_more(type(module))  # type: ignore[arg-type]
 
 
 def is_swapped(module: nn.Module) -> bool:

@@ -48,7 +48,8 @@ class Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The form of protocol 1 names the class as an argument, where it can be replaced.
-        rebuild, arguments, *state = super().__reduce_ex__(min(int(protocol), 1))
+        reduced: Any = super().__reduce_ex__(min(int(protocol), 1))
+        rebuild, arguments, *state = reduced
         own, original = type(self), self.rowmax_original
         return (rebuild, tuple(original if item is own else item for item in arguments), *state)
 
@@ -58,14 +59,16 @@ def swapped_class(
     form: type[Swapped], original: type[nn.Module], options: Options
 ) -> type[Swapped]:
     """The class of instances of `original` that run `form`."""
-    names = {
+    names: dict[str, Any] = {
         "rowmax_original": original,
         "rowmax_options": options,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (form, original), names)
+    made: Any = type(original.__name__, (form, original), names)
+    result: type[Swapped] = made
+    return result
 
 
 class ClassChange:
@@ -74,7 +77,8 @@ class ClassChange:
     def __init__(self, module: nn.Module, form: type[Swapped], options: Options) -> None:
         self._module = module
         self._original = type(module)
-        self._swapped = swapped_class(form, self._original, options)
+        # mypy takes the class for one of its instances, which are not hashable
+        self._swapped = swapped_class(form, self._original, options)  # type: ignore[arg-type]
 
     def apply(self) -> None:
         self._module.__class__ = self._swapped

@@ -33,8 +33,8 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(key_padding_mask, Packing):
-            mask = Causal() if is_causal else None
-            return self._packed(query, key_padding_mask, mask), None
+            own = Causal() if is_causal else None
+            return self._packed(query, key_padding_mask, own), None
         if any(tensor.is_nested for tensor in (query, key, value)):
             result: tuple[Tensor, Tensor | None] = super().forward(
                 query,

@@ -110,7 +110,9 @@ class Receipt:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        rows = [("", "of", "difference", "original's error", "swapped's error", "allowed")]
+        rows: list[tuple[str, ...]] = [
+            ("", "of", "difference", "original's error", "swapped's error", "allowed")
+        ]
         rows += [
             (
                 layer.name or "(the model)",
@@ -196,9 +198,8 @@ def compare(
     runs = []
     for which, wide in ((original, False), (other, False), (truth, True)):
         which.eval()
-        runs.append(
-            _run(which, *(_widened((args, kwargs)) if wide else (args, kwargs)), names, counts)
-        )
+        call = _widened((args, kwargs)) if wide else (args, kwargs)
+        runs.append(_run(which, call[0], call[1], names, counts))
         which.train(model.training)
     layers = _differences(*runs)
     costs = _costs((original, other), args, kwargs, seconds)

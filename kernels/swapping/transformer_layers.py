@@ -31,6 +31,7 @@ class SwappedEncoderLayer(Swapped, nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         if src.is_nested:  # of an encoder that was left as it was
+            assert not isinstance(src_key_padding_mask, Packing)
             result: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return result
         attended = self.self_attn(
@@ -171,7 +172,7 @@ def _is_causal(mask: Tensor) -> bool:
     if mask.dim() != 2:
         return False
     found = mask_of_forbidden(mask, (1, 1, mask.shape[0], mask.shape[1]))
-    return isinstance(found, Causal) and found.align == 0
+    return isinstance(found, Causal) and isinstance(found.align, int) and found.align == 0
 
 
 def why_not_packed(encoder: nn.TransformerEncoder) -> str | None:

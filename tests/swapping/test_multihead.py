@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rowmax.kernels import swap
 from .support import assert_same, results
 
 EMBED, HEADS, BATCH, QUERIES, KEYS = 12, 3, 3, 5, 7
-MODULES: dict[str, dict] = {
+MODULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "no bias": {"bias": False},
     "kdim and vdim": {"kdim": 10, "vdim": 8},
@@ -37,7 +38,7 @@ def build(**options) -> nn.MultiheadAttention:
     return module
 
 
-def tensors(kind: str, options: dict, layout: str) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(kind: str, options: dict[str, Any], layout: str) -> tuple[Tensor, Tensor, Tensor]:
     key_dim, value_dim = options.get("kdim", EMBED), options.get("vdim", EMBED)
     if kind == "self":
         query = key = value = randn(BATCH, QUERIES, EMBED)
@@ -81,7 +82,7 @@ MASKS = (
 )
 
 
-def assert_like_torch(module: nn.MultiheadAttention, *args, **kwargs) -> None:
+def assert_like_torch(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> None:
     """Output, weights and gradients of the swapped module, and of the original again after it."""
 
     def call(own: nn.Module) -> Tensor:
@@ -104,7 +105,7 @@ def assert_like_torch(module: nn.MultiheadAttention, *args, **kwargs) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["batch_first", "batch second", "unbatched"])
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
-def test_like_torch(options: dict, layout: str, mask: str) -> None:
+def test_like_torch(options: dict[str, Any], layout: str, mask: str) -> None:
     module = build(batch_first=layout == "batch_first", **options)
     kinds = INPUTS if "kdim" not in options else INPUTS[2:]
     torch.manual_seed(1)
@@ -113,7 +114,11 @@ def test_like_torch(options: dict, layout: str, mask: str) -> None:
         keys = QUERIES if kind == "self" else KEYS
         given = masks(mask, QUERIES, keys, layout)
         assert_like_torch(
-            *(module, query, key, value), **given, need_weights=weights, average_attn_weights=False
+            module,
+            *(query, key, value),
+            **given,
+            need_weights=weights,
+            average_attn_weights=False,
         )
 
 
@@ -127,14 +132,15 @@ def test_weights_are_averaged_as_asked(average: bool) -> None:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
-def test_the_causal_hint(options: dict, need_weights: bool, padded: bool) -> None:
+def test_the_causal_hint(options: dict[str, Any], need_weights: bool, padded: bool) -> None:
     if "kdim" in options:
         options = {name: value for name, value in options.items() if name not in ("kdim", "vdim")}
     module, query = build(batch_first=True, **options), randn(BATCH, QUERIES, EMBED)
     mask = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
     given = {"key_padding_mask": torch.arange(QUERIES) >= torch.tensor([[5], [3], [1]])}
     assert_like_torch(
-        *(module, query, query, query),
+        module,
+        *(query, query, query),
         attn_mask=mask,
         is_causal=True,
         need_weights=need_weights,
@@ -158,7 +164,8 @@ def test_a_fully_padded_row_gives_zeros(need_weights: bool, additive: bool) -> N
         assert torch.equal(weights[1], torch.zeros(5, 5))
         torch.testing.assert_close(weights[:1], expected[1])
     out.sum().backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
+    gradients = [parameter.grad for parameter in module.parameters()]
+    assert all(grad is not None and torch.isfinite(grad).all() for grad in gradients)
 
 
 def test_dropout_is_that_of_the_kernels_and_follows_the_mode() -> None:
@@ -185,7 +192,7 @@ def test_dropout_is_that_of_the_kernels_and_follows_the_mode() -> None:
         ({"attn_mask": torch.zeros(5, 5).long()}, TypeError, "a bool or float mask"),
     ],
 )
-def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) -> None:
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     module, query = nn.MultiheadAttention(EMBED, HEADS, batch_first=True), torch.randn(2, 5, EMBED)
     swap(module)
     with pytest.raises(error, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def both(*tensors: Tensor, **options) -> list[list[Tensor]]:
     found = []
     leaves = [t for t in (*tensors, options.get("attn_mask")) if t is not None and t.requires_grad]
     for function in (F.scaled_dot_product_attention, scaled_dot_product_attention):
-        out = function(*tensors, **options)
+        out = function(*tensors, **options)  # type: ignore[arg-type]
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     return found
 
@@ -52,7 +53,7 @@ def assert_like_torch(*tensors: Tensor, **options) -> None:
     ],
     ids=str,
 )
-def test_shapes(shapes: tuple[tuple[int, ...], ...], options: dict) -> None:
+def test_shapes(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any]) -> None:
     assert_like_torch(*(randn(*shape) for shape in shapes), **options)
 
 
@@ -150,16 +151,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def mask_of(kind: str) -> dict:
+def mask_of(kind: str) -> dict[str, Any]:
     square = torch.rand(6, 6) < 0.6
     square[:, 0] = True
-    return {
+    options: dict[str, dict[str, Any]] = {
         "none": {},
         "causal": {"is_causal": True},
         "bool": {"attn_mask": square},
         "bias": {"attn_mask": torch.randn(6, 6, dtype=torch.float64)},
         "scale": {"scale": 0.4},
-    }[kind]
+    }
+    return options[kind]
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "bias", "scale"])
