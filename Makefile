@@ -55,8 +55,11 @@ test-narrow: $(PACKAGE)
 	    tests/kernels/test_norms.py tests/kernels/test_softmax.py
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
+# AMD's compiler is asked as well, for a report: what it says fails nothing.
 compile: $(PACKAGE)
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/ahead_of_time
+	TRITON_INTERPRET=0 $(BIN)/python -m rowmax.bench forms --arch gfx942 --dtype bfloat16 \
+	    --dim 128 --features plain,rich_dropout
 
 # mypy knows a package by its folder's name, so it sees the folders through links that bear the
 # import names.

@@ -18,25 +18,20 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ..kernels import Causal, Dense, KeyLengths, Mask
+from ..kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
 from ..kernels.functional import attention_problem
 from ..kernels.gpu_triton.attention_decode import CHUNK, MOST_ROWS
 from ..kernels.gpu_triton.attention_launch import attention, attention_backward, compiled_form
-from ..kernels.gpu_triton.configurations import Configuration
+from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
 from ..kernels.problem import AttentionProblem
+from .tune import SHARED_LIMIT
 
-# Bytes of shared memory that one program may have.
-SHARED_LIMIT = {
-    "sm_80": 166_912,
-    "sm_86": 101_376,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "sm_120": 101_376,
-    "gfx942": 65_536,
+DTYPES = {
+    16: torch.bfloat16,
+    TF32_BITS: torch.float32,
+    32: torch.float32,
+    64: torch.float64,
 }
-FEATURES = ("plain", "dropout", "rich", "rich_dropout")
-DTYPES = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -83,30 +78,98 @@ def pretend(arch: str) -> None:
     triton.runtime.driver.set_active(_Driver(arch))
 
 
-def problem_of(kernel: str, bits: int, dim: int, features: str) -> AttentionProblem:
-    """A problem with all that `features` names at once, and a band with both bounds in any case.
+def problem_of(key: Key) -> AttentionProblem:
+    """A padded causal problem with all that `key.features` names at once.
 
     For decoding, one with as many rows as a tile may have.
     """
-    batch, heads, query_len, key_len = 2, 4, 1024, 1024
-    key_heads = heads
-    if kernel in ("decode", "combine"):
+    heads, key_heads, query_len, key_len = 4, 4, 1024, 1024
+    if key.kernel in ("decode", "combine"):
         heads, key_heads, query_len, key_len = 8, 1, MOST_ROWS.value // 8, 2 * CHUNK
-    q = torch.empty(batch, heads, query_len, dim, dtype=DTYPES[bits])
-    k = v = torch.empty(batch, key_heads, key_len, dim, dtype=q.dtype)
     mask: Mask = Causal("lower_right") & KeyLengths(torch.tensor([1000, 900]))
-    options: dict[str, Any] = {"bias": None, "softcap": None, "sinks": None}
-    if "rich" in features:
+    options: dict[str, Any] = {}
+    if "rich" in key.features:
         mask = mask & Dense(torch.ones(query_len, key_len, dtype=torch.bool))
-        options = {
-            "bias": torch.empty(batch, heads, query_len, key_len, dtype=q.dtype),
-            "softcap": 30.0,
-            "sinks": torch.empty(heads),
-        }
-    dropout_p = 0.1 if "dropout" in features else 0.0
+        bias = torch.empty(2, heads, query_len, key_len, dtype=DTYPES[key.bits])
+        options = {"bias": bias, "softcap": 30.0, "sinks": torch.empty(heads)}
+    return _problem(key, (heads, key_heads, query_len, key_len), mask, **options)
+
+
+def harder_problems(key: Key) -> Iterator[AttentionProblem]:
+    """Others that have the same key and may take more registers: a form must bear them too.
+
+    None for decoding, and none for a wide type with everything at once, the most it can have.
+    """
+    if key.kernel in ("decode", "combine") or (key.bits > 16 and "rich" in key.features):
+        return
+    sizes = (4, 1, 512, 512)
+    if "rich" in key.features:
+        bias = torch.empty(1, 4, 512, 512, dtype=DTYPES[key.bits])
+        yield _problem(key, (4, 4, 512, 512), None, bias=bias)
+        if key.kernel != "bias_gradients":
+            lengths = KeyLengths(torch.tensor([500, 300]))
+            yield _problem(key, sizes, Documents(torch.arange(512).expand(2, -1) // 100))
+            yield _problem(key, sizes, lengths, bias=ALiBi(torch.rand(4)))
+            yield _problem(key, sizes, Causal(torch.tensor([0, 100])))
+    else:
+        yield _problem(key, sizes, Window(100, 7))
+        yield pack(_problem(key, sizes, Causal()))
+
+
+def _problem(
+    key: Key, sizes: tuple[int, int, int, int], mask: Mask | None, **options: Any
+) -> AttentionProblem:
+    """Two batch elements of (query heads, key heads, queries, keys)."""
+    heads, key_heads, query_len, key_len = sizes
+    q = torch.empty(2, heads, query_len, key.dim, dtype=DTYPES[key.bits])
+    k = torch.empty(2, key_heads, key_len, key.dim, dtype=q.dtype)
+    dropout_p = 0.1 if "dropout" in key.features else 0.0
+    settings = {"bias": None, "softcap": None, "sinks": None, "seed": 7} | options
     return attention_problem(
-        q, k, v, mask, scale=None, dropout_p=dropout_p, seed=7, draw_seed=True, **options
+        q, k, k, mask, scale=None, dropout_p=dropout_p, draw_seed=True, **settings
     )
+
+
+def pack(problem: AttentionProblem) -> AttentionProblem:
+    """The first batch element taken for two packed sequences."""
+    length = problem.shape[3]
+    cut = length // 3
+    starts = torch.tensor([0, cut, length])
+    return problem._replace(
+        **{name: getattr(problem, name)[:1] for name in ("query", "key", "value")},
+        query_starts=starts,
+        key_starts=starts,
+        longest_query=length - cut,
+        longest_key=length - cut,
+    )
+
+
+@contextlib.contextmanager
+def products_in(bits: int) -> Iterator[None]:
+    """torch's setting for float32 products, as a key of these bits means it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if bits == TF32_BITS else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compile_form(key: Key, config: Configuration) -> Compiled:
+    """What `config` compiles to for `key`."""
+    pretend(key.arch)
+    with products_in(key.bits):
+        return compile_kernel(key.kernel, problem_of(key), config)
+
+
+def bears(key: Key, config: Configuration) -> bool:
+    """Whether `config` fits for the harder problems of `key` as well."""
+    pretend(key.arch)
+    with products_in(key.bits):
+        return all(
+            compile_kernel(key.kernel, problem, config).fits(key.arch)
+            for problem in harder_problems(key)
+        )
 
 
 def compile_kernel(kernel: str, problem: AttentionProblem, config: Configuration) -> Compiled:

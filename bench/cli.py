@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 
-from . import gpu, overhead, report, swap, tune
+from . import forms, gpu, overhead, report, swap, tune
 from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
 from .options import UsageError, check_writable, listed, names_of, seconds_of
@@ -36,7 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        commands = {"speed": speed, "overhead": overhead.run, "swap": swap.run, "tune": tune.run}
+        commands = {
+            "speed": speed,
+            "overhead": overhead.run,
+            "swap": swap.run,
+            "tune": tune.run,
+            "forms": forms.run,
+        }
         return commands[options.command](options)
     except UsageError as error:
         parser.exit(2, f"rowmax.bench: {error}\n")
@@ -107,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     overhead.add_command(commands)
     swap.add_command(commands)
     tune.add_command(commands)
+    forms.add_command(commands)
     return parser
 
 

@@ -2,18 +2,20 @@
 #
 # Everything that wants a GPU, on a machine that has one, torch, Triton and Numba, and no network.
 #
-#   bash bench/on_gpu.sh [phase ...]      default: install parity attention norms tune
+#   bash bench/on_gpu.sh [phase ...]      default: install parity tune attention norms
 #
 #   install     installs this checkout, without dependencies and without the C++ extension
-#   parity      the tests of the kernels on the GPU's own tensors
+#   parity      the tests of the kernels on the GPU's own tensors, attention first
+#   tune        finds the fastest forms of the attention kernels and writes them into the table
 #   attention   times attention, all kinds and shapes, against torch's own kernels
 #   compiled    times attention and norms against FlexAttention and torch.compile, fewer shapes
 #   norms       times the norms
-#   tune        finds the fastest forms of the attention kernels and writes them into the table
 #   sanitize    small odd shapes of every kernel under compute-sanitizer, where that is installed
 #
 # Each phase can be run alone, once `install` has been; each ends within 9 minutes and writes what
-# it has as it goes. The exit status is 0 where all went well, and 1 otherwise.
+# it has as it goes. The exit status is 0 where all went well, and 1 otherwise. With half an hour,
+# LIMIT=400 gets through all phases of the default. Tuning comes before what is to be published;
+# where it ran on a copy of the checkout, bring OUT/configurations.json back to kernels/gpu_triton/.
 #
 # Settings, from the environment:
 #   PYTHON          the interpreter that has torch (python3)
@@ -25,7 +27,8 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-PHASES="install parity attention compiled norms tune sanitize"
+PHASES="install parity tune attention compiled norms sanitize"
+TABLE=kernels/gpu_triton/configurations.json
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
@@ -74,9 +77,20 @@ phase_parity() {
     local workers=()
     "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 12)
     # the project's own options may be newer than the pytest here
-    OMP_NUM_THREADS=2 within "$LIMIT" "$PYTHON" -m pytest tests/kernels -k triton -q -ra \
+    OMP_NUM_THREADS=2 within "$LIMIT" "$PYTHON" -m pytest tests/kernels/test_attention_parity.py \
+        tests/kernels/test_triton_*.py tests/kernels -k triton -q -ra \
         -o addopts="--import-mode=importlib" -p no:cacheprovider --durations=10 --maxfail=40 \
         ${workers[@]+"${workers[@]}"} ${TESTS[@]+"${TESTS[@]}"}
+}
+
+# Into a file beside the other results, key by key, so that nothing is lost with the phase.
+phase_tune() {
+    cp "$TABLE" "$OUT/configurations.json" || return 1
+    within "$LIMIT" "$PYTHON" -m rowmax.bench tune --seconds "$((LIMIT - 130))" \
+        --output "$OUT/configurations.json" ${TUNE[@]+"${TUNE[@]}"}
+    local status=$?
+    cmp -s "$OUT/configurations.json" "$TABLE" || cp "$OUT/configurations.json" "$TABLE"
+    return "$status"
 }
 
 phase_attention() {
@@ -95,14 +109,6 @@ phase_compiled() {
 
 phase_norms() {
     speed gpu-norms norms.json "$LIMIT" --peers torch
-}
-
-phase_tune() {
-    within "$LIMIT" "$PYTHON" -m rowmax.bench tune --seconds "$((LIMIT - 130))" \
-        ${TUNE[@]+"${TUNE[@]}"}
-    local status=$?
-    cp kernels/gpu_triton/configurations.json "$OUT/configurations.json"
-    return "$status"
 }
 
 # memcheck: reads and writes beside a tensor. racecheck: two threads at one place of shared memory.
@@ -127,7 +133,7 @@ sanitized() {
 
 main() {
     local phase status failed=0 started summary=()
-    [[ $# -gt 0 ]] || set -- install parity attention norms tune
+    [[ $# -gt 0 ]] || set -- install parity tune attention norms
     for phase in "$@"; do
         case " $PHASES " in
         *" $phase "*) ;;

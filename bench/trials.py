@@ -22,8 +22,9 @@ from ..kernels.gpu_triton.attention_launch import (
     compiled_form,
     launch_kernel,
 )
-from ..kernels.gpu_triton.configurations import Configuration, Key
+from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
 from ..kernels.problem import AttentionProblem
+from .ahead_of_time import products_in
 from .timing import Budget, Timer, geometric_mean, interleave
 
 BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
@@ -31,9 +32,9 @@ BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
 HOPELESS = 1.5
 WIDTH = 2048  # heads times head size
 # Of each width of a type: batch and length.
-SIZES = {16: (4, 4096), 32: (4, 2048), 64: (2, 1024)}
+SIZES = {16: (4, 4096), TF32_BITS: (4, 2048), 32: (4, 2048), 64: (2, 1024)}
 # Largest difference from the form in the table, as a share of the largest element.
-DIFFERENCE = {16: 2e-2, 32: 1e-4, 64: 1e-9}
+DIFFERENCE = {16: 2e-2, TF32_BITS: 5e-3, 32: 1e-4, 64: 1e-9}
 OUTPUTS = {
     "forward": ("out", "lse"),
     "decode": ("partial", "maxima", "sums"),
@@ -81,15 +82,16 @@ class Trials:
     ) -> None:
         self._timer = timer
         self._device = device
-        self._dtypes = {16: half, 32: torch.float32, 64: torch.float64}
+        self._dtypes = {16: half, TF32_BITS: torch.float32, 32: torch.float32, 64: torch.float64}
         self._sizes, self._width = sizes, width
 
     def time_forms(self, key: Key, forms: Sequence[Configuration]) -> dict[Configuration, float]:
         """Seconds of each form that works, the geometric mean over several problems."""
         times: dict[Configuration, list[float]] = {form: [] for form in forms}
-        for problem in self.problems(key):
-            measured = self._time_on(problem, key, list(times))
-            times = {form: [*times[form], seconds] for form, seconds in measured.items()}
+        with products_in(key.bits):
+            for problem in self.problems(key):
+                measured = self._time_on(problem, key, list(times))
+                times = {form: [*times[form], seconds] for form, seconds in measured.items()}
         return {form: geometric_mean(seconds) for form, seconds in times.items()}
 
     def problems(self, key: Key) -> Iterator[AttentionProblem]:

@@ -25,13 +25,32 @@ if TYPE_CHECKING:  # they need Triton
 
 KERNELS = ("forward", "key_gradients", "query_gradients", "decode", "bias_gradients")
 FEATURES = ("plain", "rich", "dropout", "rich_dropout")
-# Wide types wait for arithmetic, whatever their form. What has no entry takes that of all features
-# at once: a form that bears them bears fewer.
-FEATURES_OF = {16: FEATURES, 32: ("plain", "rich_dropout"), 64: ("rich_dropout",)}
+# By the bits of a type, 19 are TF32's. What has no entry takes that of all features at once: a form
+# that bears them bears fewer. Wide types have few entries, since arithmetic is what they wait for.
+FEATURES_OF = {
+    16: FEATURES,
+    19: ("plain", "rich_dropout"),
+    32: ("rich_dropout",),
+    64: ("rich_dropout",),
+}
 DIMS = (128, 64, 256)
+# Of wide types larger heads than these take the safe form: a row alone fills the registers.
+WIDEST = {16: 256, 19: 128, 32: 128, 64: 64}
 FOREMOST = "sm_90"
-ARCHS = (FOREMOST, "sm_80", "sm_100")
-BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "float64": 64}
+# What serves all GPUs that are not known has half types in two forms a size, and else is safe.
+SMALL = "sm_89"
+ARCHS = (FOREMOST, "sm_80", "sm_100", SMALL)
+# Bytes of shared memory that one program may have.
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+BITS = {"bfloat16": 16, "float16": 16, "tf32": 19, "float32": 32, "float64": 64}
 TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
 
 # (BLOCK_M, BLOCK_N, warps, stages), the most promising first and the safest last.
@@ -106,13 +125,19 @@ def candidates(key: Key) -> list[Configuration]:
     """The forms that are worth a try: a wider type or head wants smaller tiles."""
     from ..kernels.gpu_triton.configurations import Configuration
 
-    side = {16: 128, 32: 64, 64: 32}[key.bits]
-    area = side * side if key.dim < 256 else min(side * side, 64 * 64)
+    side = {16: 128, 19: 128, 32: 64, 64: 32}[key.bits]
+    area, stages = side * side if key.dim < 256 else min(side * side, 64 * 64), 3
+    if key.bits > 16:  # their blocks take the room of two
+        area, stages = 128 * 64 if key.dim <= 64 else 64 * 64, 2
+    if key.bits >= 32:  # without matrix instructions, or with those of float64: all in registers
+        area //= 4
     forms = (Configuration(*form) for form in _FORMS[key.kernel])
     return [
         form
         for form in forms
-        if max(form.block_m, form.block_n) <= side and form.block_m * form.block_n <= area
+        if max(form.block_m, form.block_n) <= side
+        and form.block_m * form.block_n <= area
+        and form.num_stages <= stages
     ]
 
 
@@ -120,7 +145,7 @@ def keys(
     archs: Iterable[str],
     kernels: Sequence[str] = KERNELS,
     dims: Sequence[int] = DIMS,
-    bits: Iterable[int] = (16, 32, 64),
+    bits: Iterable[int] = (16, 19, 32, 64),
     features: Sequence[str] = FEATURES,
 ) -> list[Key]:
     """Every combination that has an entry of its own, what matters most first."""
@@ -134,6 +159,8 @@ def keys(
         for dim in dims
         for kernel in kernels
         if (kernel != "bias_gradients" or "rich" in feature) and feature in FEATURES_OF[width]
+        if dim <= WIDEST[width]
+        if arch != SMALL or (width == 16 and dim <= 128 and feature in ("plain", "rich_dropout"))
     ]
     # a stable sort: heads of 256 after all the others of the type
     return sorted(found, key=lambda key: (key.arch != FOREMOST, key.arch, key.bits, key.dim >= 256))
@@ -264,8 +291,6 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("tune: TRITON_INTERPRET is set; what is interpreted can't be tuned")
     choose: Choose
     if options.compile:
-        from .ahead_of_time import SHARED_LIMIT
-
         text = ",".join(ARCHS) if options.arch is None else options.arch
         archs = names_of("--arch", text, SHARED_LIMIT)
         choose = _by_compiling(options.output)
@@ -302,20 +327,18 @@ def _by_timing(half: torch.dtype) -> Choose:
 def _by_compiling(path: Path) -> Choose:
     """Larger tiles than FOREMOST bears are not tried elsewhere: most would be in vain."""
     from ..kernels.gpu_triton.configurations import Configuration
-    from .ahead_of_time import compile_kernel, pretend, problem_of
+    from .ahead_of_time import bears, compile_form
 
     def fits(key: Key, form: Configuration) -> tuple[bool, str]:
-        pretend(key.arch)
-        problem = problem_of(key.kernel, key.bits, key.dim, key.features)
         try:
-            compiled = compile_kernel(key.kernel, problem, form)
+            compiled = compile_form(key, form)
+            good = compiled.fits(key.arch) and bears(key, form)
         except Exception as error:
             # whatever stage of the compiler gave up: said, for it may be a fault of the kernel too
             reason = (str(error) or "no reason given").strip().splitlines()[0]
             _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
             return False, ""
-        remark = f"{compiled.registers} registers, {compiled.shared} bytes shared"
-        return compiled.fits(key.arch), remark
+        return good, f"{compiled.registers} registers, {compiled.shared} bytes shared"
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))

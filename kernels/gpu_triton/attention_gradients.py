@@ -263,32 +263,39 @@ def key_gradients(
     if HOLES:
         full_begin, full_end = end, end
     edges = (begin, full_begin, full_end, end)
-    for member in range(GROUP):
-        h = key_head * GROUP + member
-        wide_h = tl.full((), h, tl.int64)
-        query_head = head_of(query, place, wide_h, first_query, BLOCK_M, BLOCK_D)
-        grad_head = head_of(grad_out, place, wide_h, first_query, BLOCK_M, BLOCK_DV)
-        tile = (key_tile, value_tile, query_head, grad_head, j0, first, end, b, h)
-        statistics = (shift, rest, delta, (place * heads + h) * query_rows + first_query)
-        for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
-            if PHASE == 0 or not HOLES:
-                for i0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_M):
-                    state = _add_queries(
-                        state,
-                        tile,
-                        statistics,
-                        terms,
-                        dropout,
-                        i0,
-                        PHASE != 1,
-                        DEAD,
-                        SOFTCAP,
-                        PRECISION,
-                        HEAD_DIM,
-                        VALUE_DIM,
-                        BLOCK_M,
-                        BLOCK_N,
-                    )
+    STEP: tl.constexpr = BLOCK_M if GROUP == 1 else 1
+    for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
+        if PHASE == 0 or not HOLES:
+            start, stop = edges[PHASE], edges[PHASE + 1]
+            blocks = tl.cdiv(stop - start, BLOCK_M)
+            if GROUP > 1:  # one loop for all heads: a loop in a loop would take more registers
+                start, stop = 0, GROUP * blocks
+            for step in range(start, stop, STEP):
+                i0, h = step, key_head
+                if GROUP > 1:
+                    i0 = edges[PHASE] + step % blocks * BLOCK_M
+                    h = key_head * GROUP + step // blocks
+                wide_h = tl.full((), h, tl.int64)
+                query_head = head_of(query, place, wide_h, first_query, BLOCK_M, BLOCK_D)
+                grad_head = head_of(grad_out, place, wide_h, first_query, BLOCK_M, BLOCK_DV)
+                tile = (key_tile, value_tile, query_head, grad_head, j0, first, end, b, h)
+                statistics = (shift, rest, delta, (place * heads + h) * query_rows + first_query)
+                state = _add_queries(
+                    state,
+                    tile,
+                    statistics,
+                    terms,
+                    dropout,
+                    i0,
+                    PHASE != 1,
+                    DEAD,
+                    SOFTCAP,
+                    PRECISION,
+                    HEAD_DIM,
+                    VALUE_DIM,
+                    BLOCK_M,
+                    BLOCK_N,
+                )
 
     d_key_tile, d_value_tile = state
     counted = (j0 + tl.arange(0, BLOCK_N) < keys)[:, None]

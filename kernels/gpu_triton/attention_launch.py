@@ -17,7 +17,7 @@ from .attention_bias_gradients import bias_gradients
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
-from .configurations import Configuration, configuration
+from .configurations import Configuration, configuration, may_be_dead, precision
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
@@ -177,7 +177,7 @@ def attention_backward(
         "rest": rest,
         "delta": delta,
         "scale": problem.scale,
-        "DEAD": _may_be_dead(problem),
+        "DEAD": may_be_dead(problem),
         **_tensors(problem),
         **_common(problem),
         **constants,
@@ -251,18 +251,6 @@ def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wante
         return problem.query.new_empty(0)
     taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
-
-
-def _may_be_dead(problem: AttentionProblem) -> bool:
-    """Whether some row that a kernel looks at may attend nothing."""
-    mask = problem.mask
-    _, _, query_len, key_len = problem.shape
-    if mask.dense is not None or mask.query_documents is not None or problem.bias is not None:
-        return True
-    if mask.band is not None or (mask.band_upper is not None and mask.band_upper < 0):
-        return True
-    lower = mask.band_lower
-    return lower is not None and (mask.key_lengths is not None or query_len + lower > key_len)
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:
@@ -361,7 +349,6 @@ def _constants(problem: AttentionProblem) -> dict[str, Any]:
     """What an attention kernel is compiled for."""
     mask, dtype = problem.mask, problem.query.dtype
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "DTYPE": tl.float64 if statistics_dtype(dtype) == torch.float64 else tl.float32,
         "LEFT": mask.band_lower is not None or mask.band is not None,
@@ -370,7 +357,7 @@ def _constants(problem: AttentionProblem) -> dict[str, Any]:
         ),
         "DROPOUT": problem.dropout_p > 0.0,
         "SOFTCAP": problem.softcap is not None,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": precision(dtype),
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),

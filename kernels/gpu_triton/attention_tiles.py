@@ -158,6 +158,17 @@ def _tanh(x):
 
 
 @triton.jit
+def _apart(tile):
+    """`tile` as it is, cut off from where it was loaded, in the compiler's eyes.
+
+    Triton gives the operand of a product a layout for the narrowest type that it was loaded in, and
+    has none for float64 that came, by arithmetic, from a narrower one (it fails: 'Currently fp64
+    don't support largeK MMA'). It does not look behind a reduction.
+    """
+    return tl.max(tile[:, :, None], 2)
+
+
+@triton.jit
 def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Base-2 scores from q k^T, and where they count.
 
@@ -194,12 +205,16 @@ def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.cons
         dense, dense_batch, dense_head, dense_row, dense_column = mask[7]
         at = dense + b * dense_batch + h * dense_head
         at = at + i.to(tl.int64) * dense_row + j.to(tl.int64) * dense_column
-        allowed = allowed & (tl.load(at, mask=allowed, other=0) != 0)
+        marks = tl.load(at, mask=allowed, other=0)
+        allowed = allowed & ((_apart(marks) if dtype == tl.float64 else marks) != 0)
     if bias is not None:
         added, bias_batch, bias_head, bias_row, bias_column = bias
         at = added + b * bias_batch + h * bias_head
         at = at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_column
-        added = tl.load(at, mask=allowed, other=0.0).to(dtype)
+        added = tl.load(at, mask=allowed, other=0.0)
+        if dtype.primitive_bitwidth > added.dtype.primitive_bitwidth and dtype == tl.float64:
+            added = _apart(added)
+        added = added.to(dtype)
         allowed = allowed & (added > -float("inf"))
         scores += added * LOG2_E
     if MASKED:

@@ -3,7 +3,7 @@
 The forms are data: `configurations.json` holds, for each (architecture, kernel, bits of the type,
 head size, features), the form that was found best, or else the largest that compiles without
 spilling registers. An architecture or a size that the table lacks takes the entry of the nearest
-architecture below it, of the nearest size above it and of all features, or `SAFE`, which fits
+architecture that serves it, of the nearest size above it and of all features, or `SAFE`, which fits
 everywhere.
 """
 
@@ -38,17 +38,23 @@ class Key(NamedTuple):
 
     arch: str  # "sm_90"; AMD: "gfx942"
     kernel: str
-    bits: int  # of q's type
+    bits: int  # of the factors of a product: q's type, or TF32
     dim: int  # the larger one of D and Dv, rounded up to a power of two
     features: (
-        str  # "plain", "dropout", "rich" (scores changed or masked one by one), "rich_dropout"
+        str  # "plain", "dropout", "rich" (scores masked one by one or changed), "rich_dropout"
     )
 
 
 # The features that the table may have alone for a size: a form that bears them bears fewer.
 EVERYTHING = "rich_dropout"
+# 8 of the exponent, 10 of the fraction and the sign: all that TF32 takes of a float32.
+TF32_BITS = 19
 # Small tiles: several of them even at the lengths of the tests.
 INTERPRETED = Configuration(32, 32, 4, 1)
+# GPUs with 163 KiB of shared memory a program and more. All others, unknown ones too, take forms
+# made for SMALL, with 99 KiB.
+LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "sm_110")
+SMALL = "sm_89"
 SAFE = Configuration(16, 16, 4, 1)
 _SAFE_HALF = Configuration(32, 32, 4, 1)
 
@@ -62,21 +68,35 @@ def configuration(kernel: str, problem: AttentionProblem) -> Configuration:
 
 def key_of(kernel: str, problem: AttentionProblem, arch: str) -> Key:
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
-    rich = (
-        problem.mask.dense is not None
-        or problem.mask.query_documents is not None
-        or problem.bias is not None
-        or problem.alibi_slopes is not None
-        or problem.softcap is not None
-    )
+    # rows that attend nothing are sorted out of tiles in registers, which costs as many as a mask
+    rich = problem.alibi_slopes is not None or problem.softcap is not None or may_be_dead(problem)
     features = ("rich" if rich else "", "dropout" if problem.dropout_p > 0.0 else "")
+    in_tf32 = precision(problem.query.dtype) == "tf32"
     return Key(
         arch,
         kernel,
-        8 * problem.query.element_size(),
+        TF32_BITS if in_tf32 else 8 * problem.query.element_size(),
         max(16, triton.next_power_of_2(max(head_dim, value_dim))),
         "_".join(filter(None, features)) or "plain",
     )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this type are computed: torch's setting for float32, else "ieee"."""
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def may_be_dead(problem: AttentionProblem) -> bool:
+    """Whether some row that a kernel looks at may attend nothing."""
+    mask = problem.mask
+    _, _, query_len, key_len = problem.shape
+    if mask.dense is not None or mask.query_documents is not None or problem.bias is not None:
+        return True
+    if mask.band is not None or (mask.band_upper is not None and mask.band_upper < 0):
+        return True
+    lower = mask.band_lower
+    return lower is not None and (mask.key_lengths is not None or query_len + lower > key_len)
 
 
 @functools.cache
@@ -93,17 +113,22 @@ def architecture(device: torch.device) -> str:
 def lookup(key: Key) -> Configuration:
     """The table's entry for `key`, or the nearest one that is safe for it."""
     entries = table()
-    archs = sorted({entry.arch for entry in entries if entry.arch.startswith("sm_")}, key=_number)
-    below = [
-        arch for arch in archs if key.arch.startswith("sm_") and _number(arch) <= _number(key.arch)
-    ]
-    for arch in (key.arch, *reversed(below)):
+    for arch in serving(key.arch):
         for dim in (key.dim, *(2 * key.dim, 4 * key.dim)):
             for features in (key.features, EVERYTHING):
                 found = entries.get(key._replace(arch=arch, dim=dim, features=features))
                 if found is not None:
                     return found
-    return SAFE if key.bits > 16 else _SAFE_HALF
+    return SAFE if key.bits > TF32_BITS else _SAFE_HALF
+
+
+def serving(arch: str) -> list[str]:
+    """The architectures whose forms this one may take, the nearest first."""
+    if not arch.startswith("sm_") or _number(arch) < 80:
+        return [arch]
+    if arch not in LARGE:
+        return [arch, SMALL]
+    return [known for known in reversed(LARGE) if _number(known) <= _number(arch)]
 
 
 def _number(arch: str) -> int:

@@ -27,7 +27,7 @@ def draw_factors(dropout, row, first, COLUMNS: tl.constexpr, dtype: tl.constexpr
     """What dropout multiplies a tile by, `keep_scale` or 0: (ROWS, COLUMNS).
 
     dropout: (threshold, keep_scale, seed). row (ROWS, 1) int64; `first`, the first column, is a
-    multiple of 4.
+    multiple of 4, one for the tile or (ROWS, 1).
     """
     threshold, keep_scale, seed = dropout
     zero = tl.zeros((row.shape[0], COLUMNS // 4), tl.uint32)

@@ -46,9 +46,9 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], None], set[str]]] = {
     "rms_norm": (rms_norm, {"normalise", "differentiate", "sum_chunks"}),
     "masked_softmax": (masked_softmax, {"weigh", "differentiate_weights"}),
 }
-# The longest rows that a program holds, 8,192 columns with dropout and the gradient of the sum as
-# well, spill 36 bytes.
-FEW_BYTES = 40
+# The one case that spills, of the longest rows that a program holds, with dropout and the gradient
+# of the sum as well: on sm_100 in float32.
+FEW_BYTES = {("add_layer_norm", 8192, torch.float32, "sm_100"): 24}
 LONG = {"normalise_blocks", "average_rows", "differentiate", "sum_chunks"}
 
 
@@ -58,7 +58,7 @@ LONG = {"normalise_blocks", "average_rows", "differentiate", "sum_chunks"}
 )
 @pytest.mark.parametrize("columns", [64, 1024, 8192, 100_000])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_next_to_nothing_spills(name: str, columns: int, dtype: torch.dtype, arch: str) -> None:
+def test_nothing_spills(name: str, columns: int, dtype: torch.dtype, arch: str) -> None:
     """Narrow rows, whole rows, the longest that a program holds, and rows in blocks."""
     ahead_of_time.pretend(arch)
     function, kernels = OPERATIONS[name]
@@ -69,4 +69,4 @@ def test_next_to_nothing_spills(name: str, columns: int, dtype: torch.dtype, arc
     assert set(launched) >= kernels
     for compiled in launched.values():
         assert replace(compiled, spilled=0).fits(arch), launched
-        assert compiled.spilled <= FEW_BYTES, launched
+        assert compiled.spilled <= FEW_BYTES.get((name, columns, dtype, arch), 0), launched

@@ -14,7 +14,7 @@ from rowmax.bench.cases import SUITES
 from rowmax.bench.cli import build_parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
-PHASES = ("install", "parity", "attention", "compiled", "norms", "tune", "sanitize")
+PHASES = ("install", "parity", "tune", "attention", "compiled", "norms", "sanitize")
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "timeout"))), reason="needs bash and timeout"
@@ -70,7 +70,7 @@ def test_by_default(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert calls[0].startswith("-m pip install")
     logs = {path.name for path in (tmp_path / "out").iterdir()}
-    phases = ("install", "parity", "attention", "norms", "tune")
+    phases = ("install", "parity", "tune", "attention", "norms")
     assert logs >= {f"{phase}.log" for phase in phases}
     assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(phases)
 
@@ -121,3 +121,14 @@ def test_its_commands_are_understood(tmp_path: Path) -> None:
         if options.command == "speed":
             assert set(options.peers.split(",")) <= set(SUITES[options.suite].peers)
             assert 60 < options.stop_after < 540
+
+
+def test_tuning_writes_beside_the_other_results(tmp_path: Path) -> None:
+    """What is found lies there key by key, and in the table at the end, whatever became of it."""
+    table = SCRIPT.parents[1] / "kernels" / "gpu_triton" / "configurations.json"
+    before = table.read_text()
+    for fails in ("nothing-of-this", "tune"):
+        result, calls = run(tmp_path, "tune", fails=fails)
+        assert result.returncode == (1 if fails == "tune" else 0)
+        assert f"--output {tmp_path}/out/configurations.json" in calls[-1]
+        assert (tmp_path / "out" / "configurations.json").read_text() == before == table.read_text()

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from rowmax.bench import trials, tune
+from rowmax.bench.ahead_of_time import products_in
 from rowmax.bench.timing import Budget, HostTimer
 from rowmax.kernels import gpu_triton
 from rowmax.kernels.gpu_triton import attention_decode, attention_launch
@@ -29,13 +30,14 @@ def test_wide_types_and_heads_get_small_tiles() -> None:
         assert len(forms) == len(set(forms)) > 1
         assert Configuration(16, 16, 4, 1) == forms[-1]
         largest = max(form.block_m * form.block_n for form in forms)
-        assert largest <= {16: 128 * 128, 32: 64 * 64, 64: 32 * 32}[key.bits]
+        assert largest <= {16: 128 * 128, 19: 128 * 64, 32: 64 * 32, 64: 32 * 32}[key.bits]
         assert key.dim < 256 or largest <= 64 * 64
 
 
 def test_what_matters_most_comes_first() -> None:
     keys = tune.keys(["sm_90"])
-    assert len(keys) == len(set(keys)) == 3 * (4 * 4 + 2 + 2 * 4 + 1 + 4 + 1)
+    halves, tf32 = 3 * (4 * 4 + 2), 2 * (2 * 4 + 1)
+    assert len(keys) == len(set(keys)) == halves + tf32 + 2 * (4 + 1) + (4 + 1)
     assert keys[:3] == [
         Key("sm_90", kernel, 16, 128, "plain")
         for kernel in ("forward", "key_gradients", "query_gradients")
@@ -111,7 +113,7 @@ def test_the_first_that_fits_is_taken() -> None:
 
 
 def small_trials() -> trials.Trials:
-    sizes = dict.fromkeys((16, 32, 64), (2, 20))
+    sizes = dict.fromkeys((16, 19, 32, 64), (2, 20))
     return trials.Trials(HostTimer(), torch.device("cpu"), sizes=sizes, width=16)
 
 
@@ -123,6 +125,8 @@ def test_the_problems_are_those_of_the_key(features: str) -> None:
         assert problems
         for problem in problems:
             assert key_of(kernel, problem, "sm_90") == key
+            with products_in(19):
+                assert key_of(kernel, problem, "sm_90") == key._replace(bits=19)
             assert kernel != "bias_gradients" or problem.bias is not None or "rich" not in features
 
 
@@ -132,6 +136,7 @@ needs_interpreter = pytest.mark.skipif(
 ONE_TILE, SMALL = Configuration(32, 32, 4, 1), Configuration(16, 32, 4, 1)
 KEYS = [
     *(Key("sm_90", kernel, 32, 16, "plain") for kernel in tune.KERNELS[:4]),
+    Key("sm_90", "forward", 19, 16, "plain"),
     Key("sm_90", "forward", 16, 16, "dropout"),
     Key("sm_90", "key_gradients", 64, 16, "rich"),
     Key("sm_90", "query_gradients", 32, 16, "rich"),

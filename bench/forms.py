@@ -1,0 +1,84 @@
+"""`python -m rowmax.bench forms`: what the compiler makes of the Triton attention kernels' forms.
+
+For GPUs that need not be here. One line of a Markdown table for each key: its form, and what that
+takes. It reports, and judges nothing: `make compile` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from ..kernels import gpu_triton
+from .options import UsageError, listed, names_of
+from .tune import BITS, DIMS, FEATURES, FOREMOST, KERNELS, SHARED_LIMIT, keys
+
+if TYPE_CHECKING:  # they need Triton
+    from ..kernels.gpu_triton.configurations import Key
+
+COLUMNS = ("kernel", "bits", "head", "features", "form", "registers", "spilled", "shared", "wgmma")
+EXPLANATION = (
+    "form: BLOCK_M x BLOCK_N, warps, stages; registers: of a thread; spilled: bytes of a thread "
+    "(AMD: registers); shared: KiB of a program; wgmma: instructions in the code"
+)
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "forms",
+        help="compile the forms of the Triton attention kernels and show what they take",
+        description=(
+            "Compiles the Triton attention kernels, in the forms of their table, for GPUs that "
+            f"need not be here, and prints what the compiler says. {EXPLANATION}."
+        ),
+        epilog="example: python -m rowmax.bench forms --arch sm_90 --dtype bfloat16 --dim 64,128",
+    )
+    command.add_argument("--arch", metavar="NAMES", default=FOREMOST, help="default: %(default)s")
+    command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
+    command.add_argument("--dim", metavar="SIZES", help="head sizes; default: 64,128,256")
+    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(BITS)}; default: all")
+    command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; returns the exit status, 0 whatever the compiler says."""
+    kernels = names_of("--kernel", options.kernel, KERNELS)
+    dims = [int(dim) for dim in names_of("--dim", options.dim, map(str, DIMS))]
+    dtypes = names_of("--dtype", options.dtype, BITS)
+    features = names_of("--features", options.features, FEATURES)
+    archs = names_of("--arch", options.arch, SHARED_LIMIT)
+    if find_spec("triton") is None:
+        raise UsageError("forms: Triton is not installed (pip install triton)")
+    if gpu_triton.interpreting():
+        raise UsageError("forms: TRITON_INTERPRET is set; what is interpreted can't be compiled")
+    bits = dict.fromkeys(BITS[name] for name in dtypes)
+    for arch in archs:
+        print(f"\n{arch}, at most {SHARED_LIMIT[arch] / 1024:g} KiB of shared memory a program\n")
+        print(_line(COLUMNS))
+        print(_line(["---"] * len(COLUMNS)))
+        for key in keys([arch], kernels, dims, bits, features):
+            print(_line(_cells(key)), flush=True)
+    return 0
+
+
+def _cells(key: Key) -> list[str]:
+    from ..kernels.gpu_triton.configurations import lookup
+    from .ahead_of_time import compile_form
+
+    form = lookup(key)
+    text = f"{form.block_m} x {form.block_n}, {form.num_warps}, {form.num_stages}"
+    name = [key.kernel, str(key.bits), str(key.dim), key.features, text]
+    try:
+        compiled = compile_form(key, form)
+    except Exception as error:
+        # any stage of the compiler may give up, each with an error of its own: that is a finding
+        reason = (str(error) or "no reason given").strip().splitlines()[0]
+        return [*name, f"does not compile: {type(error).__name__}: {reason}", "", "", ""]
+    shared = f"{compiled.shared / 1024:.0f}"
+    numbers = [str(compiled.registers), str(compiled.spilled), shared, str(compiled.wgmma)]
+    return [*name, *numbers]
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
