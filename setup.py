@@ -42,11 +42,15 @@ KERNEL_SOURCES = [
     "norms_backward.cpp",
     "softmax_rows.cpp",
 ]
-INSTRUCTION_SETS: dict[str, list[str]] = {"portable": []}
+# Name -> its flags, and what is compiled for it.
+INSTRUCTION_SETS: dict[str, tuple[list[str], list[str]]] = {"portable": ([], KERNEL_SOURCES)}
 if platform.machine() in ("x86_64", "AMD64"):
+    AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+    AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
     INSTRUCTION_SETS |= {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mf16c"],
+        "avx2": (AVX2, KERNEL_SOURCES),
+        "avx512": (AVX512, KERNEL_SOURCES),
+        "avx512_bf16": ([*AVX512, "-mavx512bf16"], ["attention_forward.cpp"]),
     }
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
 # Products and sums are fused where the source says so, and nowhere else: the same bits in every
@@ -105,9 +109,9 @@ def extension_arguments() -> dict[str, Any]:
             write_constants = runpy.run_path(str(ROOT / "csrc" / "write_constants.py"))["write"]
             write_constants(build / "constants.h")
             ext.include_dirs.append(str(build))
-            for name, flags in INSTRUCTION_SETS.items():
+            for name, (flags, sources) in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(
-                    [f"csrc/{source}" for source in KERNEL_SOURCES],
+                    [f"csrc/{source}" for source in sources],
                     output_dir=str(build / name),
                     include_dirs=[str(build)],
                     extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DROWMAX_ISA={name}"],

@@ -7,9 +7,10 @@
 //
 // so that maxima, sums and exponentials are lane-wise, with no reduction across a vector. At the end
 // out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022). A sink is a
-// key of weight 2^(sink - m) without a value: it starts m and l.
+// key of weight 2^(sink - m) without a value: it starts m and l. `attention_products.h` has the two
+// products, in float or in pairs of bfloat16.
 
-#include "attention_tiles.h"
+#include "attention_products.h"
 #include "kernels.h"
 
 namespace rowmax {
@@ -18,9 +19,9 @@ namespace {
 
 template <typename T>
 struct ForwardScratch {
-  ForwardScratch(const AttentionCall& call, Scratch& scratch) {
+  ForwardScratch(const AttentionCall& call, int64_t query_elements, Scratch& scratch) {
     const int64_t width = call.tile;
-    query_t = scratch.take<T>(call.head_dim * width);
+    query_t = scratch.take<T>(query_elements);
     out_t = scratch.take<T>(call.value_dim * width);
     scores = scratch.take<T>(BLOCK_KEYS * width);
     terms = scratch.take<T>(BLOCK_KEYS * width);
@@ -38,7 +39,7 @@ struct ForwardScratch {
     }
   }
 
-  T *query_t, *out_t;    // (D, width), (Dv, width)
+  T *query_t, *out_t;    // Q^T, (Dv, width)
   T *scores, *terms;     // (BLOCK_KEYS, width)
   T *row_max, *row_sum;  // (width,)
   T* rescale;
@@ -88,18 +89,6 @@ bool softmax_block(
   return moved;
 }
 
-// matrix[r, :] *= factors[:] for a (rows, width) matrix.
-template <typename T>
-void scale_columns(T* matrix, int64_t rows, int64_t width, const T* factors) {
-  for (int64_t v = 0; v < width; v += LANES<T>) {
-    const Vec<T> factor = load(factors + v);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* at = matrix + r * width + v;
-      store(at, load(at) * factor);
-    }
-  }
-}
-
 // out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.
 template <typename T>
 void finish(
@@ -144,7 +133,7 @@ void finish(
 }
 
 // One tile of queries of head (b, h), from `start` on.
-template <typename T>
+template <typename Products, typename T = typename Products::T>
 void forward_tile(
     const AttentionCall& call, int64_t b, int64_t h, int64_t start, const ForwardScratch<T>& to) {
   const Sequence sequence = sequence_of(call, b);
@@ -152,7 +141,7 @@ void forward_tile(
   if (tile.rows <= 0) {
     return;
   }
-  const int64_t width = tile.width, vectors = width / LANES<T>;
+  const int64_t width = tile.width;
   const int64_t head = h / (call.heads / call.key_heads);
   const int64_t key = sequence.place * call.key_batch + head * call.key_head +
                       sequence.first_key * call.key_row;
@@ -164,15 +153,9 @@ void forward_tile(
   fill(to.row_max, width, sink ? static_cast<T>(call.sinks[h] * LOG2_E) : -INFINITE<T>);
   fill(to.row_sum, width, sink ? T(1) : T(0));
   if (range.begin < range.end) {
-    if (tile.rows < width) {
-      fill(to.query_t, call.head_dim * width, T(0));
-    }
     const int64_t offset = sequence.place * call.query_batch + h * call.query_head +
                            (sequence.first_query + start) * call.query_row;
-    const Matrix<const T> query = readable<T>(
-        call.half, call.query, offset, call.query_row, tile.rows, call.head_dim, to.wide_rows);
-    transpose<T>(
-        query, {to.query_t, width}, tile.rows, call.head_dim, static_cast<T>(call.scale));
+    Products::load_query(call, offset, tile, to.query_t, to.wide_rows);
   }
   bool started = false;
   for (int64_t k0 = range.begin, keys; k0 < range.end; k0 += keys) {
@@ -180,12 +163,8 @@ void forward_tile(
     if (attends_none(call, tile, k0, keys)) {
       continue;
     }
-    const Matrix<const T> key_block = readable<T>(
-        call.half, call.key, key + k0 * call.key_row, call.key_row, keys, call.head_dim,
-        to.wide_rows);
-    multiply<T>(
-        vectors, keys, call.head_dim, {key_block.at, key_block.row, 1}, {to.query_t, width},
-        {to.scores, width}, false);
+    Products::score_product(
+        call, key + k0 * call.key_row, keys, width, to.query_t, to.scores, to.wide_rows);
     if (call.cap != 0.0) {
       cap_scores(static_cast<T>(call.cap), to.scores, to.terms, keys * width);
     }
@@ -197,15 +176,9 @@ void forward_tile(
     if (call.dropout) {
       drop_weights(call, tile, k0, keys, to.scores);
     }
-    if (moved && started) {
-      scale_columns(to.out_t, call.value_dim, width, to.rescale);
-    }
-    const Matrix<const T> values = readable<T>(
-        call.half, call.value, value + k0 * call.value_row, call.value_row, keys, call.value_dim,
-        to.wide_rows);
-    multiply<T>(
-        vectors, call.value_dim, keys, {values.at, 1, values.row}, {to.scores, width},
-        {to.out_t, width}, started);
+    Products::value_product(
+        call, value + k0 * call.value_row, keys, width, to.scores, to.out_t, to.rescale, moved,
+        started, to.wide_rows);
     started = true;
   }
   if (!started) {
@@ -231,10 +204,11 @@ void prefetch_head(const AttentionCall& call, int64_t plane) {
 }
 
 // All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask) first.
-template <typename T>
+template <typename Products>
 void forward(const AttentionCall& call, void* memory) {
+  using T = typename Products::T;
   Scratch scratch(memory);
-  const ForwardScratch<T> parts(call, scratch);
+  const ForwardScratch<T> parts(call, Products::query_elements(call), scratch);
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t tasks = call.batch * call.heads * tiles;
   while (true) {
@@ -249,22 +223,29 @@ void forward(const AttentionCall& call, void* memory) {
         prefetch_head<T>(call, following / tiles);
       }
       const int64_t plane = task / tiles, tile = tiles - 1 - task % tiles;
-      forward_tile<T>(call, plane / call.heads, plane % call.heads, tile * call.tile, parts);
+      forward_tile<Products>(call, plane / call.heads, plane % call.heads, tile * call.tile, parts);
     }
   }
 }
 
-template <typename T>
+template <typename Products>
 int64_t forward_scratch(const AttentionCall& call) {
   Scratch scratch(nullptr);
-  ForwardScratch<T>(call, scratch);
+  ForwardScratch<typename Products::T>(call, Products::query_elements(call), scratch);
   return scratch.bytes();
 }
 
+template <typename Products>
+constexpr AttentionKernel KERNEL{forward<Products>, forward_scratch<Products>};
+
 }  // namespace
 
-const AttentionKernel attention_forward[2] = {
-    {forward<float>, forward_scratch<float>}, {forward<double>, forward_scratch<double>}};
+// This file is compiled for AVX512-BF16 as well, and then has but the products of pairs.
+#if defined(__AVX512BF16__)
+const AttentionKernel attention_forward_pairs = KERNEL<Pairs>;
+#else
+const AttentionKernel attention_forward[2] = {KERNEL<Floats<float>>, KERNEL<Floats<double>>};
+#endif
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

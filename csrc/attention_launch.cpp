@@ -201,7 +201,10 @@ void forward(const Tensor& out, const Tensor& lse, const Problem& problem) {
   call.tile = tile;
   const int64_t tiles = divide_up(call.query_len, tile);
   call.run = std::max<int64_t>(1, tiles * launch.heads_at_once(planes));
-  launch.run(launch.kernels.attention_forward[launch.type], planes * tiles, 0, 0);
+  const AttentionKernel* pairs = call.half == kBfloat16 ? bfloat16_forward() : nullptr;
+  launch.run(
+      pairs != nullptr ? *pairs : launch.kernels.attention_forward[launch.type], planes * tiles, 0,
+      0);
 }
 
 // How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.

@@ -53,10 +53,29 @@ const Kernels& choose() {
       std::to_string(8 * widest->vector_bytes) + " here, got '" + asked + "'");
 }
 
+const AttentionKernel* choose_bfloat16() {
+  const char* variable = std::getenv("ROWMAX_BFLOAT16_DOTS");
+  const std::string asked = variable == nullptr ? "1" : variable;
+  if (asked != "0" && asked != "1") {
+    throw std::runtime_error("ROWMAX_BFLOAT16_DOTS: expected 0 or 1, got '" + asked + "'");
+  }
+#if defined(__x86_64__)
+  if (asked == "1" && chosen_kernels().vector_bytes == 64 && __builtin_cpu_supports("avx512bf16")) {
+    return &avx512_bf16::attention_forward_pairs;
+  }
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
 const Kernels& chosen_kernels() {
   static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const AttentionKernel* bfloat16_forward() {
+  static const AttentionKernel* const chosen = choose_bfloat16();
   return chosen;
 }
 

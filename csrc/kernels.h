@@ -45,9 +45,19 @@ ROWMAX_DECLARE_KERNELS(avx512)
 ROWMAX_DECLARE_KERNELS(avx2)
 #endif
 ROWMAX_DECLARE_KERNELS(portable)
+#if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const AttentionKernel attention_forward_pairs;
+}
+#endif
 
 // The kernels of this processor's widest vectors, or of the width that the environment's
 // ROWMAX_VECTOR_BITS asks for. Throws std::runtime_error where that names none.
 const Kernels& chosen_kernels();
+
+// The forward pass of bfloat16 by the processor's dot-product instructions; null where it has none, where
+// narrower vectors are asked for, or where the environment's ROWMAX_BFLOAT16_DOTS is 0. Throws
+// std::runtime_error where that is neither 0 nor 1.
+const AttentionKernel* bfloat16_forward();
 
 }  // namespace rowmax

@@ -140,20 +140,13 @@ ROWMAX_INLINE V interleave(V a, V b, int part) {
   return interleave(a, b, part, std::make_integer_sequence<int, lanes>{});
 }
 
-// LANES x LANES elements: to[c * to_row + r] = factor * from[r * from_row + c], by log2(LANES) rounds
-// of interleaving row r with row r + LANES / 2, in registers.
-template <typename T>
-__attribute__((noinline)) void transpose_block(
-    const T* from, int64_t from_row, T* to, int64_t to_row, T factor) {
-  constexpr int lanes = LANES<T>;
-  Vec<T> rows[lanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < lanes; ++r) {
-    rows[r] = load(from + r * from_row) * splat(factor);
-  }
+// LANES vectors of LANES elements, in registers: log2(LANES) rounds of interleaving vector r with
+// vector r + LANES / 2.
+template <typename V, int lanes>
+ROWMAX_INLINE void transpose_rows(V (&rows)[lanes]) {
 #pragma GCC unroll 4
   for (int round = lanes; round > 1; round /= 2) {
-    Vec<T> mixed[lanes];
+    V mixed[lanes];
 #pragma GCC unroll 8
     for (int r = 0; r < lanes / 2; ++r) {
       mixed[2 * r] = interleave(rows[r], rows[r + lanes / 2], 0);
@@ -164,6 +157,19 @@ __attribute__((noinline)) void transpose_block(
       rows[r] = mixed[r];
     }
   }
+}
+
+// LANES x LANES elements: to[c * to_row + r] = factor * from[r * from_row + c].
+template <typename T>
+__attribute__((noinline)) void transpose_block(
+    const T* from, int64_t from_row, T* to, int64_t to_row, T factor) {
+  constexpr int lanes = LANES<T>;
+  Vec<T> rows[lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes; ++r) {
+    rows[r] = load(from + r * from_row) * splat(factor);
+  }
+  transpose_rows(rows);
 #pragma GCC unroll 16
   for (int r = 0; r < lanes; ++r) {
     store(to + r * to_row, rows[r]);

@@ -187,6 +187,8 @@ void softmax_backward(
 
 int64_t vector_bits() { return 8 * chosen_kernels().vector_bytes; }
 
+bool bfloat16_dots() { return bfloat16_forward() != nullptr; }
+
 }  // namespace
 }  // namespace rowmax
 
@@ -208,6 +210,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
       "softmax_backward(Tensor weights, int weights_row, Tensor grad, int grad_row,"
       " Tensor(a!) d_scores, int rows, int keys, float scale) -> ()");
   m.def("vector_bits() -> int");
+  m.def("bfloat16_dots() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
@@ -219,4 +222,5 @@ STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CompositeExplicitAutograd, m) {
   m.impl("vector_bits", TORCH_BOX(&rowmax::vector_bits));
+  m.impl("bfloat16_dots", TORCH_BOX(&rowmax::bfloat16_dots));
 }

@@ -50,6 +50,7 @@ def unavailable() -> str | None:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"
     try:
         torch.ops.rowmax_native.vector_bits()
+        torch.ops.rowmax_native.bfloat16_dots()
     except RuntimeError as error:
         return str(error)
     return None
