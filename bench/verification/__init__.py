@@ -1,0 +1,8 @@
+"""How close the kernels, or anyone's own, are to float64; start with `verify`."""
+
+from __future__ import annotations
+
+from .outcome import Report
+from .suite import verify
+
+__all__ = ["Report", "verify"]

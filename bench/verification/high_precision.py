@@ -1,0 +1,221 @@
+"""The float64 oracle held to mpmath: plain loops with 50 digits, gradients by differences.
+
+Small cases only, for each gradient takes two evaluations of everything; what is checked is every
+formula of the oracle, so that a wrong one can't call right kernels wrong, or wrong ones right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import mpmath
+import torch
+from mpmath import mpf
+from torch import Tensor
+
+from ...kernels import Causal, KeyLengths
+from ...kernels.reference import attention_keep
+from .arguments import Arguments, Results, naive_problem, oracle
+from .attention_cases import Draw, Kind, Sizes, attention_arguments
+from .row_cases import RowQuestion, norm_question
+
+DIGITS = 50
+STEP = mpf(10) ** -15  # of the differences, whose own error is about its square
+# Errors of the oracle that pass, relative to the largest element: float64 has eps 2.2e-16.
+WITHIN = 1e-13
+
+SIZES = Sizes(2, 4, 2, 3, 4, 2, 3)
+ATTENTION = {
+    "plain": Kind(),
+    "causal, scale": Kind(lambda s, d: Causal("lower_right"), options={"scale": -0.7}),
+    "lengths, sinks": Kind(lambda s, d: KeyLengths(torch.tensor([0, 3])), sinks=True),
+    "bias, softcap": Kind(
+        bias=lambda s, d: d.normal(1, s.Hq, s.Lq, s.Lk), options={"softcap": 1.2}
+    ),
+    "dropout": Kind(options={"dropout_p": 0.4, "seed": 2**40 + 7}),
+}
+NORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "layer_norm": (("weight", "bias"), {}),
+    "rms_norm": (("weight",), {}),
+    "add_layer_norm": (("weight", "bias"), {"dropout_p": 0.3, "seed": 5}),
+}
+
+
+@dataclass(frozen=True)
+class OracleCheck:
+    """How far the oracle is from 50 digits on one small case."""
+
+    name: str
+    error: float  # the largest of all its tensors, relative to the tensor's largest element
+    worst: str  # the tensor
+    tensors: int
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= WITHIN
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "error": self.error, "worst": self.worst}
+
+
+def count(ops: tuple[str, ...]) -> int:
+    """How many `check` finds."""
+    return (len(ATTENTION) if "attention" in ops else 0) + sum(op in ops for op in NORMS)
+
+
+def check(ops: tuple[str, ...]) -> Iterator[OracleCheck]:
+    with mpmath.workdps(DIGITS):
+        if "attention" in ops:
+            for name, kind in ATTENTION.items():
+                arguments = attention_arguments(kind, SIZES, Draw(29, torch.float64))
+                yield _attention(f"attention, {name}", arguments)
+        for op, (parameters, options) in NORMS.items():
+            if op in ops:
+                draw = Draw(31, torch.float64)
+                question = norm_question(op, draw.normal(2, 5), draw, parameters, options)
+                yield _rows(op, question)
+
+
+def _attention(name: str, arguments: Arguments) -> OracleCheck:
+    leaves = {key: _numbers(tensor) for key, tensor in arguments.differentiable().items()}
+    assert arguments.grad_out is not None  # attention_arguments draws both
+    assert arguments.grad_lse is not None
+    grad_out, grad_lse = _numbers(arguments.grad_out), _numbers(arguments.grad_lse)
+    problem = naive_problem(arguments)
+    batch, heads, rows, keys = arguments.shape
+    allowed = problem.mask.allowed(rows, keys, arguments.q.device)
+    may = [True] * (batch * heads * rows * keys)
+    if allowed is not None:
+        may = allowed.expand(arguments.shape).flatten().tolist()
+    keep = _keep(arguments)
+    dim, value_dim, key_heads = arguments.q.shape[3], arguments.v.shape[3], arguments.k.shape[1]
+    scale, softcap = mpf(problem.scale), problem.softcap
+
+    def forward(given: dict[str, list[Any]]) -> tuple[list[Any], list[Any]]:
+        out, lse = [], []
+        for b, h, i in product(range(batch), range(heads), range(rows)):
+            shared = b * key_heads + h // (heads // key_heads)
+            at = (b * heads + h) * rows + i
+            terms, total = [], mpf(0)
+            if "sinks" in given:
+                total += mpmath.exp(given["sinks"][h])
+            for j in range(keys):
+                if not may[at * keys + j]:
+                    terms.append(mpf(0))
+                    continue
+                score = scale * sum(
+                    given["q"][at * dim + d] * given["k"][(shared * keys + j) * dim + d]
+                    for d in range(dim)
+                )
+                if softcap is not None:
+                    score = softcap * mpmath.tanh(score / softcap)
+                if "bias" in given:
+                    score += given["bias"][(h * rows + i) * keys + j]
+                terms.append(mpmath.exp(score))
+                total += terms[-1]
+            lse.append(mpmath.log(total) if total else None)
+            for d in range(value_dim):
+                summed = sum(
+                    terms[j] * keep[at * keys + j] * given["v"][(shared * keys + j) * value_dim + d]
+                    for j in range(keys)
+                )
+                out.append(summed / total if total else mpf(0))
+        return out, lse
+
+    def received(given: dict[str, list[Any]]) -> Any:
+        out, lse = forward(given)
+        from_lse = sum(g * x for g, x in zip(grad_lse, lse, strict=True) if x is not None)
+        return sum(g * x for g, x in zip(grad_out, out, strict=True)) + from_lse
+
+    out, lse = forward(leaves)
+    exact = {"out": out, "lse": [mpf("-inf") if x is None else x for x in lse]}
+    return _compared(name, oracle(arguments), exact | _differences(leaves, received))
+
+
+def _keep(arguments: Arguments) -> list[Any]:
+    """What dropout multiplies each weight by, as Philox says."""
+    count = torch.Size(arguments.shape).numel()
+    dropout_p = arguments.options.get("dropout_p", 0.0)
+    if dropout_p == 0.0:
+        return [mpf(1)] * count
+    kept = attention_keep(torch.tensor(arguments.options["seed"]), dropout_p, arguments.shape)
+    factor = 1 / (1 - mpf(dropout_p))
+    return [factor if one else mpf(0) for one in kept.flatten().tolist()]
+
+
+def _rows(op: str, question: RowQuestion) -> OracleCheck:
+    leaves = {key: _numbers(tensor) for key, tensor in question.inputs.items()}
+    grads = [_numbers(grad) for grad in question.grads]
+    rows, columns = question.x.shape
+    dropout_p = mpf(question.options.get("dropout_p", 0.0))
+    eps = mpf(1e-6 if op == "rms_norm" else 1e-5)
+    kept = [True] * (rows * columns) if question.keep is None else question.keep.flatten().tolist()
+
+    def forward(given: dict[str, list[Any]]) -> list[list[Any]]:
+        y, total = [], []
+        for row in range(rows):
+            part = slice(row * columns, (row + 1) * columns)
+            x = given["x"][part]
+            if op == "add_layer_norm":
+                x = [
+                    r + (v / (1 - dropout_p) if keeps else 0)
+                    for r, v, keeps in zip(given["residual"][part], x, kept[part], strict=True)
+                ]
+                total += x
+            if op != "rms_norm":
+                mean = sum(x) / columns
+                x = [v - mean for v in x]
+            root = mpmath.sqrt(sum(v * v for v in x) / columns + eps)
+            for column, v in enumerate(x):
+                value = v / root * given["weight"][column]
+                y.append(value + (given["bias"][column] if "bias" in given else 0))
+        return [y, total] if op == "add_layer_norm" else [y]
+
+    def received(given: dict[str, list[Any]]) -> Any:
+        return sum(
+            g * x
+            for grad, output in zip(grads, forward(given), strict=True)
+            for g, x in zip(grad, output, strict=True)
+        )
+
+    exact = dict(zip(("out", "sum"), forward(leaves), strict=False))
+    found = {name: answer.exact for name, answer in question.answers.items()}
+    return _compared(op, found, exact | _differences(leaves, received))
+
+
+def _differences(
+    leaves: dict[str, list[Any]], function: Callable[[dict[str, list[Any]]], Any]
+) -> dict[str, list[Any]]:
+    """d function / d each element of each leaf, by central differences."""
+    found: dict[str, list[Any]] = {}
+    for name, values in leaves.items():
+        gradient = []
+        for at, value in enumerate(values):
+            ends = []
+            for step in (STEP, -STEP):
+                moved = list(values)
+                moved[at] = value + step
+                ends.append(function({**leaves, name: moved}))
+            gradient.append((ends[0] - ends[1]) / (2 * STEP))
+        found[f"d_{name}"] = gradient
+    return found
+
+
+def _compared(name: str, found: Results, exact: dict[str, list[Any]]) -> OracleCheck:
+    worst, error = "", 0.0
+    for key, numbers in exact.items():
+        got = _numbers(found[key])
+        largest = max((abs(x) for x in numbers if mpmath.isfinite(x)), default=mpf(1)) or mpf(1)
+        for left, right in zip(got, numbers, strict=True):
+            apart = 0.0 if left == right else float(abs(left - right) / largest)
+            # written so that a NaN is kept
+            if not apart <= error:
+                worst, error = key, apart
+    return OracleCheck(name, error, worst, len(exact))
+
+
+def _numbers(tensor: Tensor) -> list[Any]:
+    return [mpf(x) for x in tensor.detach().flatten().tolist()]

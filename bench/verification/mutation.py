@@ -1,0 +1,108 @@
+"""The check of the check: deliberately broken kernels, each of which the suite must reject.
+
+A tolerance that lets one of them live is too wide, whatever it says of the kernels that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import attention_mutants, row_mutants
+from .questions import Case, dtype_text, put
+from .subjects import Subject
+
+CONTROL = attention_mutants.Mutant().name
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """What became of one broken kernel in one dtype; `control` is the same kernel unbroken."""
+
+    fault: str
+    what: str
+    dtype: torch.dtype
+    rejected_by: str | None  # a case and what it found; None: it lives
+    rejections: int  # cases that reject it, of `cases` that were put
+    cases: int
+    control: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return (self.rejected_by is None) == self.control
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "fault": self.fault,
+            "what": self.what,
+            "dtype": dtype_text(self.dtype),
+            "rejected_by": self.rejected_by,
+            "rejections": self.rejections,
+            "cases": self.cases,
+            "control": self.control,
+        }
+
+
+def faults_of(ops: Sequence[str], dtype: torch.dtype) -> dict[str, tuple[str, str]]:
+    """Fault -> op and what is wrong, for those that are faults in this dtype."""
+    found: dict[str, tuple[str, str]] = {}
+    half = dtype.itemsize < 4
+    if "attention" in ops:
+        for name, what in attention_mutants.FAULTS.items():
+            if not (half and name in attention_mutants.WIDE_ONLY):
+                found[name] = "attention", what
+    for name, (op, what) in row_mutants.FAULTS.items():
+        if op in ops and not (half and name in row_mutants.WIDE_ONLY):
+            found[name] = op, what
+    return found
+
+
+def count(ops: Sequence[str], dtype: torch.dtype) -> int:
+    """How many `check` finds."""
+    return len(faults_of(ops, dtype)) + ("attention" in ops)
+
+
+def check(
+    ops: Sequence[str], dtype: torch.dtype, cases: Sequence[Case], *, thorough: bool
+) -> Iterator[Mutation]:
+    """The unbroken kernel first, then each fault; `thorough` counts all cases that reject it."""
+    if "attention" in ops:
+        control = attention_mutants.Mutant()
+        what = "the kernel that the others are made from, which must pass"
+        yield _judged(control, control.name, what, dtype, cases, "attention", True)
+    for name, (op, what) in faults_of(ops, dtype).items():
+        subject: Subject
+        if op == "attention":
+            subject = attention_mutants.Mutant(name)
+        else:
+            subject = row_mutants.RowMutant(name)
+        yield _judged(subject, name, what, dtype, cases, op, thorough)
+
+
+def _judged(
+    subject: Subject,
+    name: str,
+    what: str,
+    dtype: torch.dtype,
+    cases: Sequence[Case],
+    op: str,
+    thorough: bool,
+) -> Mutation:
+    by, rejections, asked = None, 0, 0
+    for case in cases:
+        if case.op != op or case.dtype != dtype:
+            continue
+        verdict = put(case, subject)
+        if verdict.declined is not None:
+            continue
+        asked += 1
+        if not verdict.passed:
+            rejections += 1
+            if by is None:
+                by = f"{case.kind} {case.shape}: {verdict.faults[0]}"
+            if not thorough:
+                break
+    return Mutation(name, what, dtype, by, rejections, asked, name == CONTROL)

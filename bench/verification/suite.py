@@ -1,0 +1,241 @@
+"""`verify`: the whole suite put to the backends here, or to any callable with SDPA's signature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ...kernels import dispatch
+from ..machine import describe
+from . import adversarial, high_precision, invariants, mutation
+from .attention_cases import (
+    KINDS,
+    PACKED_SHAPES,
+    QUICK_SHAPES,
+    SHAPES,
+    Sizes,
+    attention_cases,
+    packed_cases,
+)
+from .outcome import Judged, Report
+from .questions import Case, Verdict, dtype_text, put
+from .row_cases import NORM_KINDS, SOFTMAX_KINDS, row_cases
+from .subjects import OPS, ROW_OPS, Backend, Sdpa, SdpaLike, Subject
+
+DTYPES = {
+    dtype_text(dtype): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+QUICK_DTYPES = ("float32", "bfloat16")
+ALL_KINDS = tuple(
+    dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *adversarial.KINDS))
+)
+CHECKS = ("oracle", "accuracy", "invariants", "mutations")
+
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to check; every name is one of OPS, ALL_KINDS, DTYPES and CHECKS."""
+
+    ops: tuple[str, ...] = OPS
+    kinds: tuple[str, ...] = ALL_KINDS
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    checks: tuple[str, ...] = CHECKS
+    shapes: tuple[Sizes, ...] = ()  # of attention, in place of the suite's own
+    quick: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ops": list(self.ops),
+            "kinds": list(self.kinds),
+            "dtypes": list(self.dtypes),
+            "checks": list(self.checks),
+            "shapes": [list(shape) for shape in self.shapes],
+            "quick": self.quick,
+        }
+
+
+class Listener:
+    """Is told how far the run is; this one says nothing."""
+
+    def begin(self, total: int) -> None: ...
+    def step(self, what: str) -> None: ...
+    def verdict(self, subject: str, verdict: Verdict) -> None: ...
+
+
+def verify(
+    function: SdpaLike | None = None,
+    *,
+    name: str | None = None,
+    backends: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    checks: Sequence[str] | None = None,
+    shapes: Sequence[Sequence[int]] = (),
+    quick: bool = False,
+    device: torch.device | str = "cpu",
+    listener: Listener | None = None,
+) -> Report:
+    """Holds kernels to the float64 oracle, forward and every gradient, and reports what it finds.
+
+    Args:
+        function: a callable with the signature of
+            `torch.nn.functional.scaled_dot_product_attention`, run on `device`; None takes the
+            backends of rowmax.kernels.
+        name: what the report calls `function`; its own name when None.
+        backends: names of backends, without `function`; those that work here when None.
+        ops: of "attention", "attention_varlen", "layer_norm", "add_layer_norm", "rms_norm",
+            "masked_softmax". kinds: of masks and options, see `ALL_KINDS`.
+        dtypes: of "float64", "float32", "bfloat16", "float16"; all when None, with `quick`
+            float32 and bfloat16.
+        checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",
+            "mutations" (of kernels broken on purpose: whether the suite notices); all when None.
+        shapes: (B, Hq, Hkv, Lq, Lk, D, Dv) each, for attention in place of the suite's own.
+        quick: fewer shapes and dtypes: less than a minute once kernels are compiled.
+
+    Returns:
+        a `Report`: `print(report)`, `report.passed`, `report.as_json()`, `report.as_html()`.
+
+    Raises:
+        TypeError: `function` is not callable. ValueError: an unknown name, a shape that is none.
+        RuntimeError: a named backend that does not work here.
+    """
+    if function is not None and not callable(function):
+        raise TypeError(f"verify: function: expected a callable, got {type(function).__name__}")
+    chosen = None if dtypes is None and not quick else (dtypes or QUICK_DTYPES)
+    settings = Settings(
+        ops=_names("ops", ops, OPS),
+        kinds=_names("kinds", kinds, ALL_KINDS),
+        dtypes=_names("dtypes", chosen, tuple(DTYPES)),
+        checks=_names("checks", checks, CHECKS),
+        shapes=tuple(_sizes(shape) for shape in shapes),
+        quick=quick,
+    )
+    subjects: list[Subject]
+    if function is None:
+        subjects = list(map(Backend, available(backends)))
+    else:
+        subjects = [Sdpa(function, name, device)]
+        attention = tuple(op for op in settings.ops if op == "attention")
+        settings = replace(settings, ops=attention)
+    return run(subjects, settings, listener or Listener())
+
+
+def available(names: Sequence[str] | None = None) -> list[str]:
+    """The backends that work here, or those of `names`. Raises ValueError, RuntimeError."""
+    if names is None:
+        return [name for name, reason in dispatch.installation().items() if reason is None]
+    for name in _names("backends", names, dispatch.NAMES):
+        reason = dispatch.unavailable(name)
+        if reason is not None:
+            raise RuntimeError(f"verify: backend {name} does not work here: {reason}")
+    return list(names)
+
+
+def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> Report:
+    """All checks, dtype by dtype, so that each oracle serves all subjects and is then let go."""
+    started = perf_counter()
+    report = Report(describe(), settings.as_json() | {"subjects": [s.name for s in subjects]})
+    report.judged = [Judged(subject.name) for subject in subjects]
+    cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
+    listener.begin(_steps(subjects, settings, cases))
+    if "oracle" in settings.checks:
+        for check in high_precision.check(settings.ops):
+            report.oracle.append(check)
+            listener.step("oracle")
+    for name, of_dtype in cases.items():
+        dtype = DTYPES[name]
+        for subject, judged in zip(subjects, report.judged, strict=True):
+            what = f"{subject.name}, {name}"
+            if "accuracy" in settings.checks:
+                for case in of_dtype:
+                    if case.op in subject.ops:
+                        judged.verdicts.append(put(case, subject))
+                        listener.verdict(subject.name, judged.verdicts[-1])
+                    listener.step(what)
+            if "invariants" in settings.checks:
+                for invariant in invariants.check(subject, settings.ops, dtype):
+                    judged.invariants.append(invariant)
+                    listener.step(what)
+        if "mutations" in settings.checks:
+            full = _mutation_cases(settings, of_dtype, dtype)
+            for found in mutation.check(settings.ops, dtype, full, thorough=False):
+                report.mutations.append(found)
+                listener.step(f"mutants, {name}")
+        for case in of_dtype:
+            case.forget()
+    report.seconds = perf_counter() - started
+    return report
+
+
+def cases_of(settings: Settings, dtype: torch.dtype) -> list[Case]:
+    cases: list[Case] = []
+    kinds = settings.kinds
+    of_attention = tuple(kind for kind in kinds if kind in KINDS)
+    if "attention" in settings.ops:
+        shapes = settings.shapes or (QUICK_SHAPES if settings.quick else SHAPES)
+        cases += attention_cases(dtype, shapes, of_attention, empty=not settings.shapes)
+    if "attention_varlen" in settings.ops:
+        cases += packed_cases(dtype, settings.shapes or PACKED_SHAPES, of_attention)
+    cases += row_cases(
+        tuple(op for op in settings.ops if op in ROW_OPS), dtype, kinds, quick=settings.quick
+    )
+    cases += adversarial.adversarial_cases(settings.ops, dtype, kinds)
+    return cases
+
+
+def _mutation_cases(settings: Settings, cases: list[Case], dtype: torch.dtype) -> list[Case]:
+    """What mutants are put to: all kinds, however the run was narrowed, at the quick shapes.
+
+    A mutant of dropout is right wherever nothing is dropped: that is no fault of the tolerance.
+    """
+    wanted = replace(settings, kinds=ALL_KINDS, shapes=(), quick=True)
+    known = {(case.op, case.kind, case.shape): case for case in cases}
+    return [
+        known.get((case.op, case.kind, case.shape), case) for case in cases_of(wanted, dtype)
+    ]
+
+
+def _steps(
+    subjects: Sequence[Subject], settings: Settings, cases: dict[str, list[Case]]
+) -> int:
+    total = 0
+    if "oracle" in settings.checks:
+        total += high_precision.count(settings.ops)
+    for name, of_dtype in cases.items():
+        if "accuracy" in settings.checks:
+            total += len(subjects) * len(of_dtype)
+        if "invariants" in settings.checks:
+            total += sum(invariants.count(subject, settings.ops) for subject in subjects)
+        if "mutations" in settings.checks:
+            total += mutation.count(settings.ops, DTYPES[name])
+    return total
+
+
+def _names(argument: str, given: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The names given, in the order of `known`; all of them when None."""
+    if given is None:
+        return tuple(known)
+    asked = [given] if isinstance(given, str) else list(given)
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"verify: {argument}: expected names of {known}, got {name!r}")
+    return tuple(name for name in known if name in asked)
+
+
+def _sizes(shape: Sequence[int]) -> Sizes:
+    expected = "7 ints >= 1, (B, Hq, Hkv, Lq, Lk, D, Dv), Hq a multiple of Hkv"
+    if len(shape) != 7 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")
+    sizes = Sizes(*shape)
+    if sizes.Hq % sizes.Hkv != 0:
+        raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")
+    return sizes
+
+

@@ -1,0 +1,157 @@
+"""The rule by which a result passes: measured against the naive path on the very same inputs.
+
+For the largest error and for the root mean square of all errors alike,
+
+    error <= 2 * error(naive path in the same dtype)
+             + eps(result's dtype) * |oracle| + SUMMATION * eps(float32 or 64) * magnitude
+
+where `magnitude` is what the sums would be if no term cancelled another: a lucky naive path, exact
+on a tiny case, would otherwise demand exactness. Where the oracle is not finite (lse = -inf), the
+result must be the same; NaN never passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0  # times the naive path's error
+SUMMATION = 2.0  # roundings of a long sum, in units of eps times the terms' magnitudes
+
+# Upper ends of the histogram's bins, in units in the last place; the last bin has none.
+ULP_BINS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, math.inf)
+
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
+
+
+def _rms(values: Tensor) -> float:
+    """Of values whose squares may lie beyond the largest or below the smallest number."""
+    largest = _largest(values)
+    if largest == 0.0 or not math.isfinite(largest):
+        return largest
+    return largest * float((values / largest).square().mean().sqrt())
+
+
+_NORMS: tuple[tuple[str, Callable[[Tensor], float]], ...] = (("largest", _largest), ("rms", _rms))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How far one tensor is from the oracle, and whether that is near enough."""
+
+    tensor: str
+    fault: str | None  # None: it passes
+    largest: float = 0.0  # largest absolute error
+    relative_rms: float = 0.0  # rms error / rms of the oracle's elements
+    naive_largest: float = 0.0  # the naive path's, on the same inputs
+    naive_relative_rms: float = 0.0
+    ulps: float = 0.0  # largest error in units in the last place
+    histogram: tuple[int, ...] = (0,) * len(ULP_BINS)  # elements by error in ulps, see ULP_BINS
+    ratio: float = 0.0
+    of_limit: float = 0.0  # error / what is allowed: at most 1 passes
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "tensor": self.tensor,
+            "fault": self.fault,
+            "largest_error": _number(self.largest),
+            "relative_rms_error": _number(self.relative_rms),
+            "naive_largest_error": _number(self.naive_largest),
+            "naive_relative_rms_error": _number(self.naive_relative_rms),
+            "largest_ulps": _number(self.ulps),
+            "ratio": _number(self.ratio),
+            "of_limit": _number(self.of_limit),
+        }
+
+
+def judge(
+    name: str,
+    got: Tensor,
+    expected: Tensor,
+    plain: Tensor,
+    magnitude: Tensor,
+    computed: torch.dtype,
+) -> Judgement:
+    """The rule for one tensor, whose sums are `computed` in that dtype.
+
+    Args:
+        got: what is judged, in its own dtype. expected: the oracle's, float64, same shape.
+        plain: the naive path's, in got's dtype. magnitude: see above, same shape, float64.
+
+    The printed `ratio` is error / naive error, the worse of both norms. A naive error that is
+    luckily below an eighth of the rounding allowed counts as that eighth; in float64, where the
+    oracle is no wider than what it judges, half the rounding allowed stands in for it.
+    """
+    if got.shape != expected.shape:
+        return Judgement(name, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    wide = got.to(torch.float64)
+    finite = torch.isfinite(expected)
+    if not torch.equal(wide[~finite], expected[~finite]):
+        return Judgement(name, "differs where the oracle is not finite")
+    if not torch.isfinite(wide[finite]).all():
+        return Judgement(name, "NaN or infinity where the oracle is finite")
+    if not finite.any():
+        return Judgement(name, None)
+    exact = expected[finite]
+    error = wide[finite] - exact
+    naive = plain.to(torch.float64)[finite] - exact
+    stored = torch.finfo(got.dtype)
+    # `tiny` covers underflow
+    rounding = stored.eps * exact.abs() + stored.tiny
+    rounding = rounding + SUMMATION * torch.finfo(computed).eps * magnitude[finite]
+    fault, ratio, of_limit = None, 0.0, 0.0
+    measured: dict[str, tuple[float, float]] = {}
+    for norm, of in _NORMS:
+        size, plain_size, allowance = of(error), of(naive), of(rounding)
+        measured[norm] = size, plain_size
+        limit = FACTOR * plain_size + allowance
+        floor = allowance / (2 if got.dtype == torch.float64 else 8)
+        ratio = max(ratio, size / max(plain_size, floor))
+        of_limit = max(of_limit, size / limit)
+        if not size <= limit and fault is None:
+            fault = (
+                f"{norm} error {size:.3e} > {limit:.3e}, the naive path's is {plain_size:.3e}, "
+                f"of values up to {_largest(exact):.3e}"
+            )
+    ulps = in_ulps(error, exact, got.dtype)
+    scale = max(_rms(exact), stored.tiny)
+    return Judgement(
+        name,
+        fault,
+        measured["largest"][0],
+        measured["rms"][0] / scale,
+        measured["largest"][1],
+        measured["rms"][1] / scale,
+        float(ulps.max()),
+        histogram(ulps),
+        ratio,
+        of_limit,
+    )
+
+
+def in_ulps(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """|error| in units in the last place that a number of `dtype` has at `exact`; all float64."""
+    stored = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact.abs().clamp_min(stored.tiny))
+    unit = torch.ldexp(torch.full_like(exact, stored.eps), exponent - 1)
+    return error.abs() / unit
+
+
+def histogram(ulps: Tensor) -> tuple[int, ...]:
+    """How many elements lie in each of ULP_BINS, lower ends excluded."""
+    edges = torch.tensor(ULP_BINS[:-1], dtype=torch.float64, device=ulps.device)
+    counts = torch.bincount(torch.bucketize(ulps.flatten(), edges), minlength=len(ULP_BINS))
+    return tuple(counts.tolist())
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
