@@ -1,1 +1,7 @@
-"""rowmax.bench: measures the kernels against every path that PyTorch itself offers."""
+"""rowmax.bench: are the kernels right, and are they fast, here? `verify`, `speed`."""
+
+from __future__ import annotations
+
+from .verification import Report, verify
+
+__all__ = ["Report", "verify"]

@@ -23,6 +23,7 @@ from .options import UsageError, check_writable, listed, names_of, seconds_of
 from .peers import SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
+from .verification import command as verification
 
 FULL = Budget(seconds=4.0, least_rounds=5, most_rounds=200)
 QUICK = Budget(seconds=1.0, least_rounds=3, most_rounds=50)
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "speed": speed,
+            "verify": verification.run,
             "overhead": overhead.run,
             "swap": swap.run,
             "tune": tune.run,
@@ -110,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
     )
+    verification.add_command(commands)
     overhead.add_command(commands)
     swap.add_command(commands)
     tune.add_command(commands)

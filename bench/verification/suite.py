@@ -114,7 +114,7 @@ def verify(
         kinds=_names("kinds", kinds, ALL_KINDS),
         dtypes=_names("dtypes", chosen, tuple(DTYPES)),
         checks=_names("checks", checks, CHECKS),
-        shapes=tuple(_sizes(shape) for shape in shapes),
+        shapes=tuple(sizes_of(shape) for shape in shapes),
         quick=quick,
     )
     subjects: list[Subject]
@@ -229,7 +229,7 @@ def _names(argument: str, given: Iterable[str] | None, known: Sequence[str]) -> 
     return tuple(name for name in known if name in asked)
 
 
-def _sizes(shape: Sequence[int]) -> Sizes:
+def sizes_of(shape: Sequence[int]) -> Sizes:
     expected = "7 ints >= 1, (B, Hq, Hkv, Lq, Lk, D, Dv), Hq a multiple of Hkv"
     if len(shape) != 7 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")

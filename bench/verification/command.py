@@ -1,0 +1,176 @@
+"""`python -m rowmax.bench verify`; exit status 1 where something is wrong, 2 for a wrong call."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import dispatch
+from ..options import UsageError, check_writable, listed, names_of
+from . import suite
+from .questions import Verdict
+from .subjects import OPS, Backend, Sdpa, Subject
+from .text import VERBOSE_HEADING, lines, verbose_line
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="how close the kernels here are to float64, and whether the check itself is sound",
+        description=(
+            "Every backend here, every function, mask, dtype and shape, forward and every "
+            "gradient, against a float64 oracle; invariants; and kernels broken on purpose, "
+            "which must be rejected."
+        ),
+        epilog="example: python -m rowmax.bench verify --quick --html verify.html",
+    )
+    command.add_argument(
+        "--backend", metavar="NAMES", help="comma-separated; default: all that work here"
+    )
+    command.add_argument(
+        "--function",
+        metavar="MODULE:NAME",
+        help="judge this callable with SDPA's signature instead, for example "
+        "torch.nn.functional:scaled_dot_product_attention",
+    )
+    command.add_argument(
+        "--device", default="cpu", help="of --function; default: %(default)s"
+    )
+    command.add_argument("--op", metavar="NAMES", help=f"of {listed(OPS)}")
+    command.add_argument("--kind", metavar="NAMES", help=f"of {listed(suite.ALL_KINDS)}")
+    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(suite.DTYPES)}")
+    command.add_argument("--check", metavar="NAMES", help=f"of {listed(suite.CHECKS)}")
+    command.add_argument(
+        "--shape",
+        metavar="SIZES",
+        action="append",
+        help="B,Hq,Hkv,Lq,Lk,D,Dv of attention, in place of the suite's own; more than once",
+    )
+    command.add_argument("--threads", type=int, help="default: what torch takes")
+    command.add_argument(
+        "--quick", action="store_true", help="float32 and bfloat16, fewer shapes: under a minute"
+    )
+    command.add_argument("--verbose", action="store_true", help="a line for every case")
+    command.add_argument("--json", metavar="FILE", type=Path, help="write everything found")
+    command.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots")
+
+
+def run(options: argparse.Namespace) -> int:
+    subjects = _subjects(options)
+    settings = _settings(options)
+    if options.function is not None:
+        settings = replace(
+            settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops)
+        )
+        if not settings.ops:
+            raise UsageError("--op: with --function, attention is all that is judged")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UsageError(f"--threads: expected at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    for option, path in (("--json", options.json), ("--html", options.html)):
+        if path is not None:
+            check_writable(option, path)
+    if options.verbose:
+        print(VERBOSE_HEADING)
+    with _Progress(verbose=options.verbose) as progress:
+        report = suite.run(subjects, settings, progress)
+    print("\n".join(lines(report)))
+    if options.json is not None:
+        options.json.write_text(report.as_json(), encoding="utf-8")
+    if options.html is not None:
+        options.html.write_text(report.as_html(), encoding="utf-8")
+    return 0 if report.passed else 1
+
+
+def _settings(options: argparse.Namespace) -> suite.Settings:
+    default = listed(suite.QUICK_DTYPES) if options.quick else None
+    return suite.Settings(
+        ops=tuple(names_of("--op", options.op, OPS)),
+        kinds=tuple(names_of("--kind", options.kind, suite.ALL_KINDS)),
+        dtypes=tuple(names_of("--dtype", options.dtype or default, suite.DTYPES)),
+        checks=tuple(names_of("--check", options.check, suite.CHECKS)),
+        shapes=tuple(map(_shape, options.shape or ())),
+        quick=options.quick,
+    )
+
+
+def _shape(text: str) -> suite.Sizes:
+    try:
+        return suite.sizes_of([int(size) for size in text.split(",")])
+    except ValueError as error:
+        raise UsageError(
+            "--shape: expected seven positive whole numbers B,Hq,Hkv,Lq,Lk,D,Dv, Hq a multiple "
+            f"of Hkv, got {text}"
+        ) from error
+
+
+def _subjects(options: argparse.Namespace) -> list[Subject]:
+    if options.function is not None:
+        if options.backend is not None:
+            raise UsageError("--backend: not with --function, which is judged in their place")
+        try:
+            device = torch.device(options.device)
+            torch.empty(0, device=device)
+        except Exception as error:
+            raise UsageError(f"--device: {options.device} does not work here") from error
+        return [Sdpa(_function(options.function), options.function, device)]
+    names = names_of("--backend", options.backend, dispatch.NAMES)
+    if options.backend is None:
+        names = suite.available()
+    for name in names:
+        reason = dispatch.unavailable(name)
+        if reason is not None:
+            raise UsageError(f"--backend: {name} does not work here: {reason}")
+    return list(map(Backend, names))
+
+
+def _function(text: str) -> Any:
+    module, _, name = text.partition(":")
+    expected = "--function: expected MODULE:NAME of a callable that can be imported"
+    if not module or not name:
+        raise UsageError(f"{expected}, got {text}")
+    try:
+        function: Any = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{expected}, got {text}: {error}") from error
+    if not callable(function):
+        raise UsageError(f"{expected}, got {text}, a {type(function).__name__}")
+    return function
+
+
+class _Progress(suite.Listener):
+    """A bar on standard error where that is a terminal; with `verbose`, a line a case."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        self._verbose = verbose
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, total: int) -> None:
+        from tqdm import tqdm
+
+        hidden = self._verbose or not sys.stderr.isatty()
+        self._bar = tqdm(total=total, disable=hidden, leave=False, unit=" checks")
+
+    def step(self, what: str) -> None:
+        self._bar.set_description(what, refresh=False)
+        self._bar.update()
+
+    def verdict(self, subject: str, verdict: Verdict) -> None:
+        if self._verbose:
+            print(verbose_line(verdict), flush=True)
