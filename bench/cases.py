@@ -14,6 +14,7 @@ BACKWARD = "backward"  # alone: of a graph that is kept
 PASSES = (FORWARD, FORWARD_BACKWARD, BACKWARD)
 DROPOUT_P = 0.1
 WINDOW = 256  # keys before its own that a query of the kind "window" attends
+MODEL_HEAD_SIZE = 64
 GROUP = 8  # query heads that share a key head in the kind "gqa"
 FEW_QUERIES = 16  # as many queries, or fewer, against more keys are decoding
 # A bias or dense mask of a longer sequence, and what torch's paths make of it, would take most of
@@ -75,6 +76,7 @@ class Suite:
     own_shapes: Mapping[str, tuple[Shape, ...]] = field(  # of kinds that `shapes` are not for
         default_factory=dict, hash=False
     )
+    model: bool = False  # whole models, and neither attention nor norms
 
     @property
     def on_gpu(self) -> bool:
@@ -86,7 +88,7 @@ class Suite:
 
     def takes(self, shape: Shape) -> bool:
         """Whether the shape has as many numbers as this suite's have."""
-        return len(shape) in (4, 5, 6) if self.attention else len(shape) == 2
+        return len(shape) in (4, 5, 6) if self.attention else len(shape) == len(self.dimensions)
 
 
 def _of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
@@ -99,6 +101,7 @@ def _of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
 
 
 _ATTENTION_DIMENSIONS = ("batch", "heads", "length", "head size")
+MODEL_KINDS = ("transformer", "encoder")
 _NORM_KINDS = ("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax")
 _BASE: tuple[Shape, ...] = (
     (64, 8, 32, 64),
@@ -176,6 +179,19 @@ SUITES = {
             shapes=((16384, 1024), (16384, 2048), (8192, 4096), (8192, 8192), (4096, 16384)),
             quick_shapes=((16384, 1024), (8192, 8192)),
         ),
+        Suite(
+            name="model",
+            device="cpu",
+            dtypes=(torch.float32,),
+            attention=False,
+            dimensions=("batch", "length", "width"),
+            kinds=MODEL_KINDS,
+            steps=(FORWARD_BACKWARD,),
+            peers=("torch", "naive"),
+            shapes=((16, 64, 256), (2, 512, 512)),
+            quick_shapes=((16, 64, 256),),
+            model=True,
+        ),
     )
 }
 
@@ -213,7 +229,7 @@ class Case:
 
 def bound_by_memory(suite: Suite, kind: str) -> bool:
     """Whether what a kind is held against is the rate of a copy, and not that of arithmetic."""
-    return not suite.attention or "decode" in parts_of(kind)
+    return not suite.model and (not suite.attention or "decode" in parts_of(kind))
 
 
 def dtype_text(dtype: torch.dtype) -> str:
@@ -232,9 +248,11 @@ def suits(kind: str, shape: Shape) -> bool:
     """Whether there is a case of this kind and shape; where not, none is made.
 
     A dense mask or a bias, of one element a pair, wants a sequence of at most LONGEST_SQUARE;
-    grouped heads want a multiple of GROUP heads; "plain" is where queries and keys are as many,
-    and otherwise it is "cross" or, with FEW_QUERIES, "decode".
+    grouped heads want a multiple of GROUP heads, a model a width of whole heads; "plain" is where
+    queries and keys are as many, and otherwise it is "cross" or, with FEW_QUERIES, "decode".
     """
+    if kind in MODEL_KINDS:
+        return shape[2] % MODEL_HEAD_SIZE == 0
     if len(shape) == 2:
         return True
     parts, sizes = parts_of(kind), sizes_of(shape)
@@ -288,6 +306,16 @@ def attention_flops(pairs: int, head_size: int, step: str) -> int:
     return _PRODUCTS[step] * 2 * pairs * head_size
 
 
+# Passes over q, k, v and out, together: forward reads and writes each once; backward reads them,
+# and d_out instead of out, and writes three gradients.
+_TRAFFIC = {FORWARD: 1, BACKWARD: 2, FORWARD_BACKWARD: 3}
+
+
+def attention_bytes(once: int, step: str) -> int:
+    """Bytes that any implementation must move, where q, k, v and out together have `once`."""
+    return _TRAFFIC[step] * once
+
+
 # Arrays of the input's size that must cross memory once, forward and backward: what is read and
 # written with nothing but the row statistics kept in between.
 _ARRAYS = {
@@ -304,3 +332,21 @@ def norm_bytes(kind: str, shape: Shape, step: str, itemsize: int = 4) -> int:
     forward, backward = _ARRAYS[kind]
     arrays = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
     return arrays[step] * rows * columns * itemsize
+
+
+# Operations an element, forward and backward, as the equations have them; a root or an
+# exponential is one.
+_NORM_OPERATIONS = {
+    "layer_norm": (8, 14),
+    "add_layer_norm": (11, 17),
+    "rms_norm": (5, 11),
+    "masked_softmax": (5, 4),
+}
+
+
+def norm_flops(kind: str, shape: Shape, step: str) -> int:
+    """Floating-point operations of `kind`: for the roofline, for memory is what limits them."""
+    rows, columns = shape
+    forward, backward = _NORM_OPERATIONS[kind]
+    each = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
+    return each[step] * rows * columns

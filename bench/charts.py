@@ -214,7 +214,9 @@ def _legend(names: Sequence[str], top: float) -> tuple[str, float]:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    return (
+        f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 def _number(value: float) -> str:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from . import forms, gpu, overhead, report, swap, tune
+from . import comparison, forms, gpu, history, overhead, report, speed_page, swap, tune
 from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
+from .noise import Watch, complaints, pinned
 from .options import UsageError, check_writable, listed, names_of, seconds_of
 from .peers import SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "speed": speed,
+            "compare": comparison.run,
             "verify": verification.run,
             "overhead": overhead.run,
             "swap": swap.run,
@@ -112,6 +115,19 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
     )
+    command.add_argument(
+        "--csv", metavar="FILE", type=Path, help="append a line for each timing to this history"
+    )
+    command.add_argument(
+        "--html", metavar="FILE", type=Path, help="write a self-contained page with charts"
+    )
+    command.add_argument(
+        "--no-pin",
+        action="store_true",
+        help="leave the choice of CPUs to the system; by default the process keeps to one CPU a "
+        "core, as many as it has threads, where there are more",
+    )
+    comparison.add_command(commands)
     verification.add_command(commands)
     overhead.add_command(commands)
     swap.add_command(commands)
@@ -132,9 +148,25 @@ def speed(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise UsageError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    if options.json is not None:
-        check_writable("--json", options.json)
+    for option, path in (("--json", options.json), ("--html", options.html)):
+        if path is not None:
+            check_writable(option, path)
+    if options.csv is not None:
+        history.check(options.csv)
+        check_writable("--csv", options.csv)
+    with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
+        return _measure(options, suites, peers, cases, budget, stop_after, cpus)
 
+
+def _measure(
+    options: argparse.Namespace,
+    suites: Sequence[Suite],
+    peers: Sequence[str],
+    cases: Sequence[Case],
+    budget: Budget,
+    stop_after: float | None,
+    cpus: list[int] | None,
+) -> int:
     started = perf_counter()
     settings = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -142,7 +174,10 @@ def speed(options: argparse.Namespace) -> int:
         "peers": peers,
         "quick": options.quick,
         "seconds_a_line": budget.seconds,
+        "pinned_to_cpus": cpus,
     }
+    watch = Watch()
+    watch.probe()
     machine = describe()
     if any(suite.on_gpu for suite in suites):
         machine["gpu"] = gpu.describe()
@@ -150,6 +185,14 @@ def speed(options: argparse.Namespace) -> int:
     _print(report.machine_lines(machine, limits, suites))
     rows: list[Row] = []
     told: set[str] = set()  # reasons for what is missing, each of which is printed once
+
+    def complained() -> list[str]:
+        noisy = sum(map(report.is_noisy, rows))
+        return complaints(watch, noisy, len(rows), machine["load_average"])
+
+    def document() -> dict[str, Any]:
+        noise = {**watch.as_json(), "complaints": complained()}
+        return report.document(rows, machine, limits, settings, load_average(), noise)
 
     def is_over() -> bool:
         return stop_after is not None and perf_counter() - started > stop_after
@@ -170,15 +213,25 @@ def speed(options: argparse.Namespace) -> int:
                 _print([report.kind_line(same[0])])
             functions = candidates(same[0], peers, options.backend)
             for row in run_cases(same, functions, budget, limits[suite.device], timer):
+                watch.probe()
                 rows.append(row)
                 _print(report.row_lines(row, columns, told))
                 if options.json is not None:
-                    text = report.as_json(rows, machine, limits, settings, load_average())
-                    options.json.write_text(text, encoding="utf-8")
+                    _write_json(options.json, document())
+    _print(report.detail_lines(rows))
     _print(report.summary_lines(rows))
     if len(rows) < len(cases):
         _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
+    _print(report.noise_lines(complained(), cpus, watch))
+    if options.html is not None:
+        options.html.write_text(speed_page.html(document()), encoding="utf-8")
+    if options.csv is not None:
+        history.append(options.csv, document())
     return 1 if any(row.failed for row in rows) else 0
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure_limits(suites: Iterable[Suite]) -> dict[str, Limits]:

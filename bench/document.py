@@ -6,20 +6,24 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 _STYLE = """
-:root{color-scheme:light dark;--back:#fff;--fore:#1c2024;--soft:#60646c;--line:#d9d9e0;--card:#f7f7f9;
---good:#18794e;--bad:#ce2c31;--c0:#0d74ce;--c1:#e5630a;--c2:#218358;--c3:#8145b5;--c4:#b8860b;
+:root{color-scheme:light dark;--back:#fff;--fore:#1c2024;--soft:#60646c;--line:#d9d9e0;
+--card:#f7f7f9;--good:#18794e;
+--bad:#ce2c31;--c0:#0d74ce;--c1:#e5630a;--c2:#218358;--c3:#8145b5;--c4:#b8860b;
 --c5:#c2298a;--c6:#107d98;--c7:#6b7078}
-@media (prefers-color-scheme:dark){:root{--back:#111113;--fore:#edeef0;--soft:#b0b4ba;--line:#363a3f;
+@media (prefers-color-scheme:dark){:root{--back:#111113;--fore:#edeef0;--soft:#b0b4ba;
+--line:#363a3f;
 --card:#191a1c;--good:#3dd68c;--bad:#ff9592;--c0:#70b8ff;--c1:#ffa057;--c2:#3dd68c;--c3:#d19dff;
 --c4:#f5d90a;--c5:#ff8dcc;--c6:#4ccce6;--c7:#a0a5ad}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--back);color:var(--fore);
 font:1rem/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem}
-p{margin:.5rem 0;max-width:48rem}.soft{color:var(--soft)}.good{color:var(--good)}.bad{color:var(--bad)}
+p{margin:.5rem 0;max-width:48rem}.soft{color:var(--soft)}
+.good{color:var(--good)}.bad{color:var(--bad)}
 .charts{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,23rem),1fr));
 align-items:start}
-figure{margin:0;padding:.75rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+figure{margin:0;padding:.75rem;background:var(--card);border:1px solid var(--line);
+border-radius:.5rem}
 figcaption{font-weight:600;margin-bottom:.25rem}svg{display:block;width:100%;height:auto}
 .label{fill:var(--fore);font-size:11px}.grid{stroke:var(--line);fill:none}
 .mark{stroke:var(--fore);fill:none;stroke-width:1.2}

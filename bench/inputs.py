@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels import Causal, Dense, KeyLengths, Mask, Window
 from ..kernels.reference import keep_threshold, philox4x32, rows_keep
 from .cases import DROPOUT_P, GROUP, WINDOW, Case
+from .models import ModelInputs, model_inputs
 
 EPS = 1e-5
 SEED = 20170612
@@ -180,10 +181,12 @@ class NormInputs:
         return replace(self, dropout_p=0.0, keep=_scaled(kept, self.x.dtype, self.dropout_p))
 
 
-Inputs = AttentionInputs | NormInputs
+Inputs = AttentionInputs | NormInputs | ModelInputs
 
 
 def make_inputs(case: Case) -> Inputs:
+    if case.suite.model:
+        return model_inputs(case)
     draw = _Draw(case)
     return _attention_inputs(case, draw) if case.suite.attention else _norm_inputs(case, draw)
 
@@ -193,8 +196,14 @@ def to_float64(inputs: Any) -> Any:
     changed = {}
     for name, value in vars(inputs).items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            changed[name] = value.detach().double().requires_grad_(value.requires_grad)
+            changed[name] = _wide(value)
+        elif name == "weights":
+            changed[name] = tuple(map(_wide, value))
     return replace(inputs, **changed)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
 
 class _Draw:

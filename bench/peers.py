@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
 from ..kernels import dispatch
+from . import models
 from .cases import BACKWARD, FORWARD_BACKWARD, Suite
 from .engines import onnx_runtime, open_vino
 from .inputs import EPS, SEED, AttentionInputs, NormInputs, Outputs
@@ -235,6 +236,10 @@ NORM_PEERS: dict[str, Maker] = {
     "compile": lambda kind: _compiled(lambda inputs: naive_norm(kind, inputs)),
     "liger": lambda kind: partial(liger_norm, kind),
 }
+MODEL_PEERS: dict[str, Maker] = {
+    "torch": lambda _: partial(models.run, models.torch_path()),
+    "naive": lambda _: partial(models.run, models.naive_path()),
+}
 SLOW_TO_START = ("flex", "compile")  # left out by --quick
 # What a peer that is not torch's own is imported as.
 PACKAGES = {
@@ -253,7 +258,7 @@ def absent(name: str) -> bool:
 
 def peers_of(suite: Suite) -> dict[str, Maker]:
     """The suite's peers that are here, in the order of the table."""
-    makers = ATTENTION_PEERS if suite.attention else NORM_PEERS
+    makers = ATTENTION_PEERS if suite.attention else MODEL_PEERS if suite.model else NORM_PEERS
     return {name: makers[name] for name in suite.peers if not absent(name)}
 
 
@@ -261,6 +266,8 @@ def subject(suite: Suite, kind: str, backend: str) -> Function:
     """rowmax.kernels itself. With "auto", a fused backend or none: the unfused path that `auto`
     falls back to is a peer by another name.
     """
+    if suite.model:
+        return partial(models.run, models.rowmax_path(backend))
     run: Callable[[Any, str], Outputs]
     run = rowmax_attention if suite.attention else partial(rowmax_norm, kind)
     if backend != "auto":
@@ -294,4 +301,6 @@ def _fused_backend(run: Callable[[Any, str], Outputs], inputs: Any, device: str)
 
 def oracle(suite: Suite, kind: str) -> Function:
     """The naive path, which is the oracle when its inputs are float64."""
+    if suite.model:
+        return partial(models.run, models.naive_path())
     return naive_attention if suite.attention else partial(naive_norm, kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,14 +20,19 @@ from .cases import (
     shape_text,
 )
 from .machine import Limits
+from .noise import Watch
 from .peers import SUBJECT, absent
 from .runner import Row
 
 WIDTH = 100
-SCHEMA = 2
+SCHEMA = 3
 # Quartiles further apart than this share of the median: the machine was not quiet.
 NOISY = 0.15
 _STEPS = {FORWARD: "fwd", FORWARD_BACKWARD: "f+b", BACKWARD: "bwd"}
+_MODEL_KINDS = {
+    "transformer": "a training step of the reference Transformer",
+    "encoder": "a training step of torch's nn.TransformerEncoder",
+}
 _HEADINGS = {"sdpa-math": "math", "onnxruntime": "ort", "openvino": "ov"}
 
 
@@ -55,7 +59,11 @@ def machine_lines(
 
 
 def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list[str]:
-    notes = ["median ms", f"ratio: fastest peer / {SUBJECT}", "peak: share of the limit"]
+    notes = [
+        "median ms",
+        f"ratio: fastest peer / {SUBJECT} (=: level, the 95% intervals overlap)",
+        "peak: share of the limit",
+    ]
     notes += [f"{_HEADINGS[name]}: {name}" for name in peers if name in _HEADINGS]
     lines = ["", f"{suite.name}, {dtype_text(dtype)}", *_wrapped("; ".join(notes))]
     if dtype.itemsize == 2 and suite.attention and not suite.on_gpu:
@@ -64,13 +72,15 @@ def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list
             f"({SUBJECT}'s forward pass and some peers, where the CPU has them) may pass it"
         )
     cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
-    line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"
+    line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>7}{'rate':>6}{'peak':>5}"
     return [*lines, line, "-" * len(line)]
 
 
 def kind_line(case: Case) -> str:
     """What the lines below it have in common, and what their rate and limit are."""
     unit, _ = _rate_unit(case)
+    if case.suite.model:
+        return f"{case.kind} ({unit}; {_MODEL_KINDS[case.kind]})"
     limit = "a large copy" if case.suite.on_gpu else "x.clone(), timed in turns with it"
     if not case.bound_by_memory:
         limit = "a matrix product" if case.suite.on_gpu else "float32 FMA from registers"
@@ -81,17 +91,78 @@ def row_lines(row: Row, peers: Sequence[str], told: set[str]) -> list[str]:
     """The line, and below it why a candidate is missing from it; each reason once in `told`."""
     suite = row.case.suite
     cells = "".join(_cell(row, name) for name in (SUBJECT, *peers))
-    ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
+    ratio = "-" if row.ratio is None else f"{row.ratio:.2f}" + ("=" if row.level else "")
     rate = "-" if row.rate is None else f"{row.rate / _rate_unit(row.case)[1]:.3g}"
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
     shape = f"{shape_text(row.case.shape):<{_shape_width(suite)}}"
     mark = "~" if is_noisy(row) else " "
-    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
+    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>7}{rate:>6}{share:>5}"
     reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
     reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
     new = [reason for reason in reasons if reason not in told]
     told.update(new)
     return [line, *(text for reason in new for text in _wrapped(reason))]
+
+
+def detail_lines(rows: Sequence[Row]) -> list[str]:
+    """The second table: what the first has no room for, rowmax beside its fastest peer."""
+    found = ["", f"in detail: {SUBJECT} / its fastest peer; outliers of all candidates' rounds"]
+    width = max((len(_detail_name(row)) for row in rows), default=4) + 1
+    head = f" {'case':<{width}}{'ratio, 95%':>14}{'GFLOP/s':>8}{'GB/s':>6}"
+    head += f"{'peak MiB':>14}{'first call, s':>15}{'outliers':>10}"
+    found += [head, "-" * len(head)]
+    for row in rows:
+        interval = row.ratio_interval
+        text = "-" if interval is None else f"{interval[0]:.2f} - {interval[1]:.2f}"
+        calls = _pair(row, {name: _seconds(s) for name, s in row.first_call.items()})
+        memory = {n: f"{b / 2**20:.1f}" for n, b in row.memory.items() if b is not None}
+        taken = sum(timing.rounds for timing in row.timings.values())
+        far = sum(timing.outliers for timing in row.timings.values())
+        found.append(
+            f" {_detail_name(row):<{width}}{text:>14}{_achieved(row, row.flops):>8}"
+            f"{_achieved(row, row.moved):>6}{_pair(row, memory):>14}{calls:>15}"
+            f"{f'{far} of {taken}':>10}"
+        )
+    return found
+
+
+def _detail_name(row: Row) -> str:
+    case = row.case
+    dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(
+        dtype_text(case.dtype), dtype_text(case.dtype)
+    )
+    name = f"{case.kind} {shape_text(case.shape)} {_STEPS[case.step]} {dtype}"
+    return textwrap.shorten(name, 31, placeholder="...") if len(name) <= 31 else name[:30] + "."
+
+
+def _seconds(seconds: float) -> str:
+    return "<0.01" if seconds < 0.01 else f"{seconds:.2g}"
+
+
+def _pair(row: Row, values: Mapping[str, str]) -> str:
+    peer = row.fastest_peer
+    return f"{values.get(SUBJECT, '-')} / {'-' if peer is None else values.get(peer, '-')}"
+
+
+def _achieved(row: Row, work: int | None) -> str:
+    if work is None or SUBJECT not in row.timings:
+        return "-"
+    return f"{work / row.timings[SUBJECT].median / 1e9:.3g}"
+
+
+def noise_lines(complaints: Sequence[str], cpus: list[int] | None, watch: Watch) -> list[str]:
+    """What the run had to put up with; it says so itself when it is not to be quoted."""
+    where = "not pinned" if cpus is None else f"pinned to CPUs {', '.join(map(str, cpus))}"
+    varied, stolen = f"{100 * watch.drift:.0f}%", f"{100 * watch.stolen:.0f}%"
+    found = [
+        f"{where}; the clock's probe varied by {varied}, other programs took {stolen} of its time"
+    ]
+    found += _wrapped_at(f"NOISY RUN, not to be quoted: {'; '.join(complaints)}", complaints)
+    return found
+
+
+def _wrapped_at(text: str, when: Sequence[str]) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ") if when else []
 
 
 def heading(name: str) -> str:
@@ -121,20 +192,23 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def as_json(
+def document(
     rows: Sequence[Row],
     machine: Mapping[str, Any],
     limits: Mapping[str, Limits],
     settings: Mapping[str, Any],
     load_at_end: tuple[float, float, float] | None,
-) -> str:
+    noise: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The document that `--json` writes, and all other files are made from."""
     measured: dict[str, Any] = {}
     for device, limit in limits.items():
         measured |= limit.as_json() if device == "cpu" else {"gpu": limit.as_json()}
-    document = {
+    return {
         "schema": SCHEMA,
         "machine": {**machine, "load_average_at_end": load_at_end},
         "limits": measured,
+        "noise": dict(noise),
         "settings": settings,
         "suites": {row.case.suite.name: list(row.case.suite.dimensions) for row in rows},
         "rows": [row.as_json() for row in rows],
@@ -165,11 +239,12 @@ def as_json(
             for gain, mean in summary.gains_of_masks(rows).items()
         ],
     }
-    return json.dumps(document, indent=2) + "\n"
 
 
 def _rate_unit(case: Case) -> tuple[str, float]:
     """What rates are given in, and how much that is."""
+    if case.suite.model:
+        return "1000 tokens/s", 1e3
     if bound_by_memory(case.suite, case.kind):
         return "GB/s", 1e9
     return ("TFLOP/s", 1e12) if case.suite.on_gpu else ("GFLOP/s", 1e9)

@@ -5,16 +5,26 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from .cases import Case, attention_flops, dtype_text, norm_bytes
+from .cases import (
+    Case,
+    attention_bytes,
+    attention_flops,
+    dtype_text,
+    norm_bytes,
+    norm_flops,
+)
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
+from .intervals import Interval, overlap, ratio_interval
 from .machine import Limits
+from .memory import peak_bytes
+from .models import ModelInputs
 from .more_peers import UnsupportedError
 from .peers import SUBJECT, Function, measured_call, oracle, peers_of, run_pass, subject
 from .timing import Budget, Timer, Timing, interleave
@@ -35,6 +45,9 @@ class Row:
     rate: float | None  # rowmax: operations a second, or bytes a second for a norm
     share: float | None  # of the machine's limit for that rate
     copy: Timing | None  # of `x.clone()` in the same turns, where memory is the limit
+    memory: dict[str, int | None] = field(default_factory=dict)  # bytes at a call's peak
+    flops: int | None = None  # operations that the case is worth
+    moved: int | None = None  # bytes that any implementation must move
 
     @property
     def fastest_peer(self) -> str | None:
@@ -49,6 +62,22 @@ class Row:
             return None
         return self.timings[peer].median / self.timings[SUBJECT].median
 
+    @property
+    def ratio_interval(self) -> Interval | None:
+        """Where the ratio lies when both medians are in their 95 % intervals."""
+        peer = self.fastest_peer
+        if peer is None or SUBJECT not in self.timings:
+            return None
+        return ratio_interval(self.timings[peer].interval, self.timings[SUBJECT].interval)
+
+    @property
+    def level(self) -> bool:
+        """Whether neither rowmax nor the fastest peer is faster: their intervals overlap."""
+        peer = self.fastest_peer
+        if peer is None or SUBJECT not in self.timings:
+            return False
+        return overlap(self.timings[peer].interval, self.timings[SUBJECT].interval)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "suite": self.case.suite.name,
@@ -61,8 +90,11 @@ class Row:
                     "median": timing.median,
                     "low_quartile": timing.low,
                     "high_quartile": timing.high,
+                    "interval": list(timing.interval),
+                    "outliers": timing.outliers,
                     "rounds": timing.rounds,
                     "first_call": self.first_call[name],
+                    "peak_memory_bytes": self.memory.get(name),
                 }
                 for name, timing in self.timings.items()
             },
@@ -70,6 +102,10 @@ class Row:
             "not_done": self.not_done,
             "fastest_peer": self.fastest_peer,
             "ratio": self.ratio,
+            "ratio_interval": None if self.ratio_interval is None else list(self.ratio_interval),
+            "level": self.level,
+            "flops": self.flops,
+            "bytes_to_move": self.moved,
             "rowmax_rate_per_s": self.rate,
             "limit": "copy" if self.case.bound_by_memory else "arithmetic",
             "share_of_limit": self.share,
@@ -115,6 +151,7 @@ def _run_case(
     faults: dict[str, str] = {}
     first_call: dict[str, float] = {}
     not_done: dict[str, str] = {}
+    memory: dict[str, int | None] = {}
     failed = False
     for name, function in functions.items():
         is_subject = name == SUBJECT
@@ -128,6 +165,7 @@ def _run_case(
                 fault = gate.fault(function, backward=case.backward, is_subject=is_subject)
             if fault is None:
                 calls[name] = measured_call(function, inputs, case.step)
+                memory[name] = peak_bytes(calls[name], case.suite.device)
             else:
                 failed = True
         except UnsupportedError as error:
@@ -154,8 +192,12 @@ def _run_case(
         limit = limits.copy_bytes if case.bound_by_memory else limits.flops
         if yardstick is not None and copy is not None:
             limit = 2 * yardstick.nbytes / copy.median
-        share = None if limit is None else rate / limit
-    return Row(case, timings, faults, not_done, failed, first_call, rate, share, copy)
+        share = None if limit is None or case.suite.model else rate / limit
+    flops, moved = _operations(case, inputs), _bytes(case, inputs)
+    return Row(
+        *(case, timings, faults, not_done, failed, first_call, rate, share, copy),
+        *(memory, flops, moved),
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -170,9 +212,25 @@ def release_memory() -> None:
 
 
 def _work(case: Case, inputs: Inputs) -> int:
-    """Operations, or bytes where memory is the limit."""
+    """What the rate counts: operations, or bytes where memory is the limit."""
+    if isinstance(inputs, ModelInputs):
+        return inputs.tokens
+    work = _bytes(case, inputs) if case.bound_by_memory else _operations(case, inputs)
+    assert work is not None  # but of models, both are known
+    return work
+
+
+def _operations(case: Case, inputs: Inputs) -> int | None:
     if isinstance(inputs, AttentionInputs):
-        if case.bound_by_memory:
-            return inputs.bytes_to_move
         return attention_flops(inputs.pairs, inputs.q.shape[-1], case.step)
+    if isinstance(inputs, ModelInputs):
+        return None
+    return norm_flops(case.kind, case.shape, case.step)
+
+
+def _bytes(case: Case, inputs: Inputs) -> int | None:
+    if isinstance(inputs, AttentionInputs):
+        return attention_bytes(inputs.bytes_to_move, case.step)
+    if isinstance(inputs, ModelInputs):
+        return None
     return norm_bytes(case.kind, case.shape, case.step, inputs.x.element_size())

@@ -45,7 +45,8 @@ class Slower(NamedTuple):
     ratio: float
 
     def text(self) -> str:
-        return f"{self.row.case.text()}: {self.ratio:.2f} of {self.row.fastest_peer}"
+        level = ", level" if self.row.level else ""
+        return f"{self.row.case.text()}: {self.ratio:.2f} of {self.row.fastest_peer}{level}"
 
 
 def _mean(ratios: Sequence[float]) -> Mean:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .intervals import Interval, median_interval, outliers
+
 # A sample shorter than this is mostly timer and scheduler, so short calls are repeated in one.
 SHORTEST_SAMPLE = 2e-3
 TRIES = 3  # calls that tell how often to repeat; one is enough for what is far from short
@@ -34,6 +36,8 @@ class Timing:
     low: float  # first quartile
     high: float  # third quartile
     rounds: int
+    interval: Interval  # 95 % of the median
+    outliers: int  # rounds beyond Tukey's fences: counted, not left out
 
     @property
     def spread(self) -> float:
@@ -140,7 +144,8 @@ def summarise(samples: Iterable[float]) -> Timing:
         low = median = high = ordered[0]
     else:
         low, median, high = statistics.quantiles(ordered, n=4, method="inclusive")
-    return Timing(median, low, high, len(ordered))
+    interval = median_interval(ordered)
+    return Timing(median, low, high, len(ordered), interval, outliers(ordered))
 
 
 def interleave(

@@ -224,9 +224,7 @@ def _softmax(make: Callable[[Draw], Tensor], dtype: torch.dtype, _with_lse: bool
     return RowQuestion("masked_softmax", {"scores": scores}, (draw.normal(*scores.shape),))
 
 
-def _attention_case(
-    name: str, make: Callable[[Draw], Arguments], dtype: torch.dtype
-) -> Case:
+def _attention_case(name: str, make: Callable[[Draw], Arguments], dtype: torch.dtype) -> Case:
     def question(with_lse: bool) -> Question:
         arguments = make(Draw(sum(map(ord, name)), dtype))
         return AttentionQuestion(arguments if with_lse else replace(arguments, grad_lse=None))
@@ -237,8 +235,6 @@ def _attention_case(
     return Case("attention", name, sizes, dtype, question)
 
 
-def _norm(
-    op: str, rows: Callable[[Draw], Tensor], dtype: torch.dtype, _with_lse: bool
-) -> Question:
+def _norm(op: str, rows: Callable[[Draw], Tensor], dtype: torch.dtype, _with_lse: bool) -> Question:
     draw = Draw(5, dtype)
     return norm_question(op, rows(draw), draw, ("weight", "bias"), {})

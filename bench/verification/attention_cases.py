@@ -239,9 +239,7 @@ def attention_arguments(
 
 def _question(name: str, sizes: Sizes, dtype: torch.dtype, with_lse: bool) -> Question:
     draw = Draw(_seed(name), dtype)
-    return AttentionQuestion(
-        attention_arguments(KINDS[name], sizes, draw, with_lse=with_lse)
-    )
+    return AttentionQuestion(attention_arguments(KINDS[name], sizes, draw, with_lse=with_lse))
 
 
 def _packed_question(name: str, sizes: Sizes, dtype: torch.dtype, with_lse: bool) -> Question:

@@ -108,9 +108,7 @@ class _Tiled(torch.autograd.Function):
             arguments = replace(arguments, bias=None)
         if fault == "upper-left":
             arguments = replace(arguments, mask=_at_upper_left(arguments.mask))
-        problem = naive_problem(
-            replace(arguments, q=q, k=k, v=v, sinks=sinks)
-        )
+        problem = naive_problem(replace(arguments, q=q, k=k, v=v, sinks=sinks))
         parts = _parts_of(problem, fault)
         out, lse = _forward(problem, parts, fault)
         stored = out.to(q.dtype)
@@ -204,9 +202,7 @@ def _scores(
     return scaled, problem.scale * capped if fault == "scale-after-mask" else capped
 
 
-def _forward(
-    problem: AttentionProblem, parts: _Parts, fault: str | None
-) -> tuple[Tensor, Tensor]:
+def _forward(problem: AttentionProblem, parts: _Parts, fault: str | None) -> tuple[Tensor, Tensor]:
     """out and lse in the dtype of the sums."""
     batch, heads, rows, _ = parts.query.shape
     row_max = parts.query.new_full((batch, heads, rows, 1), -torch.inf)

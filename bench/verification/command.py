@@ -39,9 +39,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="judge this callable with SDPA's signature instead, for example "
         "torch.nn.functional:scaled_dot_product_attention",
     )
-    command.add_argument(
-        "--device", default="cpu", help="of --function; default: %(default)s"
-    )
+    command.add_argument("--device", default="cpu", help="of --function; default: %(default)s")
     command.add_argument("--op", metavar="NAMES", help=f"of {listed(OPS)}")
     command.add_argument("--kind", metavar="NAMES", help=f"of {listed(suite.ALL_KINDS)}")
     command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(suite.DTYPES)}")
@@ -65,9 +63,7 @@ def run(options: argparse.Namespace) -> int:
     subjects = _subjects(options)
     settings = _settings(options)
     if options.function is not None:
-        settings = replace(
-            settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops)
-        )
+        settings = replace(settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops))
         if not settings.ops:
             raise UsageError("--op: with --function, attention is all that is judged")
     if options.threads is not None:

@@ -104,9 +104,7 @@ def padding_unread(subject: Subject, dtype: torch.dtype) -> str | None:
     padding = (torch.arange(SIZES.Lk) >= lengths.view(-1, 1, 1)).unsqueeze(-1)
     k, v = (tensor.masked_fill(padding, 0.0) for tensor in (clean.k, clean.v))
     poison = torch.tensor([torch.nan, torch.inf], dtype=dtype).repeat(SIZES.D // 2)
-    poisoned = replace(
-        clean, k=torch.where(padding, poison, k), v=torch.where(padding, -poison, v)
-    )
+    poisoned = replace(clean, k=torch.where(padding, poison, k), v=torch.where(padding, -poison, v))
     expected = attention_results(subject, replace(clean, k=k, v=v))
     got = attention_results(subject, poisoned)
     fault = _difference(got, expected)
@@ -269,9 +267,7 @@ def check(subject: Subject, ops: tuple[str, ...], dtype: torch.dtype) -> Iterato
                 yield _checked(op, name, dtype, lambda c=row_check, o=op: c(subject, o, dtype))
 
 
-def _checked(
-    op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]
-) -> Invariant:
+def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]) -> Invariant:
     try:
         return Invariant(op, name, dtype, run())
     except DeclinedError as error:

@@ -29,9 +29,7 @@ def _body(report: Report) -> Iterator[str]:
         yield document.paragraph("✓ passed: nothing was found wrong", "good")
     else:
         yield document.paragraph(f"✗ {len(report.failures)} findings", "bad")
-        yield document.table(
-            ["findings"], [[text] for text in report.failures[:MOST_FAILURES]]
-        )
+        yield document.table(["findings"], [[text] for text in report.failures[:MOST_FAILURES]])
     yield document.paragraph(
         "Every result and gradient is compared with a float64 oracle. The ratio is its error over "
         "the error that the naive path makes in the same dtype on the same inputs, the worse of "

@@ -127,9 +127,7 @@ def answers_of(
     sqrt(n) * eps / 2 times their magnitudes (Higham & Mary 2019, theorem 2.4).
     """
     factor = max(1.0, terms**0.5 / (2 * SUMMATION)) if dtype == torch.float64 else 1.0
-    return {
-        name: Answer(exact[name], plain[name], sizes[name] * factor) for name in exact
-    }
+    return {name: Answer(exact[name], plain[name], sizes[name] * factor) for name in exact}
 
 
 class AttentionQuestion:

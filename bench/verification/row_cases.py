@@ -73,8 +73,7 @@ class RowQuestion:
     def _equation(self, dtype: torch.dtype) -> Results:
         """The equation by torch's own operations and autograd, computed in `dtype`."""
         leaves = {
-            name: tensor.detach().to(dtype).requires_grad_()
-            for name, tensor in self.inputs.items()
+            name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.inputs.items()
         }
         if self.op == "masked_softmax":
             outputs = (softmax_equation(leaves["scores"], self.allowed, self._scale),)

@@ -31,11 +31,8 @@ DTYPES = {
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 QUICK_DTYPES = ("float32", "bfloat16")
-ALL_KINDS = tuple(
-    dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *adversarial.KINDS))
-)
+ALL_KINDS = tuple(dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *adversarial.KINDS)))
 CHECKS = ("oracle", "accuracy", "invariants", "mutations")
-
 
 
 @dataclass(frozen=True)
@@ -197,14 +194,10 @@ def _mutation_cases(settings: Settings, cases: list[Case], dtype: torch.dtype) -
     """
     wanted = replace(settings, kinds=ALL_KINDS, shapes=(), quick=True)
     known = {(case.op, case.kind, case.shape): case for case in cases}
-    return [
-        known.get((case.op, case.kind, case.shape), case) for case in cases_of(wanted, dtype)
-    ]
+    return [known.get((case.op, case.kind, case.shape), case) for case in cases_of(wanted, dtype)]
 
 
-def _steps(
-    subjects: Sequence[Subject], settings: Settings, cases: dict[str, list[Case]]
-) -> int:
+def _steps(subjects: Sequence[Subject], settings: Settings, cases: dict[str, list[Case]]) -> int:
     total = 0
     if "oracle" in settings.checks:
         total += high_precision.count(settings.ops)
@@ -237,5 +230,3 @@ def sizes_of(shape: Sequence[int]) -> Sizes:
     if sizes.Hq % sizes.Hkv != 0:
         raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")
     return sizes
-
-

@@ -19,16 +19,15 @@ MOST_FAILURES = 20  # of a subject that are told; the JSON holds all
 
 def lines(report: Report) -> list[str]:
     machine = report.machine
-    found = [
-        f"{machine['cpu']}, {machine['torch_threads']} threads, torch {machine['packages']['torch']}"
-    ]
+    version = machine["packages"]["torch"]
+    found = [f"{machine['cpu']}, {machine['torch_threads']} threads, torch {version}"]
     if report.oracle:
         worst = max(report.oracle, key=lambda check: check.error)
         verdict = "ok" if all(check.passed for check in report.oracle) else "WRONG"
-        found += [
+        found.append(
             f"the float64 oracle against mpmath, 50 digits, {len(report.oracle)} small cases: "
             f"largest error {worst.error:.1e}, {verdict}"
-        ]
+        )
     for subject in report.judged:
         found += subject_lines(subject)
     if report.mutations:

@@ -27,7 +27,6 @@ SUMMATION = 2.0  # roundings of a long sum, in units of eps times the terms' mag
 ULP_BINS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, math.inf)
 
 
-
 def _largest(values: Tensor) -> float:
     return float(values.abs().max())
 

@@ -35,7 +35,7 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in output
 
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert document["schema"] == 2
+    assert document["schema"] == 3
     assert len(document["rows"]) == 8 * 2 * 2 + 4 * 2
     assert document["limits"]["float32_fma_flops_per_s"] > 0
     assert document["machine"]["torch_threads"] >= 1
@@ -113,7 +113,7 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
         (["--pass", "sideways"], "--pass: expected names of forward, forward+backward, backward"),
         (["--dtype", "int8"], "--dtype: expected names of float32, bfloat16, float16; got 'int8'"),
         (["--stop-after", "0"], "--stop-after: expected a positive number"),
-        (["--shape", "8,8,512"], "--shape: expected cpu-attention: batch,heads,length,head size"),
+        (["--shape", "8"], "--shape: expected cpu-attention: batch,heads,length,head size"),
         (["--suite", "cpu-norms", "--shape", "8,8,512,64"], "cpu-norms: rows,columns"),
         (["--shape", "8,8/3,1,9,4"], "--shape: expected heads that 3 divides, got 8,8/3,1,9,4"),
         (["--kind", "causal+odd"], "got 'causal+odd'"),

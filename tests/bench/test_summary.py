@@ -28,7 +28,7 @@ def row(
 ) -> Row:
     """A line on which one peer took `peer` seconds; the slower one is never the fastest."""
     times = {"rowmax": rowmax, "sdpa": peer, "naive": None if peer is None else 2 * peer}
-    timings = {name: Timing(t, t, t, 5) for name, t in times.items() if t is not None}
+    timings = {name: Timing(t, t, t, 5, (t, t), 0) for name, t in times.items() if t is not None}
     suite = NORMS if len(shape) == 2 else ATTENTION
     case = Case(suite, dtype, kind, shape, step)
     return Row(case, timings, {}, {}, False, dict.fromkeys(timings, 1.0), None, None, None)
@@ -110,7 +110,9 @@ def test_the_text_fits_and_says_it_all() -> None:
     assert "slower than the fastest peer (below 0.95): 4 of 28 cells" in text
     assert "  bias (1,8,128,64) forward bfloat16: 0.75 of sdpa" in text
     assert any(line.split()[:3] == ["padded", "against", "plain,"] for line in text)
-    document = json.loads(report.as_json(rows, {}, {}, settings={}, load_at_end=None))
+    document = json.loads(
+        json.dumps(report.document(rows, {}, {}, settings={}, load_at_end=None, noise={}))
+    )
     assert len(document["slower_than_a_peer"]) == 4
     assert {entry["kind"] for entry in document["gains_of_masks"]} == {
         *("causal", "padded", "causal+dropout", "padded+dropout")

@@ -1,0 +1,58 @@
+"""How much memory a call takes at its peak, beyond what is there before it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_MARKS = Path("/proc/self/clear_refs")
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Bytes, results included; None where the system can't tell.
+
+    On a GPU what torch's allocator hands out. On the CPU the rise of the resident memory of the
+    process, in pages, kernels' own scratch memory included where it is fresh; freed memory that
+    the C library keeps is given back first, since what is taken again would not show.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if sys.platform != "linux":
+        return None
+    _give_back()
+    try:
+        # Linux resets the mark of the most resident memory when 5 is written here.
+        _MARKS.write_text("5", encoding="ascii")
+        before = _resident("VmRSS")
+        kept = call()
+        peak = _resident("VmHWM") - before
+    except OSError:
+        return None
+    del kept
+    return max(0, peak)
+
+
+def _resident(key: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"{_STATUS} has no {key}")
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, where the C library is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
