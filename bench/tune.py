@@ -95,6 +95,8 @@ _SUMS_OVER_BATCH = (
     (32, 64, 4, 2),
     (32, 32, 4, 2),
     (32, 32, 4, 1),
+    (32, 32, 8, 1),
+    (16, 32, 8, 1),
     (16, 16, 4, 1),
 )
 # Most often there are no more than 16 rows: their number yields first.

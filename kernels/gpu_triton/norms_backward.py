@@ -146,9 +146,11 @@ def differentiate(
         at = row * columns + column
         tl.store(d_total + at, d_sum.to(d_total.dtype.element_ty), mask=inside)
         if d_x is not None:
-            # what follows from the columns alone would be kept in registers from row to row, and
-            # push others out of them: so it is made to follow from the row
-            start = tl.where(row < rows, first, 0)
+            start = first
+            if means is None:
+                # What follows from the columns alone would be kept in registers from row to row,
+                # and push others out of them: in a whole row it is made to follow from the row.
+                start = tl.where(row < rows, first, 0)
             factors = draw_factors((threshold, keep_scale, seed), row, start, COLUMNS, dtype)
             tl.store(d_x + at, (d_sum * factors).to(d_x.dtype.element_ty), mask=inside)
     at = chunk * columns + column
