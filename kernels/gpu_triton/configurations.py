@@ -56,7 +56,7 @@ INTERPRETED = Configuration(32, 32, 4, 1)
 LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "sm_110")
 SMALL = "sm_89"
 SAFE = Configuration(16, 16, 4, 1)
-_SAFE_HALF = Configuration(32, 32, 4, 1)
+_SAFE_NARROW = Configuration(32, 32, 4, 1)  # half types and TF32, heads of 128 at most
 
 
 def configuration(kernel: str, problem: AttentionProblem) -> Configuration:
@@ -119,7 +119,7 @@ def lookup(key: Key) -> Configuration:
                 found = entries.get(key._replace(arch=arch, dim=dim, features=features))
                 if found is not None:
                     return found
-    return SAFE if key.bits > TF32_BITS else _SAFE_HALF
+    return SAFE if key.bits > TF32_BITS or key.dim >= 256 else _SAFE_NARROW
 
 
 def serving(arch: str) -> list[str]:
