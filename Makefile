@@ -50,7 +50,7 @@ test-interpreted: $(PACKAGE)
 
 # On a CPU whose vectors are no wider, `test` has done this.
 test-narrow: $(PACKAGE)
-	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k numba \
+	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k "numba or native" \
 	    tests/kernels/test_attention_parity.py tests/kernels/test_numba_norms.py \
 	    tests/kernels/test_norms.py tests/kernels/test_softmax.py
 

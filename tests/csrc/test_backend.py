@@ -113,6 +113,28 @@ def test_a_width_that_is_none(bits: str) -> None:
     assert f"got '{bits}'" in done.stderr
 
 
+BFLOAT16 = """
+import torch
+from rowmax.kernels import Causal, attention
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 3, 130, 65).bfloat16() for _ in range(3))
+out = attention(q, k, v, Causal(), backend="native")
+exact = attention(q.double(), k.double(), v.double(), Causal(), backend="reference")
+naive = attention(q, k, v, Causal(), backend="reference")
+assert (out - exact).square().mean() <= 2 * (naive - exact).square().mean()
+print(torch.ops.rowmax_native.bfloat16_dots())
+"""
+
+
+def test_bfloat16_with_and_without_dot_products() -> None:
+    done = run_with("ROWMAX_BFLOAT16_DOTS", "0", BFLOAT16)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    done = run_with("ROWMAX_BFLOAT16_DOTS", "1", BFLOAT16)
+    assert done.returncode == 0, done.stderr
+    done = run_with("ROWMAX_BFLOAT16_DOTS", "yes", BFLOAT16)
+    assert "ROWMAX_BFLOAT16_DOTS: expected 0 or 1, got 'yes'" in done.stderr
+
+
 def test_a_missing_extension_is_named() -> None:
     """In a fresh interpreter where the extension can't be found: the reason, and what to do."""
     script = """
