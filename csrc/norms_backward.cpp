@@ -57,6 +57,7 @@ struct Backward {
     };
     int64_t c = 0;
     for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+#pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         const int64_t at = c + n * lanes;
         add(n, load(x_at + at) - means, load(grad_at + at) * load(weight + at));
@@ -89,6 +90,7 @@ struct Backward {
     for_vectors<T>(width, [&](int64_t c, int64_t count) {
       const Vec<T> w = load_first(weight + first + c, count);
       Vec<T> d_y[group], product[group];
+#pragma GCC unroll 4
       for (int r = 0; r < group; ++r) {
         d_y[r] = load_first(grad_y(index + r) + first + c, count);
         const Vec<T> x_of = load_first(x(index + r) + first + c, count);

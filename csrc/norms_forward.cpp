@@ -94,6 +94,7 @@ struct Forward {
     const Vec<T> nears = splat(near);
     int64_t c = 0;
     for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+#pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         sums.add(n, load(row + c + n * lanes) - nears);
       }
@@ -162,6 +163,7 @@ struct Forward {
   void write_group(int64_t index, const Statistics<T>* statistics) const {
     for_vectors<T>(columns, [&](int64_t c, int64_t count) {
       const Vec<T> w = load_first(weight + c, count), b = load_first(bias + c, count);
+#pragma GCC unroll 4
       for (int64_t r = 0; r < GROUP; ++r) {
         const Vec<T> x = load_first(normalised(index + r) + c, count);
         store_first(y(index + r) + c, affine(x, statistics[r], w, b), count);
@@ -179,6 +181,7 @@ struct Forward {
     Sums<T> sums;
     int64_t c = 0;
     for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+#pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
         const int64_t at = c + n * lanes;
         sums.add(n, load(following + at) - nears);

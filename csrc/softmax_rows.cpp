@@ -79,6 +79,7 @@ T row_maximum(const Item* row, T sign, int64_t keys) {
   Vec<T> largest[4] = {nothing, nothing, nothing, nothing};
   int64_t c = 0;
   for (; c + 4 * lanes <= keys; c += 4 * lanes) {
+#pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) {
       largest[n] = maximum(load(row + c + n * lanes) * signs, largest[n]);
     }
@@ -200,6 +201,7 @@ void differentiate(const SoftmaxCall& call, void*) {
       Vec<T> sums[2] = {};
       int64_t c = 0;
       for (; c + 2 * lanes <= keys; c += 2 * lanes) {
+#pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
           const Vec<T> weight = load(weights + c + n * lanes);
           const Vec<T> of_weight = load(grad + c + n * lanes);
