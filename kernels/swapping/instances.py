@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,7 @@ def swapped_class(
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    made: Any = type(original.__name__, (form, original), names)
-    result: type[Swapped] = made
-    return result
+    return cast(type[Swapped], type(original.__name__, (form, original), names))
 
 
 class ClassChange:
@@ -85,7 +83,8 @@ class ClassChange:
 
     def undo(self) -> None:
         """Back to the original, unless someone else has changed the class since."""
-        if type(self._module) is self._swapped:
+        unchanged = type(self._module) is self._swapped
+        if unchanged:
             self._module.__class__ = self._original
 
 
