@@ -102,6 +102,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--model", metavar="NAMES", help="of encoder, minilm; default: all here")
     command.add_argument("--threads", type=int, help="default: what torch takes")
     command.add_argument("--seconds", type=float, help="to spend on each line; default: 8")
+    command.add_argument(
+        "--quick", action="store_true", help="the first shape of each model, fewer rounds"
+    )
     command.add_argument("--json", metavar="FILE", type=Path, help="write the lines here too")
 
 
@@ -110,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
     if options.model is None and _minilm_folder() is None:
         names.remove("minilm")
     seconds = seconds_of("--seconds", options.seconds) or 8.0
+    budget = Budget(seconds, 3 if options.quick else 5, 200)
     if options.threads is not None:
         if options.threads < 1:
             raise UsageError(f"--threads: expected at least 1, got {options.threads}")
@@ -125,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     for name in names:
         model = MODELS[name]
         variants = _variants(model.make())
-        for batch, length in model.shapes:
+        for batch, length in model.shapes[: 1 if options.quick else None]:
             arguments, real = _batch(model, batch, length)
             receipt = compare(variants["original"].train(), arguments, pack=True, seconds=1e-3)
             if not receipt.passed:
@@ -133,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
                 failed = True
                 continue
             for step in ("inference", "training"):
-                row = _measure(name, variants, arguments, (batch, length, real), step, seconds)
+                row = _measure(name, variants, arguments, (batch, length, real), step, budget)
                 rows.append(row)
                 print(_line(row), flush=True)
                 if options.json is not None:
@@ -167,12 +171,12 @@ def _measure(
     arguments: dict[str, Tensor],
     batch: tuple[int, int, float],
     step: str,
-    seconds: float,
+    budget: Budget,
 ) -> Row:
     calls = {key: _call(model, arguments, step) for key, model in variants.items()}
     for call in calls.values():
         call()
-    timings = interleave(calls, Budget(seconds, 5, 200), HostTimer())
+    timings = interleave(calls, budget, HostTimer())
     original, swapped, packed = (
         1e3 * timings[key].median for key in ("original", "swapped", "packed")
     )

@@ -62,6 +62,10 @@ class _Alias:
     rowmax_aliases: Aliases
     rowmax_chosen: str | None  # what someone has set since, which counts from then on
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A config made from the class of an alias (its defaults, say) is no alias."""
+        return type(cls.rowmax_config)(*args, **kwargs)
+
     @property
     def _attn_implementation_internal(self) -> str | None:
         return type(self).rowmax_chosen

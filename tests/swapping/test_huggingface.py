@@ -138,6 +138,9 @@ def test_a_shared_config_and_other_models_stay_as_they_are() -> None:
     assert model.config._attn_implementation == "rowmax"
     assert config._attn_implementation == other.config._attn_implementation == "eager"
     assert torch.equal(other(**arguments).last_hidden_state, expected)
+    made = type(model.config)(hidden_size=64)
+    assert type(made) is type(config)
+    assert model.config._attn_implementation == "rowmax"
     model.config.use_cache = False  # what is set on one is seen on the other
     assert config.use_cache is False
     report.restore()
