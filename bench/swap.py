@@ -220,11 +220,12 @@ def _header() -> list[str]:
     return [
         "",
         "median ms; x: original / swapped, and original / packed; share: what attention, norms and",
-        "  dropout take of the original's time; limit: the gain if that cost nothing, unpacked",
+        "  dropout, the swap's business, take of the original's time; within: the gain in that share,",
+        "  unpacked, taking the rest of the step as it was",
         "",
         (
             f" {'model':8} {'batch':>9} {'real':>5} {'step':9} {'original':>9} {'swapped':>9} "
-            f"{'x':>5} {'packed':>9} {'x':>5} {'share':>6} {'limit':>6}"
+            f"{'x':>5} {'packed':>9} {'x':>5} {'share':>6} {'within':>6}"
         ),
     ]
 
@@ -232,9 +233,11 @@ def _header() -> list[str]:
 def _line(row: Row) -> str:
     noise = "~" if row.spread > 0.15 else " "
     shape = f"({row.batch},{row.length})"
-    limit = 1 / (1 - row.share) if row.share < 1 else float("inf")
+    touched = row.share * row.original
+    left = row.swapped - (row.original - touched)
+    within = f"{touched / left:.2f}" if left > 0.05 * touched else "-"
     return (
         f"{noise}{row.model:8} {shape:>9} {row.real:5.0%} {row.step:9} {row.original:9.1f} "
         f"{row.swapped:9.1f} {row.original / row.swapped:5.2f} {row.packed:9.1f} "
-        f"{row.original / row.packed:5.2f} {row.share:6.0%} {limit:6.2f}"
+        f"{row.original / row.packed:5.2f} {row.share:6.0%} {within:>6}"
     )
