@@ -220,8 +220,8 @@ def _header() -> list[str]:
     return [
         "",
         "median ms; x: original / swapped, and original / packed; share: what attention, norms and",
-        "  dropout, the swap's business, take of the original's time; within: the gain in that share,",
-        "  unpacked, taking the rest of the step as it was",
+        "  dropout, the swap's business, take of the original's time; within: the gain in that",
+        "  share, unpacked, taking the rest of the step as it was",
         "",
         (
             f" {'model':8} {'batch':>9} {'real':>5} {'step':9} {'original':>9} {'swapped':>9} "

@@ -89,7 +89,12 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Llama": ("Llama", "text", _DECODER),
     "Mistral": ("Mistral", "text", {**_DECODER, "sliding_window": 4}),
     "Mixtral": ("Mixtral", "text", {**_DECODER, "num_local_experts": 2}),
-    "Gemma 2": ("Gemma2", "text", {**_DECODER, **_WINDOW, "query_pre_attn_scalar": 8}),
+    "Gemma 2": (
+        "Gemma2",
+        "text",
+        # a cap so low that scores of random weights feel it
+        {**_DECODER, **_WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5},
+    ),
     "Gemma 3": ("Gemma3Text", "text", {**_DECODER, **_WINDOW, "query_pre_attn_scalar": 8}),
     "Qwen 2": ("Qwen2", "text", _DECODER),
     "Qwen 3": ("Qwen3", "text", {**_DECODER, "head_dim": 8}),

@@ -77,7 +77,7 @@ def test_what_models_ask_for_reaches_the_kernels(calls: list[dict[str, Any]]) ->
     arguments, _ = zoo.batch_of("text")
     swap(gemma)
     gemma(**arguments)
-    assert {call["softcap"] for call in calls} == {50.0}
+    assert {call["softcap"] for call in calls} == {0.5}
     assert {call["scale"] for call in calls} == {8**-0.5}
     calls.clear()
     swap(oss)
