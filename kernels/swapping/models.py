@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .. import dispatch
-from ..checks import FLOAT_DTYPES, fail_type
+from ..checks import FLOAT_DTYPES, fail_type, fail_value
 from ..functional import attention_problem
 from ..problem import LayerNormProblem, Problem, RMSNormProblem
 from . import huggingface_models, multihead, norms, transformer_layers
@@ -58,8 +58,8 @@ def swap(
 
     Raises:
         TypeError: `model` is no nn.Module.
-        ValueError: nothing to swap, or attention in a model of transformers that bypasses the
-            interface. The model is untouched.
+        ValueError: nothing to swap, nothing to pack where `pack` asks for it, or attention in a
+            model of transformers that bypasses the interface. The model is untouched.
         RuntimeError: a named backend that can't do a site's dtype or device, or a version of
             transformers outside the range. The model is untouched.
     """
@@ -73,6 +73,7 @@ def swap(
     if attention:
         for name, outermost in huggingface_models.outermost_models(model):
             plan.huggingface_model(name, outermost)
+    plan.check_packing(model)
     plan.check_backend(model)
     report = SwapReport(type(model).__name__, backend, plan.in_order(model), plan.changes)
     if not report.swapped and not plan.swapped_before:
@@ -232,6 +233,30 @@ class _Plan:
             if why is None:
                 form = huggingface_models.SwappedBertEncoder
                 self.changes.append(ClassChange(module, form, self.options))
+
+    def check_packing(self, model: nn.Module) -> None:
+        """Where packing was asked for, there has to be something that packs; say what does not."""
+        if not self.options.pack or self.swapped_before:
+            return
+        encoders = [site for site in self.sites.values() if site.kind == "encoder" and site.swapped]
+        if not encoders and self.changes:
+            fail_value(
+                "swap",
+                "pack",
+                f"True for {type(model).__name__}, which has none; nothing was changed",
+                "a model with an nn.TransformerEncoder or a BERT-like encoder to pack",
+            )
+        modules = dict(model.named_modules())
+        for site in encoders:
+            encoder = modules[site.name]
+            if not isinstance(encoder, nn.TransformerEncoder):
+                continue
+            for index in range(len(encoder.layers)):
+                layer = ".".join(filter(None, (site.name, "layers", str(index))))
+                for part in (layer, f"{layer}.self_attn"):
+                    if part not in self.sites or not self.sites[part].swapped:
+                        why = f"no nested tensors; not packed, because {part} is left"
+                        self._note(site.name, encoder, "encoder", True, why)
 
     def check_backend(self, model: nn.Module) -> None:
         """A named backend has to be able to do what each site will ask of it."""

@@ -85,13 +85,19 @@ def test_what_models_ask_for_reaches_the_kernels(calls: list[dict[str, Any]]) ->
     assert [tuple(call["sinks"].shape) for call in calls] == [(4,), (4,)]
 
 
-def test_padding_reaches_the_kernels_as_lengths(calls: list[dict[str, Any]]) -> None:
-    """Not as a dense mask: blocks of padding are skipped."""
-    llama = zoo.model_of("Llama")
-    swap(llama)
-    llama(**zoo.batch_of("text")[0])
-    parts = [type(part).__name__ for part in calls[0]["mask"].parts()]
-    assert parts == ["Causal", "KeyLengths"]
+@pytest.mark.parametrize("name,band", [("Llama", "Causal"), ("Mistral", "Window")])
+def test_masks_reach_the_kernels_in_their_structure(
+    name: str, band: str, calls: list[dict[str, Any]]
+) -> None:
+    """Not as dense masks: blocks of padding, and outside a band, are skipped."""
+    model = zoo.model_of(name)
+    swap(model)
+    model(**zoo.batch_of("text")[0])
+    parts = calls[0]["mask"].parts()
+    assert [type(part).__name__ for part in parts] == [band, "KeyLengths"]
+    assert parts[1].lengths.tolist() == zoo.LENGTHS.flatten().tolist()
+    if band == "Window":
+        assert (parts[0].left, parts[0].right, parts[0].align) == (3, 0, 0)
 
 
 GENERATORS = {

@@ -230,6 +230,16 @@ def test_nothing_to_swap() -> None:
         swap(nn.LayerNorm(3), norms=False)
 
 
+def test_nothing_to_pack(model: Model) -> None:
+    classes = classes_of(model.attention)
+    with pytest.raises(ValueError, match="`pack`: expected a model with an nn.TransformerEncoder"):
+        swap(model.attention, pack=True)
+    assert classes_of(model.attention) == classes
+    with swapped(model, pack=True, filter_fn=lambda _, name: "self_attn" not in name) as report:
+        (encoder,) = (site for site in report.swapped if site.kind == "encoder")
+    assert encoder.reason.endswith("not packed, because encoder.layers.0.self_attn is left")
+
+
 def test_a_filter_that_matches_nothing(model: Model) -> None:
     classes = classes_of(model)
     with pytest.raises(ValueError, match="none of 9 sites"):
