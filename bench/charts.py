@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 WIDTH = 420
 SERIES = 8  # colours that there are; a ninth series begins again with the first
+MOST_TICKS = 7
 _LEFT, _RIGHT, _TOP = 52, 12, 14
 _PLOT = 230  # height of a plot with two axes
 
@@ -107,7 +108,10 @@ def curves(
     ys = [point.y for point in points] + [y for _, y in roof]
     x_scale = _log_scale(xs, _LEFT, WIDTH - _RIGHT)
     y_scale = _log_scale(ys, _TOP + _PLOT, _TOP)
-    found = [_vertical(tick, x_scale, _TOP, _TOP + _PLOT) for tick in x_scale.ticks()]
+    # what was measured, where it is a handful of lengths, rather than round numbers beside it
+    own = sorted(set(xs))
+    ticks = own if joined and len(own) <= MOST_TICKS else x_scale.ticks()
+    found = [_vertical(tick, x_scale, _TOP, _TOP + _PLOT) for tick in ticks]
     for tick in y_scale.ticks():
         y = y_scale(tick)
         found.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
@@ -220,6 +224,8 @@ def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
 
 
 def _number(value: float) -> str:
+    if value == int(value) and value < 1e5:
+        return f"{value:.0f}"
     for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:g}{suffix}"

@@ -193,7 +193,7 @@ def make_inputs(case: Case) -> Inputs:
 
 def to_float64(inputs: Any) -> Any:
     """The same inputs with every floating-point tensor in float64, and fresh leaves."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, value in vars(inputs).items():
         if isinstance(value, Tensor) and value.is_floating_point():
             changed[name] = _wide(value)

@@ -75,14 +75,16 @@ def rowmax_attention(inputs: AttentionInputs, backend: str) -> Outputs:
     return (out,)
 
 
-def sdpa(inputs: AttentionInputs) -> Outputs:
-    """By the backend that torch chooses."""
+def sdpa(
+    inputs: AttentionInputs, function: Callable[..., Tensor] = F.scaled_dot_product_attention
+) -> Outputs:
+    """By the backend that torch chooses, or another function of the same signature."""
     mask, is_causal = inputs.allowed, inputs.causal
     if inputs.bias is not None:
         mask = inputs.bias if mask is None else inputs.bias.masked_fill(~mask, -torch.inf)
     elif is_causal:
         mask = None
-    out = F.scaled_dot_product_attention(
+    out = function(
         inputs.q,
         inputs.k,
         inputs.v,

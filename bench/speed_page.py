@@ -66,7 +66,8 @@ def _ratio_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
             Bar(
                 _label(row),
                 row["ratio"],
-                *row["ratio_interval"],
+                row["ratio_interval"][0],
+                row["ratio_interval"][1],
                 text=f"{row['ratio']:.2f} times as fast as {row['fastest_peer']}, 95% interval "
                 f"{row['ratio_interval'][0]:.2f} to {row['ratio_interval'][1]:.2f}"
                 + (", level" if row["level"] else ""),

@@ -14,6 +14,7 @@ import torch
 from ...kernels import dispatch
 from ..options import UsageError, check_writable, listed, names_of
 from . import suite
+from .attention_cases import Sizes
 from .questions import Verdict
 from .subjects import OPS, Backend, Sdpa, Subject
 from .text import VERBOSE_HEADING, lines, verbose_line
@@ -97,7 +98,7 @@ def _settings(options: argparse.Namespace) -> suite.Settings:
     )
 
 
-def _shape(text: str) -> suite.Sizes:
+def _shape(text: str) -> Sizes:
     try:
         return suite.sizes_of([int(size) for size in text.split(",")])
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .arguments import Arguments, Results
 from .attention_cases import Draw, Kind, Sizes, attention_arguments
 from .questions import AttentionQuestion, attention_results, dtype_text, judged
 from .row_cases import RowQuestion, norm_question
-from .subjects import DeclinedError, Subject
+from .subjects import DeclinedError, Sdpa, Subject
 
 SIZES = Sizes(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Sizes(4, 4, 2, 70, 70, 16, 16)
@@ -146,7 +147,7 @@ def same_bits_again(subject: Subject, dtype: torch.dtype) -> str | None:
 def any_threads(subject: Subject, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
     for arguments in _several(subject, dtype):
-        fault = _on_threads(lambda given=arguments: attention_results(subject, given))
+        fault = _on_threads(partial(attention_results, subject, arguments))
         if fault is not None:
             return fault
     return None
@@ -172,6 +173,33 @@ def batch_invariance(subject: Subject, dtype: torch.dtype) -> str | None:
     return None
 
 
+def dropout_scales(subject: Subject, dtype: torch.dtype) -> str | None:
+    """A weight is dropped, or grows by 1 / (1 - p); about p of them drop. Of SDPA's signature.
+
+    With v the unit matrix, out is the weights themselves. Backends, whose dropout is a function
+    of the seed, are held to the oracle's in every weight instead.
+    """
+    if not isinstance(subject, Sdpa):
+        raise DeclinedError("held to the oracle's dropout, weight by weight")
+    dropout_p, length = 0.25, 64
+    draw = Draw(41, dtype)
+    q, k = (draw.normal(4, 2, length, 16).to(subject.device) for _ in range(2))
+    unit = torch.eye(length, dtype=dtype, device=subject.device).expand(4, 2, length, length)
+    torch.manual_seed(7)
+    dropped = subject.function(q, k, unit, dropout_p=dropout_p).double()
+    whole = subject.function(q, k, unit).double() / (1 - dropout_p)
+    zero = dropped == 0.0
+    wrong = (dropped - whole).abs() > 8 * torch.finfo(dtype).eps * whole
+    if bool((wrong & ~zero).any()):
+        return "a kept weight is not 1 / (1 - p) times what it is without dropout"
+    share = float(zero.double().mean())
+    # five standard deviations of the share of so many coins
+    reach = 5 * (dropout_p * (1 - dropout_p) / zero.numel()) ** 0.5
+    if abs(share - dropout_p) > reach:
+        return f"{100 * share:.1f}% of the weights drop, {100 * dropout_p:.1f}% were asked for"
+    return None
+
+
 ATTENTION = {
     "rows sum to 1": rows_sum_to_one,
     "keys permuted": keys_permuted,
@@ -181,6 +209,7 @@ ATTENTION = {
     "same bits again": same_bits_again,
     "any thread count": any_threads,
     "alone as in a batch": batch_invariance,
+    "dropout scales": dropout_scales,
 }
 
 
@@ -261,10 +290,10 @@ def check(subject: Subject, ops: tuple[str, ...], dtype: torch.dtype) -> Iterato
             continue
         if op == "attention":
             for name, attention_check in ATTENTION.items():
-                yield _checked(op, name, dtype, lambda c=attention_check: c(subject, dtype))
+                yield _checked(op, name, dtype, partial(attention_check, subject, dtype))
         else:
             for name, row_check in ROW_WISE.items():
-                yield _checked(op, name, dtype, lambda c=row_check, o=op: c(subject, o, dtype))
+                yield _checked(op, name, dtype, partial(row_check, subject, op, dtype))
 
 
 def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]) -> Invariant:

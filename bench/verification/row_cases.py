@@ -75,6 +75,7 @@ class RowQuestion:
         leaves = {
             name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.inputs.items()
         }
+        outputs: tuple[Tensor, ...]
         if self.op == "masked_softmax":
             outputs = (softmax_equation(leaves["scores"], self.allowed, self._scale),)
         else:

@@ -129,7 +129,7 @@ class Sdpa:
         self, function: SdpaLike, name: str | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.function = function
-        self.name = name or getattr(function, "__qualname__", type(function).__name__)
+        self.name = str(name or getattr(function, "__qualname__", type(function).__name__))
         self.device = torch.device(device)
 
     def attention(self, arguments: Arguments) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,99 @@
+"""`speed`: anyone's own attention, timed beside rowmax and every peer that is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import gpu, report
+from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
+from .machine import describe, measure_limits
+from .peers import SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
+from .runner import Row, candidates, run_cases
+from .timing import Budget, timer_for
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """The lines that were measured; `print(speeds)` is the table."""
+
+    rows: list[Row]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def speed(
+    function: Callable[..., Tensor] | None = None,
+    *,
+    name: str = "yours",
+    shapes: Sequence[Shape] = ((8, 8, 512, 64),),
+    kinds: Sequence[str] = ("plain", "causal"),
+    dtype: torch.dtype = torch.float32,
+    backward: bool = True,
+    device: str = "cpu",
+    peers: Sequence[str] | None = None,
+    backend: str = "auto",
+    seconds: float = 1.0,
+) -> Speeds:
+    """Times attention: A B C, A B C, ..., each candidate after it has passed the gate.
+
+    Args:
+        function: a callable with the signature of
+            `torch.nn.functional.scaled_dot_product_attention`, in the column `name`; None times
+            rowmax and the peers alone. One that is not right is not timed: see a row's `faults`.
+        shapes: (B, H, L, D), (B, H, Lq, Lk, D) or (B, Hq, Hkv, Lq, Lk, D) each.
+        kinds: as of `bench speed --kind`: "plain", "causal", "padded+dropout", ...
+        backward: also forward and backward together.
+        peers: their names; None takes those of the suite that need no compilation.
+        seconds: to spend on each line.
+
+    Raises:
+        ValueError: an unknown kind, peer or device, or a shape that no kind suits.
+    """
+    suites = [suite for suite in SUITES.values() if suite.attention and suite.device == device]
+    if not suites:
+        raise ValueError(f"speed: device: expected cpu or cuda, got {device!r}")
+    suite = replace(suites[0], dtypes=(dtype,))
+    for kind in kinds:
+        if not parts_of(kind) <= set(PARTS):
+            raise ValueError(f"speed: kinds: expected {', '.join(PARTS)} joined by +, got {kind!r}")
+    for shape in shapes:
+        if not suite.takes(tuple(shape)):
+            raise ValueError(f"speed: shapes: expected 4, 5 or 6 sizes, got {tuple(shape)}")
+    here = list(peers_of(suite))
+    for peer in peers or ():
+        if peer not in here:
+            raise ValueError(f"speed: peers: expected names of {', '.join(here)}, got {peer!r}")
+    if name in (*here, SUBJECT):
+        raise ValueError(f"speed: name: {name!r} is the name of another column")
+    chosen = peers if peers is not None else [n for n in here if n not in SLOW_TO_START]
+    steps = (FORWARD, FORWARD_BACKWARD) if backward else (FORWARD,)
+    cases = cases_of(suite, (dtype,), kinds, steps, [tuple(shape) for shape in shapes])
+    if not cases:
+        raise ValueError("speed: no kind suits a shape: nothing to measure")
+    timer = timer_for(device)
+    limits = measure_limits() if device == "cpu" else gpu.measure_limits(dtype, timer)
+    columns = [*chosen, *(() if function is None else (name,))]
+    text = report.machine_lines(describe(), {device: limits}, [suite])
+    text += report.header_lines(suite, dtype, columns)
+    rows: list[Row] = []
+    told: set[str] = set()
+    kind = None
+    budget = Budget(seconds, 5, 200)
+    for case in cases:
+        if case.kind != kind:
+            kind = case.kind
+            text.append(report.kind_line(case))
+        functions: dict[str, Function] = candidates(case, chosen, backend)
+        if function is not None:
+            functions[name] = partial(sdpa, function=function)
+        for row in run_cases([case], functions, budget, limits, timer):
+            rows.append(row)
+            text += report.row_lines(row, columns, told)
+    return Speeds(rows, "\n".join([*text, *report.detail_lines(rows)]))

@@ -1,0 +1,123 @@
+"""`bench compare` and the history: what is told, and the exit status that holds the line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowmax.bench import cli, history
+from rowmax.bench.options import UsageError
+
+from .results import document
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Any:
+    def write(name: str, content: Any) -> str:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "factor, threshold, status, word",
+    [
+        (1.0, "5", 0, "level"),
+        (1.015, "0", 0, "level"),  # within the intervals of both
+        (1.04, "5", 0, "within the threshold"),
+        (1.04, "3", 1, "SLOWER"),
+        (1.2, "5", 1, "SLOWER"),
+        (1.2, "25", 0, "within the threshold"),
+        (0.8, "5", 0, "faster"),
+    ],
+)
+def test_verdicts(
+    factor: float,
+    threshold: str,
+    status: int,
+    word: str,
+    save: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [save("a.json", document()), save("b.json", document(factor))]
+    assert cli.main(["compare", *files, "--threshold", threshold]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 110
+    cases = [line for line in lines if line.startswith(" cpu-")]
+    assert len(cases) == 4
+    assert all(line.endswith(word) for line in cases)
+    assert f"geometric mean of B/A {factor:.3f}" in lines[-1]
+
+
+def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = document()
+    for row in slow["rows"]:
+        for timing in row["seconds"].values():
+            timing["median"] *= 3
+            timing["interval"] = [3 * edge for edge in timing["interval"]]
+    slow["machine"] = {**slow["machine"], "cpu": "another"}
+    slow["noise"]["complaints"] = ["it was busy"]
+    files = [save("a.json", document()), save("b.json", slow)]
+    assert cli.main(["compare", *files]) == 1
+    told = capsys.readouterr().out
+    assert "other machines (cpu)" in told
+    assert "B was noisy: it was busy" in told
+    assert cli.main(["compare", *files, "--by", "ratio"]) == 0
+
+
+def test_wrong_calls(save: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = save("good.json", document())
+    empty = save("empty.json", {**document(), "rows": []})
+    for arguments, words in (
+        ([good, str(tmp_path / "none.json")], "can't read"),
+        ([good, save("text.json", "what?")], "is no JSON"),
+        ([good, save("list.json", [1])], "got schema None"),
+        ([save("old.json", {**document(), "schema": 2}), good], "with schema 3, got schema 2"),
+        ([good, save("verify.json", {"schema": "rowmax-verify-1"})], "'rowmax-verify-1'"),
+        ([good, empty], "no case of rowmax in common"),
+        ([good, good, "--candidate", "flex"], "no case of flex in common"),
+        ([good, good, "--threshold", "-1"], "--threshold: expected a number >= 0"),
+        ([good, good, "--threshold", "nan"], "--threshold: expected a number >= 0"),
+        ([good, good, "--by", "ratio", "--candidate", "sdpa"], "--candidate: --by ratio is"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["compare", *arguments])
+        assert exit_info.value.code == 2
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.out == ""
+
+
+def test_the_history_grows_and_keeps_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    history.check(path)
+    history.append(path, document())
+    first = path.read_text("utf-8")
+    history.check(path)
+    history.append(path, document(2.0, complaints=("busy",)))
+    assert path.read_text("utf-8").startswith(first)
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 4 * 3
+    assert {row["candidate"] for row in rows} == {"rowmax", "sdpa", "naive"}
+    assert (rows[0]["noisy_run"], rows[-1]["noisy_run"]) == ("False", "True")
+    assert float(rows[12]["median_s"]) == 2 * float(rows[0]["median_s"])
+    assert rows[0]["shape"] == "8x8x128x64"
+    assert rows[0]["cpu"] == "Some CPU <of ours>"
+
+
+def test_a_history_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n", "utf-8")
+    with pytest.raises(UsageError, match="other columns"):
+        history.check(path)
+    assert path.read_text("utf-8") == "a,b\n1,2\n"
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["speed", "--suite", "cpu-norms", "--csv", str(path)])
+    assert exit_info.value.code == 2

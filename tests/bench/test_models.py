@@ -1,0 +1,65 @@
+"""The suite of whole models: every path computes the same step, and a wrong one is found out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rowmax.bench import cli, models
+from rowmax.bench.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
+from rowmax.bench.gate import Gate
+from rowmax.bench.inputs import make_inputs
+from rowmax.bench.peers import oracle, peers_of, subject
+
+MODEL = SUITES["model"]
+SDPA = F.scaled_dot_product_attention
+
+
+def gate_of(kind: str) -> Gate:
+    inputs = make_inputs(Case(MODEL, torch.float32, kind, (2, 12, 64), FORWARD_BACKWARD))
+    return Gate(inputs, oracle(MODEL, kind), backward=True)
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_every_path_passes_the_gate(kind: str) -> None:
+    gate = gate_of(kind)
+    functions = {name: make(kind) for name, make in peers_of(MODEL).items()}
+    functions["reference"] = subject(MODEL, kind, "reference")
+    for name, function in functions.items():
+        assert gate.fault(function, backward=True, is_subject=name == "reference") is None, name
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_a_path_with_another_attention_does_not(kind: str) -> None:
+    wrong: dict[str, dict[str, Any]] = {
+        "encoder": {"scaled_dot_product_attention": lambda q, k, v, *rest: SDPA(2 * q, k, v)},
+        "transformer": {"attention": lambda q, k, v, **rest: SDPA(q, k, v)},
+    }
+    gate = gate_of(kind)
+
+    def function(inputs: Any) -> Any:
+        return models.run(wrong, inputs)
+
+    assert gate.fault(function, backward=True, is_subject=False) is not None
+
+
+def test_what_was_replaced_is_put_back() -> None:
+    broken = {"encoder": {"scaled_dot_product_attention": None}}
+    inputs = make_inputs(Case(MODEL, torch.float32, "encoder", (1, 4, 64), FORWARD_BACKWARD))
+    with pytest.raises(TypeError):
+        models.run(broken, inputs)
+    assert F.scaled_dot_product_attention is SDPA
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("rowmax.bench.machine._LARGE", 1 << 14)
+    chosen = ["--suite", "model", "--shape", "2,8,64", "--seconds", "0.01", "--quick"]
+    assert cli.main(["speed", *chosen, "--backend", "reference"]) == 0
+    output = capsys.readouterr().out
+    assert "transformer (1000 tokens/s; a training step of the reference Transformer)" in output
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["speed", "--suite", "model", "--shape", "2,8,65"])
+    assert exit_info.value.code == 2

@@ -1,0 +1,84 @@
+"""Pinning is undone, drift and stolen time are seen, and a noisy run says so."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+from rowmax.bench import noise
+from rowmax.bench.memory import peak_bytes
+from rowmax.bench.noise import Watch, complaints, pinned
+
+linux = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system has no choice of CPUs"
+)
+
+
+@linux
+def test_pinned_and_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[set[int]] = []
+    monkeypatch.setattr(noise, "_move", moves.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7})
+    monkeypatch.setattr(noise, "_core", lambda cpu: f"core {cpu // 4}")
+    with pinned(2) as cpus:
+        assert cpus == [2, 5]  # 3 and 2 share a core
+        assert moves == [{2, 5}]
+    assert moves[1:] == [{2, 3, 5, 7}]
+    with pinned(3) as cpus:
+        assert cpus == [2, 3, 5]
+    with pinned(4) as cpus:
+        assert cpus is None  # nothing to spare
+    with pinned(1, wanted=False) as cpus:
+        assert cpus is None
+
+
+@linux
+def test_the_process_itself_is_moved_back() -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) < 2:
+        pytest.skip("one CPU: there is nothing to choose from")
+    with pinned(1) as cpus:
+        assert cpus is not None
+        assert os.sched_getaffinity(0) == set(cpus)
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_watch_sees_drift_and_theft() -> None:
+    watch = Watch([(1.0, 1.0), (1.2, 1.2)])
+    assert watch.drift == pytest.approx(0.2)
+    assert watch.stolen == 0.0
+    assert Watch([(1.0, 2.0)]).stolen == pytest.approx(0.5)
+    probed = Watch()
+    probed.probe()
+    assert probed.drift == 0.0
+    assert probed.probes[0][0] > 0
+
+
+def test_complaints() -> None:
+    quiet = Watch([(1.0, 1.0), (1.01, 1.0)])
+    assert complaints(quiet, 1, 10, (0.0, 0.0, 0.0)) == []
+    assert complaints(quiet, 1, 10, None) == []
+    busy = complaints(Watch([(1.0, 2.0), (1.5, 2.0)]), 9, 10, (99.0, 0.0, 0.0))
+    words = ("load average was 99.0", "drifted by 50%", "other programs took", "9 of 10 lines")
+    assert len(busy) == len(words)
+    for text, word in zip(busy, words, strict=True):
+        assert word in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a peak and resets it")
+def test_peak_memory_is_that_of_the_call() -> None:
+    size = 64 << 20
+
+    def call() -> torch.Tensor:
+        passing = torch.ones(size // 4)
+        return passing[:10].clone()
+
+    found = peak_bytes(call, "cpu")
+    assert found is not None
+    assert size * 0.9 < found < size * 1.5
+    small = peak_bytes(lambda: torch.ones(10), "cpu")
+    assert small is not None
+    assert small < size / 8
