@@ -84,11 +84,11 @@ def speed(
     text += report.header_lines(suite, dtype, columns)
     rows: list[Row] = []
     told: set[str] = set()
-    kind = None
+    last: str | None = None
     budget = Budget(seconds, 5, 200)
     for case in cases:
-        if case.kind != kind:
-            kind = case.kind
+        if case.kind != last:
+            last = case.kind
             text.append(report.kind_line(case))
         functions: dict[str, Function] = candidates(case, chosen, backend)
         if function is not None:

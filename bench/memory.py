@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     process, in pages, kernels' own scratch memory included where it is fresh; freed memory that
     the C library keeps is given back first, since what is taken again would not show.
     """
-    gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -147,7 +147,8 @@ def _pair(row: Row, values: Mapping[str, str]) -> str:
 def _achieved(row: Row, work: int | None) -> str:
     if work is None or SUBJECT not in row.timings:
         return "-"
-    return f"{work / row.timings[SUBJECT].median / 1e9:.3g}"
+    rate = work / row.timings[SUBJECT].median / 1e9
+    return "<0.01" if rate < 0.01 else f"{rate:.3g}"
 
 
 def noise_lines(complaints: Sequence[str], cpus: list[int] | None, watch: Watch) -> list[str]:

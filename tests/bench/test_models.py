@@ -49,6 +49,7 @@ def test_a_path_with_another_attention_does_not(kind: str) -> None:
 def test_what_was_replaced_is_put_back() -> None:
     broken = {"encoder": {"scaled_dot_product_attention": None}}
     inputs = make_inputs(Case(MODEL, torch.float32, "encoder", (1, 4, 64), FORWARD_BACKWARD))
+    assert isinstance(inputs, models.ModelInputs)
     with pytest.raises(TypeError):
         models.run(broken, inputs)
     assert F.scaled_dot_product_attention is SDPA

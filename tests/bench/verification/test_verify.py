@@ -14,6 +14,7 @@ from torch import Tensor
 from rowmax import kernels
 from rowmax.bench import cli, verify
 from rowmax.bench.verification import high_precision, suite
+from rowmax.bench.verification.arguments import oracle
 from rowmax.bench.verification.attention_cases import KINDS, SHAPES
 from rowmax.bench.verification.outcome import SCHEMA
 from rowmax.bench.verification.text import WIDTH
@@ -137,7 +138,6 @@ def test_the_oracle_is_right_and_a_wrong_one_is_noticed(monkeypatch: pytest.Monk
     (right,) = high_precision.check(("attention",))
     assert right.passed
     assert right.error > 0  # it was compared with more digits than it has
-    oracle = high_precision.oracle
 
     def wrong(arguments: Any) -> Any:
         results = oracle(arguments)
