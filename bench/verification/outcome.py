@@ -78,6 +78,7 @@ class Report:
     judged: list[Judged] = field(default_factory=list)
     mutations: list[Mutation] = field(default_factory=list)
     seconds: float = 0.0
+    processor_seconds: float = 0.0  # of all threads: what a busy machine does not change
 
     @property
     def passed(self) -> bool:
@@ -106,6 +107,7 @@ class Report:
             "machine": self.machine,
             "settings": self.settings,
             "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
             "passed": self.passed,
             "rule": {"factor": FACTOR, "summation": SUMMATION},
             "ulp_bins": [edge for edge in ULP_BINS if edge != float("inf")],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ def available(names: Sequence[str] | None = None) -> list[str]:
 
 def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> Report:
     """All checks, dtype by dtype, so that each oracle serves all subjects and is then let go."""
-    started = perf_counter()
+    started, began = perf_counter(), process_time()
     report = Report(describe(), settings.as_json() | {"subjects": [s.name for s in subjects]})
     report.judged = [Judged(subject.name) for subject in subjects]
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
@@ -168,6 +168,7 @@ def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> 
         for case in of_dtype:
             case.forget()
     report.seconds = perf_counter() - started
+    report.processor_seconds = process_time() - began
     return report
 
 

@@ -34,10 +34,11 @@ def lines(report: Report) -> list[str]:
         found += mutation_lines(report.mutations)
     found.append("")
     failures = report.failures
+    took = f"in {report.seconds:.0f} s, {report.processor_seconds:.0f} s of processor time"
     if report.passed:
-        found.append(f"passed, in {report.seconds:.0f} s")
+        found.append(f"passed, {took}")
     else:
-        found.append(f"FAILED: {len(failures)} findings, in {report.seconds:.0f} s")
+        found.append(f"FAILED: {len(failures)} findings, {took}")
     return found
 
 
