@@ -26,7 +26,7 @@ DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
-EXTRAS := transformer,huggingface,bench,test,lint
+EXTRAS := transformer,pictures,huggingface,bench,test,lint
 
 # What was installed last is known by these two files' time stamps.
 REQUIREMENTS := $(VENV)/.stamp-requirements

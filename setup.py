@@ -140,6 +140,7 @@ setup(
     package_data={
         **{package: ["py.typed"] for package in PACKAGE_DIR},
         "rowmax.kernels.gpu_triton": ["configurations.json"],
+        "rowmax.transformer": ["py.typed", "attention_page.html"],
     },
     **extension_arguments(),
 )

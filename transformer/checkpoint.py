@@ -3,7 +3,7 @@
 A run's directory holds ``checkpoint-00001000`` and so on, each with
 
     checkpoint.json        format, and the size and SHA-256 of every other file
-    model.json             ModelConfig
+    model.json             the architecture and its ModelConfig or RecurrentConfig
     model.safetensors      the weights
     optimizer.safetensors  Adam's moments and step counts
     training.json          TrainingConfig and where training stood
@@ -32,8 +32,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .config import ConfigError, ModelConfig, from_mapping
-from .model import EncoderDecoder
+from .architectures import new_model
+from .config import AnyModelConfig, ConfigError, ModelConfig, model_config
+from .interface import TranslationModel
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "rowmax.transformer checkpoint", 1
@@ -50,7 +51,7 @@ class Checkpoint:
     """What one checkpoint holds. ``training`` is the JSON object that the trainer wrote."""
 
     path: Path
-    model: ModelConfig
+    model: AnyModelConfig
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     training: dict[str, Any]
@@ -60,7 +61,7 @@ class Checkpoint:
 def save(
     run: Path,
     step: int,
-    model: EncoderDecoder,
+    model: TranslationModel,
     tokenizer: Tokenizer,
     optimizer: Mapping[str, Tensor],
     training: Mapping[str, Any],
@@ -69,7 +70,7 @@ def save(
     """Write the checkpoint of this step, then remove all but the newest ``keep``."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     files = {
-        "model.json": _to_json(dataclasses.asdict(model.config)),
+        "model.json": _to_json({"arch": model.config.arch, **dataclasses.asdict(model.config)}),
         "model.safetensors": _to_safetensors(weights),
         "optimizer.safetensors": _to_safetensors(optimizer),
         "training.json": _to_json(training),
@@ -120,7 +121,9 @@ def load(path: Path) -> Checkpoint:
     """Read and check one checkpoint."""
     files = _read_directory(path)
     try:
-        model = from_mapping(ModelConfig, _object(files["model.json"]))
+        settings = _object(files["model.json"])
+        # Before there was a choice, nothing was written of it.
+        model = model_config(settings.pop("arch", ModelConfig.arch), settings)
         training = _object(files["training.json"])
         weights = safetensors.torch.load(files["model.safetensors"])
         optimizer = safetensors.torch.load(files["optimizer.safetensors"])
@@ -158,9 +161,9 @@ def load_average(location: Path, count: int = 1) -> Checkpoint:
     return dataclasses.replace(checkpoint, weights=mean)
 
 
-def build_model(checkpoint: Checkpoint, backend: str = "auto") -> EncoderDecoder:
+def build_model(checkpoint: Checkpoint, backend: str = "auto") -> TranslationModel:
     """A model with the checkpoint's weights."""
-    model = EncoderDecoder(checkpoint.model, backend)
+    model = new_model(checkpoint.model, backend)
     copy_tensors(checkpoint.weights, dict(model.named_parameters()), checkpoint.path)
     return model
 

@@ -1,4 +1,4 @@
-"""The command line: train, translate, evaluate and demo."""
+"""The command line: train, translate, evaluate, demo, and the pictures."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from . import checkpoint as checkpoints
+from . import commands as drawing
 from . import corpus, demo
+from .architectures import new_model
 from .checkpoint import Checkpoint, CheckpointError
-from .config import PRESETS, ConfigError, ModelConfig, TrainingConfig
+from .config import (
+    ARCHITECTURES,
+    PRESETS,
+    RECURRENT,
+    AnyModelConfig,
+    ConfigError,
+    ModelConfig,
+    TrainingConfig,
+    model_settings,
+    preset_config,
+)
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
 from .decoding import SentenceTooLongError, translate
 from .evaluation import TOKENIZATIONS, score
-from .model import EncoderDecoder
+from .interface import TranslationModel
 from .tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from .training import Trainer, TrainingError, fit
 
@@ -29,7 +41,8 @@ BACKENDS = ("auto", "reference", "numba", "native", "triton")
 _CHUNK = 1_000
 
 _OVERVIEW = """\
-Train the Transformer of 'Attention Is All You Need' on parallel text and translate with it.
+Train the Transformer of 'Attention Is All You Need', or an RNN, LSTM or GRU with attention, on
+parallel text and translate with it.
 
   A first try, with the built-in Korean-English corpus (minutes on two CPU cores):
       python -m rowmax.transformer demo
@@ -60,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _add_translate(commands)
     _add_evaluate(commands)
     _add_demo(commands)
+    _add_pictures(commands)
     return main_parser
 
 
@@ -97,11 +111,19 @@ def _add_train(commands: Any) -> None:
         help="checkpoints to keep, the newest ones (default: %(default)s)",
     )
     model = train.add_argument_group("model (instead of the preset's values)")
+    model.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        default=ModelConfig.arch,
+        help=f"the Transformer (default), or {', '.join(RECURRENT)}: recurrent layers, the "
+        "decoder attending to the encoder, without the options for heads, d-ff, "
+        "attention-dropout and pre-norm",
+    )
     model_options: tuple[tuple[str, Callable[[str], Any], str], ...] = (
         ("vocab-size", _positive, f"subwords of both languages, at least {SMALLEST_VOCABULARY}"),
         ("encoder-layers", _positive, "encoder layers"),
         ("decoder-layers", _positive, "decoder layers"),
-        ("d-model", _positive, "width of the model"),
+        ("d-model", _positive, "width of the model, and of recurrent states"),
         ("heads", _positive, "attention heads, a divisor of --d-model"),
         ("d-ff", _positive, "width inside the feed-forward layers"),
         ("dropout", float, "on sub-layers and embeddings"),
@@ -114,6 +136,12 @@ def _add_train(commands: Any) -> None:
         "--pre-norm",
         action=argparse.BooleanOptionalAction,
         help="normalise before each sub-layer, not after it",
+    )
+    model.add_argument(
+        "--batch-first",
+        action=argparse.BooleanOptionalAction,
+        help="for rnn, lstm and gru: hand their layers (batch, length, width), not (length, batch, "
+        "width); the results are the same (default: --batch-first)",
     )
     training = train.add_argument_group("training (instead of the preset's values)")
     training_options: tuple[tuple[str, Callable[[str], Any], str], ...] = (
@@ -187,6 +215,15 @@ def _add_demo(commands: Any) -> None:
     command.set_defaults(run=_demo)
 
 
+def _add_pictures(commands: Any) -> None:
+    attend = drawing.add_attend(commands, _positive)
+    _add_decoding(attend)
+    _add_machine(attend)
+    attend.set_defaults(run=lambda args: drawing.attend(args, _load), arch=None)
+    positions = drawing.add_positions(commands, _positive)
+    positions.set_defaults(run=drawing.positions)
+
+
 def _add_text(command: argparse.ArgumentParser, title: str) -> None:
     group = command.add_argument_group(title)
     group.add_argument("--source", type=Path, metavar="FILE", help="UTF-8, a sentence a line")
@@ -199,12 +236,21 @@ def _add_text(command: argparse.ArgumentParser, title: str) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        help="what the model must be; a checkpoint of another architecture is an error",
+    )
+    command.add_argument(
         "--model",
         type=Path,
         required=True,
         metavar="DIR",
         help="a training run's directory, for its newest checkpoint, or one checkpoint",
     )
+    _add_decoding(command)
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--average",
         type=_positive,
@@ -288,10 +334,10 @@ def _train(args: argparse.Namespace) -> None:
         else:
             vocab_size = args.vocab_size or preset.vocab_size
             tokenizer = Tokenizer.train((side for pair in text for side in pair), vocab_size)
-        model_config = ModelConfig(
-            **{**preset.model, **_given(args, ModelConfig), "vocab_size": tokenizer.vocab_size}
-        )
-        config = TrainingConfig(**{**preset.training, **_given(args, TrainingConfig)})
+        given = {**_given_to_model(args), "vocab_size": tokenizer.vocab_size}
+        model_config = preset_config(preset, args.arch, given)
+        training_given = _given(args, [field.name for field in dataclasses.fields(TrainingConfig)])
+        config = TrainingConfig(**{**preset.training, **training_given})
         if saved is not None:
             _require_same(saved, model_config, config)
         dataset = Dataset(text, tokenizer, model_config.max_length)
@@ -302,7 +348,7 @@ def _train(args: argparse.Namespace) -> None:
         if validation_text is not None:
             validation = Dataset(validation_text, tokenizer, model_config.max_length)
         torch.manual_seed(config.seed)
-        model = EncoderDecoder(model_config, args.backend).to(device)
+        model = new_model(model_config, args.backend).to(device)
         trainer = Trainer(model, dataset, config)
         if saved is not None:
             trainer.restore(saved)
@@ -326,16 +372,30 @@ def _saved(args: argparse.Namespace) -> Checkpoint | None:
     return checkpoints.load(checkpoints.newest(args.output))
 
 
-def _given(args: argparse.Namespace, kind: type[ModelConfig | TrainingConfig]) -> dict[str, Any]:
-    """The settings of this configuration that were given on the command line."""
-    names = [field.name for field in dataclasses.fields(kind)]
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of these settings that were given on the command line."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _require_same(saved: Checkpoint, model: ModelConfig, training: TrainingConfig) -> None:
+def _given_to_model(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's settings that were given; those of another architecture are an error."""
+    known = model_settings(args.arch)
+    names = (name for arch in ARCHITECTURES for name in model_settings(arch))
+    given = _given(args, dict.fromkeys(names))
+    for name in given:
+        if name not in known:
+            raise UsageError(f"--{name.replace('_', '-')} is no setting of --arch {args.arch}")
+    return given
+
+
+def _require_same(saved: Checkpoint, model: AnyModelConfig, training: TrainingConfig) -> None:
     """Refuse to resume with other settings. The number of steps may change: it alters no step."""
-    earlier = {**dataclasses.asdict(saved.model), **saved.training.get("training", {})}
-    now = {**dataclasses.asdict(model), **dataclasses.asdict(training)}
+    earlier = {
+        "arch": saved.model.arch,
+        **dataclasses.asdict(saved.model),
+        **saved.training.get("training", {}),
+    }
+    now = {"arch": model.arch, **dataclasses.asdict(model), **dataclasses.asdict(training)}
     for name, value in now.items():
         if name != "steps" and earlier.get(name) != value:
             raise UsageError(
@@ -344,11 +404,15 @@ def _require_same(saved: Checkpoint, model: ModelConfig, training: TrainingConfi
             )
 
 
-def _load(args: argparse.Namespace) -> tuple[EncoderDecoder, Tokenizer]:
+def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
     if args.length_penalty < 0:
         raise UsageError(f"--length-penalty must not be negative, got {args.length_penalty}")
     saved = checkpoints.load_average(args.model, args.average)
+    if args.arch not in (None, saved.model.arch):
+        raise UsageError(
+            f"--arch {args.arch}: {saved.path} holds a model of --arch {saved.model.arch}"
+        )
     model = checkpoints.build_model(saved, args.backend).to(device)
     try:
         model.probe()
@@ -434,6 +498,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CheckpointError,
         TrainingError,
         SentenceTooLongError,
+        drawing.AttendError,
         OSError,
     ) as error:
         _say(f"error: {error}")

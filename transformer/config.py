@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 _C = TypeVar("_C")
 
@@ -24,9 +24,15 @@ def _require_positive_int(name: str, got: object) -> None:
     _require(is_int and got > 0, name, "a positive integer", got)  # type: ignore[operator]
 
 
+RECURRENT = ("rnn", "lstm", "gru")
+ARCHITECTURES = ("transformer", *RECURRENT)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the Transformer; the defaults are the base model of the paper's table 3."""
+
+    arch: ClassVar[str] = "transformer"
 
     vocab_size: int
     encoder_layers: int = 6
@@ -54,6 +60,57 @@ class ModelConfig:
             self.d_model,
         )
         _require(self.d_model % 2 == 0, "d_model", "an even number (sine and cosine)", self.d_model)
+
+
+@dataclass(frozen=True)
+class RecurrentConfig:
+    """Sizes of a recurrent encoder-decoder; see `RecurrentEncoderDecoder`."""
+
+    arch: str  # rnn, lstm or gru
+    vocab_size: int
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    d_model: int = 512  # the decoder's state, and both directions of the encoder's together
+    dropout: float = 0.1  # between layers, on the embeddings and on what the softmax reads
+    max_length: int = 256  # tokens of a sentence, its end symbol included
+    # What torch.nn's recurrent layers are given: (B, L, d_model), or (L, B, d_model). The
+    # results are the same.
+    batch_first: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.arch in RECURRENT, "arch", f"one of {', '.join(RECURRENT)}", self.arch)
+        for name in ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "max_length"):
+            _require_positive_int(name, getattr(self, name))
+        p = self.dropout
+        _require(isinstance(p, int | float) and 0 <= p < 1, "dropout", "0 <= p < 1", p)
+        _require(
+            isinstance(self.batch_first, bool), "batch_first", "true or false", self.batch_first
+        )
+        _require(self.d_model % 2 == 0, "d_model", "an even number (two directions)", self.d_model)
+
+
+AnyModelConfig = ModelConfig | RecurrentConfig
+
+
+def model_settings(arch: str) -> list[str]:
+    """The names of the settings that a model of this architecture has."""
+    kind = ModelConfig if arch == ModelConfig.arch else RecurrentConfig
+    return [field.name for field in dataclasses.fields(kind) if field.name != "arch"]
+
+
+def model_config(arch: str, values: Mapping[str, Any]) -> AnyModelConfig:
+    """The configuration of a model of this architecture."""
+    _require(arch in ARCHITECTURES, "arch", f"one of {', '.join(ARCHITECTURES)}", arch)
+    if arch == ModelConfig.arch:
+        return from_mapping(ModelConfig, values)
+    return from_mapping(RecurrentConfig, {**values, "arch": arch})
+
+
+def preset_config(preset: Preset, arch: str, given: Mapping[str, Any]) -> AnyModelConfig:
+    """The preset's model: what of its settings this architecture has, changed by ``given``."""
+    known = model_settings(arch)
+    values = {name: value for name, value in preset.model.items() if name in known}
+    return model_config(arch, {**values, **given})
 
 
 @dataclass(frozen=True)

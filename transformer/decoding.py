@@ -1,4 +1,4 @@
-"""Translation: greedy decoding and beam search, batched, with cached keys and values."""
+"""Translation: greedy decoding and beam search, batched, with cached states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import pad
-from .model import EncoderDecoder
+from .interface import TranslationModel
 from .tokenizer import BOS, EOS, Tokenizer
 
 # A translation may be this much longer than its source (section 6.1).
@@ -30,13 +30,13 @@ def length_penalty(length: int | Tensor, alpha: float) -> float | Tensor:
     return ((5 + length) / 6) ** alpha
 
 
-def _limits(model: EncoderDecoder, source_lengths: Tensor) -> Tensor:
+def _limits(model: TranslationModel, source_lengths: Tensor) -> Tensor:
     """The most tokens of each translation, EOS included: a function of its own source alone."""
     return (source_lengths + EXTRA_LENGTH).clamp(max=model.config.max_length)
 
 
 @torch.inference_mode()
-def greedy(model: EncoderDecoder, source: Tensor, source_lengths: Tensor) -> list[list[int]]:
+def greedy(model: TranslationModel, source: Tensor, source_lengths: Tensor) -> list[list[int]]:
     """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids."""
     if len(source) == 0:
         return []
@@ -61,7 +61,7 @@ def _cut(tokens: list[int]) -> list[int]:
 
 @torch.inference_mode()
 def beam_search(
-    model: EncoderDecoder,
+    model: TranslationModel,
     source: Tensor,
     source_lengths: Tensor,
     beam: int = 4,
@@ -126,7 +126,7 @@ def beam_search(
 
 
 def translate(
-    model: EncoderDecoder,
+    model: TranslationModel,
     tokenizer: Tokenizer,
     sentences: Sequence[str],
     beam: int = 1,

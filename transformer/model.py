@@ -10,7 +10,6 @@ what its output is added to. In the paper (post-norm) they are one and the same;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -19,45 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Causal, KeyLengths, add_layer_norm, attention, layer_norm
+from ..kernels import Causal, KeyLengths, add_layer_norm, layer_norm
 from .config import ModelConfig
+from .interface import Attending, TokenEmbedding, TranslationModel
 
 # Keys and values of one attention, each (B, H, L, D).
 KeysValues = tuple[Tensor, Tensor]
 
 
-class Embedding(nn.Module):
-    """Token embeddings times sqrt(d_model) plus sinusoidal positions (sections 3.4 and 3.5).
-
-    The same matrix embeds the source and the target and, transposed, is the linear map before
-    the softmax.
-    """
+class Embedding(TokenEmbedding):
+    """Token embeddings plus sinusoidal positions (section 3.5)."""
 
     positions: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        nn.init.normal_(self.weight, std=config.d_model**-0.5)
+        super().__init__(config.vocab_size, config.d_model, config.dropout, config.max_length)
         self.register_buffer("positions", sinusoids(config.max_length, config.d_model), False)
-        self.dropout = config.dropout
 
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """(B, L) token ids at positions ``start`` and on -> (B, L, d_model)."""
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"tokens: expected an int64 tensor (batch, length), got {tokens.dtype} of shape "
-                f"{tuple(tokens.shape)}"
-            )
-        end = start + tokens.shape[1]
-        if end > len(self.positions):
-            raise ValueError(f"sentence of {end} tokens: max_length is {len(self.positions)}")
-        embedded = F.embedding(tokens, self.weight) * math.sqrt(self.weight.shape[1])
-        return F.dropout(embedded + self.positions[start:end], self.dropout, self.training)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(..., d_model) -> (..., vocab_size), the scores before the softmax."""
-        return F.linear(x, self.weight)
+    def embed(self, tokens: Tensor, start: int) -> Tensor:
+        embedded = super().embed(tokens, start)
+        return embedded + self.positions[start : start + tokens.shape[1]]
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
@@ -68,14 +48,14 @@ def sinusoids(length: int, d_model: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(torch.get_default_dtype())
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Attending):
     """MultiHead(Q, K, V) = Concat(head_1, ..., head_h) W^O (section 3.2.2).
 
     The projections of all heads stand side by side in one matrix each for Q, K and V.
     """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
-        super().__init__()
+        super().__init__(backend)
         self.w_q = nn.Linear(config.d_model, config.d_model, bias=False)
         self.w_k = nn.Linear(config.d_model, config.d_model, bias=False)
         self.w_v = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -84,7 +64,6 @@ class MultiHeadAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.backend = backend
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, d_model) -> (B, H, L, D), a view."""
@@ -98,13 +77,12 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """Queries from ``x`` (B, Lq, d_model); keys and values from wherever they were made."""
         keys, values = keys_values
-        heads = attention(
+        heads = self.attend(
             self.split_heads(self.w_q(x)),
             keys,
             values,
-            mask=mask,
+            mask,
             dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
         )
         return self.w_o(heads.transpose(1, 2).flatten(2))
 
@@ -230,12 +208,12 @@ class DecoderState:
         self.own = [(keys[rows], values[rows]) for keys, values in self.own]
 
 
-class EncoderDecoder(nn.Module):
-    """The whole model. ``backend`` names the kernels; it doesn't change what is computed."""
+class EncoderDecoder(TranslationModel):
+    """The whole Transformer."""
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config: ModelConfig = config
         self.embedding = Embedding(config)
         self.encoder = nn.ModuleList(
             EncoderLayer(config, backend) for _ in range(config.encoder_layers)
@@ -247,19 +225,14 @@ class EncoderDecoder(nn.Module):
             self.encoder_norm = Norm(config, backend)
             self.decoder_norm = Norm(config, backend)
 
-    def forward(self, source: Tensor, source_lengths: Tensor, target: Tensor) -> Tensor:
-        """Scores of the next token at every target position.
-
-        ``source`` (B, Ls), ``source_lengths`` (B,), ``target`` (B, Lt) starting with BOS
-        -> (B, Lt, vocab_size).
-        """
-        return self.decode(target, self.start(source, source_lengths))
-
-    @torch.inference_mode()
-    def probe(self) -> None:
-        """Run once on one token: RuntimeError where the backend can't do what this model needs."""
-        token = torch.ones(1, 1, dtype=torch.int64, device=self.embedding.weight.device)
-        self.eval()(token, token[0], token)
+    def attention_layers(self) -> dict[str, list[Attending]]:
+        encoder = cast("Iterable[EncoderLayer]", self.encoder)
+        decoder = cast("list[DecoderLayer]", list(self.decoder))
+        return {
+            "encoder": [layer.self_attention for layer in encoder],
+            "decoder": [layer.self_attention for layer in decoder],
+            "cross": [layer.source_attention for layer in decoder],
+        }
 
     def encode(self, source: Tensor, mask: KeyLengths) -> Tensor:
         """(B, Ls) -> (B, Ls, d_model), the output of the top encoder layer."""

@@ -7,6 +7,7 @@ languages, as in section 5.1 of the paper.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 
 import tokenizers
@@ -18,6 +19,46 @@ PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ("<pad>", "<s>", "</s>")
 # Three special tokens and 256 bytes.
 SMALLEST_VOCABULARY = len(_SPECIAL) + 256
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's letters: printable Latin-1 bytes stand for themselves, the others, in
+    order, for the code points from 256 on (Radford et al., 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_alphabet()
+
+
+def _bytes_of(token: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in token)
+
+
+def _characters(text: bytes) -> list[tuple[int, bytes]]:
+    """Each character's place and bytes; a byte that belongs to none stands for itself."""
+    characters, start = [], 0
+    while start < len(text):
+        size = 1
+        for length in (1, 2, 3, 4):
+            with contextlib.suppress(UnicodeDecodeError):
+                if len(text[start : start + length].decode()) == 1:
+                    size = length
+                    break
+        characters.append((start, text[start : start + size]))
+        start += size
+    return characters
+
+
+def _shown(character: bytes) -> str:
+    try:
+        text = character.decode()
+    except UnicodeDecodeError:
+        return f"<{character.hex()}>"
+    return text if text.isprintable() else f"<{character.hex()}>"
 
 
 class Tokenizer:
@@ -81,6 +122,44 @@ class Tokenizer:
         """Token ids of each sentence."""
         texts = [" " + sentence for sentence in sentences]
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(texts)]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token, to be read beside the others of its sentence.
+
+        A token that goes on within a word starts with "·". Where a character is spread over
+        several tokens, each shows it with its number: "값(1/2)", "값(2/2)". Bytes that form no
+        UTF-8 are shown as "<ea>".
+        """
+        parts = [
+            token.encode() if number < len(_SPECIAL) else _bytes_of(token)
+            for number, token in ((number, self._bpe.id_to_token(number)) for number in ids)
+        ]
+        characters = _characters(b"".join(parts))
+        tokens_of = [0] * len(characters)  # how many tokens each character is spread over
+        spans, start = [], 0
+        for part in parts:
+            end = start + len(part)
+            span = [
+                i for i, (at, raw) in enumerate(characters) if at < end and at + len(raw) > start
+            ]
+            for i in span:
+                tokens_of[i] += 1
+            spans.append(span)
+            start = end
+        seen = [0] * len(characters)
+        texts = []
+        for number, span in zip(ids, spans, strict=True):
+            text = ""
+            for i in span:
+                seen[i] += 1
+                shown = _shown(characters[i][1])
+                text += shown if tokens_of[i] == 1 else f"{shown}({seen[i]}/{tokens_of[i]})"
+            if text.startswith(" ") and len(text) > 1:
+                text = text[1:]
+            elif number >= len(_SPECIAL):
+                text = f"·{text}"
+            texts.append(text.replace(" ", "␣"))
+        return texts
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence, special tokens left out.

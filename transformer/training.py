@@ -27,7 +27,7 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, CheckpointError
 from .config import TrainingConfig
 from .data import Dataset
-from .model import EncoderDecoder
+from .interface import TranslationModel
 from .tokenizer import PAD, Tokenizer
 
 
@@ -70,7 +70,7 @@ class StepResult:
 class Trainer:
     """A model, its optimiser and the place in the data."""
 
-    def __init__(self, model: EncoderDecoder, dataset: Dataset, config: TrainingConfig) -> None:
+    def __init__(self, model: TranslationModel, dataset: Dataset, config: TrainingConfig) -> None:
         try:
             model.probe()
         except RuntimeError as error:

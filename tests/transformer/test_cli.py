@@ -113,6 +113,46 @@ def test_resume(trained, tmp_path, capsys):
     assert got == expected
 
 
+@pytest.mark.parametrize("arch", ["rnn", "lstm", "gru"])
+def test_recurrent_architectures(arch, tmp_path, capsys):
+    """Train, resume, translate with a beam, evaluate; and what contradicts the checkpoint."""
+    text = write_pairs(tmp_path, 60)
+    run = tmp_path / "run"
+    settings = (*TINY[:6], *TINY[10:], "--encoder-layers", "1", "--decoder-layers", "1")
+    command = ["train", "--arch", arch, *text, "--output", str(run), *settings]
+    assert cli.main([*command, "--steps", "2"]) == 0
+    other = "gru" if arch == "lstm" else "lstm"
+    assert f"with --arch {other}: it was trained with {arch}" in fails(
+        capsys, *command, "--resume", "--arch", other
+    )
+    assert cli.main([*command, "--resume", "--no-batch-first"]) == 2
+    assert cli.main([*command, "--resume"]) == 0
+    model = ("--model", str(run), "--backend", "reference")
+    capsys.readouterr()
+    assert cli.main(["translate", *model, "--arch", arch, "--beam", "2", "구", "오"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert cli.main(["evaluate", *model, *text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sentences"] == 60
+    for asked in ("translate", "evaluate"):
+        words = ("구",) if asked == "translate" else text
+        error = fails(capsys, asked, *model, "--arch", "transformer", *words)
+        assert error.endswith(f"checkpoint-00000004 holds a model of --arch {arch}")
+
+
+def test_settings_of_another_architecture(tmp_path, capsys):
+    text = write_pairs(tmp_path, 20)
+    command = ("train", *text, "--output", str(tmp_path / "run"))
+    for arch, option in (
+        ("gru", ("--heads", "2")),
+        ("lstm", ("--pre-norm",)),
+        ("transformer", ("--no-batch-first",)),
+    ):
+        name = option[0].replace("--no-", "--")
+        error = fails(capsys, *command, "--arch", arch, *option)
+        assert f"{name} is no setting of --arch {arch}" in error
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_average_of_scores():
     assert score(["a b c d", "x"], ["a b c d", "y"]).exact_match == 50
     for arguments, message in (
