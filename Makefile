@@ -9,12 +9,14 @@
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there
 #   make lint      ruff and mypy
 #   make bench     the speed tables
+#   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
 #   make clean     remove build products and caches
 #   make distclean remove the virtual environment too
 #
 # Settings: PYTHON (interpreter that makes the environment), TORCH (the torch to install; it
 # must agree with constraints.txt), PIP_ARGS (more options for pip: another package index for
-# PyTorch's CPU-only builds, say), TEST_ARGS, BENCH_ARGS, DEMO_ARGS.
+# PyTorch's CPU-only builds, say), TEST_ARGS, BENCH_ARGS, DEMO_ARGS,
+# COMPARE_ARGS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -22,6 +24,7 @@ PIP_ARGS ?=
 TEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+COMPARE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,10 +36,10 @@ REQUIREMENTS := $(VENV)/.stamp-requirements
 PACKAGE := $(VENV)/.stamp-package
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CHECKED := kernels transformer bench tests setup.py csrc
+CHECKED := kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
 
-.PHONY: demo test test-interpreted test-narrow compile lint bench install clean distclean
+.PHONY: demo test test-interpreted test-narrow compile lint bench compare install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -68,10 +71,13 @@ lint: $(PACKAGE)
 	$(BIN)/ruff format --check $(CHECKED)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
-	$(BIN)/mypy $(TYPING) tests setup.py
+	$(BIN)/mypy $(TYPING) tests setup.py docs/walkthrough.py
 
 bench: $(PACKAGE)
 	$(BIN)/python -m rowmax.bench speed $(BENCH_ARGS)
+
+compare: $(PACKAGE)
+	$(BIN)/python -m rowmax.bench model $(COMPARE_ARGS)
 
 install: $(PACKAGE)
 

@@ -17,7 +17,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import comparison, forms, gpu, history, overhead, report, speed_page, swap, tune
+from . import (
+    architectures,
+    comparison,
+    forms,
+    gpu,
+    history,
+    overhead,
+    report,
+    speed_page,
+    swap,
+    tune,
+)
 from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
 from .noise import Watch, complaints, pinned
@@ -47,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "swap": swap.run,
             "tune": tune.run,
             "forms": forms.run,
+            "model": architectures.run,
         }
         return commands[options.command](options)
     except UsageError as error:
@@ -133,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     swap.add_command(commands)
     tune.add_command(commands)
     forms.add_command(commands)
+    architectures.add_command(commands)
     return parser
 
 

@@ -77,8 +77,7 @@ def heat_maps(
             color=colour,
             family=families,
         )
-    colours = LinearSegmentedColormap.from_list("weights", _COLOURS)
-    colours.set_bad("white")
+    colours = LinearSegmentedColormap.from_list("weights", _COLOURS).with_extremes(bad="white")
     image: Any = None
     axes = figure.subplots(rows, columns, squeeze=False)
     for place, axis in enumerate(axes.flat):

@@ -1,0 +1,154 @@
+"""`rowmax.bench model`: sizes, sequential steps, a whole small run, and calls that are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rowmax.bench import cli, model_runs
+from rowmax.bench.model_runs import demo_config, matched, parameters_of, sequential_steps
+from rowmax.bench.architectures import RESULTS
+from rowmax.transformer import PRESETS, ModelConfig, RecurrentConfig, corpus, new_model
+from rowmax.transformer.config import RECURRENT, Preset
+
+
+@pytest.mark.parametrize("arch", RECURRENT)
+def test_about_equal_parameters(arch):
+    """The nearest width: two units narrower or wider are farther off."""
+    like = demo_config(64)
+    wanted = parameters_of(like)
+    config = matched(arch, like)
+    real = sum(parameter.numel() for parameter in new_model(config, "reference").parameters())
+    assert parameters_of(config) == real
+    assert abs(real - wanted) < 0.01 * wanted
+    for other in (config.d_model - 2, config.d_model + 2):
+        wider = RecurrentConfig(arch, config.vocab_size, 2, 2, other, 0.0, 64)
+        assert abs(parameters_of(wider) - wanted) >= abs(real - wanted)
+    assert matched("transformer", like) is like
+
+
+@torch.no_grad()
+def test_sequential_steps_are_counted():
+    """Calls of the layers, each of which waits for the one before."""
+    source = torch.randint(3, 40, (1, 7))
+    target = torch.randint(3, 40, (1, 7))
+    lengths = torch.tensor([7])
+    calls = []
+
+    def count(layers):
+        return [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
+
+    model = new_model(ModelConfig(40, 3, 2, d_model=8, heads=2, d_ff=8), "reference")
+    count([*model.encoder, *model.decoder])
+    model(source, lengths, target)
+    assert len(calls) == sequential_steps(model.config, 7)["training"] == 5
+    calls.clear()
+    state = model.start(source, lengths)
+    for i in range(7):
+        model.decode(target[:, i : i + 1], state)
+    assert len(calls) == sequential_steps(model.config, 7)["translating"] == 3 + 2 * 7
+
+    recurrent = new_model(RecurrentConfig("gru", 40, 3, 2, d_model=8), "reference")
+    calls.clear()
+    count([recurrent.decoder])
+    recurrent(source, lengths, target)
+    # Each call is one step of two layers; the encoder's three run inside one call, step by step.
+    expected = 2 * len(calls) + 3 * 7
+    assert sequential_steps(recurrent.config, 7) == {"training": expected, "translating": expected}
+
+
+def test_a_small_run(tmp_path, monkeypatch, capsys):
+    """All four architectures on both corpora, end to end."""
+    pytest.importorskip("matplotlib")
+    tiny = Preset(
+        model={
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "d_model": 16,
+            "heads": 2,
+            "d_ff": 32,
+            "max_length": 128,
+        },
+        training={"steps": 5, "warmup": 2, "batch_tokens": 100},
+        vocab_size=300,
+        about="",
+    )
+    monkeypatch.setitem(PRESETS, "demo", tiny)
+    pairs = corpus.generate(60)
+    monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(pairs[20:], [], pairs[:20]))
+    monkeypatch.setattr(model_runs, "STEP_TOKENS", 32)
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("train", "test2016"):
+        for side, suffix in enumerate(("de", "en")):
+            lines = "".join(f"{pair[side]}\n" for pair in pairs)
+            (text / f"{name}.{suffix}").write_text(lines, "utf-8")
+    command = ["model", "--seeds", "2", "--steps", "2", "--test-sentences", "3"]
+    command += ["--lengths", "4,8", "--backend", "reference", "--multi30k", str(text)]
+    monkeypatch.setattr(
+        model_runs,
+        "multi30k_corpus",
+        lambda folder, count, whole=model_runs.multi30k_corpus: model_runs.replace(
+            whole(folder, count), vocab_size=300
+        ),
+    )
+    assert cli.main([*command, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert sorted(RESULTS) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert [each["name"] for each in result["corpora"]] == ["built-in", "multi30k"]
+    for each in result["corpora"]:
+        assert each["steps"] == 2
+        assert set(each["models"]) == {"transformer", "lstm", "gru", "rnn"}
+        tokens = {
+            tuple(run["tokens"] for run in model["runs"]) for model in each["models"].values()
+        }
+        assert len(tokens) == 1  # the same batches for all
+        assert all(len(model["runs"]) == 2 for model in each["models"].values())
+    assert all(len(times) == 2 for times in result["step_ms"].values())
+    written = (tmp_path / "out" / "comparison.txt").read_text()
+    assert written in shown
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_follow_from_minutes(monkeypatch):
+    """Three quarters of the time, shared by seeds and architectures."""
+    monkeypatch.setattr(model_runs, "_seconds_a_step", lambda *_: 0.5)
+    seen = []
+
+    def train(config, dataset, training, *_):
+        seen.append(training.steps)
+        return {"bleu": 0, "exact_match": 0, "tokens": 1, "seconds": 1, "tokens_per_second": 1}
+
+    monkeypatch.setattr(model_runs, "_train", train)
+    pairs = corpus.generate(30)
+    text = model_runs.Corpus(
+        "x", pairs, pairs, 300, PRESETS["demo"].model, model_runs.TrainingConfig(warmup=10)
+    )
+    said = []
+    model_runs._corpus(text, ["transformer", "gru"], 3, None, 1200.0, "auto", said.append)
+    assert len(set(seen)) == 1
+    assert 290 <= seen[0] <= 300
+    assert "15 minutes" in said[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--steps", "-1"], "--steps: expected at least 1, got -1"),
+        (["--minutes", "0"], "--minutes: expected a positive number, got 0"),
+        (["--lengths", "8,x"], "--lengths: expected numbers like 8,16,32, got 8,x"),
+        (["--lengths", "1,8"], "--lengths: expected numbers from 2 to 1024, got 1,8"),
+        (["--arch", "tree"], "--arch: expected names of transformer, lstm, gru, rnn; got 'tree'"),
+        (["--data", "multi30k", "--multi30k", "nowhere"], "--multi30k: nowhere is no directory"),
+        (["--output", "/dev/null/x"], "--output: can't make /dev/null/x"),
+    ],
+)
+def test_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["model", *options])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""docs/walkthrough.md: its script runs and prints what the page shows; its links hold."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = (DOCS / "walkthrough.md").read_text("utf-8")
+# [`code`](file#Lnumber): the line holds the code
+LINES = re.findall(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)", PAGE)
+
+
+def test_the_script_prints_what_the_page_shows():
+    """Which also holds every step's formula against the model, or the script fails."""
+    run = subprocess.run(
+        [sys.executable, str(DOCS / "walkthrough.py"), "--backend", "reference"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stderr
+    shown = re.search(r"^python docs/walkthrough.py\n```\n\n```\n(.*?)^```$", PAGE, re.M | re.S)
+    assert run.stdout == shown[1]
+
+
+def test_there_is_a_line_for_each_step():
+    assert len(LINES) >= 16
+
+
+@pytest.mark.parametrize("code,file,number", LINES)
+def test_linked_lines_do_what_is_said(code, file, number):
+    lines = (DOCS / file).read_text("utf-8").split("\n")
+    places = [place for place, line in enumerate(lines, start=1) if code in line]
+    assert int(number) in places, f"{file}: {code!r} stands in lines {places}, not {number}"
