@@ -25,6 +25,7 @@ def test_the_script_prints_what_the_page_shows():
     )
     assert run.returncode == 0, run.stderr
     shown = re.search(r"^python docs/walkthrough.py\n```\n\n```\n(.*?)^```$", PAGE, re.M | re.S)
+    assert shown is not None
     assert run.stdout == shown[1]
 
 
