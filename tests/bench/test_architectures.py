@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rowmax.bench import cli, model_runs
-from rowmax.bench.model_runs import demo_config, matched, parameters_of, sequential_steps
 from rowmax.bench.architectures import RESULTS
+from rowmax.bench.model_runs import demo_config, matched, parameters_of, sequential_steps
 from rowmax.transformer import PRESETS, ModelConfig, RecurrentConfig, corpus, new_model
 from rowmax.transformer.config import RECURRENT, Preset
 
