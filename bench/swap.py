@@ -12,6 +12,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def run(options: argparse.Namespace) -> int:
     names = names_of("--model", options.model, MODELS)
     if options.model is None and _minilm_folder() is None:
-        names.remove("minilm")
+        names = [name for name in names if name != "minilm"]
     seconds = seconds_of("--seconds", options.seconds) or 8.0
     budget = Budget(seconds, 3 if options.quick else 5, 200)
     if options.threads is not None:
@@ -204,6 +205,7 @@ def _call(model: nn.Module, arguments: dict[str, Tensor], step: str) -> Callable
 
 def _share(call: Callable[[], object]) -> float:
     """What part of the call's own time attention, norms and dropout take, by torch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # which else tells when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     events = profile.key_averages()
