@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def main() -> None:
     tokenizer = Tokenizer.train((side for pair in pairs for side in pair), 2_000)
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size)  # the base model of the paper, untrained
-    model = EncoderDecoder(config, backend).double().eval()
+    model: Any = EncoderDecoder(config, backend).double().eval()
     source = torch.tensor([[*tokenizer.encode([SOURCE])[0], EOS]])
     target = torch.tensor([[BOS, *tokenizer.encode([TARGET])[0]]])
     lengths = torch.tensor([source.shape[1]])

@@ -17,6 +17,7 @@ from . import checkpoint as checkpoints
 from . import commands as drawing
 from . import corpus, demo
 from .architectures import new_model
+from .attend import AttendError
 from .checkpoint import Checkpoint, CheckpointError
 from .config import (
     ARCHITECTURES,
@@ -498,7 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         CheckpointError,
         TrainingError,
         SentenceTooLongError,
-        drawing.AttendError,
+        AttendError,
         OSError,
     ) as error:
         _say(f"error: {error}")

@@ -54,11 +54,11 @@ def run(output: Path, steps: int | None, backend: str, device: torch.device) -> 
         checkpoints.remove_all(output)
         throughput = fit(trainer, tokenizer, output, validation, _SAVE_EVERY, _AVERAGED)
     averaged = min(_AVERAGED, len(checkpoints.checkpoints(output)))
-    model = checkpoints.build_model(checkpoints.load_average(output, averaged), backend).to(device)
+    mean = checkpoints.build_model(checkpoints.load_average(output, averaged), backend).to(device)
     trained = time.perf_counter() - began
     print(f"Trained {config.steps:,} steps in {trained:.0f} s, {float(throughput):,.0f} tokens/s.")
 
-    translations = translate(model, tokenizer, [pair.korean for pair in data.test])
+    translations = translate(mean, tokenizer, [pair.korean for pair in data.test])
     scores = score(translations, [pair.english for pair in data.test])
     print(f"\nOn {scores.sentences:,} test pairs, none of them seen in training:\n{scores}\n")
     for pair, translation in list(zip(data.test, translations, strict=True))[:_SHOWN]:

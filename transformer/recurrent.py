@@ -27,7 +27,11 @@ from ..kernels import KeyLengths
 from .config import RecurrentConfig
 from .interface import Attending, TokenEmbedding, TranslationModel
 
-_LAYERS: dict[str, type[nn.RNNBase]] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+_LAYERS: dict[str, type[nn.RNN | nn.LSTM | nn.GRU]] = {
+    "rnn": nn.RNN,
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+}
 # The hidden state (N, B, d_model), and with an LSTM its cell state.
 Hidden = tuple[Tensor, ...]
 

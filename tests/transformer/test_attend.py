@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ def attend(model: Path, *options: str, sentence: str = SENTENCE) -> int:
     return cli.main(["attend", str(model), sentence, "--backend", "reference", *options])
 
 
-def embedded(html: str) -> dict:
-    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])
+def embedded(html: str) -> dict[str, Any]:
+    return json.loads(re.findall(r'id="data">(.*?)</script>', html, re.S)[0])
 
 
 @pytest.mark.parametrize("arch", ["transformer", "rnn", "gru"])
@@ -154,9 +155,12 @@ def test_masked_half_is_empty(tokenizer, monkeypatch):
 
     drawn = []
     plain = Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda self, shown, **k: drawn.append(shown) or plain(self, shown, **k)
-    )
+
+    def imshow(self, shown, **options):
+        drawn.append(shown)
+        return plain(self, shown, **options)
+
+    monkeypatch.setattr(Axes, "imshow", imshow)
     monkeypatch.setattr(pictures, "_families", lambda text, font: ["DejaVu Sans"])
     seen = look(model_of("transformer", tokenizer.vocab_size), tokenizer, "a b c")
     pictures.heat_maps(seen, "decoder", 1, None, ".svg", None)
@@ -239,11 +243,11 @@ def test_page_in_a_browser(tokenizer, tmp_path):
     seen = look(model_of("transformer", tokenizer.vocab_size), tokenizer, SENTENCE)
     path = tmp_path / "page.html"
     path.write_text(page(seen, "cross", 3, None), "utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     address = f"{path.as_uri()}#kind=encoder&layer=1&token=2"
     shown = subprocess.run([*command, address], capture_output=True, text=True, timeout=300)
     body = shown.stdout.split('<script type="application/json"')[0]
-    assert re.search(r'class="token on">([^<]*)<', body)[1] == seen.source[1]
+    assert re.findall(r'class="token on">([^<]*)<', body) == [seen.source[1]]
     rows = seen.weights["encoder"][0][:, 1]
     assert body.count("<line ") == int((rows >= 0.02).sum())
     shares = [float(text) for text in re.findall(r'class="share">([\d.]+)<', body)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def cell_of(arch: str, layer: nn.RNNBase, suffix: str, sizes: tuple[int, int]) -
     return cell
 
 
-def by_hand(model, source, target) -> torch.Tensor:
+def by_hand(model: Any, source, target) -> torch.Tensor:
     """One sentence (Ls,), (Lt,) -> (Lt, vocab_size), cell by cell, attention by its formula."""
     arch, d = model.config.arch, model.config.d_model
     embed = model.embedding.weight * d**0.5
@@ -62,13 +63,15 @@ def by_hand(model, source, target) -> torch.Tensor:
     def visible(state):
         return state[0] if is_lstm else state
 
-    inputs, last = [embed[token] for token in source], []
+    inputs = [embed[token] for token in source]
+    last: list[Any] = []
     for layer in range(model.config.encoder_layers):
         outputs: list[list[torch.Tensor]] = []
         last = []
         for suffix, order in ((f"l{layer}", 1), (f"l{layer}_reverse", -1)):
             cell = cell_of(arch, model.encoder, suffix, (len(inputs[0]), d // 2))
-            state, states = None, []
+            state: Any = None
+            states = []
             for x in inputs[::order]:
                 state = cell(x, state)
                 states.append(visible(state))
@@ -158,7 +161,7 @@ def test_layouts_are_what_the_layers_get(monkeypatch):
     for batch_first, shape in ((True, (4, 1, 24)), (False, (1, 4, 24))):
         model = recurrent("gru", batch_first=batch_first)
         assert (model.encoder.batch_first, model.decoder.batch_first) == (batch_first,) * 2
-        seen = []
+        seen: list[tuple[int, ...]] = []
         model.decoder.register_forward_pre_hook(
             lambda module, inputs, seen=seen: seen.append(tuple(inputs[0].shape))
         )

@@ -161,7 +161,8 @@ def test_a_loss_that_is_not_finite():
     trainer.step()
     before = weights(trainer)
     with torch.no_grad():
-        trainer.model.decoder[0].feed_forward.w_2.bias[0] = float("nan")
+        model: Any = trainer.model
+        model.decoder[0].feed_forward.w_2.bias[0] = float("nan")
     with pytest.raises(TrainingError, match="step 2: loss nan"):
         trainer.step()
     after = weights(trainer)
