@@ -126,6 +126,10 @@ def sequential_steps(config: AnyModelConfig, length: int) -> dict[str, int]:
     return {"training": layers * length, "translating": layers * length}
 
 
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
 def measure(
     data: Sequence[str],
     architectures: Sequence[str],
@@ -136,7 +140,7 @@ def measure(
     test_sentences: int,
     lengths: Sequence[int],
     backend: str,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
 ) -> dict[str, Any]:
     """Everything, as it stands in the JSON."""
     began = perf_counter()
