@@ -29,6 +29,7 @@ from ..transformer.config import AnyModelConfig, ModelConfig, model_config
 from ..transformer.data import SentencePair
 from ..transformer.training import smoothed_loss
 from . import machine
+from .options import UsageError
 
 # Tokens a side in each timed step: with the work held fixed, what grows with L is waiting.
 STEP_TOKENS = 2_048
@@ -37,6 +38,7 @@ _WARM_UP, _TRIAL = 2, 3
 # Of --minutes: what is kept for translation, loading and a machine that slows down.
 _RESERVE = 0.25
 _LEAST_STEPS = 20
+_VOCABULARY_PAIRS = 30_000  # more of them change the subwords little
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def _corpus(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     began = perf_counter()
-    tokenizer = Tokenizer.train((side for pair in text.train for side in pair), text.vocab_size)
+    for_words = text.train[:_VOCABULARY_PAIRS]
+    tokenizer = Tokenizer.train((side for pair in for_words for side in pair), text.vocab_size)
     like = ModelConfig(**{**text.model, "vocab_size": tokenizer.vocab_size})
     dataset = Dataset(text.train, tokenizer, like.max_length)
     configs = _configs(like, architectures)
@@ -206,7 +209,12 @@ def _corpus(
     }
     if steps is None:
         left = (seconds - (perf_counter() - began)) * (1 - _RESERVE)
-        steps = max(_LEAST_STEPS, int(left / (seeds * sum(a_step.values()))))
+        steps = int(left / (seeds * sum(a_step.values())))
+        if steps < _LEAST_STEPS:
+            raise UsageError(
+                f"--minutes: too few for {text.name}: time for {steps} steps of each run, "
+                f"expected at least {_LEAST_STEPS}; fewer --seeds, --data or --arch need less"
+            )
     say(
         f"{text.name}: {steps:,} steps, {seeds} seeds; training takes about "
         f"{steps * seeds * sum(a_step.values()) / 60:.0f} minutes"
