@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,15 @@ import torch
 from rowmax.bench import cli, model_runs
 from rowmax.bench.architectures import RESULTS
 from rowmax.bench.model_runs import demo_config, matched, parameters_of, sequential_steps
-from rowmax.transformer import PRESETS, ModelConfig, RecurrentConfig, corpus, new_model
+from rowmax.bench.options import UsageError
+from rowmax.transformer import (
+    PRESETS,
+    ModelConfig,
+    RecurrentConfig,
+    TrainingConfig,
+    corpus,
+    new_model,
+)
 from rowmax.transformer.config import RECURRENT, Preset
 
 
@@ -36,12 +46,12 @@ def test_sequential_steps_are_counted():
     source = torch.randint(3, 40, (1, 7))
     target = torch.randint(3, 40, (1, 7))
     lengths = torch.tensor([7])
-    calls = []
+    calls: list[int] = []
 
     def count(layers):
         return [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in layers]
 
-    model = new_model(ModelConfig(40, 3, 2, d_model=8, heads=2, d_ff=8), "reference")
+    model: Any = new_model(ModelConfig(40, 3, 2, d_model=8, heads=2, d_ff=8), "reference")
     count([*model.encoder, *model.decoder])
     model(source, lengths, target)
     assert len(calls) == sequential_steps(model.config, 7)["training"] == 5
@@ -51,7 +61,7 @@ def test_sequential_steps_are_counted():
         model.decode(target[:, i : i + 1], state)
     assert len(calls) == sequential_steps(model.config, 7)["translating"] == 3 + 2 * 7
 
-    recurrent = new_model(RecurrentConfig("gru", 40, 3, 2, d_model=8), "reference")
+    recurrent: Any = new_model(RecurrentConfig("gru", 40, 3, 2, d_model=8), "reference")
     calls.clear()
     count([recurrent.decoder])
     recurrent(source, lengths, target)
@@ -91,7 +101,7 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         model_runs,
         "multi30k_corpus",
-        lambda folder, count, whole=model_runs.multi30k_corpus: model_runs.replace(
+        lambda folder, count, whole=model_runs.multi30k_corpus: dataclasses.replace(
             whole(folder, count), vocab_size=300
         ),
     )
@@ -126,13 +136,15 @@ def test_steps_follow_from_minutes(monkeypatch):
     monkeypatch.setattr(model_runs, "_train", train)
     pairs = corpus.generate(30)
     text = model_runs.Corpus(
-        "x", pairs, pairs, 300, PRESETS["demo"].model, model_runs.TrainingConfig(warmup=10)
+        "x", pairs, pairs, 300, PRESETS["demo"].model, TrainingConfig(warmup=10)
     )
-    said = []
+    said: list[str] = []
     model_runs._corpus(text, ["transformer", "gru"], 3, None, 1200.0, "auto", said.append)
     assert len(set(seen)) == 1
     assert 290 <= seen[0] <= 300
     assert "15 minutes" in said[0]
+    with pytest.raises(UsageError, match=r"--minutes: too few for x: time for 1\d steps"):
+        model_runs._corpus(text, ["transformer", "gru"], 1, None, 20.0, "auto", said.append)
 
 
 @pytest.mark.parametrize(
