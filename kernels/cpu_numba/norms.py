@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cpu_constants import FACTOR_BLOCK, GROUP
 from ..cpu_results import new_result
 from ..fused_norms import FusedNorms
 from ..layout import count_rows, rows_of, statistics_dtype
 from .microkernel import lanes_in
 from .norms_backward import BACKWARD
+from .norms_backward import scratch_elements as backward_scratch
 from .norms_forward import FORWARD
 from .norms_forward import scratch_bytes as forward_scratch
 from .rows import chunk_rows, task_rows
@@ -95,7 +95,7 @@ def _backward(
     BACKWARD(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
-        ((1 + GROUP) * FACTOR_BLOCK + 4 * GROUP) * dtype.itemsize,
+        backward_scratch() * dtype.itemsize,
         (
             *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
             *(grad_total_address, grad_total_row),

@@ -28,51 +28,84 @@ from .memory import (
 )
 from .microkernel import lanes_of
 from .norms_forward import draw_factors, fill
-from .simd import add_lanes, cast, multiply_add, splat
+from .simd import add_lanes, cast, lanes_before, multiply_add, select, splat
+
+_STATISTICS = 5  # of a row
 
 
 @jit
-def _row_means(x, grad_y, mean, rstd, weight, columns, zero):
-    """The means of g and of g * x^ over a row."""
+def _row_means(x, grad_y, mean, weight, columns, zero):
+    """The means of g, of g * (x - mean) and of x - mean over a row."""
     lanes = lanes_of(zero)
-    means, scales = splat(mean), splat(rstd)
+    means = splat(mean)
     s0 = s1 = s2 = s3 = splat(zero)
     q0 = q1 = q2 = q3 = splat(zero)
+    r0 = r1 = r2 = r3 = splat(zero)
     c = 0
     while c + 4 * lanes <= columns:
-        g0 = load(grad_y + c) * load(weight + c)
-        g1 = load(grad_y + (c + lanes)) * load(weight + (c + lanes))
-        g2 = load(grad_y + (c + 2 * lanes)) * load(weight + (c + 2 * lanes))
-        g3 = load(grad_y + (c + 3 * lanes)) * load(weight + (c + 3 * lanes))
+        c1, c2, c3 = c + lanes, c + 2 * lanes, c + 3 * lanes
+        g0, g1 = load(grad_y + c) * load(weight + c), load(grad_y + c1) * load(weight + c1)
+        g2, g3 = load(grad_y + c2) * load(weight + c2), load(grad_y + c3) * load(weight + c3)
+        d0, d1 = load(x + c) - means, load(x + c1) - means
+        d2, d3 = load(x + c2) - means, load(x + c3) - means
         s0, s1, s2, s3 = s0 + g0, s1 + g1, s2 + g2, s3 + g3
-        q0 = multiply_add(g0, (load(x + c) - means) * scales, q0)
-        q1 = multiply_add(g1, (load(x + (c + lanes)) - means) * scales, q1)
-        q2 = multiply_add(g2, (load(x + (c + 2 * lanes)) - means) * scales, q2)
-        q3 = multiply_add(g3, (load(x + (c + 3 * lanes)) - means) * scales, q3)
+        q0, q1 = multiply_add(g0, d0, q0), multiply_add(g1, d1, q1)
+        q2, q3 = multiply_add(g2, d2, q2), multiply_add(g3, d3, q3)
+        r0, r1, r2, r3 = r0 + d0, r1 + d1, r2 + d2, r3 + d3
         c += 4 * lanes
     while c < columns:
         rest = columns - c
         g0 = load_first(grad_y + c, rest) * load_first(weight + c, rest)
-        s0 = s0 + g0
-        q0 = multiply_add(g0, (load_first(x + c, rest) - means) * scales, q0)
+        d0 = select(lanes_before(rest, zero), load_first(x + c, rest) - means, splat(zero))
+        s0, q0, r0 = s0 + g0, multiply_add(g0, d0, q0), r0 + d0
         c += lanes
     first = add_lanes((s0 + s1) + (s2 + s3)) / float(columns)
     second = add_lanes((q0 + q1) + (q2 + q3)) / float(columns)
-    return first, second
+    third = add_lanes((r0 + r1) + (r2 + r3)) / float(columns)
+    return first, second, third
+
+
+@jit
+def _keep_statistics(call, row, statistics, zero):
+    """What `_spread` reads, of one row.
+
+    The mean comes rounded, which is too coarse where it is thousands of deviations: the mean of
+    x - mean is the rest of it, and x^ = (x - mean) * rstd + shift.
+    """
+    centred = call.centred != 0
+    mean = zero
+    if centred:
+        mean = pointer(call.mean, zero)[row]
+    rstd = pointer(call.rstd, zero)[row]
+    g_mean, gx_mean, rest = _row_means(
+        pointer(call.x, call.item) + row * call.x_row,
+        pointer(call.grad_y, call.item) + row * call.grad_y_row,
+        mean,
+        pointer(call.weight, zero),
+        call.columns,
+        zero,
+    )
+    if not centred:
+        g_mean, rest = 0.0, 0.0
+    shift = -rest * rstd
+    gx_mean = gx_mean * rstd + shift * g_mean
+    statistics[0], statistics[1], statistics[2] = mean, rstd, cast(shift, zero)
+    statistics[3], statistics[4] = cast(g_mean * rstd, zero), cast(-gx_mean * rstd, zero)
 
 
 @jit
 def _spread(statistics):
-    """A row's four statistics, each in all lanes."""
-    mean, rstd = splat(statistics[0]), splat(statistics[1])
-    return mean, rstd, splat(statistics[2]), splat(statistics[3])
+    """A row's statistics, each in all lanes: mean, rstd, shift, rstd * mean(g) and
+    -rstd * mean(g * x^)."""
+    mean, rstd, shift = splat(statistics[0]), splat(statistics[1]), splat(statistics[2])
+    return mean, rstd, shift, splat(statistics[3]), splat(statistics[4])
 
 
 @jit
 def _row_terms(x, d_y, weight, spread):
     """x^ and d_total of one vector."""
-    mean, rstd, g_mean, gx_mean = spread
-    x_hat = (x - mean) * rstd
+    mean, rstd, shift, g_mean, gx_mean = spread
+    x_hat = multiply_add(x - mean, rstd, shift)
     return x_hat, multiply_add(x_hat, gx_mean, d_y * weight * rstd - g_mean)
 
 
@@ -117,8 +150,8 @@ def _differentiate_group(
     x1, x2, x3 = x + x_row, x + 2 * x_row, x + 3 * x_row
     y1, y2, y3 = grad_y + grad_y_row, grad_y + 2 * grad_y_row, grad_y + 3 * grad_y_row
     t1, t2, t3 = target + target_row, target + 2 * target_row, target + 3 * target_row
-    s0, s1 = _spread(statistics), _spread(statistics + 4)
-    s2, s3 = _spread(statistics + 8), _spread(statistics + 12)
+    s0, s1 = _spread(statistics), _spread(statistics + _STATISTICS)
+    s2, s3 = _spread(statistics + 2 * _STATISTICS), _spread(statistics + 3 * _STATISTICS)
     rest = columns % lanes
     for c in range(0, columns - rest, lanes):
         w = load(weight + c)
@@ -140,7 +173,7 @@ def _differentiate_group(
             _differentiate_row(
                 x + (r * x_row + c),
                 grad_y + (r * grad_y_row + c),
-                statistics + 4 * r,
+                statistics + _STATISTICS * r,
                 weight + c,
                 target + (r * target_row + c),
                 d_weight + c,
@@ -178,7 +211,7 @@ def _differentiate_rows(
             _differentiate_row(
                 x + r * call.x_row,
                 grad_y + r * call.grad_y_row,
-                statistics + 4 * r,
+                statistics + _STATISTICS * r,
                 weight,
                 target + r * target_row,
                 d_weight + first,
@@ -228,14 +261,13 @@ def differentiate(argument):
     all else is contiguous. mean, rstd (rows,). grad_total, d_x, d_weight and d_bias may be absent
     (0); without `centred` mean is not read. partials (chunks, 2, columns rounded up to whole
     vectors): every chunk's d_weight and d_bias. Scratch: FACTOR_BLOCK elements, and for each of
-    GROUP rows as many and four more: mean, rstd, rstd * mean(g), -rstd * mean(g * x^).
+    GROUP rows as many and five more, its statistics.
     """
     call = read(argument)
     zero = call.zero
     tickets = integers_at(call.tickets)
     thread = take_ticket(tickets + 1)
     columns = call.columns
-    centred = call.centred != 0
     factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
     blocks = factors + FACTOR_BLOCK
     statistics = blocks + GROUP * FACTOR_BLOCK
@@ -254,26 +286,7 @@ def differentiate(argument):
         for index in range(start, end, step):
             group = min(step, end - index)
             for r in range(group):
-                row = index + r
-                mean = zero
-                if centred:
-                    mean = pointer(call.mean, zero)[row]
-                rstd = pointer(call.rstd, zero)[row]
-                g_mean, gx_mean = _row_means(
-                    pointer(call.x, call.item) + row * call.x_row,
-                    pointer(call.grad_y, call.item) + row * call.grad_y_row,
-                    mean,
-                    rstd,
-                    pointer(call.weight, zero),
-                    columns,
-                    zero,
-                )
-                if not centred:
-                    g_mean = 0.0
-                statistics[4 * r] = mean
-                statistics[4 * r + 1] = rstd
-                statistics[4 * r + 2] = cast(g_mean * rstd, zero)
-                statistics[4 * r + 3] = cast(-gx_mean * rstd, zero)
+                _keep_statistics(call, index + r, statistics + _STATISTICS * r, zero)
             if call.grad_total == 0 and call.d_x == 0:
                 d_total = pointer(call.d_total, call.item) + index * columns
                 _differentiate_rows(
@@ -328,3 +341,8 @@ BACKWARD = Kernel(
     ),
     ("keep_scale",),
 )
+
+
+def scratch_elements() -> int:
+    """Elements of scratch that a thread of `BACKWARD` needs."""
+    return FACTOR_BLOCK + GROUP * (FACTOR_BLOCK + _STATISTICS)
