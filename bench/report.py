@@ -108,8 +108,8 @@ def detail_lines(rows: Sequence[Row]) -> list[str]:
     """The second table: what the first has no room for, rowmax beside its fastest peer."""
     found = ["", f"in detail: {SUBJECT} / its fastest peer; outliers of all candidates' rounds"]
     width = max((len(_detail_name(row)) for row in rows), default=4) + 1
-    head = f" {'case':<{width}}{'ratio, 95%':>14}{'GFLOP/s':>8}{'GB/s':>6}"
-    head += f"{'peak MiB':>14}{'first call, s':>15}{'outliers':>10}"
+    head = f" {'case':<{width}}{'ratio, 95%':>14}{'GFLOP/s':>8}{'GB/s':>7}"
+    head += f"{'peak MiB':>14}{'first call, s':>14}{'outliers':>10}"
     found += [head, "-" * len(head)]
     for row in rows:
         interval = row.ratio_interval
@@ -120,7 +120,7 @@ def detail_lines(rows: Sequence[Row]) -> list[str]:
         far = sum(timing.outliers for timing in row.timings.values())
         found.append(
             f" {_detail_name(row):<{width}}{text:>14}{_achieved(row, row.flops):>8}"
-            f"{_achieved(row, row.moved):>6}{_pair(row, memory):>14}{calls:>15}"
+            f"{_achieved(row, row.moved):>7}{_pair(row, memory):>14}{calls:>14}"
             f"{f'{far} of {taken}':>10}"
         )
     return found
