@@ -72,7 +72,7 @@ def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list
             f"({SUBJECT}'s forward pass and some peers, where the CPU has them) may pass it"
         )
     cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
-    line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>7}{'rate':>6}{'peak':>5}"
+    line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"
     return [*lines, line, "-" * len(line)]
 
 
@@ -96,7 +96,7 @@ def row_lines(row: Row, peers: Sequence[str], told: set[str]) -> list[str]:
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
     shape = f"{shape_text(row.case.shape):<{_shape_width(suite)}}"
     mark = "~" if is_noisy(row) else " "
-    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>7}{rate:>6}{share:>5}"
+    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
     reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
     reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
     new = [reason for reason in reasons if reason not in told]
