@@ -35,6 +35,14 @@ class Packing:
             length,
         )
 
+    def is_right_padded(self) -> bool:
+        """Whether the real tokens of each sequence are its first."""
+        starts = self.cu_seqlens[:-1]
+        counts = self.cu_seqlens[1:] - starts
+        first = torch.arange(self.batch, device=starts.device) * self.length - starts
+        expected = torch.arange(self.indices.shape[0], device=starts.device)
+        return torch.equal(self.indices, expected + first.repeat_interleave(counts))
+
     def pack(self, padded: Tensor) -> Tensor:
         """(B, L, E) -> (total, E)."""
         return padded.flatten(0, 1).index_select(0, self.indices)

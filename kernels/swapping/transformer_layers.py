@@ -91,7 +91,8 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
 
     With `pack` a batch with a padding mask goes through the layers as its real tokens alone; zeros
     stand where padding was. A hook on a layer then sees (total, E). Calls with a mask other than a
-    causal one have no packed form and run padded.
+    causal one have no packed form and run padded. In inference, where torch itself would nest
+    the batch, it is packed without being asked, with the same zeros.
     """
 
     def forward(
@@ -105,8 +106,11 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             result: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
             return result
         packing = None
-        if self.rowmax_options.pack and src_key_padding_mask is not None and src.dim() == 3:
-            packing = self._packing(src_key_padding_mask, mask, is_causal)
+        if src_key_padding_mask is not None and src.dim() == 3:
+            if self.rowmax_options.pack or (mask is None and self._would_nest()):
+                packing = self._packing(src_key_padding_mask, mask, is_causal)
+            if packing is not None and not (self.rowmax_options.pack or packing.is_right_padded()):
+                packing = None
         if packing is None:
             output = src
             for layer in self.layers:
@@ -124,6 +128,16 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             output = packing.unpack(output)
             output = output if batch_first else output.transpose(0, 1)
         return output if self.norm is None else self.norm(output)
+
+    def _would_nest(self) -> bool:
+        """Whether torch itself would leave out the padding, in inference, by nested tensors."""
+        wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return (
+            self.use_nested_tensor
+            and torch.backends.mha.get_fastpath_enabled()
+            and not (self.layers[0].training or wants_gradient)
+            and not torch.is_autocast_enabled()
+        )
 
     def _packing(
         self, padding_mask: Tensor, mask: Tensor | None, is_causal: bool | None

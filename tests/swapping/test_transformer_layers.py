@@ -163,6 +163,21 @@ def test_a_packed_encoder_computes_real_tokens_alone() -> None:
     assert seen == [(int(LENGTHS.sum()), WIDTH)]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_inference_leaves_padding_out_where_torch_does(side: str) -> None:
+    """Unasked, with torch's own zeros; and padded on the left torch computes it, so rowmax does."""
+    model, source, seen = encoder().eval(), tokens(SOURCE, True), []
+    padding = PADDING if side == "right" else PADDING.flip(1)
+    with torch.no_grad():
+        expected = model(source, src_key_padding_mask=padding)
+        with swapped(model):
+            model.layers[0].norm1.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
+            out = model(source, src_key_padding_mask=padding)
+    torch.testing.assert_close(out, expected)
+    total = (int(LENGTHS.sum()), WIDTH)
+    assert seen == [total if side == "right" else (BATCH, SOURCE, WIDTH)]
+
+
 @pytest.mark.parametrize("hint", [True, None])
 def test_packing_with_a_causal_mask(hint: bool | None) -> None:
     model, source = encoder(), tokens(SOURCE, True)
