@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import Causal, KeyLengths
+from ..transformer import interface
 from ..transformer import model as reference_model
 from ..transformer.config import ModelConfig
 from .cases import MODEL_HEAD_SIZE, Case
@@ -118,23 +119,32 @@ def run(replacements: dict[str, dict[str, Any]], inputs: ModelInputs) -> Outputs
     module = _module(inputs.kind, inputs.shape)
     names = [name for name, _ in module.named_parameters()]
     weights = dict(zip(names, inputs.weights, strict=True))
-    place: ModuleType = F if inputs.kind == "encoder" else reference_model
+    places: tuple[ModuleType, ...] = (F,)
+    if inputs.kind != "encoder":
+        places = (reference_model, interface)
     given: tuple[Tensor, ...] = (inputs.x,)
     if inputs.kind != "encoder":
         given = (inputs.x, inputs.lengths, inputs.x)
-    with _replaced(place, replacements.get(inputs.kind, {})):
+    with _replaced(places, replacements.get(inputs.kind, {})):
         return (torch.func.functional_call(module, weights, given),)
 
 
 @contextmanager
-def _replaced(module: ModuleType, functions: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in functions}
-    for name, function in functions.items():
-        setattr(module, name, function)
+def _replaced(modules: tuple[ModuleType, ...], functions: dict[str, Any]) -> Iterator[None]:
+    """Each function stands in for the one of its name, in the modules that call it."""
+    before = [
+        (module, name, getattr(module, name))
+        for name in functions
+        for module in modules
+        if hasattr(module, name)
+    ]
+    assert {name for _, name, _ in before} == set(functions)
+    for module, name, _ in before:
+        setattr(module, name, functions[name])
     try:
         yield
     finally:
-        for name, function in before.items():
+        for module, name, function in before:
             setattr(module, name, function)
 
 

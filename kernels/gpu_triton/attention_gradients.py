@@ -268,11 +268,11 @@ def key_gradients(
         if PHASE == 0 or not HOLES:
             start, stop = edges[PHASE], edges[PHASE + 1]
             blocks = tl.cdiv(stop - start, BLOCK_M)
-            if GROUP > 1:  # one loop for all heads: a loop in a loop would take more registers
+            if GROUP != 1:  # one loop for all heads: a loop in a loop would take more registers
                 start, stop = 0, GROUP * blocks
             for step in range(start, stop, STEP):
                 i0, h = step, key_head
-                if GROUP > 1:
+                if GROUP != 1:
                     i0 = edges[PHASE] + step % blocks * BLOCK_M
                     h = key_head * GROUP + step // blocks
                 wide_h = tl.full((), h, tl.int64)

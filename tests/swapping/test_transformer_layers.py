@@ -44,7 +44,9 @@ def tokens(length: int, batch_first: bool) -> Tensor:
 
 @pytest.mark.parametrize("masks", ["bool", "additive"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu", torch.tanh], ids=str)
+@pytest.mark.parametrize(
+    "activation", ["relu", "gelu", torch.tanh], ids=["relu", "gelu", "function"]
+)
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_the_whole_transformer(
