@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.peak_memory import peak_bytes
 from .cases import (
     Case,
     attention_bytes,
@@ -23,7 +24,6 @@ from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
 from .machine import Limits
-from .memory import peak_bytes
 from .models import ModelInputs
 from .more_peers import UnsupportedError
 from .peers import SUBJECT, Function, measured_call, oracle, peers_of, run_pass, subject

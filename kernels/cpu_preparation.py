@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,7 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     Bands and lengths leave such keys unread, but a dense mask, documents or a -inf bias only give
     them weight 0, and 0 * NaN is NaN. Finite inputs, the usual case, cost one sum.
     """
-    dtype = statistics_dtype(problem.query.dtype)
-    total = problem.key.sum(dtype=dtype) + problem.value.sum(dtype=dtype)
-    if bool(torch.isfinite(total)):
+    if _sums_to_finite(problem.key) and _sums_to_finite(problem.value):
         return problem
     batch, _, query_len, key_len = problem.shape
     unused = torch.ones(batch, key_len, dtype=torch.bool)
@@ -69,6 +69,17 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     return problem._replace(
         key=problem.key.masked_fill(at, 0.0), value=problem.value.masked_fill(at, 0.0)
     )
+
+
+def _sums_to_finite(tensor: Tensor) -> bool:
+    """Whether the sum is finite: then so is every element.
+
+    Torch widens a whole tensor to sum it in another dtype. Its sums of bfloat16 are computed in
+    float32 and reach as far; those of float16 are kept to rows.
+    """
+    if tensor.dtype == torch.float16:
+        tensor = tensor.sum(3).float()
+    return math.isfinite(tensor.sum().item())
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:

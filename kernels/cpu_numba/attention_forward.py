@@ -150,9 +150,6 @@ def _forward_tile(call, b, h, start, scratch):
     first = rescale + width
     last = first + width
     wide_rows = last + width  # of half types: query, then a block of keys or values, then out
-    bias_rows = wide_rows
-    if call.half != 0:
-        bias_rows = wide_rows + BLOCK_KEYS * (max(call.head_dim, call.value_dim) + lanes)
 
     head = h // (call.heads // call.key_heads)
     key = place * call.key_batch + head * call.key_head + first_key * call.key_row
@@ -183,7 +180,7 @@ def _forward_tile(call, b, h, start, scratch):
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, terms, keys * width)
         if has_terms(call):
-            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms, bias_rows)
+            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms)
         masked = k0 < common_first or k0 + keys - 1 > common_last
         moved = _softmax_block(
             masked, k0, keys, width, scores, row_max, row_sum, rescale, first, last, zero
@@ -251,12 +248,10 @@ def _forward(argument):
 FORWARD = Kernel(_forward, (*INTEGERS, "run"), REALS)  # run: tasks taken at once
 
 
-def scratch_elements(
-    width: int, lanes: int, head_dim: int, value_dim: int, half: bool, half_bias: bool
-) -> int:
+def scratch_elements(width: int, lanes: int, head_dim: int, value_dim: int, half: bool) -> int:
     """Elements of scratch that a thread of `FORWARD` needs for tiles of `width` queries."""
     query_rows = -(-head_dim // lanes) * lanes  # in pairs: half as many, in whole vectors
     elements = width * (query_rows + value_dim + 2 * BLOCK_KEYS + 5)
     if half:
         elements += BLOCK_KEYS * (max(head_dim, value_dim) + lanes)
-    return elements + (width * BLOCK_KEYS if half_bias else 0)
+    return elements

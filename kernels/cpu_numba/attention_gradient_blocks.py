@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from .attention_tiles import in_range, random_words
+from .attention_tiles import in_range, prefetch_block, random_words
 from .elementwise import at_least, exp2
 from .jit import jit
-from .memory import as_integers32, load, load_integers, pointer, store
+from .memory import (
+    as_integers32,
+    bfloat16_at,
+    float16_at,
+    load,
+    load_first,
+    load_integers,
+    pointer,
+    store,
+    store_first,
+)
 from .microkernel import lanes_of
 from .simd import cast, select, splat
+from .transposition import add_transposed, transpose_block
+
+# What becomes of a block of the bias gradient (`d_bias_kind`): each element is one pair's and is
+# put there, in the type computed in or a half type, or it is a sum, there or in float64.
+PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE = range(5)
 
 
 @jit
@@ -88,34 +103,80 @@ def gradient_block(
 
 
 @jit
-def _add_bias_gradient(target, row_stride, column_stride, rows, width, keys, d_scores):
-    """target[i, j] += dS^T[j, i], summed in float64 over a dimension whose stride is 0."""
-    if row_stride == 0:
-        for k in range(keys):
-            total = 0.0
-            for r in range(rows):
-                total += d_scores[k * width + r]
-            target[k * column_stride] += total
-    elif column_stride == 0:
+def _sum_over_rows(target, columns, rows, width, keys, d_scores):
+    """target[j] += sum_i dS^T[j, i]"""
+    for k in range(keys):
+        total = 0.0
         for r in range(rows):
-            total = 0.0
-            for k in range(keys):
-                total += d_scores[k * width + r]
-            target[r * row_stride] += total
-    else:
-        for r in range(rows):
-            for k in range(keys):
-                target[r * row_stride + k] += d_scores[k * width + r]
+            total += d_scores[k * width + r]
+        target[k * columns] += total
 
 
 @jit
-def add_to_bias(call, b, h, start, k0, rows, width, keys, d_scores):
-    offset = b * call.d_bias_batch + h * call.d_bias_head
-    offset += start * call.d_bias_row + k0 * call.d_bias_column
-    row, column = call.d_bias_row, call.d_bias_column
-    if call.d_bias_wide != 0:
-        target = pointer(call.d_bias, 0.0) + offset
-        _add_bias_gradient(target, row, column, rows, width, keys, d_scores)
+def _sum_over_columns(target, row, rows, width, keys, d_scores):
+    """target[i] += sum_j dS^T[j, i]"""
+    for r in range(rows):
+        total = 0.0
+        for k in range(keys):
+            total += d_scores[k * width + r]
+        target[r * row] += total
+
+
+@jit
+def _put_part(kind, address, at, row, rows, columns, d_scores, width, turned, zero):
+    """Up to LANES x LANES pairs of dS^T, turned over, into d_bias or added to it."""
+    lanes = lanes_of(d_scores)
+    one = cast(1.0, zero)
+    whole = rows == lanes and columns == lanes
+    if whole and kind == PUT:
+        transpose_block(d_scores, width, pointer(address, zero) + at, row, one)
+    elif whole and kind == PUT_BFLOAT16:
+        transpose_block(d_scores, width, bfloat16_at(address, zero) + at, row, one)
+    elif whole and kind == SUM:
+        add_transposed(d_scores, width, pointer(address, zero) + at, row, one)
     else:
-        whole = pointer(call.d_bias, call.zero) + offset
-        _add_bias_gradient(whole, row, column, rows, width, keys, d_scores)
+        transpose_block(d_scores, width, turned, lanes, one)
+        for r in range(rows):
+            part = turned + r * lanes
+            if kind == SUM_WIDE:
+                total = pointer(address, 0.0) + (at + r * row)
+                for c in range(columns):
+                    total[c] += part[c]
+            elif kind == PUT_BFLOAT16:
+                store_first(bfloat16_at(address, zero) + (at + r * row), load(part), columns)
+            elif kind == PUT_FLOAT16:
+                store_first(float16_at(address, zero) + (at + r * row), load(part), columns)
+            else:
+                same = pointer(address, zero) + (at + r * row)
+                value = load(part)
+                if kind == SUM:
+                    value = value + load_first(same, columns)
+                store_first(same, value, columns)
+
+
+@jit
+def put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_scores, turned):
+    """d_bias = dS of a tile's block, or d_bias += dS where pairs share an element of the bias.
+
+    `turned` is scratch of LANES x LANES elements.
+    """
+    kind, row, zero = call.d_bias_kind, call.d_bias_row, call.zero
+    offset = b * call.d_bias_batch + h * call.d_bias_head
+    offset += start * row + k0 * call.d_bias_column
+    if row == 0 and kind == SUM_WIDE:
+        total = pointer(call.d_bias, 0.0) + offset
+        _sum_over_rows(total, call.d_bias_column, rows, width, keys, d_scores)
+        return
+    if call.d_bias_column == 0 and kind == SUM_WIDE:
+        total = pointer(call.d_bias, 0.0) + offset
+        _sum_over_columns(total, row, rows, width, keys, d_scores)
+        return
+    lanes = lanes_of(d_scores)
+    if kind == SUM:
+        prefetch_block(0, call.d_bias, offset, row, rows, call.key_len - k0, zero)
+    for v in range(0, rows, lanes):
+        for k in range(0, keys, lanes):
+            _put_part(
+                *(kind, call.d_bias, offset + v * row + k, row, min(lanes, rows - v)),
+                *(min(lanes, keys - k), d_scores + (k * width + v), width, turned, zero),
+            )

@@ -15,8 +15,9 @@ from .attention_rows import readable
 from .dot_products import PAIRED, as_bfloat16, multiply_pairs, store_rounded_row
 from .jit import jit
 from .memory import bfloat16_at, load, pointer
-from .microkernel import VECTORS, lanes_of, multiply, transpose
+from .microkernel import VECTORS, lanes_of, multiply
 from .simd import cast, lanes_before, select, splat
+from .transposition import transpose
 
 # --- what a tile of queries brings ----------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import math
 import numpy as np
 
 from ..cpu_constants import BLOCK_KEYS, LOG2_E
-from .attention_gradient_blocks import add_to_bias, gradient_block
+from .attention_gradient_blocks import gradient_block, put_bias_gradient
 from .attention_gradient_products import add_products, load_tile, score_products
 from .attention_rows import copy_rows, dot_rows, prefetch_rows, write_rows
 from .attention_tiles import (
@@ -53,8 +53,9 @@ from .memory import (
     take_ticket,
     yield_processor,
 )
-from .microkernel import VECTORS, lanes_of, transpose
+from .microkernel import VECTORS, lanes_of
 from .simd import cast, splat
+from .transposition import transpose
 
 _GRADIENTS = (
     *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
@@ -63,7 +64,7 @@ _GRADIENTS = (
     *("d_key", "d_key_batch", "d_key_head", "d_key_row"),
     *("d_value", "d_value_batch", "d_value_head", "d_value_row"),
     *("d_bias", "d_bias_batch", "d_bias_head", "d_bias_row", "d_bias_column"),  # zeros, as bias
-    "d_bias_wide",  # 1 where d_bias is float64: a bias that is broadcast, whose gradient is a sum
+    "d_bias_kind",  # see `attention_gradient_blocks`
     "delta",  # (B, Hq, Lq) float64: written where the sinks' gradient needs it, or absent
     *("batch_tasks", "head_tasks"),  # 1 where one task takes all batch elements, or all heads
     *("chunk_tasks", "chunk_keys"),  # chunks of keys, a multiple of BLOCK_KEYS; 1 and all keys
@@ -190,9 +191,6 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
     key_rows = slopes
     if call.cap != 0.0:
         key_rows = slopes + BLOCK_KEYS * width
-    bias_rows = key_rows
-    if call.half != 0:
-        bias_rows = key_rows + BLOCK_KEYS * (call.head_dim + call.value_dim + lanes)
 
     begin, end, common_first, common_last = key_ranges(
         call, b, start, rows, width, query_len, key_len, first, last
@@ -267,14 +265,14 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, slopes, keys * width)
         if has_terms(call):
-            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms, bias_rows)
+            add_terms(call, b, h, start, rows, width, k0, keys, scores, terms)
         masked = k0 < common_first or k0 + keys - 1 > common_last
         gradient_block(
             *(call, b, h, start, masked, k0, keys, width, scores, d_weights),
             *(lse2, rest, delta, first, last),
         )
         if call.d_bias != 0:
-            add_to_bias(call, b, h, start, k0, rows, width, keys, d_weights)
+            put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_weights, terms)
         if call.cap != 0.0:
             for at in range(0, keys * width, lanes):
                 store(d_weights + at, load(d_weights + at) * load(slopes + at))
@@ -387,13 +385,12 @@ def scratch_elements(
     head_dim: int,
     value_dim: int,
     half: bool,
-    half_bias: bool,
     softcap: bool,
     chunked: bool,
 ) -> int:
     """Elements of scratch that a thread of `BACKWARD` needs for tiles of `width` queries."""
     head, value = (-(-columns // lanes) * lanes for columns in (head_dim, value_dim))
-    blocks = 3 + softcap + half_bias
+    blocks = 3 + softcap
     tile = width * (2 * head_dim + value_dim + blocks * BLOCK_KEYS + head + value + 5)
     tile += VECTORS * lanes
     parts = chunk_keys // BLOCK_KEYS * head_dim * width if chunked else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .attention_decode import CHUNK_KEYS, DECODE, most_queries, partial_elements
 from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
+from .attention_gradient_blocks import PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE
 from .attention_gradients import BACKWARD
 from .attention_gradients import scratch_elements as backward_scratch
 from .call import Plan
@@ -23,6 +25,7 @@ from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
 _CACHE_BYTES = 1 << 20  # of the second level; dividing sums pays from three times as much on
+_FEW_SUMMED = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -83,7 +86,7 @@ def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
 
 def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -> list[Plan]:
     """The kernel of few queries or that of tiles; of packed sequences, each takes its own."""
-    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    query, key, value = problem.query, problem.key, problem.value
     dtype = statistics_dtype(query.dtype)
     batch, heads, query_len, key_len = problem.shape
     few = most_queries(heads // max(1, key.shape[1]))
@@ -92,9 +95,8 @@ def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -
     if query_len <= few:
         return decoding
     tile = _tile_queries(dtype, query_len, batch * heads)
-    half_bias = bias is not None and bias.dtype in _HALVES
     elements = forward_scratch(
-        tile, lanes_in(dtype), query.shape[3], value.shape[3], query.dtype in _HALVES, half_bias
+        tile, lanes_in(dtype), query.shape[3], value.shape[3], query.dtype in _HALVES
     )
     tiles = -(-query_len // tile)
     tasks = batch * heads * tiles
@@ -150,10 +152,9 @@ def attention_backward(
     grad_out, out = unit_last_stride(grad_out), unit_last_stride(out)
     lse = lse.to(torch.float64).contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
-    d_bias, wide = None, False
+    d_bias, d_bias_kind = None, PUT
     if bias_grad and bias is not None:
-        wide = tuple(bias.shape) != problem.shape
-        d_bias = torch.zeros(bias.shape, dtype=torch.float64 if wide else dtype)
+        d_bias, d_bias_kind = _bias_sums(bias, problem.shape, dtype)
     delta = None
     if sinks_grad:
         # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
@@ -176,7 +177,6 @@ def attention_backward(
         query.shape[3],
         value.shape[3],
         half,
-        bias is not None and bias.dtype in _HALVES,
         problem.softcap is not None,
         chunks > 1,
     )
@@ -196,7 +196,7 @@ def attention_backward(
             *(d_key.data_ptr(), *d_key.stride()[:3]),
             *(d_value.data_ptr(), *d_value.stride()[:3]),
             *(_address(d_bias), *d_bias_strides),
-            int(wide),
+            d_bias_kind,
             _address(delta),
             *(*tasks, run),
             turns,
@@ -217,6 +217,23 @@ def attention_backward(
         query.new_empty(0) if d_bias is None else d_bias,
         query.new_empty(0) if d_sinks is None else d_sinks,
     )
+
+
+def _bias_sums(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Zeros for the gradient of a bias, and how the kernel puts it there.
+
+    A sum of many float32 is kept in float64, unless it will be rounded to a half type.
+    """
+    if tuple(bias.shape) == shape:
+        if dtype == torch.float32 and bias.dtype in _HALVES:
+            kind = PUT_BFLOAT16 if bias.dtype == torch.bfloat16 else PUT_FLOAT16
+            return torch.zeros(bias.shape, dtype=bias.dtype), kind
+        return torch.zeros(bias.shape, dtype=dtype), PUT
+    summed = math.prod(shape) // max(1, bias.numel())
+    in_tiles = bias.shape[2] == shape[2] and bias.shape[3] == shape[3]
+    if in_tiles and (bias.dtype in _HALVES or dtype == torch.float64 or summed <= _FEW_SUMMED):
+        return torch.zeros(bias.shape, dtype=dtype), SUM
+    return torch.zeros(bias.shape, dtype=torch.float64), SUM_WIDE
 
 
 def _compiled_for(dtype: torch.dtype) -> torch.dtype:

@@ -30,8 +30,9 @@ from .dot_products import (
 )
 from .jit import OPTIONS, jit
 from .memory import bfloat16_at, load, pointer, store
-from .microkernel import lanes_of, multiply, transpose
+from .microkernel import lanes_of, multiply
 from .simd import BFLOAT16, cast, select, splat
+from .transposition import transpose
 
 
 def either(floats: Callable[..., None], pairs: Callable[..., None]) -> Callable[..., Any]:

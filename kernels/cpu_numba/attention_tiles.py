@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 
 from ..cpu_constants import BLOCK_KEYS, LOG2_E
-from .attention_rows import readable
+from .attention_rows import prefetch_rows, readable
 from .elementwise import at_least, philox, tanh
 from .jit import jit
-from .memory import as_integers32, bytes_at, integers_at, load, pointer, store
-from .microkernel import VECTORS, lanes_of, transpose
+from .memory import (
+    as_integers32,
+    bfloat16_at,
+    bytes_at,
+    float16_at,
+    integers_at,
+    load,
+    load_first,
+    load_first_flags,
+    pointer,
+    store,
+)
+from .microkernel import VECTORS, lanes_of
 from .simd import (
     cast,
     lane_floats,
@@ -24,6 +35,7 @@ from .simd import (
     splat,
     splat_integer,
 )
+from .transposition import add_to_scores
 
 # Fields of the attention kernels' records: addresses, strides in elements (of the dense mask: in
 # bytes) and sizes. An absent tensor has address 0; a broadcast dimension has stride 0.
@@ -190,97 +202,178 @@ def has_terms(call):
 
 
 @jit
-def _load_bias(call, b, h, start, rows, width, k0, keys, terms, scratch):
-    """terms = log2(e) * bias, transposed."""
-    lanes = lanes_of(terms)
-    zero = call.zero
-    factor = cast(LOG2_E, zero)
-    offset = b * call.bias_batch + h * call.bias_head
-    offset += start * call.bias_row + k0 * call.bias_column
-    source, row = readable(
-        call.bias_half,
-        call.bias,
-        offset,
-        call.bias_row,
-        1 if call.bias_row == 0 else rows,
-        1 if call.bias_column == 0 else keys,
-        scratch,
-        zero,
-    )
-    if call.bias_row == 0:
-        for k in range(keys):
-            same = splat(source[k * call.bias_column] * factor)
-            for v in range(0, width, lanes):
-                store(terms + (k * width + v), same)
-    elif call.bias_column == 1:
-        transpose(source, row, terms, width, rows, keys, factor)
-    else:
-        for k in range(keys):
-            for r in range(rows):
-                terms[k * width + r] = source[r * row + k * call.bias_column] * factor
+def _add_pair(scores, at, added, nothing):
+    """scores += added; -inf wherever `added` is, even over NaN."""
+    total = load(scores + at) + added
+    store(scores + at, select(added == nothing, nothing, total))
 
 
 @jit
-def _subtract_decay(call, b, h, start, width, k0, keys, terms):
-    """terms -= log2(e) * slope * |i + offset - j| (ALiBi)."""
+def _copy_block(source, row, rows, columns, block, zero):
+    """The upper left of a LANES x LANES block; zeros in the rest."""
+    lanes = lanes_of(block)
+    for r in range(lanes):
+        if r < rows:
+            store(block + r * lanes, load_first(source + r * row, columns))
+        else:
+            store(block + r * lanes, splat(zero))
+
+
+@jit
+def _add_part(source, row, rows, columns, allowed, allowed_row, dense, target, width, block, zero):
+    """scores^T += log2(e) * bias for rows x columns pairs, and -inf where they are forbidden."""
+    lanes = lanes_of(target)
+    factor = cast(LOG2_E, zero)
+    if not dense and rows == lanes and columns == lanes:
+        add_to_scores(source, row, target, width, factor)
+        return
+    _copy_block(source, row, rows, columns, block, zero)
+    if dense:
+        nothing = splat(cast(-math.inf, zero))
+        for r in range(rows):
+            at = block + r * lanes
+            flags = load_first_flags(allowed + r * allowed_row, zero, columns)
+            store(at, select(flags, load(at), nothing))
+    add_to_scores(block, lanes, target, width, factor)
+
+
+@jit
+def prefetch_block(half, address, offset, row, rows, keys, zero):
+    """Ask for the block after the one at `offset`, up to the end of the rows' `keys` left here.
+
+    A block is short pieces of many rows, which the hardware does not foresee.
+    """
+    columns = min(BLOCK_KEYS, keys - BLOCK_KEYS)
+    if columns > 0:
+        prefetch_rows(half, address, offset + BLOCK_KEYS, row, rows, columns, zero)
+
+
+@jit
+def _add_matrix(call, b, h, start, rows, width, k0, keys, scores, block, bias, dense):
+    """What differs from pair to pair: log2(e) * bias, and -inf where the dense mask forbids.
+
+    It lies in memory a query a row, and is turned over LANES x LANES at a time. Keys past the last
+    of a block get something too, which is not used.
+    """
+    lanes = lanes_of(scores)
+    zero = call.zero
+    row, half, address = call.bias_row, call.bias_half, call.bias
+    bias_at = b * call.bias_batch + h * call.bias_head + start * row + k0
+    allowed = bytes_at(call.dense) + (b * call.dense_batch + h * call.dense_head)
+    allowed = allowed + (start * call.dense_row + k0)
+    if bias:
+        prefetch_block(half, address, bias_at, row, rows, call.key_len - k0, zero)
+    for v in range(0, width, lanes):
+        for k in range(0, keys, lanes):
+            at, target = bias_at + v * row + k, scores + (k * width + v)
+            part = (min(lanes, rows - v), min(lanes, keys - k))
+            flags = (allowed + (v * call.dense_row + k), call.dense_row, dense)
+            to = (target, width, block, zero)
+            if not bias:
+                _copy_block(target, 0, 0, 0, block, zero)
+                _add_part(block, lanes, *part, *flags, *to)
+            elif half == 1:
+                _add_part(bfloat16_at(address, zero) + at, row, *part, *flags, *to)
+            elif half == 2:
+                _add_part(float16_at(address, zero) + at, row, *part, *flags, *to)
+            else:
+                _add_part(pointer(address, zero) + at, row, *part, *flags, *to)
+
+
+@jit
+def _add_bias(call, b, h, start, rows, width, k0, keys, scores, scratch):
+    """log2(e) * a bias that is the same for all queries or for all keys."""
+    lanes = lanes_of(scores)
+    zero = call.zero
+    factor = cast(LOG2_E, zero)
+    nothing = splat(cast(-math.inf, zero))
+    offset = b * call.bias_batch + h * call.bias_head
+    offset += start * call.bias_row + k0 * call.bias_column
+    by_row = call.bias_row != 0
+    some_rows = rows if by_row else 1
+    columns = 1 if call.bias_column == 0 else keys
+    source, row = readable(
+        *(call.bias_half, call.bias, offset, call.bias_row, some_rows, columns, scratch, zero)
+    )
+    if not by_row:
+        for k in range(keys):
+            same = splat(source[k * call.bias_column] * factor)
+            for v in range(0, width, lanes):
+                _add_pair(scores, k * width + v, same, nothing)
+        return
+    of_rows = scratch + rows
+    for r in range(width):
+        of_rows[r] = source[r * row] * factor if r < rows else zero
+    for k in range(keys):
+        for v in range(0, width, lanes):
+            _add_pair(scores, k * width + v, load(of_rows + v), nothing)
+
+
+@jit
+def _subtract_decay(call, b, h, start, width, k0, keys, scores):
+    """scores -= log2(e) * slope * |i + offset - j| (ALiBi)."""
     zero = call.zero
     slope = pointer(call.alibi, 0.0)[b * call.alibi_batch + h]
     offset = integers_at(call.alibi_offset)[b * call.alibi_offset_batch]
     decay = splat(cast(-LOG2_E * slope, zero))
     nothing = splat(cast(0.0, zero))
-    for v in range(0, width, lanes_of(terms)):
+    for v in range(0, width, lanes_of(scores)):
         for k in range(keys):
             first = splat(cast(float(start + v + offset - (k0 + k)), zero))
             distance = first + lane_floats(zero)
             distance = maximum(distance, nothing - distance)
-            at = terms + (k * width + v)
+            at = scores + (k * width + v)
             store(at, multiply_add(distance, decay, load(at)))
 
 
 @jit
-def _forbid(call, b, h, start, rows, width, k0, keys, terms):
-    """terms = -inf where the dense mask or the documents forbid a pair."""
+def _forbid(call, b, h, start, rows, width, k0, keys, scores):
+    """scores = -inf where documents, or a dense mask that is no matrix, forbid a pair."""
     minus_infinity = cast(-math.inf, call.zero)
-    if call.dense != 0:
+    if call.dense != 0 and not _dense_is_matrix(call):
         allowed = bytes_at(call.dense) + (b * call.dense_batch + h * call.dense_head)
         allowed = allowed + (start * call.dense_row + k0 * call.dense_column)
         for k in range(keys):
             if call.dense_row == 0:
                 if allowed[k * call.dense_column] == 0:
-                    for v in range(0, width, lanes_of(terms)):
-                        store(terms + (k * width + v), splat(minus_infinity))
+                    for v in range(0, width, lanes_of(scores)):
+                        store(scores + (k * width + v), splat(minus_infinity))
             else:
                 for r in range(rows):
                     if allowed[r * call.dense_row + k * call.dense_column] == 0:
-                        terms[k * width + r] = minus_infinity
+                        scores[k * width + r] = minus_infinity
     if call.query_documents != 0 and not _same_document(call, b, start, rows, k0, keys)[1]:
         queries = integers_at(call.query_documents) + (b * call.query_documents_batch + start)
         ids = integers_at(call.key_documents) + (b * call.key_documents_batch + k0)
         for k in range(keys):
             for r in range(rows):
                 if queries[r] != ids[k]:
-                    terms[k * width + r] = minus_infinity
+                    scores[k * width + r] = minus_infinity
 
 
 @jit
-def add_terms(call, b, h, start, rows, width, k0, keys, scores, terms, scratch):
+def _dense_is_matrix(call):
+    return call.dense_row != 0 and call.dense_column == 1
+
+
+@jit
+def add_terms(call, b, h, start, rows, width, k0, keys, scores, scratch):
     """scores += log2(e) * (bias + ALiBi), and -inf where bias, dense mask or documents say so.
 
-    `scores` and `terms` are (keys, width); `terms` and `scratch`, of the same size, are scratch.
+    `scores` is (keys, width), and so is `scratch`.
     """
-    lanes = lanes_of(scores)
-    if call.bias != 0:
-        _load_bias(call, b, h, start, rows, width, k0, keys, terms, scratch)
-    else:
-        for at in range(0, keys * width, lanes):
-            store(terms + at, splat(cast(0.0, call.zero)))
     if call.alibi != 0:
-        _subtract_decay(call, b, h, start, width, k0, keys, terms)
-    _forbid(call, b, h, start, rows, width, k0, keys, terms)
-    nothing = splat(cast(-math.inf, call.zero))
-    for at in range(0, keys * width, lanes):
-        added = load(terms + at)
-        store(scores + at, select(added == nothing, nothing, load(scores + at) + added))
+        _subtract_decay(call, b, h, start, width, k0, keys, scores)
+    bias_is_matrix = call.bias != 0 and call.bias_row != 0 and call.bias_column == 1
+    dense_is_matrix = call.dense != 0 and _dense_is_matrix(call)
+    if call.bias != 0 and not bias_is_matrix:
+        _add_bias(call, b, h, start, rows, width, k0, keys, scores, scratch)
+    if bias_is_matrix or dense_is_matrix:
+        _add_matrix(
+            *(call, b, h, start, rows, width, k0, keys, scores, scratch),
+            *(bias_is_matrix, dense_is_matrix),
+        )
+    _forbid(call, b, h, start, rows, width, k0, keys, scores)
 
 
 # --- dropout --------------------------------------------------------------------------------------

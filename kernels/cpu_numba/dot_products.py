@@ -26,7 +26,6 @@ from numba.extending import intrinsic
 
 from .jit import jit
 from .memory import load_masked, store_masked
-from .microkernel import interleaved_rounds
 from .simd import (
     BFLOAT16,
     LANES,
@@ -40,6 +39,7 @@ from .simd import (
     load_vector,
     store_vector,
 )
+from .transposition import interleaved_rounds
 
 _WORDS = LANES[types.float32]  # in a vector: a pair of bfloat16 each
 PAIRED = 2 * _WORDS  # bfloat16 elements in a vector

@@ -155,7 +155,7 @@ def _pointer_set(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
     return context.get_dummy_value()
 
 
-def _stored_vector(dtype: types.Type) -> ir.VectorType:
+def stored_vector(dtype: types.Type) -> ir.VectorType:
     """A vector of `dtype`, or of a half type as it lies in memory, as LLVM reads it."""
     if dtype == BFLOAT16:
         return ir.VectorType(ir.IntType(16), LANES[types.float32])
@@ -164,22 +164,22 @@ def _stored_vector(dtype: types.Type) -> ir.VectorType:
     return llvm_vector(float_vector(dtype))
 
 
-def _computed(dtype: types.Type) -> types.Type:
+def computed_type(dtype: types.Type) -> types.Type:
     """The type that elements stored as `dtype` are computed in."""
     return types.float32 if dtype in (BFLOAT16, FLOAT16) else dtype
 
 
-def _widened(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
-    floats = llvm_vector(float_vector(_computed(dtype)))
+def widen(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
+    floats = llvm_vector(float_vector(computed_type(dtype)))
     if dtype == BFLOAT16:  # the high half of a float32
         words = ir.VectorType(ir.IntType(32), floats.count)
         return builder.bitcast(builder.shl(builder.zext(value, words), constant(words, 16)), floats)
     return builder.fpext(value, floats) if dtype == FLOAT16 else value
 
 
-def _narrowed(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
+def narrow(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.Value:
     """Rounded to nearest, ties to even; a NaN stays one."""
-    stored = _stored_vector(dtype)
+    stored = stored_vector(dtype)
     if dtype == BFLOAT16:
         words = ir.VectorType(ir.IntType(32), stored.count)
         bits = builder.bitcast(value, words)
@@ -194,13 +194,13 @@ def _narrowed(builder: ir.IRBuilder, value: ir.Value, dtype: types.Type) -> ir.V
 @intrinsic
 def load(typing: Any, source: types.Type) -> Any:
     """One vector from LANES consecutive elements, of any alignment."""
-    stored = _stored_vector(source.dtype)
+    stored = stored_vector(source.dtype)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         value = load_vector(builder, args[0], stored)
-        return _widened(builder, value, source.dtype)
+        return widen(builder, value, source.dtype)
 
-    return float_vector(_computed(source.dtype))(source), generate
+    return float_vector(computed_type(source.dtype))(source), generate
 
 
 @intrinsic
@@ -219,7 +219,7 @@ def store(typing: Any, target: types.Type, value: types.Type) -> Any:
     """The vector to consecutive elements, of any alignment."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        store_vector(builder, _narrowed(builder, args[1], target.dtype), args[0])
+        store_vector(builder, narrow(builder, args[1], target.dtype), args[0])
         return context.get_dummy_value()
 
     return types.void(target, value), generate
@@ -228,13 +228,13 @@ def store(typing: Any, target: types.Type, value: types.Type) -> Any:
 @intrinsic
 def load_first(typing: Any, source: types.Type, count: types.Type) -> Any:
     """The first `count` elements and zeros; what lies beyond is not read."""
-    stored = _stored_vector(source.dtype)
+    stored = stored_vector(source.dtype)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         value = load_masked(builder, args[0], first_lanes(builder, args[1], stored.count), stored)
-        return _widened(builder, value, source.dtype)
+        return widen(builder, value, source.dtype)
 
-    return float_vector(_computed(source.dtype))(source, types.int64), generate
+    return float_vector(computed_type(source.dtype))(source, types.int64), generate
 
 
 @intrinsic
@@ -242,9 +242,9 @@ def store_first(typing: Any, target: types.Type, value: types.Type, count: types
     """Stores the first `count` lanes; what lies beyond is not touched."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        narrow = _narrowed(builder, args[1], target.dtype)
-        mask = first_lanes(builder, args[2], narrow.type.count)
-        store_masked(builder, narrow, args[0], mask)
+        rounded = narrow(builder, args[1], target.dtype)
+        mask = first_lanes(builder, args[2], rounded.type.count)
+        store_masked(builder, rounded, args[0], mask)
         return context.get_dummy_value()
 
     return types.void(target, value, types.int64), generate

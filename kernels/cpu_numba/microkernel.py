@@ -245,68 +245,6 @@ def dots(
     return types.void(rows, i64, q, i64, q, q, i64), generate
 
 
-def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """The transpose of as many rows as they have lanes.
-
-    log2(LANES) rounds of interleaving row r with row r + LANES / 2, entirely in registers.
-    """
-    lanes = len(rows)
-    half = lanes // 2
-    indices = ir.VectorType(ir.IntType(32), lanes)
-    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
-    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
-    for _ in range(lanes.bit_length() - 1):
-        mixed = []
-        for r in range(half):
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
-        rows = mixed
-    return rows
-
-
-def _transpose_function(module: ir.Module, dtype: types.Type) -> ir.Function:
-    """to[c * to_row + r] = factor * from[r * from_row + c] for LANES x LANES elements."""
-    element = llvm_element(dtype)
-    name = f"rowmax_transpose_{dtype}"
-    if name in module.globals:
-        return module.globals[name]
-    i64, pointer = ir.IntType(64), element.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, i64, pointer, i64, element])
-    function = ir.Function(module, kind, name)
-    function.linkage = "internal"
-    function.attributes.add("noinline")
-    source, source_row, target, target_row, factor = function.args
-    lanes = LANES[dtype]
-    vector = ir.VectorType(element, lanes)
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    scale = broadcast(builder, vector, factor)
-
-    def row(base: ir.Value, stride: ir.Value, r: int) -> ir.Value:
-        return builder.gep(base, [builder.mul(stride, ir.Constant(i64, r))])
-
-    rows = [
-        builder.fmul(load_vector(builder, row(source, source_row, r), vector), scale)
-        for r in range(lanes)
-    ]
-    rows = interleaved_rounds(builder, rows)
-    for r in range(lanes):
-        store_vector(builder, rows[r], row(target, target_row, r))
-    builder.ret_void()
-    return function
-
-
-@intrinsic
-def _transpose_block(
-    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
-) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        builder.call(_transpose_function(builder.module, source.dtype), args)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(source, i64, target, i64, source.dtype), generate
-
-
 @intrinsic
 def lanes_of(typing: Any, like: Any) -> Any:
     """How many elements of `like`'s type (a pointer's element, or a scalar's) a vector holds."""
@@ -321,24 +259,3 @@ def lanes_of(typing: Any, like: Any) -> Any:
 def lanes_in(dtype: torch.dtype) -> int:
     """How many elements of a torch dtype a vector holds."""
     return vector_bits() // (8 * dtype.itemsize)
-
-
-@jit
-def transpose(source, source_row, target, target_row, rows, columns, factor):
-    """target[c, r] = factor * source[r, c] for r < rows, c < columns; rows start at multiples of
-    their row strides."""
-    lanes = lanes_of(source)
-    full_rows = rows - rows % lanes
-    full_columns = columns - columns % lanes
-    for r in range(0, full_rows, lanes):
-        for c in range(0, full_columns, lanes):
-            _transpose_block(
-                source + (r * source_row + c),
-                source_row,
-                target + (c * target_row + r),
-                target_row,
-                factor,
-            )
-    for r in range(rows):
-        for c in range(full_columns if r < full_rows else 0, columns):
-            target[c * target_row + r] = source[r * source_row + c] * factor

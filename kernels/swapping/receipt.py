@@ -8,12 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import fail_type, fail_value
+from ..peak_memory import peak_bytes
 from .instances import Swapped
 from .models import Filter, swap
 from .packing import Packing
@@ -48,13 +50,16 @@ class Cost:
     """What a model takes.
 
     seconds: medians of runs in turns. saved_bytes: what forward keeps for backward, beside the
-    parameters. peak_bytes: of a training step on a GPU; None on a CPU, where torch counts none.
+    parameters. Peaks: the most memory beyond what was taken before, gradients included; on a GPU
+    what torch's allocator hands out, on the CPU the rise of the process's resident memory; None
+    where the system can't tell.
     """
 
     inference_seconds: float
     training_seconds: float
     saved_bytes: int
-    peak_bytes: int | None
+    inference_peak_bytes: int | None
+    training_peak_bytes: int | None
 
 
 class Receipt:
@@ -147,7 +152,8 @@ _COSTS: tuple[tuple[str, Callable[[Cost], float | None], float], ...] = (
     ("inference, ms", lambda cost: cost.inference_seconds, 1e3),
     ("training step, ms", lambda cost: cost.training_seconds, 1e3),
     ("kept for backward, MiB", lambda cost: cost.saved_bytes, 2**-20),
-    ("peak on the GPU, MiB", lambda cost: cost.peak_bytes, 2**-20),
+    ("peak of inference, MiB", lambda cost: cost.inference_peak_bytes, 2**-20),
+    ("peak of training, MiB", lambda cost: cost.training_peak_bytes, 2**-20),
 )
 
 
@@ -370,6 +376,7 @@ def _costs(
             output.sum().backward()
         model.zero_grad(set_to_none=True)
 
+    device = next((parameter.device.type for parameter in models[0].parameters()), "cpu")
     times: list[dict[int, list[float]]] = []
     for step in (infer, train):
         of_step: dict[int, list[float]] = {0: [], 1: []}
@@ -386,7 +393,8 @@ def _costs(
             statistics.median(times[0][index][1:]),  # the first of each compiles
             statistics.median(times[1][index][1:]),
             _saved_bytes(model, args, kwargs),
-            _peak_bytes(lambda model=model: train(model)),  # type: ignore[misc]
+            peak_bytes(partial(infer, model), device),
+            peak_bytes(partial(train, model), device),
         )
         for index, model in enumerate(models)
     )
@@ -415,13 +423,3 @@ def _saved_bytes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         output = model(*args, **kwargs)
     del output
     return sum(saved.values())
-
-
-def _peak_bytes(step: Callable[[], None]) -> int | None:
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    _wait()
-    return torch.cuda.max_memory_allocated() - before

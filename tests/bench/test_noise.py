@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rowmax.bench import noise
-from rowmax.bench.memory import peak_bytes
 from rowmax.bench.noise import Watch, complaints, pinned
+from rowmax.kernels.peak_memory import peak_bytes
 
 linux = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system has no choice of CPUs"

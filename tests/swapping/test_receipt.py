@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_a_receipt(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor], pa
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert encoder.training
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark of memory is Linux's")
+def test_peaks_hold_what_must_be_there() -> None:
+    """Both results of 8 MiB at least, and in training a gradient as large."""
+    model = nn.Sequential(nn.Linear(64, 4096), nn.LayerNorm(4096))
+    receipt = compare(model, torch.randn(512, 64), seconds=0.01)
+    for cost in (receipt.original, receipt.swapped):
+        assert cost.inference_peak_bytes is not None
+        assert cost.training_peak_bytes is not None
+        assert cost.inference_peak_bytes >= 15 << 20
+        assert cost.training_peak_bytes >= 22 << 20
+        assert cost.training_peak_bytes < 200 << 20
+    assert "peak of training, MiB" in str(receipt)
 
 
 def test_what_is_wrong_fails(

@@ -1,0 +1,137 @@
+"""Blocks of LANES x LANES elements turned over in registers: put somewhere, or added to it.
+
+Rows of queries become columns of keys so, and the other way round. Offsets and row strides count
+elements; half types are widened as they are read and rounded as they are written.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .jit import jit
+from .memory import computed_type, narrow, stored_vector, widen
+from .microkernel import lanes_of
+from .simd import LANES, broadcast, constant, llvm_element, load_vector, store_vector
+
+
+def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The transpose of as many rows as they have lanes.
+
+    log2(LANES) rounds of interleaving row r with row r + LANES / 2, entirely in registers.
+    """
+    lanes = len(rows)
+    half = lanes // 2
+    indices = ir.VectorType(ir.IntType(32), lanes)
+    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
+    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
+    for _ in range(lanes.bit_length() - 1):
+        mixed = []
+        for r in range(half):
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
+            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
+        rows = mixed
+    return rows
+
+
+def _block_function(
+    module: ir.Module, source: types.Type, target: types.Type, what: str
+) -> ir.Function:
+    """to[c, r] of the block gets x = factor * from[r, c].
+
+    what: "put" (to = x), "add" (to += x) or "score" (to += x, but -inf where x is, even over NaN).
+    """
+    name = f"rowmax_turn_{what}_{source}_{target}"
+    if name in module.globals:
+        return module.globals[name]
+    i64, computed = ir.IntType(64), computed_type(source)
+    parameters = [
+        *(llvm_element(source).as_pointer(), i64, llvm_element(target).as_pointer(), i64),
+        llvm_element(computed),
+    ]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    from_block, from_row, to_block, to_row, factor = function.args
+    lanes = LANES[computed]
+    vector = ir.VectorType(llvm_element(computed), lanes)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    scale = broadcast(builder, vector, factor)
+
+    def row(base: ir.Value, stride: ir.Value, r: int) -> ir.Value:
+        return builder.gep(base, [builder.mul(stride, ir.Constant(i64, r))])
+
+    rows = []
+    for r in range(lanes):
+        stored = load_vector(builder, row(from_block, from_row, r), stored_vector(source))
+        rows.append(builder.fmul(widen(builder, stored, source), scale))
+    for r, turned in enumerate(interleaved_rounds(builder, rows)):
+        at = row(to_block, to_row, r)
+        value = turned
+        if what != "put":
+            old = widen(builder, load_vector(builder, at, stored_vector(target)), target)
+            value = builder.fadd(old, turned)
+        if what == "score":
+            nothing = constant(vector, -inf)
+            value = builder.select(builder.fcmp_ordered("==", turned, nothing), nothing, value)
+        store_vector(builder, narrow(builder, value, target), at)
+    builder.ret_void()
+    return function
+
+
+def _turning(what: str, source: Any, target: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        builder.call(_block_function(builder.module, source.dtype, target.dtype, what), args)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(source, i64, target, i64, computed_type(source.dtype)), generate
+
+
+@intrinsic
+def transpose_block(
+    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+) -> Any:
+    """target[c, r] = factor * source[r, c]"""
+    return _turning("put", source, target)
+
+
+@intrinsic
+def add_transposed(
+    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+) -> Any:
+    """target[c, r] += factor * source[r, c]"""
+    return _turning("add", source, target)
+
+
+@intrinsic
+def add_to_scores(
+    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+) -> Any:
+    """target[c, r] += factor * source[r, c]; -inf wherever the source is, even over NaN."""
+    return _turning("score", source, target)
+
+
+@jit
+def transpose(source, source_row, target, target_row, rows, columns, factor):
+    """target[c, r] = factor * source[r, c] for r < rows, c < columns; rows start at multiples of
+    their row strides."""
+    lanes = lanes_of(source)
+    full_rows = rows - rows % lanes
+    full_columns = columns - columns % lanes
+    for r in range(0, full_rows, lanes):
+        for c in range(0, full_columns, lanes):
+            transpose_block(
+                source + (r * source_row + c),
+                source_row,
+                target + (c * target_row + r),
+                target_row,
+                factor,
+            )
+    for r in range(rows):
+        for c in range(full_columns if r < full_rows else 0, columns):
+            target[c * target_row + r] = source[r * source_row + c] * factor
