@@ -31,7 +31,7 @@ from . import (
 )
 from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
-from .noise import Watch, complaints, pinned
+from .noise import Watch, complaints, keep_freed_memory, pinned
 from .options import UsageError, check_writable, listed, names_of, seconds_of
 from .peers import SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
@@ -139,6 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave the choice of CPUs to the system; by default the process keeps to one CPU a "
         "core, as many as it has threads, where there are more",
     )
+    command.add_argument(
+        "--memory",
+        choices=("kept", "fresh"),
+        default="kept",
+        help="of results on the CPU: kept by the process from call to call (default), or fresh, "
+        "with the cost of its pages as the C library's own settings have it",
+    )
     comparison.add_command(commands)
     verification.add_command(commands)
     overhead.add_command(commands)
@@ -181,6 +188,7 @@ def _measure(
     cpus: list[int] | None,
 ) -> int:
     started = perf_counter()
+    memory = "kept" if options.memory == "kept" and keep_freed_memory() else "fresh"
     settings = {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "backend": options.backend,
@@ -188,6 +196,7 @@ def _measure(
         "quick": options.quick,
         "seconds_a_line": budget.seconds,
         "pinned_to_cpus": cpus,
+        "memory": memory,
     }
     watch = Watch()
     watch.probe()
@@ -235,7 +244,7 @@ def _measure(
     _print(report.summary_lines(rows))
     if len(rows) < len(cases):
         _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
-    _print(report.noise_lines(complained(), cpus, watch))
+    _print(report.noise_lines(complained(), cpus, watch, memory))
     if options.html is not None:
         options.html.write_text(speed_page.html(document()), encoding="utf-8")
     if options.csv is not None:

@@ -165,6 +165,9 @@ def lines(
     ]
     if differing and by == "time":
         found.append(f"other machines ({listed(differing)}): --by ratio compares what is in common")
+    memory = [_memory(document) for document in (before, after)]
+    if memory[0] != memory[1]:
+        found.append(f"other conditions: A has {memory[0]} memory for results, B {memory[1]}")
     for name, document in (("A", before), ("B", after)):
         for complaint in document["noise"]["complaints"]:
             found.append(f"{name} was noisy: {complaint}")
@@ -185,6 +188,10 @@ def lines(
     means = f"{len(changes)} cases, geometric mean of B/A {mean:.3f}"
     found += ["", f"{means}: {counts} by more than {100 * threshold:g}%, the rest level or within"]
     return found
+
+
+def _memory(document: Mapping[str, Any]) -> str:
+    return str(document["settings"].get("memory", "fresh"))
 
 
 def _source(document: Mapping[str, Any]) -> str:

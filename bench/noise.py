@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +15,25 @@ from typing import Any
 from . import fma
 
 PROBE_ROUNDS = 1 << 18  # of the loop that tells the clock's speed: some milliseconds
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 # What a quiet run stays below.
 MOST_DRIFT = 0.05  # of the processor's speed, from the fastest probe to the slowest
 MOST_STOLEN = 0.05  # of the time of the probes, that other programs took
 MOST_NOISY = 0.25  # of the lines, marked ~
+
+
+def keep_freed_memory() -> bool:
+    """From now on memory that is freed stays with the process; False where C is not glibc's.
+
+    By default glibc may give large blocks back to the system when they are freed. What a call
+    then pays for its results' pages, more than many a kernel takes, depends on what was freed
+    before it and not on who computes them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    kept = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    return bool(kept)
 
 
 @contextmanager

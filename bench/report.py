@@ -69,7 +69,7 @@ def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list
     if dtype.itemsize == 2 and suite.attention and not suite.on_gpu:
         lines += _wrapped(
             "the limit is that of float32; what takes dot-product instructions for bfloat16 "
-            f"({SUBJECT}'s forward pass and some peers, where the CPU has them) may pass it"
+            f"({SUBJECT} and some peers, where the CPU has them) may pass it"
         )
     cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
     line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"
@@ -151,13 +151,14 @@ def _achieved(row: Row, work: int | None) -> str:
     return "<0.01" if rate < 0.01 else f"{rate:.3g}"
 
 
-def noise_lines(complaints: Sequence[str], cpus: list[int] | None, watch: Watch) -> list[str]:
+def noise_lines(
+    complaints: Sequence[str], cpus: list[int] | None, watch: Watch, memory: str
+) -> list[str]:
     """What the run had to put up with; it says so itself when it is not to be quoted."""
     where = "not pinned" if cpus is None else f"pinned to CPUs {', '.join(map(str, cpus))}"
     varied, stolen = f"{100 * watch.drift:.0f}%", f"{100 * watch.stolen:.0f}%"
-    found = [
-        f"{where}; the clock's probe varied by {varied}, other programs took {stolen} of its time"
-    ]
+    found = [f"{where}, memory {memory}", f"the clock's probe varied by {varied}"]
+    found = [f"{'; '.join(found)}, other programs took {stolen} of its time"]
     found += _wrapped_at(f"NOISY RUN, not to be quoted: {'; '.join(complaints)}", complaints)
     return found
 

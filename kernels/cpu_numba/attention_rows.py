@@ -18,6 +18,7 @@ from .memory import (
     load_first,
     pointer,
     prefetch,
+    prefetch_to_write,
     store,
     store_first,
 )
@@ -60,6 +61,16 @@ def prefetch_rows(half, address, offset, row, rows, columns, zero):
         first = address + (offset + r * row) * size
         for at in range(0, columns * size, _CACHE_LINE):
             prefetch(first + at)
+
+
+@jit
+def prefetch_target(half, address, offset, row, rows, columns, zero):
+    """Ask for rows that will be written soon."""
+    size = item_size(zero) if half == 0 else 2
+    for r in range(rows):
+        first = address + (offset + r * row) * size
+        for at in range(0, columns * size, _CACHE_LINE):
+            prefetch_to_write(first + at)
 
 
 @jit

@@ -343,18 +343,27 @@ def add_across(typing: Any, source: types.Type) -> Any:
     return float_vector(source.dtype)(source), generate
 
 
-@intrinsic
-def prefetch(typing: Any, address: types.Type) -> Any:
-    """Ask for the cache line at the int64 `address`; one that is not there does no harm."""
-
+def _prefetching(write: int, level: int) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         word = ir.IntType(32)
         at = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        read, second_level, data = (ir.Constant(word, value) for value in (0, 2, 1))
-        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at, read, second_level, data])
+        hints = (ir.Constant(word, value) for value in (write, level, 1))
+        call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *hints])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: types.Type) -> Any:
+    """Ask for the cache line at the int64 `address`; one that is not there does no harm."""
+    return _prefetching(0, 2)
+
+
+@intrinsic
+def prefetch_to_write(typing: Any, address: types.Type) -> Any:
+    """The same for a line that will be written: no other core may keep it."""
+    return _prefetching(1, 3)
 
 
 @intrinsic

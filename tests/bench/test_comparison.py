@@ -63,11 +63,13 @@ def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFix
             timing["interval"] = [3 * edge for edge in timing["interval"]]
     slow["machine"] = {**slow["machine"], "cpu": "another"}
     slow["noise"]["complaints"] = ["it was busy"]
+    slow["settings"] = {**slow["settings"], "memory": "kept"}
     files = [save("a.json", document()), save("b.json", slow)]
     assert cli.main(["compare", *files]) == 1
     told = capsys.readouterr().out
     assert "other machines (cpu)" in told
     assert "B was noisy: it was busy" in told
+    assert "A has fresh memory for results, B kept" in told
     assert cli.main(["compare", *files, "--by", "ratio"]) == 0
 
 

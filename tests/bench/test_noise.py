@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -82,3 +84,31 @@ def test_peak_memory_is_that_of_the_call() -> None:
     small = peak_bytes(lambda: torch.ones(10), "cpu")
     assert small is not None
     assert small < size / 8
+
+
+_FAULTS = """
+import resource, torch
+from rowmax.bench.noise import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10 << 20)  # 40 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh, kept = faults(), keep_freed_memory()
+torch.ones(10 << 20)
+print(kept, fresh, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is told")
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own, since nothing takes it back."""
+    run = subprocess.run(
+        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=120
+    )
+    kept, before, after = run.stdout.split()
+    assert kept == "True"
+    assert int(before) > 5 * 10  # with huge pages of 2 MiB at least 20 a tensor
+    assert int(after) < int(before) / 5

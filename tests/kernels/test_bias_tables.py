@@ -1,4 +1,4 @@
-"""Biases made by indexing a learnable table: the gradient comes back through the index."""
+"""Learnable biases: tables that are indexed, and how a gradient is summed over what shares one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, attention
+from rowmax.kernels import Causal, Dense, attention
 
 from .backends import device_of
-from .support import assert_close
+from .support import Arguments, assert_close, assert_parity, random_gradients, run
 
 LENGTH, HEADS, BATCH = 45, 3, 2
 
@@ -49,3 +49,29 @@ def test_relative_position_table(dtype: torch.dtype, per_batch: bool, backend: s
     assert exact.abs().max() > 1.0  # the table matters
     assert (exact[LENGTH:] == 0).all()  # keys after the query
     assert_close("d_table", got, exact, plain, magnitude.expand_as(exact) / LENGTH, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dense", [False, True], ids=["", "dense"])
+@pytest.mark.parametrize(
+    "batch,shape",
+    [(2, (2, 2, 37, 77)), (2, (1, 2, 37, 77)), (20, (1, 2, 37, 77)), (20, (1, 1, 37, 77))],
+    ids=["own", "shared by 2", "shared by 20", "shared by 40"],
+)
+def test_sums_of_few_and_of_many(
+    batch: int, shape: tuple[int, ...], dense: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """Whole and cut blocks of pairs, some of them forbidden, with a gradient that is one pair's or
+    a sum over batch elements and heads."""
+    generator = torch.Generator().manual_seed(batch)
+    device = device_of(backend)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    q, k, v = draw(batch, 2, 37, 16), draw(batch, 2, 77, 16), draw(batch, 2, 77, 16)
+    bias = draw(*shape)
+    bias[..., 5] = -torch.inf
+    mask = Dense((draw(batch, 1, 37, 77) > -0.5)) if dense else None
+    arguments = random_gradients(Arguments(q, k, v, mask, bias), generator)
+    assert_parity(run(backend, arguments), arguments)
