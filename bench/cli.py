@@ -141,10 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--memory",
-        choices=("kept", "fresh"),
-        default="kept",
-        help="of results on the CPU: kept by the process from call to call (default), or fresh, "
-        "with the cost of its pages as the C library's own settings have it",
+        choices=("fresh", "kept"),
+        default="fresh",
+        help="of results on the CPU: as the C library's own settings have it, with the cost of "
+        "fresh pages (default), or kept by the process from call to call",
     )
     comparison.add_command(commands)
     verification.add_command(commands)

@@ -25,9 +25,9 @@ MOST_NOISY = 0.25  # of the lines, marked ~
 def keep_freed_memory() -> bool:
     """From now on memory that is freed stays with the process; False where C is not glibc's.
 
-    By default glibc may give large blocks back to the system when they are freed. What a call
-    then pays for its results' pages, more than many a kernel takes, depends on what was freed
-    before it and not on who computes them.
+    By default glibc gives large blocks back to the system when they are freed, and a call pays
+    for the pages of its results, more than many a kernel takes; how much depends on what was
+    freed before it too.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
