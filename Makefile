@@ -6,6 +6,12 @@
 #   make test-interpreted  all cases of the GPU kernels in Triton's interpreter, of which `test`
 #                  takes a part
 #   make test-narrow  the parity of the CPU kernels with vectors cut to AVX2's 256 bits
+#   make test-cpp  the C++ kernels without torch, in the form of each instruction set
+#   make test-aarch64  the same cross-compiled for aarch64, under qemu-user
+#   make sanitize  the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make fuzz      random calls of it under the sanitizers, for ten minutes (FUZZ_SECONDS)
+#   make wheel     dist/rowmax-*.whl, for every Python >= 3.10 and torch >= 2.10
+#   make test-wheel  it, in fresh environments of each of TORCHES and PYTHONS
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there
 #   make lint      ruff and mypy
 #   make bench     the speed tables
@@ -16,7 +22,8 @@
 # Settings: PYTHON (interpreter that makes the environment), TORCH (the torch to install; it
 # must agree with constraints.txt), PIP_ARGS (more options for pip: another package index for
 # PyTorch's CPU-only builds, say), TEST_ARGS, BENCH_ARGS, DEMO_ARGS,
-# COMPARE_ARGS.
+# COMPARE_ARGS; CXX (the C++ compiler), FUZZ_SECONDS, TORCHES, PYTHONS, WHEEL_ARGS (more ways to
+# try the wheel, see tests/csrc/try_wheel.py).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,6 +32,10 @@ TEST_ARGS ?= -n 2
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 COMPARE_ARGS ?=
+FUZZ_SECONDS ?= 600
+TORCHES ?= $(TORCH:torch==%=%)
+PYTHONS ?= $(PYTHON)
+WHEEL_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +50,8 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 CHECKED := kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
 
-.PHONY: demo test test-interpreted test-narrow compile lint bench compare install clean distclean
+.PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
+    compile lint bench compare install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -56,6 +68,13 @@ test-narrow: $(PACKAGE)
 	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k "numba or native" \
 	    tests/kernels/test_attention_parity.py tests/kernels/test_numba_norms.py \
 	    tests/kernels/test_norms.py tests/kernels/test_softmax.py
+
+# The kernels are built once more, from the sources and flags that setup.py names.
+test-cpp: $(REQUIREMENTS)
+	$(BIN)/python tests/csrc/run_parity.py --calls 3000
+
+test-aarch64: $(REQUIREMENTS)
+	$(BIN)/python tests/csrc/run_parity.py --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
 # AMD's compiler is asked as well, for a report: what it says fails nothing.

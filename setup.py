@@ -10,6 +10,8 @@ found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
     auto      (default) build it if that works; if not, install the pure Python package
     require   fail where it can't be built
     skip      don't try
+
+ROWMAX_SANITIZE=address,undefined builds it with these sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
 # tile shape. No kernel looks at the flags that a floating-point operation may raise. GCC's own
 # header of AVX-512 makes it warn of variables that are left undefined on purpose.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", "-Wno-uninitialized"]
+# Sanitizers end the process at the first fault, and scratch memory starts as NaN.
+SANITIZE: list[str] = []
+if os.environ.get("ROWMAX_SANITIZE"):
+    SANITIZE = [f"-fsanitize={os.environ['ROWMAX_SANITIZE']}", "-fno-sanitize-recover=all"]
+    FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer", "-DROWMAX_POISON"]
 
 
 def all_packages() -> list[str]:
@@ -123,6 +130,7 @@ def extension_arguments() -> dict[str, Any]:
         sources=[f"csrc/{source}" for source in SOURCES],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*"))],
         extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
+        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
     # An optional extension may be missing from the build folder when files are collected.
@@ -134,13 +142,15 @@ def extension_arguments() -> dict[str, Any]:
     }
 
 
-setup(
-    package_dir=PACKAGE_DIR,
-    packages=all_packages(),
-    package_data={
-        **{package: ["py.typed"] for package in PACKAGE_DIR},
-        "rowmax.kernels.gpu_triton": ["configurations.json"],
-        "rowmax.transformer": ["py.typed", "attention_page.html"],
-    },
-    **extension_arguments(),
-)
+# (tests/csrc/run_parity.py reads the tables above.)
+if __name__ == "__main__":
+    setup(
+        package_dir=PACKAGE_DIR,
+        packages=all_packages(),
+        package_data={
+            **{package: ["py.typed"] for package in PACKAGE_DIR},
+            "rowmax.kernels.gpu_triton": ["configurations.json"],
+            "rowmax.transformer": ["py.typed", "attention_page.html"],
+        },
+        **extension_arguments(),
+    )
