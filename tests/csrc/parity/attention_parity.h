@@ -8,7 +8,7 @@
 namespace parity {
 
 inline std::vector<int64_t> integers(int64_t count, int64_t low, int64_t high, Random& random) {
-  std::vector<int64_t> drawn(static_cast<size_t>(count));
+  std::vector<int64_t> drawn(count);
   for (int64_t& number : drawn) {
     number = random.between(low, high);
   }
@@ -253,7 +253,7 @@ class AttentionRun {
   // delta = sum(d_out * out) - d_lse of the out that is stored, in rows that attend something.
   std::string fault_of_delta() const {
     const Values out = out_.values(), lse = lse_.values(), got = delta_.values();
-    const size_t columns = static_cast<size_t>(of_.value_dim);
+    const size_t columns = of_.value_dim;
     for (size_t row = 0; row < got.size(); ++row) {
       double expected = of_.grad_lse.empty() ? 0.0 : -of_.grad_lse[row], size = std::fabs(expected);
       for (size_t n = row * columns; n < (row + 1) * columns; ++n) {
@@ -359,7 +359,7 @@ class AttentionRun {
     call_.grad_lse = data(grad_lse_);
     call_.d_query = d_query_.data(), call_.d_key = d_key_.data(), call_.d_value = d_value_.data();
     // rows that no tile of keys meets: out = 0
-    Values unmet(static_cast<size_t>(elements(lse_.shape())));
+    Values unmet(elements(lse_.shape()));
     for (size_t n = 0; n < grad_lse_.size(); ++n) {
       unmet[n] = -grad_lse_[n];
     }

@@ -44,7 +44,7 @@ Outcome outcome_of(uint64_t seed) {
     got = AttentionRun(of, random).answer(outcome.fault);
     if (outcome.fault.empty()) {
       outcome.fault = fault_beside(of, of.item, got, [](const auto& call, auto zero, auto stored) {
-        return attention_equations<decltype(zero)>(call, stored);
+        return AttentionEquations<decltype(zero)>(call, stored).answer();
       });
     }
   } else if (which < 8) {

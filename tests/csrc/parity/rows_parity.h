@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attention_equations.h"
+#include "attention_case.h"
 #include "run.h"
 
 namespace parity {
@@ -26,7 +26,7 @@ struct NormCase {
     const std::array<uint32_t, 4> counter = {
         static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0,
         static_cast<uint32_t>(rowmax::NORM_STREAM)};
-    const uint32_t word = philox(counter, dropout->seed)[static_cast<size_t>(column % 4)];
+    const uint32_t word = philox(counter, dropout->seed)[column % 4];
     return word >= dropout->threshold() ? dropout->keep_scale() : 0.0;
   }
 };
@@ -62,11 +62,11 @@ inline NormCase draw_norm(Random& random) {
   return of;
 }
 
-// y, total, d_total, d_x, d_weight and d_bias in Real; `stored` as in attention_equations.
+// y, total, d_total, d_x, d_weight and d_bias in Real; `stored` as in AttentionEquations.
 template <typename Real>
 Answer norm_equations(const NormCase& of, std::optional<Item> stored) {
   const int64_t columns = of.columns;
-  const size_t count = of.x.size(), width = static_cast<size_t>(columns);
+  const size_t count = of.x.size(), width = of.weight.size();
   Answer answer;
   for (const char* name : {"y", "total", "d_total", "d_x"}) {
     answer.values[name] = answer.magnitudes[name] = Values(count);
@@ -74,7 +74,7 @@ Answer norm_equations(const NormCase& of, std::optional<Item> stored) {
   std::vector<Real> d_weight(width), d_bias(width);
   Values d_weight_size(width), d_bias_size(width);
   for (int64_t r = 0; r < of.rows; ++r) {
-    const size_t first = static_cast<size_t>(r * columns);
+    const int64_t first = r * columns;
     std::vector<Real> row(width), keep(width);
     Values terms(width);
     Real mean = 0, square = 0;
@@ -250,10 +250,10 @@ Answer softmax_equations(const SoftmaxCase& of, std::optional<Item> stored) {
   for (const char* name : {"weights", "d_scores"}) {
     answer.values[name] = answer.magnitudes[name] = Values(of.scores.size());
   }
-  const size_t keys = static_cast<size_t>(mask.key_len);
+  const size_t keys = mask.key_len;
   for (int64_t plane = 0; plane < mask.batch * mask.heads; ++plane) {
     for (int64_t i = 0; i < mask.query_len; ++i) {
-      const size_t first = static_cast<size_t>(plane * mask.query_len + i) * keys;
+      const int64_t first = (plane * mask.query_len + i) * mask.key_len;
       std::vector<Real> weight(keys), read(keys);
       Real largest = -std::numeric_limits<Real>::infinity(), total = 0, dot = 0;
       double reach = 0.0, dot_size = 0.0;

@@ -124,7 +124,7 @@ class Random {
   }
   template <typename E>
   E one_of(const std::vector<E>& from) {
-    return from[static_cast<size_t>(between(0, static_cast<int64_t>(from.size()) - 1))];
+    return from[between(0, from.size() - 1)];
   }
 
  private:
@@ -139,7 +139,7 @@ inline int64_t elements(const Shape& shape) {
 }
 
 inline Values normals(int64_t count, Random& random) {
-  Values values(static_cast<size_t>(count));
+  Values values(count);
   for (double& value : values) {
     value = random.normal();
   }
@@ -158,9 +158,7 @@ class Stored {
     int64_t stride = shape_.back(), start = 0;
     if (random != nullptr) {
       for (size_t n = order.size(); n > 1; --n) {
-        std::swap(
-            order[n - 1],
-            order[static_cast<size_t>(random->between(0, static_cast<int64_t>(n) - 1))]);
+        std::swap(order[n - 1], order[random->between(0, n - 1)]);
       }
       stride += random->between(0, 3);
       start = random->between(0, 2);
@@ -170,7 +168,7 @@ class Stored {
       stride *= shape_[dimension];
     }
     start_ = start;
-    bytes_.assign(static_cast<size_t>((start + stride) * kFacts[item].bytes), 0xff);
+    bytes_.assign((start + stride) * kFacts[item].bytes, 0xff);
   }
 
   Item item() const { return item_; }
@@ -189,7 +187,7 @@ class Stored {
   }
   // In the order of the indices, whatever the strides.
   Values values() const {
-    Values values(static_cast<size_t>(elements(shape_)));
+    Values values(elements(shape_));
     for (size_t n = 0; n < values.size(); ++n) {
       values[n] = read_item(item_, bytes_.data() + byte_of(n));
     }
@@ -198,9 +196,8 @@ class Stored {
   // Whether all that lies between the elements is as it was made.
   bool gaps_untouched() const {
     std::vector<unsigned char> rest = bytes_;
-    const size_t count = static_cast<size_t>(elements(shape_));
-    for (size_t n = 0; n < count; ++n) {
-      std::memset(rest.data() + byte_of(n), 0xff, static_cast<size_t>(kFacts[item_].bytes));
+    for (int64_t n = 0; n < elements(shape_); ++n) {
+      std::memset(rest.data() + byte_of(n), 0xff, kFacts[item_].bytes);
     }
     for (const unsigned char byte : rest) {
       if (byte != 0xff) {
@@ -211,13 +208,13 @@ class Stored {
   }
 
  private:
-  size_t byte_of(size_t index) const {
-    int64_t rest = static_cast<int64_t>(index), at = start_;
+  int64_t byte_of(int64_t index) const {
+    int64_t at = start_;
     for (size_t dimension = shape_.size(); dimension-- > 0;) {
-      at += rest % shape_[dimension] * strides_[dimension];
-      rest /= shape_[dimension];
+      at += index % shape_[dimension] * strides_[dimension];
+      index /= shape_[dimension];
     }
-    return static_cast<size_t>(at * kFacts[item_].bytes);
+    return at * kFacts[item_].bytes;
   }
 
   Item item_ = kFloat;
