@@ -109,11 +109,11 @@ class Call:
         assert arguments.grad_out is not None  # random_gradients draws it
         return replace(arguments, grad_out=self._laid_out(arguments.grad_out))
 
-    def _sizes(self) -> Sizes:
+    def _sizes(self, least_batch: int = 0) -> Sizes:
         pick = self.random
         key_heads = pick.choice((1, 1, 2, 2, 3))
         sizes = Sizes(
-            B=pick.choice((0, 1, 1, 2, 2, 3)),
+            B=max(least_batch, pick.choice((0, 1, 1, 2, 2, 3))),
             Hq=key_heads * pick.choice((1, 1, 2, 3)),
             Hkv=key_heads,
             Lq=self._length(),
@@ -151,7 +151,8 @@ class Call:
             return None
         if kind == "alibi":
             per_batch = (sizes.B,) if self._now_and_then(0.5) else ()
-            return ALiBi(self.draw.normal(*per_batch, sizes.Hq).abs(), self._align(sizes.B))
+            self.text += ", ALiBi"
+            return ALiBi(self.draw.normal(*per_batch, sizes.Hq).abs(), self._align(sizes.B, 0))
         shape = self._broadcast(sizes.scores)
         self.text += f", bias {shape}"
         bias = self.draw.normal(*shape)
@@ -193,18 +194,18 @@ class Call:
         ids = torch.randint(3, (batch, length), generator=self.draw.generator)
         return ids.sort(dim=1).values if self._now_and_then(0.7) else ids
 
-    def _align(self, batch: int) -> Any:
+    def _align(self, batch: int, far_share: int = 1) -> Any:
         pick = self.random
         far = pick.choice((1, -1)) * pick.choice(FAR)
         kinds = "upper_left", "lower_right", pick.randint(-300, 300), far, None
-        align = pick.choices(kinds, (3, 3, 3, 1, 2))[0]
+        align = pick.choices(kinds, (3, 3, 3, far_share, 2))[0]
         if align is not None:
             return align
         return torch.randint(-40, 40, (batch,), generator=self.draw.generator)
 
     def _packed(self) -> Question:
         """Sequences of any lengths; the oracle sees them padded, the lengths as masks."""
-        sizes = self._sizes()
+        sizes = self._sizes(least_batch=1)
         queries, keys = self.draw.lengths(sizes.Lq, sizes.B), self.draw.lengths(sizes.Lk, sizes.B)
         mask: Mask | None = None
         if self._now_and_then(0.6):  # positions from the sequence's start: padding moves none
