@@ -36,6 +36,8 @@ FUZZ_SECONDS ?= 600
 TORCHES ?= $(TORCH:torch==%=%)
 PYTHONS ?= $(PYTHON)
 WHEEL_ARGS ?=
+SANITIZE_ARGS ?=
+FUZZ_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,6 +77,39 @@ test-cpp: $(REQUIREMENTS)
 
 test-aarch64: $(REQUIREMENTS)
 	$(BIN)/python tests/csrc/run_parity.py --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
+
+# The extension built with sanitizers lies beside the packages in a folder of its own, which comes
+# before the editable install. torch's own allocations get red zones through the preloaded runtime;
+# the C++ library must be loaded with it, for torch throws. The second line is ThreadSanitizer's, which
+# can't be preloaded beside torch's OpenMP: the kernels without torch.
+SANITIZED := build/sanitized
+UNDER_SANITIZERS = env PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc \
+    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
+
+sanitize: $(SANITIZED)/.stamp
+	ROWMAX_SANITIZE=address,undefined $(BIN)/python tests/csrc/run_parity.py
+	ROWMAX_SANITIZE=thread $(BIN)/python tests/csrc/run_parity.py --calls 300
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest $(TEST_ARGS) -k native \
+	    tests/csrc tests/kernels $(SANITIZE_ARGS)
+
+fuzz: $(SANITIZED)/.stamp
+	$(UNDER_SANITIZERS) $(BIN)/python -m tests.csrc.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+$(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(wildcard kernels/*.py kernels/*/*.py)
+	ROWMAX_EXTENSION=require ROWMAX_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
+	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@touch $@
+
+# Built from a clean folder, where setuptools would pack what earlier builds left.
+wheel: $(REQUIREMENTS)
+	rm -rf build/lib* build/bdist* dist
+	ROWMAX_EXTENSION=require $(BIN)/python -m pip --disable-pip-version-check wheel -q \
+	    --no-build-isolation --no-deps -w dist .
+
+test-wheel: wheel
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/csrc/try_wheel.py dist/rowmax-*.whl \
+	    $(TORCHES:%=--torch %) $(PYTHONS:%=--python %) $(WHEEL_ARGS)
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
 # AMD's compiler is asked as well, for a report: what it says fails nothing.

@@ -5,6 +5,10 @@
 
 #pragma once
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "attention_call.h"
 #include "microkernel.h"
 
@@ -122,6 +126,12 @@ class Scratch {
   E* take(int64_t elements) {
     const uintptr_t at = first_ + static_cast<uintptr_t>(bytes_);
     bytes_ += round_up(elements * static_cast<int64_t>(sizeof(E)), 64);
+#if defined(__SANITIZE_ADDRESS__)
+    if (first_ != 0) {  // between the parts there is memory that nothing may touch
+      __asan_poison_memory_region(reinterpret_cast<void*>(first_ + bytes_), 64);
+    }
+    bytes_ += 64;
+#endif
     return reinterpret_cast<E*>(at);
   }
   int64_t bytes() const { return bytes_; }

@@ -1,6 +1,9 @@
 #include "threads.h"
 
 #include <pthread.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -54,6 +57,9 @@ char* workspace(int64_t bytes) {
     }
     size = rounded;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory.get(), static_cast<size_t>(size));  // see Scratch
+#endif
 #ifdef ROWMAX_POISON
   std::memset(memory.get(), 0xff, static_cast<size_t>(size));  // NaN, in every type
 #endif

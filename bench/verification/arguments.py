@@ -181,7 +181,7 @@ def magnitudes(arguments: Arguments) -> Results:
 
     In half precision the gradient of a sink, one number a head, is a sum over rows of the rounding
     of the stored out, of which the naive path's is a single draw: two standard deviations of that
-    sum are added, in units of eps(float32).
+    sum are added, in units of eps(float32). The same holds for the gradient of a broadcast bias.
     """
     stored = torch.finfo(arguments.q.dtype).eps
     arguments = arguments.to(torch.float64)
@@ -213,7 +213,13 @@ def magnitudes(arguments: Arguments) -> Results:
     terms["d_v"] = _grouped((weights * result.keep).transpose(-1, -2) @ d_out, key_heads)
     if isinstance(arguments.bias, Tensor):
         bias = arguments.bias
-        summed = d_shifted.sum_to_size((1,) * (4 - bias.dim()) + bias.shape)
+        shape = (1,) * (4 - bias.dim()) + bias.shape
+        summed = d_shifted.sum_to_size(shape)
+        if stored > torch.finfo(torch.float32).eps and shape != tuple(weights.shape):
+            rounded = (d_out * result.out).norm(dim=-1, keepdim=True) * stored / 12**0.5
+            of_row = (result.weights * rounded).sum_to_size((*weights.shape[:3], shape[3]))
+            drawn = 2 * of_row.square().sum_to_size(shape).sqrt()
+            summed = summed + drawn / torch.finfo(torch.float32).eps
         terms["d_bias"] = summed.view(bias.shape)
     if problem.sinks is not None:
         taken = torch.exp(problem.sinks.view(1, -1, 1) - finite_lse)
