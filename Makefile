@@ -156,7 +156,7 @@ $(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
 
 clean:
 	rm -rf build dist rowmax.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f kernels/_C*.so $(PACKAGE)
+	rm -f kernels/_C*.so kernels/missing_extension.txt $(PACKAGE)
 	find kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

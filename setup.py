@@ -11,7 +11,8 @@ found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
     require   fail where it can't be built
     skip      don't try
 
-ROWMAX_SANITIZE=address,undefined builds it with these sanitizers (`make sanitize`).
+Without it the package holds missing_extension.txt with the reason, which `python -m rowmax.kernels`
+shows. ROWMAX_SANITIZE=address,undefined builds it with these sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import shlex
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ PACKAGE_DIR = {
     "rowmax.bench": "bench",
 }
 CHOICES = ("auto", "require", "skip")
+MISSING = "missing_extension.txt"
 # The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # Compiled once: the binding. Its headers, and the constants that the build writes, are in here.
@@ -75,11 +81,32 @@ def all_packages() -> list[str]:
     return names
 
 
-def report_absence(reason: object) -> None:
-    """Say on standard error why this build goes on without the extension."""
+def report_absence(reason: object, folder: Path = ROOT / "kernels") -> None:
+    """Say on standard error, and in the package, why this build goes on without the extension."""
     print(
         f"rowmax: building without the C++ extension rowmax.kernels._C: {reason}", file=sys.stderr
     )
+    (folder / MISSING).write_text(f"{reason}\n")
+
+
+def compiler_fault(compiler: str) -> str | None:
+    """Why `compiler` can't build the extension, found with a program of two lines; or None."""
+    command = shlex.split(compiler)
+    if shutil.which(command[0]) is None:
+        return f"no C++ compiler: {command[0]} is not on the PATH"
+    headers = sysconfig.get_paths()["include"]
+    done = subprocess.run(
+        [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", f"-I{headers}", "-"],
+        input="#include <Python.h>\n#include <concepts>\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+    error = next((line for line in lines if "error" in line), lines[0])
+    return f"{compiler} can't compile C++20 with Python's headers: {error}"
 
 
 def extension_arguments() -> dict[str, Any]:
@@ -91,12 +118,19 @@ def extension_arguments() -> dict[str, Any]:
         report_absence("ROWMAX_EXTENSION=skip")
         return {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError as error:
         if choice == "require":
             raise
-        report_absence(f"torch can't be imported ({error})")
+        report_absence(f"torch can't be imported where rowmax is built ({error})")
         return {}
+    fault = compiler_fault(get_cxx_compiler())
+    if fault is not None:
+        if choice == "require":
+            raise SystemExit(f"rowmax: {fault}")
+        report_absence(fault)
+        return {}
+    (ROOT / "kernels" / MISSING).unlink(missing_ok=True)
 
     # torch ships no type for BuildExtension that a checker could follow.
     class BuildIfPossible(BuildExtension):  # type: ignore[misc, unused-ignore]
@@ -109,7 +143,8 @@ def extension_arguments() -> dict[str, Any]:
                 # Whatever a missing or too old compiler makes torch or setuptools raise.
                 if choice == "require":
                     raise
-                report_absence(error)
+                inside = ROOT if self.inplace else Path(self.build_lib, "rowmax")
+                report_absence(error, inside / "kernels")
 
         def build_extension(self, ext: Extension) -> None:
             build = Path(self.build_temp).resolve()
@@ -149,6 +184,7 @@ if __name__ == "__main__":
         packages=all_packages(),
         package_data={
             **{package: ["py.typed"] for package in PACKAGE_DIR},
+            "rowmax.kernels": ["py.typed", MISSING],
             "rowmax.kernels.gpu_triton": ["configurations.json"],
             "rowmax.transformer": ["py.typed", "attention_page.html"],
         },

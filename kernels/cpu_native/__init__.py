@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from pathlib import Path
 
 import torch
 
@@ -42,9 +43,11 @@ def unavailable() -> str | None:
     try:
         importlib.import_module(".._C", __package__)
     except ModuleNotFoundError:
+        reason = Path(__file__).parents[1] / "missing_extension.txt"  # written by setup.py
+        why = f" ({reason.read_text().strip()})" if reason.is_file() else ""
         return (
-            "the C++ extension is not built; with torch >= 2.10, setuptools >= 77, ninja and a "
-            "C++20 compiler, `pip install --no-build-isolation .` in the checkout builds it"
+            f"the C++ extension is not built{why}; with torch >= 2.10, setuptools >= 77, ninja and "
+            "a C++20 compiler, `pip install --no-build-isolation .` in the checkout builds it"
         )
     except ImportError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"

@@ -1,11 +1,11 @@
-"""Random calls of the backend "native", forward and backward, judged as `rowmax.bench verify` judges.
+"""Random calls of the backend "native", forward and backward, judged as `bench verify` judges.
 
-    python -m tests.csrc.fuzz --seconds 600                for ten minutes, from a random seed on
+    python -m tests.csrc.fuzz --seconds 600                ten minutes, from a random seed on
     python -m tests.csrc.fuzz --first-seed 7 --calls 1     one call again
 
-Each call follows from its seed alone: the function, the dtype, shapes, strides (with NaN in the gaps),
-masks, features and the number of threads. The calls are made in a child process, so that a crash or a
-hang has a seed too. `make fuzz` runs this on an extension built with AddressSanitizer and
+Each call follows from its seed alone: the function, the dtype, shapes, strides (with NaN in the
+gaps), masks, features and the number of threads. Calls are made in a child process, so that a crash
+or a hang has a seed too. `make fuzz` runs this on an extension built with AddressSanitizer and
 UndefinedBehaviorSanitizer, whose reports end the child. Exit status 1 after any failure.
 """
 
@@ -161,9 +161,8 @@ class Call:
         return self._laid_out(bias)
 
     def _mask(self, sizes: Sizes) -> Mask:
-        kinds = self.random.choices(
-            (Causal, Window, KeyLengths, QueryLengths, Dense, Documents), k=self.random.randint(1, 3)
-        )
+        classes = Causal, Window, KeyLengths, QueryLengths, Dense, Documents
+        kinds = self.random.choices(classes, k=self.random.randint(1, 3))
         self.text += f", {' & '.join(kind.__name__ for kind in kinds)}"
         parts = [self._one_mask(kind, sizes) for kind in kinds]
         joined = parts[0]

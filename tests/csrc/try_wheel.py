@@ -3,8 +3,8 @@
     python tests/csrc/try_wheel.py dist/rowmax-0.1.0-cp310-abi3-linux_x86_64.whl \
         --torch 2.13.0 --torch 2.12.0 --python python3.11 --python python3.13
 
-Each pair of a Python and a torch gets a fresh environment, in which one pip command installs the wheel
-and that torch, and `wheel_sample.py` runs. Two more ways, where pip can't get a pair:
+Each pair of a Python and a torch gets a fresh environment, in which one pip command installs the
+wheel and that torch, and `wheel_sample.py` runs. Two more ways, where pip can't get a pair:
 
     --environment PYTHON    a Python that has torch already: the wheel goes before its packages
     --bare PYTHON           a Python without torch: the extension is loaded beside the libtorch of
@@ -78,7 +78,7 @@ def found(python: str, parser: argparse.ArgumentParser) -> str:
     path = shutil.which(python)
     if path is None:
         parser.error(f"{python}: no such Python here")
-    return path
+    return os.path.abspath(path)
 
 
 def version(python: str) -> str:
@@ -134,7 +134,8 @@ def without_torch(wheel: Path, python: str) -> str | None:
 
 def unpack(wheel: Path) -> str | None:
     target = str(ROOM / "rowmax")
-    return run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "-t", target, str(wheel)])
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps"]
+    return run([*install, "--target", target, str(wheel)])
 
 
 def run(command: list[str], **variables: str) -> str | None:

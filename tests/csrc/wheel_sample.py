@@ -35,6 +35,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
     torch.manual_seed(0)
     heads = draw(2, 4, 70, 40), draw(2, 2, 133, 40), draw(2, 2, 133, 24)
     rows, parameters = draw(9, 75), (draw(75), draw(75))
+    padding = {"mask": KeyLengths(torch.tensor([5, 90]))}
     mask = Causal("lower_right") & Window(90, None, "lower_right")
     dropout = {"dropout_p": 0.2, "seed": 3}
     starts = torch.tensor([0, 20, 20, 50]), torch.tensor([0, 31, 35, 80])
@@ -42,7 +43,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
     return {
         "attention": (kernels.attention, heads, {}),
         "attention, masked": (kernels.attention, heads, {"mask": mask, **dropout}),
-        "attention, padded": (kernels.attention, heads, {"mask": KeyLengths(torch.tensor([5, 90]))}),
+        "attention, padded": (kernels.attention, heads, padding),
         "attention_varlen": (
             lambda q, k, v, **options: kernels.attention_varlen(q, k, v, *starts, **options),
             packed,
@@ -58,11 +59,15 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
 def results(
     function: Callable[..., Any], inputs: list[Tensor], options: dict[str, Any], backend: str
 ) -> list[Tensor]:
-    """Outputs and gradients."""
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    """Outputs and gradients; of the reference in float64, from the same inputs."""
+    wide = torch.float64 if backend == "reference" else inputs[0].dtype
+    leaves = [tensor.detach().to(wide).requires_grad_() for tensor in inputs]
     outputs = function(*leaves, backend=backend, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    received = [torch.cos(torch.arange(y.numel()).view(y.shape).to(y.dtype)) for y in outputs]
+    received = [
+        torch.arange(y.numel()).view(y.shape).double().cos().to(inputs[0].dtype).to(wide)
+        for y in outputs
+    ]
     return [*outputs, *torch.autograd.grad(outputs, leaves, received)]
 
 
@@ -70,8 +75,9 @@ def compare() -> None:
     for name, (function, inputs, options) in calls().items():
         for dtype, tolerance in TOLERANCE.items():
             given = [tensor.to(dtype) for tensor in inputs]
-            exact = results(function, [t.double() for t in given], options, "reference")
-            for got, expected in zip(results(function, given, options, "native"), exact, strict=True):
+            exact = results(function, given, options, "reference")
+            found = results(function, given, options, "native")
+            for got, expected in zip(found, exact, strict=True):
                 error = (got.double() - expected).abs().max() / expected.abs().max()
                 assert error <= tolerance, f"{name}, {dtype}: {error:.1e}"
 
