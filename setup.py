@@ -65,6 +65,13 @@ FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
 # tile shape. No kernel looks at the flags that a floating-point operation may raise. GCC's own
 # header of AVX-512 makes it warn of variables that are left undefined on purpose.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-Wno-psabi", "-Wno-uninitialized"]
+# What a compiler must know: C++20, vectors, and where Python's headers are.
+PROBE = """
+#include <Python.h>
+#include <concepts>
+typedef int V __attribute__((vector_size(16)));
+V turned(V v) { return __builtin_shufflevector(v, v, 3, 2, 1, 0); }
+"""
 # Sanitizers end the process at the first fault, and scratch memory starts as NaN.
 SANITIZE: list[str] = []
 if os.environ.get("ROWMAX_SANITIZE"):
@@ -90,14 +97,14 @@ def report_absence(reason: object, folder: Path = ROOT / "kernels") -> None:
 
 
 def compiler_fault(compiler: str) -> str | None:
-    """Why `compiler` can't build the extension, found with a program of two lines; or None."""
+    """Why `compiler` can't build the extension, found with a small program; or None."""
     command = shlex.split(compiler)
     if shutil.which(command[0]) is None:
         return f"no C++ compiler: {command[0]} is not on the PATH"
     headers = sysconfig.get_paths()["include"]
     done = subprocess.run(
         [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", f"-I{headers}", "-"],
-        input="#include <Python.h>\n#include <concepts>\n",
+        input=PROBE,
         capture_output=True,
         text=True,
         check=False,
@@ -106,7 +113,7 @@ def compiler_fault(compiler: str) -> str | None:
         return None
     lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
     error = next((line for line in lines if "error" in line), lines[0])
-    return f"{compiler} can't compile C++20 with Python's headers: {error}"
+    return f"{compiler} can't compile it; GCC >= 12 with Python's headers can: {error}"
 
 
 def extension_arguments() -> dict[str, Any]:
