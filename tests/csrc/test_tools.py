@@ -1,0 +1,99 @@
+"""The tools beside the tests: a little of the fuzz on the built extension, and what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.bench.verification.arguments import Arguments
+from rowmax.bench.verification.subjects import Backend
+
+from . import fuzz
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The calls of the fuzz set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+@pytest.mark.usefixtures("extension")
+def test_a_hundred_calls_of_the_fuzz() -> None:
+    done = run("-m", "tests.csrc.fuzz", "--first-seed", "0", "--calls", "100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "100 calls from seed 0 on, 0 failures\n"
+
+
+class Wrong(Backend):
+    def attention(self, arguments: Arguments) -> tuple[Tensor, Tensor | None]:
+        out, lse = super().attention(arguments)
+        return out * 1.5, lse
+
+
+@pytest.mark.usefixtures("extension", "threads")
+def test_the_fuzz_notices_a_wrong_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz, "Backend", Wrong)
+    fuzz.make_calls(0, 5)
+    printed = capsys.readouterr().out
+    assert "fault attention, " in printed
+    assert ": out: largest error" in printed
+
+
+def test_a_crash_has_a_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The child dies at seed 3; the next one begins behind it."""
+    script = """
+import os, sys
+first = int(sys.argv[1])
+for seed in range(first, 5):
+    print("seed", seed, flush=True)
+    if seed == 3:
+        os._exit(7)
+print("end")
+"""
+    begun = subprocess.Popen
+
+    def dying(command: list[str], **options: Any) -> Any:
+        first = command[command.index("--first-seed") + 1]
+        return begun([sys.executable, "-c", script, first], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", dying)
+    assert fuzz.watch(first=1, calls=4, seconds=60) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        "seed 3: the process ended with status 7",
+        "    again: python -m tests.csrc.fuzz --first-seed 3 --calls 1",
+        "4 calls from seed 1 on, 1 failures",
+    ]
+
+
+def test_a_missing_compiler_is_named() -> None:
+    done = run("tests/csrc/run_parity.py", "--compiler", "aarch64-linux-gnu-g++-0")
+    assert done.returncode == 2
+    assert done.stderr.startswith("aarch64-linux-gnu-g++-0 is missing: ")
+
+
+def test_a_missing_wheel_is_named() -> None:
+    done = run("tests/csrc/try_wheel.py", "dist/none.whl")
+    assert done.returncode == 2
+    assert "dist/none.whl: no such file; `make wheel` makes one" in done.stderr
