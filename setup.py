@@ -41,9 +41,17 @@ MISSING = "missing_extension.txt"
 # The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # Compiled once: the binding. Its headers, and the constants that the build writes, are in here.
-SOURCES = ["attention_launch.cpp", "kernels.cpp", "module.cpp", "rows_launch.cpp", "threads.cpp"]
+SOURCES = [
+    "attention_launch.cpp",
+    "kernels.cpp",
+    "module.cpp",
+    "plain_call.cpp",
+    "rows_launch.cpp",
+    "threads.cpp",
+]
 # Compiled once for each instruction set, which is chosen at run time (csrc/kernels.cpp).
 KERNEL_SOURCES = [
+    "attention_decode.cpp",
     "attention_forward.cpp",
     "attention_gradients.cpp",
     "norms_forward.cpp",
@@ -58,7 +66,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
         "avx2": (AVX2, KERNEL_SOURCES),
         "avx512": (AVX512, KERNEL_SOURCES),
-        "avx512_bf16": ([*AVX512, "-mavx512bf16"], ["attention_forward.cpp"]),
+        "avx512_bf16": (
+            [*AVX512, "-mavx512bf16"],
+            ["attention_forward.cpp", "attention_gradients.cpp"],
+        ),
     }
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
 # Products and sums are fused where the source says so, and nowhere else: the same bits in every

@@ -32,7 +32,14 @@ from . import (
 from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .machine import Limits, describe, load_average, measure_limits
 from .noise import Watch, complaints, keep_freed_memory, pinned
-from .options import UsageError, check_writable, listed, names_of, seconds_of
+from .options import (
+    UsageError,
+    check_backend,
+    check_writable,
+    listed,
+    names_of,
+    seconds_of,
+)
 from .peers import SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
@@ -161,7 +168,7 @@ def speed(options: argparse.Namespace) -> int:
     suites = _chosen_suites(options)
     peers = _chosen_peers(options, suites)
     cases = _chosen_cases(options, suites)
-    _check_backend(options.backend)
+    check_backend(options.backend)
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     if options.threads is not None:
@@ -362,18 +369,6 @@ def _budget(options: argparse.Namespace) -> Budget:
     budget = QUICK if options.quick else FULL
     seconds = seconds_of("--seconds", options.seconds)
     return budget if seconds is None else replace(budget, seconds=seconds)
-
-
-def _check_backend(name: str) -> None:
-    from ..kernels import dispatch
-
-    if name == "auto":
-        return
-    if name not in dispatch.NAMES:
-        raise UsageError(f"--backend: expected one of auto, {listed(dispatch.NAMES)}, got {name}")
-    reason = dispatch.unavailable(name)
-    if reason is not None:
-        raise UsageError(f"--backend: {name} does not work here: {reason}")
 
 
 def _unique(values: Iterable[T]) -> list[T]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..kernels import dispatch
+
 
 class UsageError(Exception):
     """A call that can't be meant; its text goes to the user."""
@@ -39,3 +41,13 @@ def check_writable(option: str, path: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error
+
+
+def check_backend(name: str) -> None:
+    if name == "auto":
+        return
+    if name not in dispatch.NAMES:
+        raise UsageError(f"--backend: expected one of auto, {listed(dispatch.NAMES)}, got {name}")
+    reason = dispatch.unavailable(name)
+    if reason is not None:
+        raise UsageError(f"--backend: {name} does not work here: {reason}")

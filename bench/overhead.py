@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..kernels import Causal, attention, layer_norm
 from .machine import describe, load_average
-from .options import UsageError, seconds_of
+from .options import UsageError, check_backend, seconds_of
 from .timing import Budget, HostTimer, interleave
 
 Call = Callable[[], object]
@@ -25,6 +25,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "overhead", help="microseconds of a call that has next to nothing to compute"
     )
     command.add_argument("--threads", type=int, help="default: what torch takes")
+    command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
     command.add_argument("--seconds", type=float, help="to spend on each line; default: 2")
 
 
@@ -34,12 +35,13 @@ def run(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise UsageError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    check_backend(options.backend)
     machine = describe()
     print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     print(f"\n{'us a call (medians)':34} {'rowmax':>8} {'torch':>8}")
     budget = Budget(seconds=seconds, least_rounds=5, most_rounds=10_000)
-    for name, (gradients, ours, theirs) in calls().items():
+    for name, (gradients, ours, theirs) in calls(options.backend).items():
         with torch.set_grad_enabled(gradients):
             for _ in range(100):  # compiled, and warm
                 ours(), theirs()
@@ -49,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def calls() -> dict[str, tuple[bool, Call, Call]]:
+def calls(backend: str = "auto") -> dict[str, tuple[bool, Call, Call]]:
     """What is timed: whether with gradients, rowmax's call, and torch's of the same."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 1, 4, 8, generator=generator) for _ in range(4))
@@ -58,7 +60,7 @@ def calls() -> dict[str, tuple[bool, Call, Call]]:
     causal = Causal()
 
     def ours() -> torch.Tensor:
-        return attention(leaves[0], leaves[1], leaves[2])
+        return attention(leaves[0], leaves[1], leaves[2], backend=backend)
 
     def theirs() -> torch.Tensor:
         return sdpa(leaves[0], leaves[1], leaves[2])
@@ -68,13 +70,17 @@ def calls() -> dict[str, tuple[bool, Call, Call]]:
 
     sdpa = F.scaled_dot_product_attention
     return {
-        "attention": (False, lambda: attention(q, k, v), lambda: sdpa(q, k, v)),
+        "attention": (False, lambda: attention(q, k, v, backend=backend), lambda: sdpa(q, k, v)),
         "attention, causal": (
             False,
-            lambda: attention(q, k, v, causal),
+            lambda: attention(q, k, v, causal, backend=backend),
             lambda: sdpa(q, k, v, is_causal=True),
         ),
         "attention, forward for a gradient": (True, ours, theirs),
         "attention, forward and backward": (True, with_backward(ours), with_backward(theirs)),
-        "layer norm": (False, lambda: layer_norm(rows), lambda: F.layer_norm(rows, (8,))),
+        "layer norm": (
+            False,
+            lambda: layer_norm(rows, backend=backend),
+            lambda: F.layer_norm(rows, (8,)),
+        ),
     }

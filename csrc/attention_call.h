@@ -15,7 +15,7 @@ struct AttentionCall {
   const void* key;    // (B, Hkv, Lk, D)
   const void* value;  // (B, Hkv, Lk, Dv)
   void* out;          // (B, Hq, Lq, Dv)
-  void* lse;          // (B, Hq, query_rows), contiguous, double; float where the tensors are half
+  void* lse;  // (B, Hq, query_rows), contiguous, double; float where the tensors are half; or absent
   int64_t query_batch, query_head, query_row;
   int64_t key_batch, key_head, key_row;
   int64_t value_batch, value_head, value_row;
@@ -23,6 +23,7 @@ struct AttentionCall {
   int64_t half;  // of q, k, v, out and their gradients
   int64_t batch, heads, key_heads, query_len, key_len, head_dim, value_dim;
   int64_t tile;                       // queries a tile has: a multiple of the lanes
+  int64_t few;  // sequences of at most so many queries are for the decoding kernel, not for tiles
   int64_t query_rows;                 // rows of q in memory a head
   const int64_t* query_starts;        // packed: (batch + 1,)
   const int64_t* key_starts;          // packed: (batch + 1,)
@@ -52,6 +53,11 @@ struct AttentionCall {
 
   int64_t run;       // tasks taken at once
   int64_t* tickets;  // eight counters that start at zero
+
+  // Of decoding alone.
+  int64_t chunks;     // chunks of CHUNK_KEYS keys a head has, at most
+  int64_t* finished;  // (B, Hkv) zeros: how many chunks of a head are done; absent where it is one
+  void* partials;     // (B, Hkv, chunks, rows, .) of the type computed in: m, l and O
 
   // Of the backward pass alone.
   double plain_scale;

@@ -118,6 +118,9 @@ void finish(
         call.half, call.out, offset, call.out_row, {from.wide_rows, columns}, tile.rows,
         call.value_dim, T(1));
   }
+  if (call.lse == nullptr) {
+    return;
+  }
   const int64_t row = (sequence.place * call.heads + tile.h) * call.query_rows + first_row;
   for (int64_t v = 0; v < tile.rows; v += LANES<double>) {
     const Vec<double> largest = load_wide(from.row_max + v);  // -inf where l = 0
@@ -138,7 +141,7 @@ void forward_tile(
     const AttentionCall& call, int64_t b, int64_t h, int64_t start, const ForwardScratch<T>& to) {
   const Sequence sequence = sequence_of(call, b);
   const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
-  if (tile.rows <= 0) {
+  if (tile.rows <= 0 || sequence.query_len <= call.few) {
     return;
   }
   const int64_t width = tile.width;

@@ -9,7 +9,8 @@
 //     dQ^T += scale * K^T dS^T                              queries in the lanes
 //
 // (Dao et al. 2022, algorithm 4; a softcap multiplies dS by its derivative after d_bias.) lse * log2 e
-// comes as a rounded value and the rest of it.
+// comes as a rounded value and the rest of it. `attention_gradient_products.h` has the products, in float
+// or in pairs of bfloat16.
 //
 // A task is one head of K and V, with all query heads that share it, the last tile first. Where there
 // are few heads it is one chunk of keys of a head, and a tile of dQ has a turn: chunk after chunk adds
@@ -19,13 +20,14 @@
 #include <sched.h>
 
 #include "attention_gradient_blocks.h"
+#include "attention_gradient_products.h"
 #include "kernels.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {
 namespace {
 
-template <typename T>
+template <typename Products, typename T = typename Products::T>
 struct BackwardScratch {
   BackwardScratch(const AttentionCall& call, Scratch& scratch)
       : head_columns(round_up(call.head_dim, LANES<T>)),
@@ -33,9 +35,9 @@ struct BackwardScratch {
     const int64_t width = call.tile;
     d_key = scratch.take<T>(call.chunk_keys * head_columns);
     d_value = scratch.take<T>(call.chunk_keys * value_columns);
-    query_t = scratch.take<T>(call.head_dim * width);
+    query_t = scratch.take<T>(Products::transposed_rows(call.head_dim) * width);
     d_query_t = scratch.take<T>(call.head_dim * width);
-    grad_out_t = scratch.take<T>(call.value_dim * width);
+    grad_out_t = scratch.take<T>(Products::transposed_rows(call.value_dim) * width);
     scores = scratch.take<T>(BLOCK_KEYS * width);
     d_weights = scratch.take<T>(BLOCK_KEYS * width);
     query_rows = scratch.take<T>(head_columns * width);
@@ -51,12 +53,12 @@ struct BackwardScratch {
     if (call.cap != 0.0) {
       slopes = scratch.take<T>(BLOCK_KEYS * width);
     }
+    ones = scratch.take<T>(VECTORS * LANES<T>);
     if (call.half != kWhole) {
-      key_rows = scratch.take<T>(BLOCK_KEYS * call.head_dim);
-      value_rows = scratch.take<T>(BLOCK_KEYS * call.value_dim);
+      key_rows = scratch.take<T>(BLOCK_KEYS * (call.head_dim + call.value_dim + 2 * LANES<T>));
     }
-    if (has_terms(call)) {
-      added = scratch.take<T>(BLOCK_KEYS * width);
+    if (has_terms(call) || Products::spare) {
+      spare = scratch.take<T>(BLOCK_KEYS * width);
     }
     if (call.bias_half != kWhole) {
       bias_rows = scratch.take<T>(BLOCK_KEYS * width);
@@ -65,14 +67,16 @@ struct BackwardScratch {
 
   int64_t head_columns, value_columns;   // D and Dv in whole vectors
   T *d_key, *d_value;                    // (chunk_keys, head_columns | value_columns)
-  T *query_t, *d_query_t, *grad_out_t;   // (D | Dv, width)
+  T *query_t, *grad_out_t;               // (D | Dv, width), or half as many rows of pairs
+  T* d_query_t;                          // (D, width)
   T *scores, *d_weights;                 // (BLOCK_KEYS, width)
   T *query_rows, *grad_out_rows;         // (width, head_columns | value_columns)
   QueryTerms<T> terms;                   // (width,) each
   T* parts = nullptr;                    // (blocks of a chunk, D, width): their parts of dQ^T
   T* slopes = nullptr;                   // (BLOCK_KEYS, width): the derivative of the softcap
-  T *key_rows = nullptr, *value_rows = nullptr;  // (BLOCK_KEYS, D | Dv), widened
-  T *added = nullptr, *bias_rows = nullptr;      // (BLOCK_KEYS, width)
+  T* ones;                               // (VECTORS * LANES,)
+  T* key_rows = nullptr;                 // BLOCK_KEYS rows of K and V, widened or in pairs
+  T *spare = nullptr, *bias_rows = nullptr;  // (BLOCK_KEYS, width)
 };
 
 // lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing. Such a row
@@ -117,7 +121,7 @@ void finish_delta(
 template <typename T>
 void put_query(
     const AttentionCall& call, int64_t place, int64_t row, const Tile& tile, const T* d_query_t,
-    const BackwardScratch<T>& with) {
+    Matrix<T> scratch) {
   const int64_t offset =
       place * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
   const T factor = static_cast<T>(call.plain_scale);
@@ -127,10 +131,9 @@ void put_query(
     transpose<T>(from, {to, call.d_query_row}, call.head_dim, tile.rows, factor);
     return;
   }
-  const Matrix<T> rows{with.query_rows, with.head_columns};
-  transpose<T>(from, rows, call.head_dim, tile.rows, factor);
+  transpose<T>(from, scratch, call.head_dim, tile.rows, factor);
   write_rows<T>(
-      call.half, call.d_query, offset, call.d_query_row, {rows.at, rows.row}, tile.rows,
+      call.half, call.d_query, offset, call.d_query_row, {scratch.at, scratch.row}, tile.rows,
       call.head_dim, T(1));
 }
 
@@ -162,13 +165,13 @@ T* add_in_turn(
 }
 
 // One tile of queries and one chunk of keys: adds to its d_query and to the chunk's d_key and d_value.
-template <typename T>
+template <typename Products, typename T = typename Products::T>
 void backward_tile(
     const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t chunk,
-    const BackwardScratch<T>& with) {
+    const BackwardScratch<Products>& with) {
   const Sequence sequence = sequence_of(call, b);
   const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
-  const int64_t rows = tile.rows, width = tile.width, vectors = width / LANES<T>;
+  const int64_t rows = tile.rows, width = tile.width;
   const QueryTerms<T>& terms = with.terms;
 
   const KeyRange range = key_ranges<T>(call, sequence, tile, terms.first, terms.last);
@@ -191,47 +194,22 @@ void backward_tile(
       place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
   const int64_t value =
       place * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
-  const int64_t query_at =
-      place * call.query_batch + h * call.query_head + first_row * call.query_row;
-  const int64_t grad_out_at =
-      place * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row;
-  const int64_t out_at = place * call.out_batch + h * call.out_head + first_row * call.out_row;
-  Matrix<const T> query{}, grad_out{};
 
   fill(with.d_query_t, call.head_dim * width, T(0));
+  TileParts<T> parts{with.query_t,   with.grad_out_t, with.query_rows, with.grad_out_rows, {}, {},
+                     terms.lse2, terms.delta};
   if (begin < end) {
     if (rows < width) {
-      fill(with.query_t, call.head_dim * width, T(0));
-      fill(with.grad_out_t, call.value_dim * width, T(0));
       fill(terms.lse2, width, T(0));
       fill(terms.rest, width, T(0));
       fill(terms.delta, width, T(0));
     }
-    // Rows that attend nothing may hold NaN, and padding is needed where a row is no whole number
-    // of vectors: only then, and to widen them, are rows copied.
-    const bool copied = read_lse(call, row, rows, terms) || call.half != kWhole;
-    if (copied || with.head_columns != call.head_dim) {
-      const Matrix<T> to{with.query_rows, with.head_columns};
-      copy_rows<T>(
-          call.half, call.query, query_at, call.query_row, to, rows, call.head_dim, terms.lse2);
-      query = {to.at, to.row};
-    } else {
-      query = {static_cast<const T*>(call.query) + query_at, call.query_row};
-    }
-    if (copied || with.value_columns != call.value_dim) {
-      const Matrix<T> to{with.grad_out_rows, with.value_columns};
-      copy_rows<T>(
-          call.half, call.grad_out, grad_out_at, call.grad_out_row, to, rows, call.value_dim,
-          terms.lse2);
-      grad_out = {to.at, to.row};
-    } else {
-      grad_out = {static_cast<const T*>(call.grad_out) + grad_out_at, call.grad_out_row};
-    }
-    transpose<T>(
-        query, {with.query_t, width}, rows, call.head_dim, static_cast<T>(call.scale));
-    transpose<T>(grad_out, {with.grad_out_t, width}, rows, call.value_dim, T(1));
-    dot_rows<T>(
-        call.half, call.out, out_at, call.out_row, grad_out, rows, call.value_dim, terms.delta);
+    const bool dead = read_lse(call, row, rows, terms);
+    const TileOffsets at{
+        place * call.query_batch + h * call.query_head + first_row * call.query_row,
+        place * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row,
+        place * call.out_batch + h * call.out_head + first_row * call.out_row};
+    Products::load_tile(call, at, tile, dead, parts);
     finish_delta(call, row, rows, terms, chunk == first_chunk);
   }
 
@@ -242,23 +220,14 @@ void backward_tile(
     if (attends_none(call, tile, k0, keys)) {
       continue;
     }
-    const Matrix<const T> key_block = readable<T>(
-        call.half, call.key, key + k0 * call.key_row, call.key_row, keys, call.head_dim,
-        with.key_rows);
-    const Matrix<const T> values = readable<T>(
-        call.half, call.value, value + k0 * call.value_row, call.value_row, keys, call.value_dim,
-        with.value_rows);
-    multiply<T>(
-        vectors, keys, call.head_dim, {key_block.at, key_block.row, 1}, {with.query_t, width},
-        {with.scores, width}, false);
-    multiply<T>(
-        vectors, keys, call.value_dim, {values.at, values.row, 1}, {with.grad_out_t, width},
-        {with.d_weights, width}, false);
+    const KeyBlock<T> block{
+        key + k0 * call.key_row, value + k0 * call.value_row, keys, with.key_rows, with.spare};
+    Products::score_products(call, block, width, parts, with.scores, with.d_weights);
     if (call.cap != 0.0) {
       cap_scores(static_cast<T>(call.cap), with.scores, with.slopes, keys * width);
     }
     if (has_terms(call)) {
-      add_terms(call, tile, k0, keys, with.scores, with.added, with.bias_rows);
+      add_terms(call, tile, k0, keys, with.scores, with.spare, with.bias_rows);
     }
     const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
     gradient_block(call, tile, masked, k0, keys, with.scores, with.d_weights, terms);
@@ -270,16 +239,12 @@ void backward_tile(
         store(with.d_weights + at, load(with.d_weights + at) * load(with.slopes + at));
       }
     }
-    multiply_wide<T>(
-        with.value_columns, keys, rows, {with.scores, width, 1}, grad_out,
-        {with.d_value + (k0 - chunk_begin) * with.value_columns, with.value_columns});
-    multiply_wide<T>(
-        with.head_columns, keys, rows, {with.d_weights, width, 1}, query,
-        {with.d_key + (k0 - chunk_begin) * with.head_columns, with.head_columns});
-    T* part = alone ? with.d_query_t : with.parts + blocks * call.head_dim * width;
-    multiply<T>(
-        vectors, call.head_dim, keys, {key_block.at, 1, key_block.row}, {with.d_weights, width},
-        {part, width}, alone);
+    const int64_t done = k0 - chunk_begin;
+    Products::add_products(
+        call, block, tile, parts, with.scores, with.d_weights,
+        {with.d_key + done * with.head_columns, with.head_columns},
+        {with.d_value + done * with.value_columns, with.value_columns},
+        alone ? with.d_query_t : with.parts + blocks * call.head_dim * width, alone, with.ones);
     ++blocks;
   }
 
@@ -291,7 +256,7 @@ void backward_tile(
       return;
     }
   }
-  put_query(call, place, first_row, tile, d_query_t, with);
+  put_query<T>(call, place, first_row, tile, d_query_t, {with.query_rows, with.head_columns});
 }
 
 // Ask for what the first query head of one head of K and V reads; see attention_forward.
@@ -317,10 +282,10 @@ void prefetch_head(const AttentionCall& call, int64_t b, int64_t head) {
 }
 
 // One chunk of a head of K and V, with every query of every query head that shares it.
-template <typename T>
+template <typename Products, typename T = typename Products::T>
 void backward_chunk(
     const AttentionCall& call, int64_t b, int64_t head, int64_t chunk,
-    const BackwardScratch<T>& with) {
+    const BackwardScratch<Products>& with) {
   const Sequence sequence = sequence_of(call, b);
   const int64_t begin = chunk * call.chunk_keys;
   const int64_t keys = max<int64_t>(0, min(call.chunk_keys, sequence.key_len - begin));
@@ -332,7 +297,7 @@ void backward_chunk(
   const int64_t groups = call.heads / call.key_heads;
   for (int64_t h = head * groups; h < (head + 1) * groups; ++h) {
     for (int64_t tile = (sequence.query_len + call.tile - 1) / call.tile - 1; tile >= 0; --tile) {
-      backward_tile(call, b, h, tile * call.tile, chunk, with);
+      backward_tile<Products>(call, b, h, tile * call.tile, chunk, with);
     }
   }
   const int64_t first_key = sequence.first_key + begin;
@@ -349,10 +314,12 @@ void backward_chunk(
 }
 
 // All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient.
-template <typename T>
+template <typename Products>
 void backward(const AttentionCall& call, void* memory) {
+  using T = typename Products::T;
   Scratch scratch(memory);
-  const BackwardScratch<T> parts(call, scratch);
+  const BackwardScratch<Products> parts(call, scratch);
+  fill(parts.ones, VECTORS * LANES<T>, T(1));
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
   while (true) {
     const int64_t first = take_ticket(call.tickets) * call.run;
@@ -370,24 +337,32 @@ void backward(const AttentionCall& call, void* memory) {
       const int64_t head_end = call.head_tasks == call.key_heads ? head + 1 : call.key_heads;
       for (int64_t each_b = b; each_b < b_end; ++each_b) {
         for (int64_t each_head = head; each_head < head_end; ++each_head) {
-          backward_chunk(call, each_b, each_head, chunk, parts);
+          backward_chunk<Products>(call, each_b, each_head, chunk, parts);
         }
       }
     }
   }
 }
 
-template <typename T>
+template <typename Products>
 int64_t backward_scratch(const AttentionCall& call) {
   Scratch scratch(nullptr);
-  BackwardScratch<T>(call, scratch);
+  BackwardScratch<Products>(call, scratch);
   return scratch.bytes();
 }
 
+template <typename Products>
+constexpr AttentionKernel KERNEL{backward<Products>, backward_scratch<Products>};
+
 }  // namespace
 
+// This file is compiled for AVX512-BF16 as well, and then has but the products of pairs.
+#if defined(__AVX512BF16__)
+const AttentionKernel attention_backward_pairs = KERNEL<GradientPairs>;
+#else
 const AttentionKernel attention_backward[2] = {
-    {backward<float>, backward_scratch<float>}, {backward<double>, backward_scratch<double>}};
+    KERNEL<GradientFloats<float>>, KERNEL<GradientFloats<double>>};
+#endif
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

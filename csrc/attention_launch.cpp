@@ -5,17 +5,22 @@
 #include <optional>
 #include <string>
 
+#include "attention_launch.h"
 #include "constants.h"
-#include "launch.h"
 
 namespace rowmax {
 namespace {
 
 using MaybeInt = std::optional<int64_t>;
 
+View view_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  return {tensor.data_ptr(), tensor.scalar_type(), tensor.sizes().data(), tensor.strides().data()};
+}
+
 // The fields of kernels/problem.py's AttentionProblem, flat.
 struct Problem {
-  Tensor query, key, value;
+  View query, key, value;
   MaybeTensor bias, alibi_slopes, alibi_offset, sinks;
   MaybeTensor dense, key_lengths, query_lengths, query_documents, key_documents, band;
   MaybeInt band_lower, band_upper;
@@ -45,23 +50,16 @@ int64_t half_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? kBfloat16 : dtype == ScalarType::Half ? kFloat16 : kWhole;
 }
 
-void check(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+void check(const View& view, const char* name, ScalarType dtype) {
   STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype, name, ": expected ", torch::headeronly::toString(dtype),
-      ", got ", torch::headeronly::toString(tensor.scalar_type()));
+      view.dtype == dtype, name, ": expected ", torch::headeronly::toString(dtype), ", got ",
+      torch::headeronly::toString(view.dtype));
   // (torch counts a tensor without elements as contiguous, whatever its strides.)
+  const bool empty = std::find(view.sizes, view.sizes + 4, 0) != view.sizes + 4;
   STD_TORCH_CHECK(
-      tensor.size(3) <= 1 || tensor.stride(3) == 1 || tensor.numel() == 0, name,
-      ": expected contiguous rows");
+      view.sizes[3] <= 1 || view.strides[3] == 1 || empty, name, ": expected contiguous rows");
 }
 
-struct Heads {
-  int64_t batch, head, row;
-};
-Heads strides_of(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
 // A call, the type it is computed in (0 float, 1 double) and what follows from the two.
 struct Launch {
   AttentionCall call{};
@@ -69,9 +67,9 @@ struct Launch {
   int type;
   int64_t element, lanes;
 
-  explicit Launch(const Problem& problem, const Tensor& out) {
-    const Tensor &query = problem.query, &key = problem.key, &value = problem.value;
-    const ScalarType dtype = query.scalar_type();
+  Launch(const Problem& problem, const View& out) {
+    const View &query = problem.query, &key = problem.key, &value = problem.value;
+    const ScalarType dtype = query.dtype;
     type = dtype == ScalarType::Double ? 1 : 0;
     element = type == 1 ? 8 : 4;
     lanes = kernels.vector_bytes / element;
@@ -79,22 +77,21 @@ struct Launch {
     check(key, "key", dtype);
     check(value, "value", dtype);
     check(out, "out", dtype);
-    call.query = query.data_ptr();
-    call.key = key.data_ptr();
-    call.value = value.data_ptr();
-    call.out = out.data_ptr();
-    const Heads q = strides_of(query), k = strides_of(key), v = strides_of(value);
-    const Heads o = strides_of(out);
-    call.query_batch = q.batch, call.query_head = q.head, call.query_row = q.row;
-    call.key_batch = k.batch, call.key_head = k.head, call.key_row = k.row;
-    call.value_batch = v.batch, call.value_head = v.head, call.value_row = v.row;
-    call.out_batch = o.batch, call.out_head = o.head, call.out_row = o.row;
+    call.query = query.data;
+    call.key = key.data;
+    call.value = value.data;
+    call.out = out.data;
+    const int64_t *q = query.strides, *k = key.strides, *v = value.strides, *o = out.strides;
+    call.query_batch = q[0], call.query_head = q[1], call.query_row = q[2];
+    call.key_batch = k[0], call.key_head = k[1], call.key_row = k[2];
+    call.value_batch = v[0], call.value_head = v[1], call.value_row = v[2];
+    call.out_batch = o[0], call.out_head = o[1], call.out_row = o[2];
     call.half = half_of(dtype);
-    call.heads = query.size(1);
-    call.key_heads = key.size(1);
-    call.head_dim = query.size(3);
-    call.value_dim = value.size(3);
-    call.query_rows = query.size(2);
+    call.heads = query.sizes[1];
+    call.key_heads = key.sizes[1];
+    call.head_dim = query.sizes[3];
+    call.value_dim = value.sizes[3];
+    call.query_rows = query.sizes[2];
     if (problem.query_starts) {
       call.query_starts = address<int64_t>(problem.query_starts);
       call.key_starts = address<int64_t>(problem.key_starts);
@@ -102,9 +99,9 @@ struct Launch {
       call.query_len = problem.longest_query;
       call.key_len = problem.longest_key;
     } else {
-      call.batch = query.size(0);
-      call.query_len = query.size(2);
-      call.key_len = key.size(2);
+      call.batch = query.sizes[0];
+      call.query_len = query.sizes[2];
+      call.key_len = key.sizes[2];
     }
     set_mask(problem);
     set_scores(problem);
@@ -170,26 +167,46 @@ struct Launch {
     return is_short ? std::min<int64_t>(8, heads / (8 * thread_count(heads))) : 0;
   }
 
-  // Runs `tasks` tasks, with `turns` zeros and `sums` bytes that all threads share.
-  void run(const AttentionKernel& kernel, int64_t tasks, int64_t turns, int64_t sums) {
-    run_kernel(kernel, call, divide_up(tasks, call.run), 8 * turns, sums, [&](char* zeros, char* of) {
-      call.turns = reinterpret_cast<int64_t*>(zeros);
-      call.d_query_sums = of;
-    });
-  }
 };
 
-// out and lse (B, Hq, Lq), float64 or, where out is of a half type, float32.
-void forward(const Tensor& out, const Tensor& lse, const Problem& problem) {
+// The kernel of few queries: out and lse of a problem of at most call.few queries, or of the packed
+// sequences that have no more. Their bits are those of the same sequence alone.
+void decode(Launch& launch) {
+  AttentionCall& call = launch.call;
+  call.chunks = std::max<int64_t>(1, divide_up(call.key_len, CHUNK_KEYS));
+  const int64_t heads = call.batch * call.key_heads;
+  const int64_t counters = call.chunks > 1 ? heads : 0;
+  const DecodeKernel& kernel = launch.kernels.attention_decode[launch.type];
+  run_kernel(
+      kernel, call, heads * call.chunks, 8 * counters, kernel.partial_bytes(call),
+      [&](char* zeros, char* memory) {
+        call.finished = reinterpret_cast<int64_t*>(zeros);
+        call.partials = memory;
+      });
+}
+
+// out and, unless it is absent, lse (B, Hq, Lq): float64 or, where out is of a half type, float32.
+void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
-  STD_TORCH_CHECK(
-      lse.is_contiguous() &&
-          lse.scalar_type() == (call.half == kWhole ? ScalarType::Double : ScalarType::Float),
-      "lse: expected a contiguous tensor of float64, float32 beside half types");
-  call.lse = lse.data_ptr();
+  if (lse) {
+    STD_TORCH_CHECK(
+        lse->is_contiguous() &&
+            lse->scalar_type() == (call.half == kWhole ? ScalarType::Double : ScalarType::Float),
+        "lse: expected a contiguous tensor of float64, float32 beside half types");
+    call.lse = lse->data_ptr();
+  }
   const int64_t planes = call.batch * call.heads;
   if (planes == 0 || call.query_len == 0) {
+    return;
+  }
+  const int64_t few = std::min<int64_t>(FEW_QUERIES, FEW_ROWS / (call.heads / call.key_heads));
+  const bool packed = call.query_starts != nullptr;
+  if (packed || call.query_len <= few) {
+    call.few = few;
+    decode(launch);
+  }
+  if (call.query_len <= few) {
     return;
   }
   // As many queries as the registers hold, fewer where threads would stay idle. (The bits of a
@@ -203,32 +220,38 @@ void forward(const Tensor& out, const Tensor& lse, const Problem& problem) {
   call.tile = tile;
   const int64_t tiles = divide_up(call.query_len, tile);
   call.run = std::max<int64_t>(1, tiles * launch.heads_at_once(planes));
-  const AttentionKernel* pairs = call.half == kBfloat16 ? bfloat16_forward() : nullptr;
-  launch.run(
-      pairs != nullptr ? *pairs : launch.kernels.attention_forward[launch.type], planes * tiles, 0,
-      0);
+  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const AttentionKernel& kernel =
+      pairs != nullptr ? pairs->forward : launch.kernels.attention_forward[launch.type];
+  run_kernel(kernel, call, divide_up(planes * tiles, call.run), 0, 0, [](char*, char*) {});
 }
 
 // How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.
 //
 // A bias that several heads or batch elements share has one gradient: the same task takes them all,
-// one after another. Keys are divided where heads alone would leave threads idle, but not if all of
-// them share a bias. (The bits of a result do not depend on it.)
-void divide_backward(AttentionCall& call, const MaybeTensor& d_bias) {
+// one after another. Keys are divided where heads alone would leave threads idle, and where the sums of
+// dK and dV, `row_bytes` a key, outgrow a core's cache, but not if all of them share a bias. (The bits of
+// a result do not depend on it.)
+void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row_bytes) {
   call.batch_tasks = d_bias && d_bias->size(0) == 1 ? 1 : call.batch;
   call.head_tasks = d_bias && d_bias->size(1) == 1 ? 1 : call.key_heads;
   const int64_t tasks = call.batch_tasks * call.head_tasks;
   const int64_t blocks = divide_up(call.key_len, BLOCK_KEYS);
   const int64_t threads = thread_count(tasks * blocks);
   const bool even = tasks == 0 || tasks >= 4 * threads || tasks % threads == 0;
-  if (even || blocks < 2 || (d_bias && d_bias->size(3) == 1)) {
+  // A chunk of several blocks reads its queries less often; four tasks a thread even out.
+  int64_t chunk_blocks =
+      even ? blocks : std::min<int64_t>(4, std::max<int64_t>(1, tasks * blocks / (4 * threads)));
+  const int64_t block_bytes = BLOCK_KEYS * row_bytes;
+  if (blocks * block_bytes > 3 * CACHE_BYTES) {
+    chunk_blocks =
+        std::min<int64_t>(chunk_blocks, std::max<int64_t>(1, CACHE_BYTES / block_bytes));
+  }
+  if (blocks < 2 || chunk_blocks == blocks || (d_bias && d_bias->size(3) == 1)) {
     call.chunk_tasks = 1;
     call.chunk_keys = std::max<int64_t>(1, blocks) * BLOCK_KEYS;
     return;
   }
-  // A chunk of several blocks reads its queries less often; four tasks a thread even out.
-  const int64_t chunk_blocks =
-      std::min<int64_t>(4, std::max<int64_t>(1, tasks * blocks / (4 * threads)));
   call.chunk_tasks = divide_up(blocks, chunk_blocks);
   call.chunk_keys = chunk_blocks * BLOCK_KEYS;
 }
@@ -236,12 +259,12 @@ void divide_backward(AttentionCall& call, const MaybeTensor& d_bias) {
 // d_query, d_key and d_value are written whole; d_bias, zeros like bias, is added to, in float64 where
 // it is broadcast; delta (B, Hq, Lq) float64 is written where a tile of keys meets the row.
 void backward(
-    const Tensor& out, const Tensor& lse, const Tensor& grad_out, const MaybeTensor& grad_lse,
-    const Tensor& d_query, const Tensor& d_key, const Tensor& d_value, const MaybeTensor& d_bias,
+    const View& out, const Tensor& lse, const View& grad_out, const MaybeTensor& grad_lse,
+    const View& d_query, const View& d_key, const View& d_value, const MaybeTensor& d_bias,
     const MaybeTensor& delta, const Problem& problem) {
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
-  const ScalarType dtype = out.scalar_type();
+  const ScalarType dtype = out.dtype;
   check(grad_out, "grad_out", dtype);
   check(d_query, "d_query", dtype);
   check(d_key, "d_key", dtype);
@@ -250,16 +273,16 @@ void backward(
       lse.is_contiguous() && lse.scalar_type() == ScalarType::Double,
       "lse: expected a contiguous float64 tensor");
   call.lse = lse.data_ptr();
-  call.grad_out = grad_out.data_ptr();
-  call.d_query = d_query.data_ptr();
-  call.d_key = d_key.data_ptr();
-  call.d_value = d_value.data_ptr();
-  const Heads g = strides_of(grad_out), q = strides_of(d_query);
-  const Heads k = strides_of(d_key), v = strides_of(d_value);
-  call.grad_out_batch = g.batch, call.grad_out_head = g.head, call.grad_out_row = g.row;
-  call.d_query_batch = q.batch, call.d_query_head = q.head, call.d_query_row = q.row;
-  call.d_key_batch = k.batch, call.d_key_head = k.head, call.d_key_row = k.row;
-  call.d_value_batch = v.batch, call.d_value_head = v.head, call.d_value_row = v.row;
+  call.grad_out = grad_out.data;
+  call.d_query = d_query.data;
+  call.d_key = d_key.data;
+  call.d_value = d_value.data;
+  const int64_t *g = grad_out.strides, *q = d_query.strides, *k = d_key.strides;
+  const int64_t* v = d_value.strides;
+  call.grad_out_batch = g[0], call.grad_out_head = g[1], call.grad_out_row = g[2];
+  call.d_query_batch = q[0], call.d_query_head = q[1], call.d_query_row = q[2];
+  call.d_key_batch = k[0], call.d_key_head = k[1], call.d_key_row = k[2];
+  call.d_value_batch = v[0], call.d_value_head = v[1], call.d_value_row = v[2];
   call.grad_lse = address<double>(grad_lse);
   call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
   if (d_bias) {
@@ -275,7 +298,7 @@ void backward(
   }
   const int64_t lanes = launch.lanes;
   call.tile = std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
-  divide_backward(call, d_bias);
+  divide_backward(call, d_bias, (call.head_dim + call.value_dim) * launch.element);
   const bool chunked = call.chunk_tasks > 1;
   const int64_t turns =
       chunked ? call.batch * call.heads * divide_up(call.query_len, call.tile) : 0;
@@ -283,32 +306,56 @@ void backward(
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
   const bool whole = tasks == call.batch * call.key_heads;  // a task is a head
   call.run = whole ? std::max<int64_t>(1, launch.heads_at_once(tasks)) : 1;
-  launch.run(launch.kernels.attention_backward[launch.type], tasks, turns, sums);
+  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const AttentionKernel& kernel =
+      pairs != nullptr ? pairs->backward : launch.kernels.attention_backward[launch.type];
+  run_kernel(
+      kernel, call, divide_up(tasks, call.run), 8 * turns, sums, [&](char* zeros, char* memory) {
+        call.turns = reinterpret_cast<int64_t*>(zeros);
+        call.d_query_sums = memory;
+      });
+}
+
+// The arguments of an operator as a problem.
+Problem problem_of(
+    const Tensor& query, const Tensor& key, const Tensor& value, const auto&... others) {
+  return {view_of(query, "query"), view_of(key, "key"), view_of(value, "value"), others...};
 }
 
 template <typename Fields>
 struct Operators;
 template <typename... Field>
 struct Operators<Types<Field...>> {
-  static void attention_forward(Tensor out, Tensor lse, Field... field) {
-    forward(out, lse, Problem{std::move(field)...});
+  static void attention_forward(Tensor out, MaybeTensor lse, Field... field) {
+    forward(view_of(out, "out"), lse, problem_of(field...));
   }
   static void attention_backward(
       Tensor out, Tensor lse, Tensor grad_out, MaybeTensor grad_lse, Tensor d_query, Tensor d_key,
       Tensor d_value, MaybeTensor d_bias, MaybeTensor delta, Field... field) {
     backward(
-        out, lse, grad_out, grad_lse, d_query, d_key, d_value, d_bias, delta,
-        Problem{std::move(field)...});
+        view_of(out, "out"), lse, view_of(grad_out, "grad_out"), grad_lse,
+        view_of(d_query, "d_query"), view_of(d_key, "d_key"), view_of(d_value, "d_value"), d_bias,
+        delta, problem_of(field...));
   }
 };
 using Attention = Operators<ProblemTypes>;
 
 }  // namespace
+
+void plain_attention(
+    const View& query, const View& key, const View& value, const View& out, double scale,
+    std::optional<int64_t> band_upper) {
+  Problem problem{query, key, value};
+  problem.scale = scale;
+  problem.band_upper = band_upper;
+  forward(out, std::nullopt, problem);
+}
+
 }  // namespace rowmax
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
   const std::string problem = rowmax::kProblem;
-  m.def(("attention_forward(Tensor(a!) out, Tensor(b!) lse, " + problem).c_str());
+  m.def(("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem).c_str());
   m.def(("attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
          " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"
          " Tensor(e!)? delta, " + problem).c_str());

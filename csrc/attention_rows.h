@@ -100,11 +100,11 @@ inline void copy_rows(
   });
 }
 
-// totals[r] = sum_c a[r, c] * b[r, c], with `a` in memory and `b` of the type computed in.
-template <typename T>
+// totals[r] = sum_c a[r, c] * b[r, c], with `a` in memory.
+template <typename T, typename Item>
 inline void dot_rows(
-    int64_t half, const void* address, int64_t offset, int64_t row, Matrix<const T> b, int64_t rows,
-    int64_t columns, T* totals) {
+    int64_t half, const void* address, int64_t offset, int64_t row, Matrix<const Item> b,
+    int64_t rows, int64_t columns, T* totals) {
   with_items<T>(half, address, [&](auto* items) {
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> total{};

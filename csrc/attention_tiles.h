@@ -37,6 +37,26 @@ inline Tile tile_of(const AttentionCall& call, int64_t b, int64_t h, int64_t sta
   return {b, h, start, rows, min<int64_t>(VECTORS * LANES<T>, round_up(rows, LANES<T>))};
 }
 
+// Of a batch element: bounds on j - i, and how many queries and keys count.
+struct Limits {
+  int64_t lower, upper, queries, keys;
+};
+
+inline Limits limits_of(const AttentionCall& call, int64_t b, const Sequence& sequence) {
+  Limits limits{call.band_lower, call.band_upper, sequence.query_len, sequence.key_len};
+  if (call.band != nullptr) {
+    limits.lower = max(limits.lower, call.band[2 * b]);
+    limits.upper = min(limits.upper, call.band[2 * b + 1]);
+  }
+  if (call.key_lengths != nullptr) {
+    limits.keys = min(limits.keys, call.key_lengths[b]);
+  }
+  if (call.query_lengths != nullptr) {
+    limits.queries = min(limits.queries, call.query_lengths[b]);
+  }
+  return limits;
+}
+
 // The keys begin <= j < end are attended by some query of a tile, common_first to common_last by all.
 struct KeyRange {
   int64_t begin, end, common_first, common_last;
@@ -49,18 +69,7 @@ template <typename T>
 inline KeyRange key_ranges(
     const AttentionCall& call, const Sequence& sequence, const Tile& tile, IntOf<T>* first,
     IntOf<T>* last) {
-  int64_t lower = call.band_lower, upper = call.band_upper;
-  if (call.band != nullptr) {
-    lower = max(lower, call.band[2 * tile.b]);
-    upper = min(upper, call.band[2 * tile.b + 1]);
-  }
-  int64_t keys = sequence.key_len, queries = sequence.query_len;
-  if (call.key_lengths != nullptr) {
-    keys = min(keys, call.key_lengths[tile.b]);
-  }
-  if (call.query_lengths != nullptr) {
-    queries = min(queries, call.query_lengths[tile.b]);
-  }
+  const auto [lower, upper, queries, keys] = limits_of(call, tile.b, sequence);
   const int64_t last_row = tile.start + tile.rows - 1;
   if (last_row < queries && last_row + lower <= 0 && tile.start + upper >= keys - 1 && keys > 0) {
     // every query may attend every key that counts

@@ -149,6 +149,37 @@ ROWMAX_INLINE RandomWords<T> philox(
   return result;
 }
 
+// Words of the counters (group + n, word1, word2, word3) in memory's order: lane l of vector v is word
+// i % 4 of counter group + i / 4 with i = v * lanes + l.
+template <typename T>
+ROWMAX_INLINE RandomWords<T> philox_columns(
+    uint32_t group, uint32_t word1, uint32_t word2, uint32_t word3, uint64_t seed) {
+  constexpr int counters = LANES<uint64_t>;
+  RandomWords<T> result;
+  for (int part = 0; part < (sizeof(T) == 8 ? 1 : 2); ++part) {
+    const uint64_t first = group + static_cast<uint64_t>(part) * counters;
+    const Counters c = philox_rounds(
+        {{(lane_numbers<uint64_t>() + first) & 0xffffffff, Wide{} + word1, Wide{} + word2,
+          Wide{} + word3}},
+        seed);
+    const Wide low = (c.word[0] & 0xffffffff) | c.word[1] << 32;
+    const Wide high = (c.word[2] & 0xffffffff) | c.word[3] << 32;
+    for (int half = 0; half < 2; ++half) {
+      const Wide words = interleave(low, high, half);
+      if constexpr (sizeof(T) == 8) {
+        typedef Lanes<uint32_t, VECTOR_BYTES / 2> Narrow;
+        Narrow parts[2];
+        __builtin_memcpy(parts, &words, sizeof words);
+        result.word[2 * half] = __builtin_convertvector(parts[0], Wide);
+        result.word[2 * half + 1] = __builtin_convertvector(parts[1], Wide);
+      } else {
+        result.word[2 * part + half] = reinterpret_cast<Words<T>>(words);
+      }
+    }
+  }
+  return result;
+}
+
 // Which lanes dropout keeps.
 template <typename T>
 ROWMAX_INLINE Ints<T> at_least(Words<T> words, int64_t threshold) {

@@ -8,9 +8,9 @@ namespace rowmax {
 namespace {
 
 #define ROWMAX_KERNELS(isa, bytes, vectors)                                                  \
-  {bytes,                   vectors,                isa::attention_forward,                  \
-   isa::attention_backward, isa::norm_forward,      isa::norm_backward,                      \
-   isa::softmax_forward,    isa::softmax_backward}
+  {bytes,                   vectors,               isa::attention_forward,                   \
+   isa::attention_backward, isa::attention_decode, isa::norm_forward,                        \
+   isa::norm_backward,      isa::softmax_forward,  isa::softmax_backward}
 
 // The widest first; vectors as VECTORS in microkernel.h.
 constexpr Kernels kAll[] = {
@@ -53,7 +53,7 @@ const Kernels& choose() {
       std::to_string(8 * widest->vector_bytes) + " here, got '" + asked + "'");
 }
 
-const AttentionKernel* choose_bfloat16() {
+const PairKernels* choose_pairs() {
   const char* variable = std::getenv("ROWMAX_BFLOAT16_DOTS");
   const std::string asked = variable == nullptr ? "1" : variable;
   if (asked != "0" && asked != "1") {
@@ -61,7 +61,9 @@ const AttentionKernel* choose_bfloat16() {
   }
 #if defined(__x86_64__)
   if (asked == "1" && chosen_kernels().vector_bytes == 64 && __builtin_cpu_supports("avx512bf16")) {
-    return &avx512_bf16::attention_forward_pairs;
+    static const PairKernels pairs{
+        avx512_bf16::attention_forward_pairs, avx512_bf16::attention_backward_pairs};
+    return &pairs;
   }
 #endif
   return nullptr;
@@ -74,8 +76,8 @@ const Kernels& chosen_kernels() {
   return chosen;
 }
 
-const AttentionKernel* bfloat16_forward() {
-  static const AttentionKernel* const chosen = choose_bfloat16();
+const PairKernels* pair_kernels() {
+  static const PairKernels* const chosen = choose_pairs();
   return chosen;
 }
 

@@ -41,12 +41,12 @@ struct Matrix {
   int64_t row;
 };
 
-template <typename T, int rows, int vectors>
+template <typename T, int rows, int vectors, typename Item>
 __attribute__((noinline)) void multiply_tile(
-    int64_t depth, Left<T> left, Matrix<const T> right, Matrix<T> result, bool add) {
+    int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result, bool add) {
   Vec<T> sums[rows][vectors] = {};
   const T* a = left.at;
-  const T* b = right.at;
+  const Item* b = right.at;
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> columns[vectors];
 #pragma GCC unroll 8
@@ -74,12 +74,13 @@ __attribute__((noinline)) void multiply_tile(
   }
 }
 
-template <typename T, int vectors>
+template <typename T, int vectors, typename Item>
 inline void multiply_columns(
-    int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right, Matrix<T> result, bool add) {
+    int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
+    bool add) {
   constexpr int tall = vectors == 1 || (vectors == 2 && TALL_TILES) ? 8 : 4;
   const auto step = [&](auto count) {
-    multiply_tile<T, decltype(count)::value, vectors>(depth, left, right, result, add);
+    multiply_tile<T, decltype(count)::value, vectors, Item>(depth, left, right, result, add);
     left.at += count * left.row;
     result.at += count * result.row;
     rows -= count;
@@ -96,34 +97,34 @@ inline void multiply_columns(
 }
 
 // C (+)= A B over `vectors` (1 to VECTORS) vectors of columns: added to C with `add`, else in its
-// place.
-template <typename T>
+// place. B's items may be of a half type.
+template <typename T, typename Item = T>
 inline void multiply(
-    int64_t vectors, int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right,
+    int64_t vectors, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
     Matrix<T> result, bool add) {
   if constexpr (VECTORS == 4) {
     if (vectors == 4) {
-      return multiply_columns<T, 4>(rows, depth, left, right, result, add);
+      return multiply_columns<T, 4, Item>(rows, depth, left, right, result, add);
     }
     if (vectors == 3) {
-      return multiply_columns<T, 3>(rows, depth, left, right, result, add);
+      return multiply_columns<T, 3, Item>(rows, depth, left, right, result, add);
     }
   }
   if (vectors == 2) {
-    return multiply_columns<T, 2>(rows, depth, left, right, result, add);
+    return multiply_columns<T, 2, Item>(rows, depth, left, right, result, add);
   }
-  multiply_columns<T, 1>(rows, depth, left, right, result, add);
+  multiply_columns<T, 1, Item>(rows, depth, left, right, result, add);
 }
 
-// C += A B for any number of columns, a multiple of the lanes.
-template <typename T>
+// The same for any number of columns, a multiple of the lanes.
+template <typename T, typename Item = T>
 inline void multiply_wide(
-    int64_t columns, int64_t rows, int64_t depth, Left<T> left, Matrix<const T> right,
-    Matrix<T> result) {
+    int64_t columns, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
+    Matrix<T> result, bool add) {
   for (int64_t at = 0; at < columns; at += VECTORS * LANES<T>) {
     const int64_t vectors = min<int64_t>(VECTORS, (columns - at) / LANES<T>);
-    multiply<T>(
-        vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, true);
+    multiply<T, Item>(
+        vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, add);
   }
 }
 

@@ -187,7 +187,7 @@ void softmax_backward(
 
 int64_t vector_bits() { return 8 * chosen_kernels().vector_bytes; }
 
-bool bfloat16_dots() { return bfloat16_forward() != nullptr; }
+bool bfloat16_dots() { return pair_kernels() != nullptr; }
 
 }  // namespace
 }  // namespace rowmax

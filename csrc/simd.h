@@ -192,6 +192,30 @@ ROWMAX_INLINE ElementOf<V> add_lanes(V v) {
   return sums[0];
 }
 
+// The sums of the even and the odd lanes of two vectors: a's pairs, then b's.
+template <typename V, int... lane>
+ROWMAX_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (2 * lane)...) +
+         __builtin_shufflevector(a, b, (2 * lane + 1)...);
+}
+// The sums of as many vectors as they have lanes: lane n is the sum of the lanes of vector n. Rounds
+// of adding the neighbours in two vectors into one.
+template <int count, typename V>
+ROWMAX_INLINE V add_across(const V (&vectors)[count]) {
+  if constexpr (count == 1) {
+    return vectors[0];
+  } else {
+    constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+    V sums[count / 2];
+#pragma GCC unroll 8
+    for (int n = 0; n < count / 2; ++n) {
+      sums[n] = add_neighbours(
+          vectors[2 * n], vectors[2 * n + 1], std::make_integer_sequence<int, lanes>{});
+    }
+    return add_across(sums);
+  }
+}
+
 template <typename V>
 ROWMAX_INLINE ElementOf<V> largest_lane(V v) {
   constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);

@@ -17,6 +17,14 @@ BLOCK_KEYS = 128
 NO_BOUND = 2**40
 # Queries and keys of a head that is asked of memory as a whole.
 SHORT_HEAD = 256
+# Decoding: keys of a task, few enough to spread, many enough that merging costs nothing; the
+# queries of a head, and the rows of a head of K and V, up to which the keys lie in the lanes.
+CHUNK_KEYS = 256
+FEW_QUERIES = 8
+FEW_ROWS = 128
+# Of the second-level cache, what the sums of a backward task may fill; dividing them pays from
+# three times as much on.
+CACHE_BYTES = 1 << 20
 
 # 2^f on [-1/2, 1/2], Chebyshev fits, lowest power first: absolute errors 2e-9 and 4e-20.
 EXP2_FLOAT = (

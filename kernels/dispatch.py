@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .checks import fail_type, fail_value
+from .masks import Mask
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -35,8 +37,17 @@ _FOLDERS = {
 NAMES = tuple(_FOLDERS)
 
 
+# q, k, v, mask and scale as a caller passed them -> out; None where the call is not plain, or wrong
+PlainAttention = Callable[
+    [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
+]
+
+
 class Backend(Protocol):
-    """What each backend's package offers; tensors as in `problem.py`."""
+    """What each backend's package offers; tensors as in `problem.py`.
+
+    It may offer a `plain_attention` as well: see `PlainAttention`.
+    """
 
     def unavailable(self) -> str | None:
         """Why this backend cannot run here at all; None when it can."""
@@ -144,6 +155,17 @@ def choose(name: str, problem: Problem) -> Backend:
             + "; ".join(f"{other}: {reason}" for other, reason in passed_over)
         )
     return load(taken)
+
+
+@functools.cache
+def plain_attention(name: str) -> PlainAttention | None:
+    """How the backend that `name` means takes a plain call on the CPU as it comes, if it does."""
+    if name == "auto":
+        backend = _preferred(torch.device("cpu"))
+    else:
+        works = name in _FOLDERS and unavailable(name) is None
+        backend = load(name) if works else None
+    return getattr(backend, "plain_attention", None)
 
 
 @functools.cache

@@ -146,6 +146,20 @@ def attention(
         TypeError, ValueError: a wrong type, dtype, shape, device or option; names the argument.
         RuntimeError: a named backend that cannot run here or cannot do this; says why.
     """
+    if (
+        bias is None
+        and softcap is None
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and seed is None
+        and sinks is None
+        and not (return_lse or return_weights)
+        and weight_heads is None
+        and weight_rows is None
+    ):
+        plain = ops.plain_attention(q, k, v, mask, scale, backend)
+        if plain is not None:
+            return plain
     problem = attention_problem(
         q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=True
     )

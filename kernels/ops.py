@@ -20,7 +20,7 @@ from .batching import vmap_rule
 from .derivatives import autograd_of, unfused_form
 from .eager import are_plain, nothing_watches, tensors_in
 from .layout import empty_heads, saved_lse_dtype, statistics_dtype
-from .masks import NO_MASK, MaskStructure
+from .masks import NO_MASK, Mask, MaskStructure
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -98,6 +98,20 @@ def attention(
         chosen = dispatch.choose(backend, problem)
         result = chosen.attention(problem) if with_lse else (chosen.attention_out(problem), None)
     return result
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | None, backend: str
+) -> Tensor | None:
+    """out of a call that needs no gradient, where the backend takes such a call as it comes.
+
+    None, and nothing done, where it does not, or where anything about the arguments is unusual or
+    wrong. To check them and to build a problem takes longer than the whole of such a call.
+    """
+    if not nothing_watches() or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v)):
+        return None
+    attend = dispatch.plain_attention(backend) if type(backend) is str else None
+    return None if attend is None else attend(q, k, v, mask, scale)
 
 
 def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..problem import AttentionProblem, Problem
-from .attention_launch import attention, attention_backward, attention_out
+from .attention_launch import attention, attention_backward, attention_out, plain_attention
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -31,6 +31,7 @@ __all__ = [
     "layer_norm_backward",
     "masked_softmax",
     "masked_softmax_backward",
+    "plain_attention",
     "rms_norm",
     "rms_norm_backward",
     "unavailable",

@@ -3,25 +3,56 @@ csrc/attention_launch.cpp."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..cpu_preparation import prepared, unit_last_stride
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
+from ..masks import Causal, Mask
 from ..problem import AttentionProblem
+
+# How `csrc/plain_call.cpp` is told the alignment of a causal mask; 0 is no mask.
+_ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     query = problem.query
-    out = empty_heads(query, problem.value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
-    problem = prepared(problem)
-    torch.ops.rowmax_native.attention_forward.default(out, lse, *problem.flat())
-    return out, lse
+    return _forward(problem, lse), lse
 
 
 def attention_out(problem: AttentionProblem) -> Tensor:
-    return attention(problem)[0]
+    return _forward(problem, None)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | None
+) -> Tensor | None:
+    """out of arguments that nobody has checked; None where the general way is needed."""
+    alignment: int | None = 0
+    if mask is not None:
+        # (an alignment that is a tensor or a number is looked for in vain)
+        alignment = _ALIGNMENTS.get(mask.align) if type(mask) is Causal else None  # type: ignore[arg-type]
+    return None if alignment is None else _attend()(q, k, v, alignment, scale)
+
+
+@functools.cache
+def _attend() -> Callable[..., Tensor | None]:
+    extension = importlib.import_module(".._C", __package__)
+    function: Callable[..., Tensor | None] = extension.plain_attention
+    return function
+
+
+def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
+    """out, and what is written into lse."""
+    out = empty_heads(problem.query, problem.value.shape[3])
+    problem = prepared(problem)
+    torch.ops.rowmax_native.attention_forward.default(out, lse, *problem.flat())
+    return out
 
 
 def attention_backward(

@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from ..cpu_constants import LN_2, LOG2_E
+from ..cpu_constants import CHUNK_KEYS, FEW_QUERIES, FEW_ROWS, LN_2, LOG2_E
 from .attention_rows import copy_rows, readable, write_rows
 from .attention_tiles import INTEGERS, REALS, attends_none, limits, sequence_of
 from .call import Kernel, read
@@ -51,10 +51,6 @@ from .simd import (
     splat,
     splat_integer,
 )
-
-CHUNK_KEYS = 256  # keys of a task: few enough to spread, many enough that merging costs nothing
-_MAX_QUERIES = 8  # with more, queries in the lanes are faster
-_MAX_ROWS = 128
 
 # Behind INTEGERS. The shared memory holds how many chunks of each head of K and V are done, int64
 # zeros (none where a head is one chunk); then (B, Hkv, chunks, rows, .) of the type computed in:
@@ -383,7 +379,7 @@ DECODE = Kernel(_decode, (*INTEGERS, *_DECODE), REALS)
 
 def most_queries(group: int) -> int:
     """Up to so many queries this kernel takes, of heads in groups of `group`."""
-    return min(_MAX_QUERIES, _MAX_ROWS // max(1, group))
+    return min(FEW_QUERIES, FEW_ROWS // max(1, group))
 
 
 def partial_elements(rows: int, lanes: int, value_dim: int) -> int:

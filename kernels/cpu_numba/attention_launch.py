@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu_constants import BLOCK_KEYS, LOG2_E, NO_BOUND, SHORT_HEAD
+from ..cpu_constants import (
+    BLOCK_KEYS,
+    CACHE_BYTES,
+    CHUNK_KEYS,
+    LOG2_E,
+    NO_BOUND,
+    SHORT_HEAD,
+)
 from ..cpu_preparation import prepared, unit_last_stride
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
-from .attention_decode import CHUNK_KEYS, DECODE, most_queries, partial_elements
+from .attention_decode import DECODE, most_queries, partial_elements
 from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
@@ -24,7 +31,6 @@ from .host import bfloat16_dots
 from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
-_CACHE_BYTES = 1 << 20  # of the second level; dividing sums pays from three times as much on
 _FEW_SUMMED = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -280,8 +286,8 @@ def _backward_tasks(
     even = tasks == 0 or tasks >= 4 * threads or tasks % threads == 0
     # A chunk of several blocks reads its queries less often; four tasks a thread even out.
     chunk_blocks = blocks if even else min(4, max(1, tasks * blocks // (4 * threads)))
-    if blocks * BLOCK_KEYS * row_bytes > 3 * _CACHE_BYTES:
-        chunk_blocks = min(chunk_blocks, max(1, _CACHE_BYTES // (BLOCK_KEYS * row_bytes)))
+    if blocks * BLOCK_KEYS * row_bytes > 3 * CACHE_BYTES:
+        chunk_blocks = min(chunk_blocks, max(1, CACHE_BYTES // (BLOCK_KEYS * row_bytes)))
     if blocks < 2 or chunk_blocks == blocks or (d_bias is not None and d_bias.shape[3] == 1):
         return batch_tasks, head_tasks, 1, max(1, blocks) * BLOCK_KEYS
     return batch_tasks, head_tasks, -(-blocks // chunk_blocks), chunk_blocks * BLOCK_KEYS

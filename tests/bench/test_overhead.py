@@ -25,7 +25,7 @@ def test_both_columns_compute_the_same() -> None:
             torch.testing.assert_close(ours(), theirs())
 
 
-@pytest.mark.parametrize("wrong", [["--threads", "0"], ["--seconds", "-1"]])
+@pytest.mark.parametrize("wrong", [["--threads", "0"], ["--seconds", "-1"], ["--backend", "none"]])
 def test_what_can_not_be_meant(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["overhead", *wrong])

@@ -17,7 +17,7 @@ from .support import Results, run
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
-from rowmax.kernels.cpu_constants import BLOCK_KEYS
+from rowmax.kernels.cpu_constants import BLOCK_KEYS, CACHE_BYTES
 from rowmax.kernels.cpu_numba import attention_launch
 
 CASES = [
@@ -86,18 +86,18 @@ def test_packed_sequences_of_all_lengths_on_any_threads() -> None:
 
 def test_sums_that_outgrow_the_cache_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     row_bytes = 512
-    most = 3 * attention_launch._CACHE_BYTES // row_bytes  # keys
+    most = 3 * CACHE_BYTES // row_bytes  # keys
     heads = 4 * torch.get_num_threads()  # enough of them for all threads
     assert attention_launch._backward_tasks(1, heads, most, row_bytes, None)[2:] == (1, most)
     _, _, chunks, keys = attention_launch._backward_tasks(1, heads, most + 1, row_bytes, None)
-    assert keys * row_bytes == attention_launch._CACHE_BYTES
+    assert keys * row_bytes == CACHE_BYTES
     assert chunks == -(-(most + 1) // keys)
 
     for case in CASES:
         arguments = case.build(torch.float32)
         expected = run("numba", arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(attention_launch, "_CACHE_BYTES", 2 * BLOCK_KEYS * 32 * 4)
+            patch.setattr(attention_launch, "CACHE_BYTES", 2 * BLOCK_KEYS * 32 * 4)
             assert_same(run("numba", arguments), expected)
 
 

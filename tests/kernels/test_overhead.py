@@ -117,10 +117,13 @@ WATCHED: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[Te
 
 
 @pytest.mark.parametrize("name", WATCHED)
-def test_what_the_dispatcher_serves_goes_through_it(name: str, dispatched: list[str]) -> None:
+@pytest.mark.parametrize("backend", ["auto", *{"native"}.intersection(doing("attention"))])
+def test_what_the_dispatcher_serves_goes_through_it(
+    backend: str, name: str, dispatched: list[str]
+) -> None:
     context, made = WATCHED[name]
     q, k, v = (rand(1, 2, 4, 6, seed=seed) for seed in range(3))
-    expected = attention(q, k, v)
+    expected = attention(q, k, v, backend=backend)
     assert not dispatched
     for at in range(3):
         tensors = [q, k, v]
@@ -128,7 +131,7 @@ def test_what_the_dispatcher_serves_goes_through_it(name: str, dispatched: list[
         if name == "meta":
             tensors = [tensor.to("meta") for tensor in tensors]
         with context():
-            out = attention(tensors[0], tensors[1], tensors[2])
+            out = attention(tensors[0], tensors[1], tensors[2], backend=backend)
         assert dispatched.pop() == "attention"
         assert not dispatched
         if name != "meta":

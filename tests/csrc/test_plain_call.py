@@ -1,0 +1,147 @@
+"""The call that leaves out torch's dispatcher: what it takes, and that nothing is lost by it.
+
+Everything else about it, parity and errors, is tested by all tests that name the backend "native".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import Causal, KeyLengths, attention, dispatch, ops
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def take(extension: Any) -> Callable[..., Tensor | None]:
+    """The backend's own way, where this torch lets an extension read its tensors."""
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip(f"torch {torch.__version__} has no C interface to its tensors")
+    found = dispatch.plain_attention("native")
+    assert found is not None
+    return found
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def in_general(*arguments: Any, **options: Any) -> Tensor:
+    """The same by the general way, which a request for lse takes."""
+    out: Tensor = attention(*arguments, **options, return_lse=True, backend="native")[0]
+    return out
+
+
+def heads_behind_length(*shape: int) -> Tensor:
+    batch, heads, length, dim = shape
+    return rand(batch, length, heads, dim).transpose(1, 2)
+
+
+SHAPES = {
+    "tiny": (rand(1, 1, 4, 8), rand(1, 1, 4, 8), rand(1, 1, 4, 8)),
+    "tiles": (rand(2, 3, 70, 33), rand(2, 3, 130, 33), rand(2, 3, 130, 33)),
+    "grouped": (rand(2, 8, 3, 16), rand(2, 2, 300, 16), rand(2, 2, 300, 16)),
+    "values": (rand(2, 2, 20, 16), rand(2, 2, 20, 16), rand(2, 2, 20, 24)),
+    "heads": tuple(heads_behind_length(2, 3, 20, 16) for _ in range(3)),
+    "sliced": (rand(2, 2, 20, 40)[..., 3:19], rand(2, 2, 40, 16)[:, :, ::2], rand(2, 2, 20, 16)),
+}
+MASKS = (None, Causal("upper_left"), Causal("lower_right"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_and_layout_are_those_of_the_general_way(
+    shape: str, dtype: torch.dtype, take: Callable[..., Tensor | None]
+) -> None:
+    q, k, v = (tensor.to(dtype) for tensor in SHAPES[shape])
+    for mask in MASKS:
+        for scale in (None, 0.3):
+            out = take(q, k, v, mask, scale)
+            assert out is not None
+            expected = in_general(q, k, v, mask, scale=scale)
+            assert torch.equal(out, expected)
+            assert out.stride() == expected.stride()
+            assert torch.equal(attention(q, k, v, mask, scale=scale, backend="native"), expected)
+
+
+def test_the_public_function_takes_it(
+    monkeypatch: pytest.MonkeyPatch, take: Callable[..., Tensor | None]
+) -> None:
+    q = rand(1, 2, 4, 8)
+    built: list[str] = []
+    monkeypatch.setattr(dispatch, "choose", lambda *_: built.append("a problem"))
+    attention(q, q, q, backend="native")
+    attention(q, q, q, Causal(), backend="native")
+    with torch.no_grad():
+        out = attention(q.clone().requires_grad_(), q, q, backend="native")
+    with torch.inference_mode():
+        inferred = attention(q, q, q, backend="native")
+    assert not built
+    assert not out.requires_grad
+    assert inferred.is_inference()
+
+
+Q = rand(1, 2, 4, 8)
+NOT_PLAIN: dict[str, tuple[Any, ...]] = {
+    "other dtype": (Q, Q.double(), Q, None, None),
+    "ints": (Q.long(), Q.long(), Q.long(), None, None),
+    "complex": (Q.to(torch.complex64),) * 3 + (None, None),
+    "three dimensions": (Q[0], Q[0], Q[0], None, None),
+    "other batch": (Q, Q.expand(2, 2, 4, 8), Q.expand(2, 2, 4, 8), None, None),
+    "other lengths": (Q, Q, Q[:, :, :3], None, None),
+    "other head size": (Q, Q[..., :7], Q, None, None),
+    "heads that don't divide": (rand(1, 3, 4, 8), Q, Q, None, None),
+    "no heads": (Q[:, :0], Q[:, :0], Q[:, :0], None, None),
+    "no columns": (Q[..., :0], Q[..., :0], Q, None, None),
+    "columns apart": (Q.mT.contiguous().mT, Q, Q, None, None),
+    "negated": (torch._neg_view(Q), Q, Q, None, None),
+    "not a tensor": (Q, None, Q, None, None),
+    "on no device": (Q.to("meta"), Q, Q, None, None),
+    "a subclass": (Q, Q, Q.as_subclass(type("Marked", (Tensor,), {})), None, None),
+    "sparse": (Q.to_sparse(), Q, Q, None, None),
+    "scale of NaN": (Q, Q, Q, None, float("nan")),
+    "scale of text": (Q, Q, Q, None, "1"),
+    "causal without align": (Q, rand(1, 2, 5, 8), rand(1, 2, 5, 8), Causal(), None),
+    "causal by number": (Q, Q, Q, Causal(1), None),
+    "causal by tensor": (Q, Q, Q, Causal(torch.tensor([1])), None),
+    "lengths": (Q, Q, Q, KeyLengths(torch.tensor([2])), None),
+    "dense": (Q, Q, Q, torch.ones(4, 4, dtype=torch.bool), None),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., Tensor | None]) -> None:
+    assert take(*NOT_PLAIN[name]) is None
+
+
+def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor | None]) -> None:
+    kept: list[Tensor] = []
+
+    def keep(q: Tensor) -> Tensor:
+        kept.append(q)
+        return q.sum()
+
+    torch.func.grad(keep)(Q)
+    assert type(kept[0]) is Tensor
+    assert take(kept[0], Q, Q, None, None) is None
+    torch.func.vmap(keep)(Q)
+    assert take(kept[1], Q, Q, None, None) is None
+
+
+def test_a_gradient_needs_the_general_way() -> None:
+    leaf = Q.clone().requires_grad_()
+    assert ops.plain_attention(leaf, Q, Q, None, None, "native") is None
+    assert attention(leaf, Q, Q, backend="native").requires_grad
+
+
+def test_a_wrong_number_of_arguments(extension: Any) -> None:
+    with pytest.raises(TypeError, match="expected 5 arguments, got 3"):
+        extension.plain_attention(Q, Q, Q)
