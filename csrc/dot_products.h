@@ -29,43 +29,48 @@ struct LeftPairs {
 };
 
 // C[r, :] = scale * sum_k A[r, k] B[k, :], or with `add` C[r, :] * factors + that sum; `depth` counts
-// pairs, and B's row is in words.
+// pairs, and B's row is in words. `tiles` tiles of C, one below the other.
 template <int rows, int vectors>
-__attribute__((noinline)) void multiply_pairs_tile(
-    int64_t depth, LeftPairs left, Matrix<const uint32_t> right, Matrix<float> result, bool add,
-    const float* factors, float scale) {
+__attribute__((noinline)) void multiply_pair_tiles(
+    int64_t tiles, int64_t depth, LeftPairs left, Matrix<const uint32_t> right,
+    Matrix<float> result, bool add, const float* factors, float scale) {
   constexpr int lanes = LANES<float>;
-  __m512 sums[rows][vectors] = {};
-  const Bfloat16* a = left.at;
-  const uint32_t* b = right.at;
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512i columns[vectors];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    __m512 sums[rows][vectors] = {};
+    const Bfloat16* a = left.at;
+    const uint32_t* b = right.at;
+    for (int64_t k = 0; k < depth; ++k) {
+      __m512i columns[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      columns[v] = _mm512_loadu_si512(b + v * lanes);
+      for (int v = 0; v < vectors; ++v) {
+        columns[v] = _mm512_loadu_si512(b + v * lanes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        int32_t word;
+        __builtin_memcpy(&word, a + r * left.row, sizeof word);
+        const __m512i pair = _mm512_set1_epi32(word);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          sums[r][v] = _mm512_dpbf16_ps(
+              sums[r][v], reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(columns[v]));
+        }
+      }
+      a += left.depth;
+      b += right.row;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      int32_t word;
-      __builtin_memcpy(&word, a + r * left.row, sizeof word);
-      const __m512i pair = _mm512_set1_epi32(word);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        sums[r][v] = _mm512_dpbf16_ps(
-            sums[r][v], reinterpret_cast<__m512bh>(pair), reinterpret_cast<__m512bh>(columns[v]));
+        float* to = result.at + r * result.row + v * lanes;
+        const Vec<float> sum = sums[r][v];
+        store(
+            to, add ? multiply_add(load(to), load(factors + v * lanes), sum) : sum * splat(scale));
       }
     }
-    a += left.depth;
-    b += right.row;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      float* to = result.at + r * result.row + v * lanes;
-      const Vec<float> sum = sums[r][v];
-      store(to, add ? multiply_add(load(to), load(factors + v * lanes), sum) : sum * splat(scale));
-    }
+    left.at += rows * left.row;
+    result.at += rows * result.row;
   }
 }
 
@@ -74,19 +79,18 @@ inline void multiply_pair_columns(
     int64_t rows, int64_t depth, LeftPairs left, Matrix<const uint32_t> right, Matrix<float> result,
     bool add, const float* factors, float scale) {
   constexpr int tall = vectors <= 2 ? 8 : 4;
-  const auto step = [&](auto count) {
-    multiply_pairs_tile<decltype(count)::value, vectors>(
-        depth, left, right, result, add, factors, scale);
-    left.at += count * left.row;
-    result.at += count * result.row;
-    rows -= count;
+  const auto step = [&](auto height) {
+    const int64_t tiles = rows / height;
+    if (tiles > 0) {
+      multiply_pair_tiles<decltype(height)::value, vectors>(
+          tiles, depth, left, right, result, add, factors, scale);
+      left.at += tiles * height * left.row;
+      result.at += tiles * height * result.row;
+      rows -= tiles * height;
+    }
   };
-  while (rows >= tall) {
-    step(std::integral_constant<int, tall>{});
-  }
-  while (rows > 0) {
-    step(std::integral_constant<int, 1>{});
-  }
+  step(std::integral_constant<int, tall>{});
+  step(std::integral_constant<int, 1>{});
 }
 
 // The same over `vectors` (1 to VECTORS) vectors of columns.

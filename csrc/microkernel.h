@@ -41,36 +41,42 @@ struct Matrix {
   int64_t row;
 };
 
+// `tiles` tiles of C, one below the other: a call for each would cost a twentieth of its time.
 template <typename T, int rows, int vectors, typename Item>
-__attribute__((noinline)) void multiply_tile(
-    int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result, bool add) {
-  Vec<T> sums[rows][vectors] = {};
-  const T* a = left.at;
-  const Item* b = right.at;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> columns[vectors];
+__attribute__((noinline)) void multiply_tiles(
+    int64_t tiles, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
+    bool add) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    Vec<T> sums[rows][vectors] = {};
+    const T* a = left.at;
+    const Item* b = right.at;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<T> columns[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      columns[v] = load(b + v * LANES<T>);
+      for (int v = 0; v < vectors; ++v) {
+        columns[v] = load(b + v * LANES<T>);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const Vec<T> element = splat(a[r * left.row]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+        }
+      }
+      a += left.depth;
+      b += right.row;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const Vec<T> element = splat(a[r * left.row]);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+        T* to = result.at + r * result.row + v * LANES<T>;
+        store(to, add ? load(to) + sums[r][v] : sums[r][v]);
       }
     }
-    a += left.depth;
-    b += right.row;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      T* to = result.at + r * result.row + v * LANES<T>;
-      store(to, add ? load(to) + sums[r][v] : sums[r][v]);
-    }
+    left.at += rows * left.row;
+    result.at += rows * result.row;
   }
 }
 
@@ -79,21 +85,21 @@ inline void multiply_columns(
     int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
     bool add) {
   constexpr int tall = vectors == 1 || (vectors == 2 && TALL_TILES) ? 8 : 4;
-  const auto step = [&](auto count) {
-    multiply_tile<T, decltype(count)::value, vectors, Item>(depth, left, right, result, add);
-    left.at += count * left.row;
-    result.at += count * result.row;
-    rows -= count;
+  const auto step = [&](auto height) {
+    const int64_t tiles = rows / height;
+    if (tiles > 0) {
+      multiply_tiles<T, decltype(height)::value, vectors, Item>(
+          tiles, depth, left, right, result, add);
+      left.at += tiles * height * left.row;
+      result.at += tiles * height * result.row;
+      rows -= tiles * height;
+    }
   };
-  while (rows >= tall) {
-    step(std::integral_constant<int, tall>{});
-  }
-  if (tall == 8 && rows >= 4) {
+  step(std::integral_constant<int, tall>{});
+  if constexpr (tall == 8) {
     step(std::integral_constant<int, 4>{});
   }
-  while (rows > 0) {
-    step(std::integral_constant<int, 1>{});
-  }
+  step(std::integral_constant<int, 1>{});
 }
 
 // C (+)= A B over `vectors` (1 to VECTORS) vectors of columns: added to C with `add`, else in its
