@@ -49,44 +49,81 @@ struct ForwardScratch {
 };
 
 // Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
-// `rescale` and returns whether any maximum moved.
+// `rescale` and returns whether any maximum moved. Rows of the block are read one after another, as they
+// lie in memory, with the sums of `vectors` vectors of queries in registers.
+template <int vectors, typename T>
+bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>& to) {
+  constexpr int lanes = LANES<T>, width = vectors * lanes;
+  const Vec<T> nothing = splat(-INFINITE<T>), zero{};
+  Vec<T> after[vectors], shift[vectors], total[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    after[v] = load(to.row_max + v * lanes);
+    total[v] = zero;
+  }
+  if (masked) {
+    for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        T* at = to.scores + k * width + v * lanes;
+        const Ints<T> low = load_bits<Ints<T>>(to.first + v * lanes);
+        const Ints<T> high = load_bits<Ints<T>>(to.last + v * lanes);
+        const Vec<T> score = select(in_range<T>(k0 + k, low, high), load(at), nothing);
+        store(at, score);
+        after[v] = maximum(score, after[v]);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        after[v] = maximum(load(to.scores + k * width + v * lanes), after[v]);
+      }
+    }
+  }
+  // a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    shift[v] = after[v] == nothing ? zero : after[v];
+  }
+  for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      T* at = to.scores + k * width + v * lanes;
+      const Vec<T> weight = exp2<T>(load(at) - shift[v]);
+      total[v] = total[v] + weight;
+      store(at, weight);
+    }
+  }
+  bool moved = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    T *row_max = to.row_max + v * lanes, *row_sum = to.row_sum + v * lanes;
+    const Vec<T> before = load(row_max);
+    moved = moved || any_lane(after[v] > before);
+    const Vec<T> factor = exp2<T>(before - shift[v]);
+    store(row_max, after[v]);
+    store(to.rescale + v * lanes, factor);
+    store(row_sum, multiply_add(load(row_sum), factor, total[v]));
+  }
+  return moved;
+}
+
+// The same for any width.
 template <typename T>
 bool softmax_block(
     bool masked, int64_t k0, int64_t keys, int64_t width, const ForwardScratch<T>& to) {
-  const Vec<T> nothing = splat(-INFINITE<T>), zero{};
-  bool moved = false;
-  for (int64_t v = 0; v < width; v += LANES<T>) {
-    const Vec<T> before = load(to.row_max + v);
-    Vec<T> after = before;
-    T* column = to.scores + v;
-    if (masked) {
-      const Ints<T> low = load(to.first + v), high = load(to.last + v);
-      for (int64_t k = 0; k < keys; ++k) {
-        const Ints<T> allowed = in_range<T>(k0 + k, low, high);
-        const Vec<T> score = select(allowed, load(column + k * width), nothing);
-        store(column + k * width, score);
-        after = maximum(score, after);
-      }
-    } else {
-      for (int64_t k = 0; k < keys; ++k) {
-        after = maximum(load(column + k * width), after);
-      }
+  const int64_t vectors = width / LANES<T>;
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) {
+      return softmax_rows<4>(masked, k0, keys, to);
     }
-    moved = moved || any_lane(after > before);
-    // a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
-    const Vec<T> shift = after == nothing ? zero : after;
-    Vec<T> total{};
-    for (int64_t k = 0; k < keys; ++k) {
-      const Vec<T> weight = exp2<T>(load(column + k * width) - shift);
-      total = total + weight;
-      store(column + k * width, weight);
+    if (vectors == 3) {
+      return softmax_rows<3>(masked, k0, keys, to);
     }
-    const Vec<T> factor = exp2<T>(before - shift);
-    store(to.row_max + v, after);
-    store(to.rescale + v, factor);
-    store(to.row_sum + v, multiply_add(load(to.row_sum + v), factor, total));
   }
-  return moved;
+  return vectors == 2 ? softmax_rows<2>(masked, k0, keys, to)
+                      : softmax_rows<1>(masked, k0, keys, to);
 }
 
 // out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.

@@ -59,11 +59,12 @@ __attribute__((noinline)) void multiply_pair_tiles(
       a += left.depth;
       b += right.row;
     }
+    const int64_t row = computed_here(result.row);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) {
-        float* to = result.at + r * result.row + v * lanes;
+        float* to = result.at + r * row + v * lanes;
         const Vec<float> sum = sums[r][v];
         store(
             to, add ? multiply_add(load(to), load(factors + v * lanes), sum) : sum * splat(scale));
