@@ -52,33 +52,12 @@ from .simd import (
     splat_integer,
 )
 
+_WIDENED_KEYS = 32  # of V at a time
+
 # Behind INTEGERS. The shared memory holds how many chunks of each head of K and V are done, int64
 # zeros (none where a head is one chunk); then (B, Hkv, chunks, rows, .) of the type computed in:
 # lanes of m, lanes of l, and O.
 _DECODE = ("chunks", "finished_bytes")  # chunks of CHUNK_KEYS keys
-
-
-@jit
-def _score_rows(key, key_row, keys, query, rows, columns, scores, scores_row, sums):
-    """scores[r, k] = sum_c query[r, c] * key[k, c]; whole vectors are stored."""
-    lanes = lanes_of(scores)
-    for k in range(0, keys, lanes):
-        count = min(lanes, keys - k)
-        r = 0
-        while r < rows:
-            together = 4 if r + 4 <= rows else 1
-            row = query + r * columns
-            for n in range(count):
-                # key by key: the order in memory, which the hardware's prefetching follows
-                at, to = key + (k + n) * key_row, sums + n * lanes
-                if together == 4:
-                    dots(4, columns, row, columns, at, to, lanes * lanes)
-                else:
-                    dots(1, columns, row, columns, at, to, lanes * lanes)
-            for each in range(together):
-                total = add_across(sums + each * lanes * lanes)
-                store(scores + ((r + each) * scores_row + k), total)
-            r += together
 
 
 @jit
@@ -90,6 +69,36 @@ def _padded(call, address, offset, row, rows, dim, columns, scratch):
     to = scratch + CHUNK_KEYS
     copy_rows(call.half, address, offset, row, to, columns, rows, dim, scratch, call.zero)
     return to, columns
+
+
+@jit
+def _score_rows(call, at, keys, query, rows, columns, scores, scores_row, sums, wide_rows):
+    """scores[r, k] = sum_c query[r, c] * key[k, c]; whole vectors are stored.
+
+    Keys that have to be widened are so a vector of them at a time: they stay in the nearest cache.
+    """
+    lanes = lanes_of(scores)
+    for k in range(0, keys, lanes):
+        count = min(lanes, keys - k)
+        key, key_row = _padded(
+            *(call, call.key, at + k * call.key_row, call.key_row),
+            *(count, call.head_dim, columns, wide_rows),
+        )
+        r = 0
+        while r < rows:
+            together = 4 if r + 4 <= rows else 1
+            row = query + r * columns
+            for n in range(count):
+                # key by key: the order in memory, which the hardware's prefetching follows
+                from_key, to = key + n * key_row, sums + n * lanes
+                if together == 4:
+                    dots(4, columns, row, columns, from_key, to, lanes * lanes)
+                else:
+                    dots(1, columns, row, columns, from_key, to, lanes * lanes)
+            for each in range(together):
+                total = add_across(sums + each * lanes * lanes)
+                store(scores + ((r + each) * scores_row + k), total)
+            r += together
 
 
 @jit
@@ -193,13 +202,22 @@ def _drop_row(call, b, h, i, k0, keys, weights):
 
 
 @jit
-def _add_values(value, value_row, keys, weights, weights_row, rows, totals, columns):
-    """totals = weights V."""
+def _add_values(call, at, keys, weights, weights_row, rows, totals, columns, wide_rows):
+    """totals = weights V; what has to be widened goes in blocks that the nearest cache holds."""
     lanes = lanes_of(weights)
-    for at in range(0, columns, VECTORS * lanes):
-        vectors = min(VECTORS, (columns - at) // lanes)
-        left, right = (weights, weights_row, 1), (value + at, value_row)
-        multiply(vectors, rows, keys, left, right, (totals + at, columns), False)
+    step = keys
+    if call.half != 0:
+        step = _WIDENED_KEYS
+    for k in range(0, keys, step):
+        count = min(step, keys - k)
+        value, value_row = _padded(
+            *(call, call.value, at + k * call.value_row, call.value_row),
+            *(count, call.value_dim, columns, wide_rows),
+        )
+        for c in range(0, columns, VECTORS * lanes):
+            vectors = min(VECTORS, (columns - c) // lanes)
+            left, right = (weights + k, weights_row, 1), (value + c, value_row)
+            multiply(vectors, rows, count, left, right, (totals + c, columns), k > 0)
 
 
 @jit
@@ -250,12 +268,9 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         )
     keys, skipped = end - k0, begin - k0
     at = place * call.key_batch + head * call.key_head + (first_key + begin) * call.key_row
-    key, key_row = _padded(
-        *(call, call.key, at, call.key_row, end - begin, call.head_dim, head_columns, wide_rows)
-    )
     _score_rows(
-        *(key, key_row, end - begin, query, rows, head_columns),
-        *(scores + skipped, scores_row, sums),
+        *(call, at, end - begin, query, rows, head_columns),
+        *(scores + skipped, scores_row, sums, wide_rows),
     )
     for r in range(rows):
         h, i = head * group + r // query_len, r % query_len
@@ -272,20 +287,9 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         if call.dropout != 0:
             _drop_row(call, b, h, i, k0, keys, row)
     at = place * call.value_batch + head * call.value_head + (first_key + begin) * call.value_row
-    value, value_row = _padded(
-        *(
-            call,
-            call.value,
-            at,
-            call.value_row,
-            end - begin,
-            call.value_dim,
-            columns,
-            wide_rows,
-        )
-    )
     _add_values(
-        *(value, value_row, end - begin, scores + skipped, scores_row, rows, totals, columns)
+        *(call, at, end - begin, scores + skipped, scores_row),
+        *(rows, totals, columns, wide_rows),
     )
     for r in range(rows):
         for c in range(0, columns, lanes):
