@@ -113,17 +113,9 @@ bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>
 template <typename T>
 bool softmax_block(
     bool masked, int64_t k0, int64_t keys, int64_t width, const ForwardScratch<T>& to) {
-  const int64_t vectors = width / LANES<T>;
-  if constexpr (VECTORS == 4) {
-    if (vectors == 4) {
-      return softmax_rows<4>(masked, k0, keys, to);
-    }
-    if (vectors == 3) {
-      return softmax_rows<3>(masked, k0, keys, to);
-    }
-  }
-  return vectors == 2 ? softmax_rows<2>(masked, k0, keys, to)
-                      : softmax_rows<1>(masked, k0, keys, to);
+  return with_vectors<T>(width, [&](auto vectors) {
+    return softmax_rows<decltype(vectors)::value>(masked, k0, keys, to);
+  });
 }
 
 // out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.

@@ -14,28 +14,52 @@ struct QueryTerms {
   IntOf<T>*first, *last;
 };
 
-// P (or P * M) in the place of the block's scores, and dS in the place of its dP.
+// P in the place of the block's scores, and dS in the place of its dP. Rows of the block are taken one
+// after another, as they lie in memory, with the terms of `vectors` vectors of queries in registers.
+template <int vectors, typename T>
+inline void gradient_rows(
+    bool masked, int64_t k0, int64_t keys, T* scores, T* d_weights, const QueryTerms<T>& of) {
+  constexpr int lanes = LANES<T>, width = vectors * lanes;
+  Vec<T> lse2[vectors], rest[vectors], delta[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    lse2[v] = load(of.lse2 + v * lanes);
+    rest[v] = load(of.rest + v * lanes);
+    delta[v] = load(of.delta + v * lanes);
+  }
+  const IntOf<T>*first = of.first, *last = of.last;
+  const auto rows = [&](auto of_mask) {
+    for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = k * width + v * lanes;
+        Vec<T> weight = exp2<T>(load(scores + at) - lse2[v] - rest[v]);
+        if constexpr (of_mask) {
+          const Ints<T> low = load_bits<Ints<T>>(first + v * lanes);
+          const Ints<T> high = load_bits<Ints<T>>(last + v * lanes);
+          weight = select(in_range<T>(k0 + k, low, high), weight, Vec<T>{});
+        }
+        store(scores + at, weight);
+        store(d_weights + at, weight * (load(d_weights + at) - delta[v]));
+      }
+    }
+  };
+  if (masked) {
+    rows(std::true_type{});
+  } else {
+    rows(std::false_type{});
+  }
+}
+
+// The same with dropout, P * M in the place of the scores, for any width.
 template <typename T>
-inline void gradient_block(
-    const AttentionCall& call, const Tile& tile, bool masked, int64_t k0, int64_t keys, T* scores,
-    T* d_weights, const QueryTerms<T>& of) {
-  const Vec<T> zero{};
+inline void dropped_gradients(
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* d_weights,
+    const QueryTerms<T>& of) {
+  const Vec<T> keep_scale = splat(static_cast<T>(call.keep_scale)), zero{};
   for (int64_t v = 0; v < tile.width; v += LANES<T>) {
     const Vec<T> lse2 = load(of.lse2 + v), rest = load(of.rest + v), delta = load(of.delta + v);
     const Ints<T> low = load(of.first + v), high = load(of.last + v);
-    if (!call.dropout) {
-      for (int64_t k = 0; k < keys; ++k) {
-        const int64_t at = k * tile.width + v;
-        Vec<T> weight = exp2<T>(load(scores + at) - lse2 - rest);
-        if (masked) {
-          weight = select(in_range<T>(k0 + k, low, high), weight, zero);
-        }
-        store(scores + at, weight);
-        store(d_weights + at, weight * (load(d_weights + at) - delta));
-      }
-      continue;
-    }
-    const Vec<T> keep_scale = splat(static_cast<T>(call.keep_scale));
     for (int64_t group = k0 / 4; group < (k0 + keys + 3) / 4; ++group) {
       const RandomWords<T> words = random_words<T>(call, tile, v, group);
       for (int64_t n = 0; n < 4; ++n) {
@@ -52,6 +76,19 @@ inline void gradient_block(
       }
     }
   }
+}
+
+// P (or P * M) in the place of the block's scores, and dS in the place of its dP.
+template <typename T>
+inline void gradient_block(
+    const AttentionCall& call, const Tile& tile, bool masked, int64_t k0, int64_t keys, T* scores,
+    T* d_weights, const QueryTerms<T>& of) {
+  if (call.dropout) {
+    return dropped_gradients(call, tile, k0, keys, scores, d_weights, of);
+  }
+  with_vectors<T>(tile.width, [&](auto vectors) {
+    gradient_rows<decltype(vectors)::value>(masked, k0, keys, scores, d_weights, of);
+  });
 }
 
 // target[i, j] += dS^T[j, i], summed in float64 over a dimension whose stride is 0.

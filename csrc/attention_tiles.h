@@ -57,6 +57,22 @@ inline Limits limits_of(const AttentionCall& call, int64_t b, const Sequence& se
   return limits;
 }
 
+// visit(the number of vectors that `width` lanes are), as a constant.
+template <typename T, typename Visit>
+ROWMAX_INLINE auto with_vectors(int64_t width, const Visit& visit) {
+  const int64_t vectors = width / LANES<T>;
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) {
+      return visit(std::integral_constant<int, 4>{});
+    }
+    if (vectors == 3) {
+      return visit(std::integral_constant<int, 3>{});
+    }
+  }
+  return vectors == 2 ? visit(std::integral_constant<int, 2>{})
+                      : visit(std::integral_constant<int, 1>{});
+}
+
 // The keys begin <= j < end are attended by some query of a tile, common_first to common_last by all.
 struct KeyRange {
   int64_t begin, end, common_first, common_last;

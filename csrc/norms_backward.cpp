@@ -87,28 +87,40 @@ struct Backward {
   void differentiate(
       int64_t index, int64_t first, int64_t width, const RowTerms<T>* terms, Target* target,
       int64_t target_row) const {
+    const Item *x_at = x(index) + first, *grad_at = grad_y(index) + first;
+    const int64_t x_row = call.x_row, grad_row = call.grad_y_row;
+    const T* weight_at = weight + first;
+    T *to_weight = d_weight + first, *to_bias = d_bias + first;
+    // by value: behind a pointer they would be read again after every store
+    Vec<T> mean[group], rstd[group], shift[group], g_mean[group], gx_mean[group];
+#pragma GCC unroll 4
+    for (int r = 0; r < group; ++r) {
+      mean[r] = splat(terms[r].mean);
+      rstd[r] = splat(terms[r].rstd);
+      shift[r] = splat(terms[r].shift);
+      g_mean[r] = splat(terms[r].g_mean);
+      gx_mean[r] = splat(terms[r].gx_mean);
+    }
     for_vectors<T>(width, [&](int64_t c, int64_t count) {
-      const Vec<T> w = load_first(weight + first + c, count);
-      Vec<T> d_y[group], product[group];
+      const Vec<T> w = load_first(weight_at + c, count);
+      Vec<T> d_y[group], hat[group];
 #pragma GCC unroll 4
       for (int r = 0; r < group; ++r) {
-        d_y[r] = load_first(grad_y(index + r) + first + c, count);
-        const Vec<T> x_of = load_first(x(index + r) + first + c, count);
-        const Vec<T> hat =
-            multiply_add(x_of - splat(terms[r].mean), splat(terms[r].rstd), splat(terms[r].shift));
-        const Vec<T> level = d_y[r] * w * splat(terms[r].rstd) - splat(terms[r].g_mean);
+        d_y[r] = load_first(grad_at + r * grad_row + c, count);
+        const Vec<T> x_of = load_first(x_at + r * x_row + c, count);
+        hat[r] = multiply_add(x_of - mean[r], rstd[r], shift[r]);
+        const Vec<T> level = d_y[r] * w * rstd[r] - g_mean[r];
         store_first(
-            target + r * target_row + c, multiply_add(hat, splat(terms[r].gx_mean), level), count);
-        product[r] = d_y[r] * hat;
+            target + r * target_row + c, multiply_add(hat[r], gx_mean[r], level), count);
       }
-      T *to_weight = d_weight + first + c, *to_bias = d_bias + first + c;
       if constexpr (group == 1) {
-        store(to_weight, load(to_weight) + product[0]);
-        store(to_bias, load(to_bias) + d_y[0]);
+        store(to_weight + c, multiply_add(d_y[0], hat[0], load(to_weight + c)));
+        store(to_bias + c, load(to_bias + c) + d_y[0]);
       } else {
-        const Vec<T> products = (product[0] + product[1]) + (product[2] + product[3]);
-        store(to_weight, load(to_weight) + products);
-        store(to_bias, load(to_bias) + ((d_y[0] + d_y[1]) + (d_y[2] + d_y[3])));
+        const Vec<T> products = multiply_add(d_y[0], hat[0], d_y[1] * hat[1]) +
+                                multiply_add(d_y[2], hat[2], d_y[3] * hat[3]);
+        store(to_weight + c, load(to_weight + c) + products);
+        store(to_bias + c, load(to_bias + c) + ((d_y[0] + d_y[1]) + (d_y[2] + d_y[3])));
       }
     });
   }

@@ -14,7 +14,7 @@
 // shift = 0. Half types are widened in registers; `total` is rounded to them before it is normalised.
 //
 // A sum ends in a chain of dependent instructions in which memory would stand still. Short rows are
-// therefore written while the next one is summed, and long rows taken GROUP at a time.
+// therefore written while a later one is summed, and long rows taken GROUP at a time.
 
 #include "kernels.h"
 #include "rows.h"
@@ -34,11 +34,18 @@ struct Moments {
   double first, second;
 };
 
+// The same, each in all lanes. A loop that stores elements needs them by value: it would read numbers
+// behind a reference again after every store.
 template <typename T>
-ROWMAX_INLINE Vec<T> affine(Vec<T> x, const Statistics<T>& row, Vec<T> weight, Vec<T> bias) {
-  const Vec<T> hat = multiply_add(x - splat(row.near), splat(row.rstd), splat(row.shift));
-  return multiply_add(hat, weight, bias);
-}
+struct Spread {
+  Vec<T> near, shift, rstd;
+
+  ROWMAX_INLINE explicit Spread(const Statistics<T>& row)
+      : near(splat(row.near)), shift(splat(row.shift)), rstd(splat(row.rstd)) {}
+  ROWMAX_INLINE Vec<T> affine(Vec<T> x, Vec<T> weight, Vec<T> bias) const {
+    return multiply_add(multiply_add(x - near, rstd, shift), weight, bias);
+  }
+};
 
 // Sums of row - near and of its square, in four independent chains.
 template <typename T>
@@ -153,31 +160,40 @@ struct Forward {
   void write(int64_t index, const Statistics<T>& statistics) const {
     const Item* row = normalised(index);
     Item* to = y(index);
+    const Spread<T> spread(statistics);
     for_vectors<T>(columns, [&](int64_t c, int64_t count) {
       const Vec<T> w = load_first(weight + c, count), b = load_first(bias + c, count);
-      store_first(to + c, affine(load_first(row + c, count), statistics, w, b), count);
+      store_first(to + c, spread.affine(load_first(row + c, count), w, b), count);
     });
   }
 
   // `write` for GROUP rows at once.
   void write_group(int64_t index, const Statistics<T>* statistics) const {
+    const Item *row = normalised(index), *second = normalised(index + 1);
+    const int64_t stride = second - row;
+    Item* to = y(index);
+    const Spread<T> spread[] = {
+        Spread<T>(statistics[0]), Spread<T>(statistics[1]), Spread<T>(statistics[2]),
+        Spread<T>(statistics[3])};
+    static_assert(GROUP == 4);
     for_vectors<T>(columns, [&](int64_t c, int64_t count) {
       const Vec<T> w = load_first(weight + c, count), b = load_first(bias + c, count);
 #pragma GCC unroll 4
       for (int64_t r = 0; r < GROUP; ++r) {
-        const Vec<T> x = load_first(normalised(index + r) + c, count);
-        store_first(y(index + r) + c, affine(x, statistics[r], w, b), count);
+        const Vec<T> x = load_first(row + r * stride + c, count);
+        store_first(to + r * columns + c, spread[r].affine(x, w, b), count);
       }
     });
   }
 
-  // `write` of one row and `moments` of the following one, with their bits.
+  // `write` of one row and `moments` of a following one, with their bits.
   Moments<T> write_and_sum(
       int64_t index, const Statistics<T>& statistics, const Item* following, T near) const {
     constexpr int64_t lanes = LANES<T>;
     const Item* row = normalised(index);
     Item* to = y(index);
     const Vec<T> nears = splat(near);
+    const Spread<T> spread(statistics);
     Sums<T> sums;
     int64_t c = 0;
     for (; c + 4 * lanes <= columns; c += 4 * lanes) {
@@ -185,33 +201,43 @@ struct Forward {
       for (int n = 0; n < 4; ++n) {
         const int64_t at = c + n * lanes;
         sums.add(n, load(following + at) - nears);
-        store(to + at, affine(load(row + at), statistics, load(weight + at), load(bias + at)));
+        store(to + at, spread.affine(load(row + at), load(weight + at), load(bias + at)));
       }
     }
     for (; c < columns; c += lanes) {
       const int64_t count = columns - c;
       sums.add(0, tail(following + c, nears, count));
       const Vec<T> w = load_first(weight + c, count), b = load_first(bias + c, count);
-      store_first(to + c, affine(load_first(row + c, count), statistics, w, b), count);
+      store_first(to + c, spread.affine(load_first(row + c, count), w, b), count);
     }
     return sums.means(columns);
   }
 
-  // Rows start to end; each is prepared two rows ahead, so that nothing waits for its `near`.
+  // Rows start to end, as a pipeline: in one step a row is prepared, another one's moments are summed
+  // while a third is written, and the statistics of a fourth follow from its moments. Each of these
+  // ends in a chain of dependent instructions, and a step is what hides it: what a step computes is
+  // first used a step later, or two.
   void one_by_one(int64_t start, int64_t end) const {
-    T near = prepare(start);
-    T following = start + 1 < end ? prepare(start + 1) : near;
-    Moments<T> moments_of = moments(normalised(start), near);
-    for (int64_t index = start; index < end; ++index) {
-      const Statistics<T> statistics = keep_statistics(index, near, moments_of);
-      if (index + 1 == end) {
-        write(index, statistics);
-        break;
+    T nears[4];
+    Moments<T> moments_of[4];
+    Statistics<T> statistics[4];
+    for (int64_t index = start - 4; index < end; ++index) {  // the row that is written
+      const int64_t prepared = index + 4, summed = index + 3, known = index + 1;
+      if (prepared < end) {
+        nears[prepared & 3] = prepare(prepared);
       }
-      const T further = index + 2 < end ? prepare(index + 2) : following;
-      moments_of = write_and_sum(index, statistics, normalised(index + 1), following);
-      near = following;
-      following = further;
+      if (start <= known && known < end) {
+        statistics[known & 3] = keep_statistics(known, nears[known & 3], moments_of[known & 3]);
+      }
+      if (start <= summed && summed < end) {
+        const T near = nears[summed & 3];
+        const Item* row = normalised(summed);
+        moments_of[summed & 3] = index < start
+                                     ? moments(row, near)
+                                     : write_and_sum(index, statistics[index & 3], row, near);
+      } else if (index >= start) {
+        write(index, statistics[index & 3]);
+      }
     }
   }
 

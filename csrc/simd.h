@@ -178,18 +178,31 @@ ROWMAX_INLINE bool any_lane(V mask) {
 template <typename V>
 using ElementOf = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
 
-// The sum of all lanes, by halves: the same order on every run.
+// The first or the second half of the lanes.
+template <int half, typename V, int... lane>
+ROWMAX_INLINE auto half_of(V v, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return __builtin_shufflevector(v, v, (half * lanes + lane)...);
+}
+// All lanes joined by halves, in registers: the same order on every run.
+template <typename V, typename Join>
+ROWMAX_INLINE ElementOf<V> join_lanes(V v, const Join& join) {
+  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+  if constexpr (lanes == 2) {
+    return join(v[0], v[1]);
+  } else {
+    constexpr auto numbers = std::make_integer_sequence<int, lanes / 2>{};
+    return join_lanes(join(half_of<0>(v, numbers), half_of<1>(v, numbers)), join);
+  }
+}
 template <typename V>
 ROWMAX_INLINE ElementOf<V> add_lanes(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
-  ElementOf<V> sums[lanes];
-  __builtin_memcpy(sums, &v, sizeof v);
-  for (int half = lanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) {
-      sums[lane] += sums[lane + half];
-    }
-  }
-  return sums[0];
+  return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+// (of numbers)
+template <typename V>
+ROWMAX_INLINE ElementOf<V> largest_lane(V v) {
+  return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 // The sums of the even and the odd lanes of two vectors: a's pairs, then b's.
@@ -214,16 +227,6 @@ ROWMAX_INLINE V add_across(const V (&vectors)[count]) {
     }
     return add_across(sums);
   }
-}
-
-template <typename V>
-ROWMAX_INLINE ElementOf<V> largest_lane(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
-  ElementOf<V> largest = v[0];
-  for (int lane = 1; lane < lanes; ++lane) {
-    largest = v[lane] > largest ? v[lane] : largest;
-  }
-  return largest;
 }
 
 // --- memory ---------------------------------------------------------------------------------------
@@ -288,23 +291,31 @@ ROWMAX_INLINE HalfBits narrow(Vec<float> v, Float16) {
 #endif
 }
 
+// A vector of elements in memory, at the address of any of them. It is an access to elements, not to
+// bytes that may belong to anything: so a store leaves the compiler what it knows of other types, which
+// are the addresses and sizes that every loop needs.
+template <typename E>
+struct InMemory {
+  typedef E type __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(E))));
+};
+typedef uint16_t HalfBitsInMemory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2)));
+
 // A vector of items in memory, in the type that they are computed in.
 template <typename Item>
 ROWMAX_INLINE Vec<Computed<Item>> load(const Item* from) {
   if constexpr (sizeof(Item) == 2) {
-    return widen(load_bits<HalfBits>(from), Item{});
+    return widen(*reinterpret_cast<const HalfBitsInMemory*>(from), Item{});
   } else {
-    return load_bits<Vec<Item>>(from);
+    return *reinterpret_cast<const typename InMemory<Item>::type*>(from);
   }
 }
 
 template <typename Item>
 ROWMAX_INLINE void store(Item* to, Vec<Computed<Item>> v) {
   if constexpr (sizeof(Item) == 2) {
-    const HalfBits bits = narrow(v, Item{});
-    __builtin_memcpy(to, &bits, sizeof bits);
+    *reinterpret_cast<HalfBitsInMemory*>(to) = narrow(v, Item{});
   } else {
-    __builtin_memcpy(to, &v, sizeof v);
+    *reinterpret_cast<typename InMemory<Item>::type*>(to) = v;
   }
 }
 

@@ -122,6 +122,14 @@ out = attention(q, k, v, Causal(), backend="native")
 exact = attention(q.double(), k.double(), v.double(), Causal(), backend="reference")
 naive = attention(q, k, v, Causal(), backend="reference")
 assert (out - exact).square().mean() <= 2 * (naive - exact).square().mean()
+
+# One key has all the weight: d_value is the sum of grad_out, in numbers that the instructions of pairs
+# take for zeros.
+key = torch.zeros(1, 1, 1, 16).bfloat16().requires_grad_()
+query = torch.zeros(1, 1, 4, 16).bfloat16()
+out = attention(query, key, key, backend="native")
+(d_value,) = torch.autograd.grad(out, key, torch.full_like(out, 2.0**-130))
+assert d_value.eq(0.0 if torch.ops.rowmax_native.bfloat16_dots() else 2.0**-128).all()
 print(torch.ops.rowmax_native.bfloat16_dots())
 """
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention, dispatch
 
+from .backends import doing
 from .cases import Case, Shape, always, lengths, random_bias, random_dense
 from .support import SUMMATION, assert_parity, run
 
@@ -19,6 +20,9 @@ from rowmax.kernels.cpu_numba import attention_launch, host
 needs_dots = pytest.mark.skipif(
     not host.bfloat16_dots(), reason="no bfloat16 dot-product instructions here"
 )
+# The native backend decides once a process: `tests/csrc/test_backend.py` runs it without them.
+BACKENDS = ["numba", *{"native"}.intersection(doing("attention"))]
+either = pytest.mark.parametrize("backend", BACKENDS)
 
 CASES = [
     Case("dots_long", Shape(1, 2, 2, 150, 300, 64, 64), always(Causal("lower_right"))),
@@ -47,14 +51,17 @@ def without_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dots", [pytest.param(True, marks=needs_dots), False])
+@pytest.mark.parametrize(
+    "backend,dots",
+    [*(pytest.param(name, True, marks=needs_dots) for name in BACKENDS), ("numba", False)],
+)
 def test_both_ways_agree_with_the_oracle(
-    case: Case, dots: bool, monkeypatch: pytest.MonkeyPatch
+    case: Case, backend: str, dots: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not dots:
         without_dots(monkeypatch)
     arguments = case.build(torch.bfloat16)
-    assert_parity(run("numba", arguments), arguments)
+    assert_parity(run(backend, arguments), arguments)
 
 
 @needs_dots
@@ -62,7 +69,8 @@ def test_the_instruction_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes subnormal values for zeros; float32 keeps them."""
     q, k = (torch.randn(1, 1, 40, 16).bfloat16() for _ in range(2))
     v = torch.full((1, 1, 40, 16), 2.0**-130, dtype=torch.bfloat16)
-    assert attention(q, k, v, backend="numba").eq(0.0).all()
+    for backend in BACKENDS:
+        assert attention(q, k, v, backend=backend).eq(0.0).all()
     without_dots(monkeypatch)
     assert attention(q, k, v, backend="numba").eq(v).all()
 
@@ -71,23 +79,25 @@ def test_the_instruction_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_backward_uses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """One key has all the weight: d_value is the sum of grad_out, in subnormal numbers."""
 
-    def d_value() -> Tensor:
+    def d_value(backend: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (
             torch.randn(1, 1, length, 16, generator=generator).bfloat16() for length in (4, 1, 1)
         )
         v.requires_grad_()
         grad_out = torch.full((1, 1, 4, 16), 2.0**-130, dtype=torch.bfloat16)
-        return torch.autograd.grad(attention(q, k, v, backend="numba"), v, grad_out)[0]
+        return torch.autograd.grad(attention(q, k, v, backend=backend), v, grad_out)[0]
 
-    assert d_value().eq(0.0).all()
+    for backend in BACKENDS:
+        assert d_value(backend).eq(0.0).all()
     without_dots(monkeypatch)
-    assert d_value().eq(2.0**-128).all()
+    assert d_value("numba").eq(2.0**-128).all()
 
 
 @pytest.mark.parametrize("dim", [1, 2, 15, 31, 32, 33, 64, 70])
 @pytest.mark.parametrize("rows", [17, 40, 64, 65])
-def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
+@either
+def test_products_of_integers_are_exact(backend: str, dim: int, rows: int) -> None:
     """With one key, the last of an odd number, lse is its score and out its value."""
     generator = torch.Generator().manual_seed(dim)
 
@@ -95,11 +105,11 @@ def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
         return torch.randint(-9, 10, (1, 2, length, dim), generator=generator).bfloat16()
 
     q, k, v = integers(rows), integers(1), integers(1)
-    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend="numba")
+    out, lse = attention(q, k, v, scale=1.0, return_lse=True, backend=backend)
     assert torch.equal(out, v.expand_as(out))
     v.requires_grad_()
     grad_out = integers(rows)
-    (d_value,) = torch.autograd.grad(attention(q, k, v, backend="numba"), v, grad_out)
+    (d_value,) = torch.autograd.grad(attention(q, k, v, backend=backend), v, grad_out)
     assert torch.equal(d_value, grad_out.double().sum(2, keepdim=True).bfloat16())
     q, k = q.double(), k.double()
     score, size = ((a @ b.mT)[..., 0] for a, b in ((q, k), (q.abs(), k.abs())))
@@ -108,7 +118,8 @@ def test_products_of_integers_are_exact(dim: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(70, 33, 7), (66, 77, 40), (18, 129, 64)])
-def test_nothing_around_the_tensors_is_used(shape: tuple[int, int, int]) -> None:
+@either
+def test_nothing_around_the_tensors_is_used(backend: str, shape: tuple[int, int, int]) -> None:
     """Odd row strides, NaN before and behind every row: the bits are those of packed tensors."""
     queries, keys, dim = shape
     generator = torch.Generator().manual_seed(queries)
@@ -125,7 +136,7 @@ def test_nothing_around_the_tensors_is_used(shape: tuple[int, int, int]) -> None
 
     def results(tensors: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        out = attention(leaves[0], leaves[1], leaves[2], backend="numba")
+        out = attention(leaves[0], leaves[1], leaves[2], backend=backend)
         return out, *torch.autograd.grad(out, leaves, grad_out)
 
     expected = results([q.contiguous(), k.contiguous(), v.contiguous()], grad_out.contiguous())
@@ -135,7 +146,8 @@ def test_nothing_around_the_tensors_is_used(shape: tuple[int, int, int]) -> None
 
 
 @pytest.mark.parametrize("queries", [5, 64, 77])
-def test_rows_that_attend_nothing_give_nothing(queries: int) -> None:
+@either
+def test_rows_that_attend_nothing_give_nothing(backend: str, queries: int) -> None:
     """Whatever they hold: their weights are 0, and 0 * NaN must not come about."""
     generator = torch.Generator().manual_seed(queries)
     tensors = [
@@ -155,7 +167,7 @@ def test_rows_that_attend_nothing_give_nothing(queries: int) -> None:
         out = attention(
             *(leaves[0], leaves[1], leaves[2]),
             mask=QueryLengths(torch.tensor(live)),
-            backend="numba",
+            backend=backend,
         )
         return torch.autograd.grad(out, leaves, g)
 
@@ -164,15 +176,16 @@ def test_rows_that_attend_nothing_give_nothing(queries: int) -> None:
 
 
 @pytest.mark.parametrize("last", [1.0, torch.inf])
-def test_an_odd_number_of_keys(last: float) -> None:
+@either
+def test_an_odd_number_of_keys(backend: str, last: float) -> None:
     """The last pair is completed with zeros: neither with the last value nor with what an earlier
     call left in the scratch."""
     q, k, v = (torch.zeros(1, 1, length, 16, dtype=torch.bfloat16) for length in (40, 65, 65))
     v[:] = 1.0
     v[:, :, -1] = last
     more = torch.zeros(1, 1, 128, 16, dtype=torch.bfloat16)
-    attention(torch.full_like(q, torch.nan), more, more, backend="numba")
-    assert attention(q, k, v, backend="numba").eq(last).all()
+    attention(torch.full_like(q, torch.nan), more, more, backend=backend)
+    assert attention(q, k, v, backend=backend).eq(last).all()
 
 
 def test_the_host_or_the_environment_may_forbid_it(monkeypatch: pytest.MonkeyPatch) -> None:
