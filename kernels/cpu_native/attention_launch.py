@@ -1,5 +1,7 @@
-"""Attention through torch.ops.rowmax_native, or past torch's dispatcher where a call is plain; strides
-and the division of work are in csrc/attention_launch.cpp."""
+"""Attention through torch.ops.rowmax_native, or past torch's dispatcher where a call is plain.
+
+Strides and the division of work are in csrc/attention_launch.cpp.
+"""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ exact = attention(q.double(), k.double(), v.double(), Causal(), backend="referen
 naive = attention(q, k, v, Causal(), backend="reference")
 assert (out - exact).square().mean() <= 2 * (naive - exact).square().mean()
 
-# One key has all the weight: d_value is the sum of grad_out, in numbers that the instructions of pairs
-# take for zeros.
+# One key has all the weight: d_value is the sum of grad_out, in numbers that the instructions of
+# pairs take for zeros.
 key = torch.zeros(1, 1, 1, 16).bfloat16().requires_grad_()
 query = torch.zeros(1, 1, 4, 16).bfloat16()
 out = attention(query, key, key, backend="native")
