@@ -153,7 +153,9 @@ void finish(
   const int64_t row = (sequence.place * call.heads + tile.h) * call.query_rows + first_row;
   for (int64_t v = 0; v < tile.rows; v += LANES<double>) {
     const Vec<double> largest = load_wide(from.row_max + v);  // -inf where l = 0
-    const Vec<double> row_lse = (largest + log2(load_wide(from.row_sum + v))) * splat(LN_2);
+    const Vec<double> total = load_wide(from.row_sum + v);
+    // total - total is 0, or NaN where a score was.
+    const Vec<double> row_lse = (largest + log2(total) + (total - total)) * splat(LN_2);
     if (call.half == kWhole) {
       store_first(static_cast<double*>(call.lse) + row + v, row_lse, tile.rows - v);
     } else {

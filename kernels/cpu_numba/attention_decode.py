@@ -333,7 +333,7 @@ def _merge(call, b, head, partial, partial_chunk, scratch):
                 store(scratch + c, multiply_add(load(at + (2 * lanes + c)), factors, sum_so_far))
         factor = 0.0
         row_lse = -math.inf
-        if total > 0.0:
+        if total != 0.0:  # a sum, or NaN
             factor = call.keep_scale / total
             row_lse = (shift + math.log2(total)) * LN_2
         offset = place * call.out_batch + h * call.out_head + (first_query + i) * call.out_row

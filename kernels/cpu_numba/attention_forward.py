@@ -120,8 +120,8 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, sc
         return
     for v in range(0, rows, lanes):
         total, largest = load(row_sum + v), load(row_max + v)
-        # (m = -inf where l = 0)
-        row_lse = widened(largest) + log2_wide(total)
+        # m = -inf where l = 0; l - l is 0, or NaN where a score was
+        row_lse = widened(largest) + log2_wide(total) + (widened(total) - widened(total))
         row_lse = row_lse * splat_like(LN_2, row_lse)
         if call.half == 0:
             store_first(pointer(call.lse, 0.0) + (row + v), row_lse, rows - v)

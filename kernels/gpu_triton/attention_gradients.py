@@ -163,7 +163,7 @@ def _add_queries(
     shift, rest, delta, row = statistics
     high, low, row_delta = load_statistics(shift, rest, delta, row + i, (i >= first) & (i < end))
     if DEAD:  # a row that attends nothing may hold NaN
-        alive = (high < float("inf"))[:, None]
+        alive = (high != float("inf"))[:, None]
         query_tile = tl.where(alive, query_tile, 0.0).to(query_tile.dtype)
         grad_tile = tl.where(alive, grad_tile, 0.0).to(grad_tile.dtype)
     kept, _, d_product, _ = score_gradients(
@@ -456,6 +456,6 @@ def query_gradients(
                     BLOCK_N,
                 )
 
-    counted = ((high < float("inf")) & (i < queries))[:, None]
+    counted = ((high != float("inf")) & (i < queries))[:, None]
     d_query_tile = tl.where(counted, d_query_tile * tl.full((1, 1), scale, DTYPE), 0.0)
     store_rows(d_query, place, wide_head, first_query, i0, query_len, d_query_tile, HEAD_DIM)

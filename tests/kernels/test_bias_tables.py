@@ -72,6 +72,6 @@ def test_sums_of_few_and_of_many(
     q, k, v = draw(batch, 2, 37, 16), draw(batch, 2, 77, 16), draw(batch, 2, 77, 16)
     bias = draw(*shape)
     bias[..., 5] = -torch.inf
-    mask = Dense((draw(batch, 1, 37, 77) > -0.5)) if dense else None
+    mask = Dense(draw(batch, 1, 37, 77) > -0.5) if dense else None
     arguments = random_gradients(Arguments(q, k, v, mask, bias), generator)
     assert_parity(run(backend, arguments), arguments)

@@ -22,7 +22,7 @@ from rowmax.kernels import (
 
 from .backends import device_of, doing, dtype_name, refused
 from .cases import Case, Shape, lengths
-from .support import Arguments, run
+from .support import Arguments, random_gradients, run
 
 # a head that fills whole vectors, which a kernel may read in place, and one that does not
 SHAPES = {"whole": Shape(2, 4, 2, 11, 11, 32, 16), "odd": Shape(2, 4, 2, 11, 11, 7, 9)}
@@ -158,3 +158,20 @@ def test_masked_scores_may_hold_anything(poison: float, softmax_backend: str) ->
         assert torch.equal(got, expected)
     assert (dirty[0][~mask] == 0).all()
     assert (dirty[1][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("queries", [3, 40], ids=["few", "tiles"])
+def test_nan_that_counts_is_seen(queries: int, backend: str) -> None:
+    """A query of NaN has NaN for its out, lse and gradient; -inf would say that it had no keys."""
+    generator = torch.Generator().manual_seed(0)
+    device = device_of(backend)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (queries, 50, 50))
+    q[0, 1, 2, 5] = torch.nan
+    arguments = Arguments(*(tensor.to(device) for tensor in (q, k, v)))
+    found = run(backend, random_gradients(arguments, generator))
+    expected = torch.zeros(1, 2, queries, dtype=torch.bool)
+    expected[0, 1, 2] = True
+    for name in ("out", "lse", "d_q"):
+        nan = found[name].isnan().cpu()
+        assert torch.equal(nan if name == "lse" else nan.any(-1), expected), name
+        assert torch.isfinite(found[name].cpu()[~nan]).all()
