@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import pytest
 
 from rowmax import kernels
 from rowmax.bench.cli import build_parser as bench_parser
-from rowmax.transformer.cli import parser as transformer_parser
+from rowmax.transformer.cli import COMMANDS
+from rowmax.transformer.options import parser as transformer_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-PARSERS = {"rowmax.transformer": transformer_parser, "rowmax.bench": bench_parser}
+PARSERS = {
+    "rowmax.transformer": partial(transformer_parser, COMMANDS),
+    "rowmax.bench": bench_parser,
+}
 
 # a fenced block, with its language and, where a block without one follows at once, its output
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)

@@ -231,7 +231,7 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-_COMMANDS: dict[str, Handler] = {
+COMMANDS: dict[str, Handler] = {
     "train": _train,
     "translate": _translate,
     "evaluate": _evaluate,
@@ -243,7 +243,7 @@ _COMMANDS: dict[str, Handler] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the result is the process's exit status."""
-    args = parser(_COMMANDS).parse_args(arguments)
+    args = parser(COMMANDS).parse_args(arguments)
     try:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             # Text is UTF-8 whatever the locale says.

@@ -6,7 +6,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -385,7 +385,7 @@ def _move_weights(models: Sequence[nn.Module], generator: torch.Generator) -> No
 def _shown(found: Sequence[Sequence[LayerDifference]]) -> list[LayerDifference]:
     """Of several runs, the one in which the worst comparison is the best."""
 
-    def worst(rows: Sequence[LayerDifference]) -> float:
+    def worst(rows: Iterable[LayerDifference]) -> float:
         ratios = [row.error_swapped / row.allowed for row in rows]
         return max((ratio if ratio == ratio else float("inf") for ratio in ratios), default=0.0)
 

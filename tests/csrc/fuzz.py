@@ -83,7 +83,7 @@ class Call:
         mask = arguments.mask
         if isinstance(mask, Mask) and self._now_and_then():
             met = mask.dense(*arguments.shape).expand(arguments.shape).any(2).any(1)  # (B, Lk)
-            given = {
+            given: dict[str, Any] = {
                 name: tensor.masked_fill(~met[:, None, :, None], torch.nan)
                 for name, tensor in (("k", arguments.k), ("v", arguments.v))
             }
@@ -176,8 +176,8 @@ class Call:
             return Causal(self._align(sizes.B))
         if kind is Window:
             far = pick.choice(FAR)
-            sides = (pick.choice((None, 0, pick.randint(0, 300), far)) for _ in range(2))
-            return Window(*sides, self._align(sizes.B))
+            left, right = (pick.choice((None, 0, pick.randint(0, 300), far)) for _ in range(2))
+            return Window(left, right, self._align(sizes.B))
         if kind is KeyLengths:
             return KeyLengths(self.draw.lengths(sizes.Lk + 3, sizes.B))
         if kind is QueryLengths:
@@ -208,9 +208,9 @@ class Call:
         queries, keys = self.draw.lengths(sizes.Lq, sizes.B), self.draw.lengths(sizes.Lk, sizes.B)
         mask: Mask | None = None
         if self._now_and_then(0.6):  # positions from the sequence's start: padding moves none
-            sides = (self.random.choice((None, 0, 7, 200)) for _ in range(2))
-            shift = self.random.choice(("upper_left", self.random.randint(-20, 40)))
-            mask = self.random.choice((Causal(shift), Window(*sides, shift)))
+            left, right = (self.random.choice((None, 0, 7, 200)) for _ in range(2))
+            shift: Any = self.random.choice(("upper_left", self.random.randint(-20, 40)))
+            mask = self.random.choice((Causal(shift), Window(left, right, shift)))
         slopes = self.draw.normal(sizes.Hq).abs()
         arguments = random_gradients(
             Arguments(

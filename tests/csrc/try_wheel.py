@@ -23,7 +23,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOM = ROOT / "build" / "wheels"
@@ -48,7 +50,7 @@ def main() -> None:
     bare = [found(name, parser) for name in options.bare]
 
     failures = wrong_contents(options.wheel)
-    trials = [
+    trials: list[tuple[str, Callable[..., str | None], tuple[Any, ...]]] = [
         (f"{version(python)}, torch {torch}", fresh_environment, (options.wheel, python, torch))
         for python in pythons
         for torch in options.torch

@@ -167,7 +167,7 @@ def test_nan_that_counts_is_seen(queries: int, backend: str) -> None:
     device = device_of(backend)
     q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (queries, 50, 50))
     q[0, 1, 2, 5] = torch.nan
-    arguments = Arguments(*(tensor.to(device) for tensor in (q, k, v)))
+    arguments = Arguments(q.to(device), k.to(device), v.to(device))
     found = run(backend, random_gradients(arguments, generator))
     expected = torch.zeros(1, 2, queries, dtype=torch.bool)
     expected[0, 1, 2] = True
