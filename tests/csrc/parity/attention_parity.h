@@ -32,6 +32,9 @@ inline AttentionCase draw_sizes(Random& random) {
   do {
     of.query_len = length(), of.key_len = length();
     of.head_dim = width(), of.value_dim = width();
+    if (random.chance(0.15)) {  // decoding
+      of.query_len = random.between(1, 4), of.key_len = random.between(200, 800);
+    }
   } while (of.query_len * of.key_len * (of.head_dim + of.value_dim) > 300000);
   return of;
 }
@@ -343,14 +346,34 @@ class AttentionRun {
     const Item stored = of_.item == kDouble || of_.item == kFloat ? kDouble : kFloat;
     Stored lse(stored, lse_.shape());
     call_.lse = lse.data();
-    if (of_.query_len > 0) {
+    const int64_t few =
+        std::min(rowmax::FEW_QUERIES, rowmax::FEW_ROWS / (of_.heads / of_.key_heads));
+    if (of_.query_len > 0 && (of_.packed() || of_.query_len <= few) && random_.chance(0.7)) {
+      call_.few = few;
+      decode();
+    }
+    if (of_.query_len > call_.few) {
       call_.run = random_.between(1, 3);
-      const rowmax::AttentionKernel* pairs =
-          of_.item == kBfloat16 ? rowmax::bfloat16_forward() : nullptr;
       const rowmax::AttentionKernel* kernel = &rowmax::chosen_kernels().attention_forward[type_];
-      run(pairs != nullptr ? *pairs : *kernel, call_, random_.between(1, 3));
+      run(pairs() != nullptr ? pairs()->forward : *kernel, call_, random_.between(1, 3));
     }
     lse_.set(lse.values());
+  }
+
+  // The kernel of few queries.
+  void decode() {
+    const rowmax::DecodeKernel& kernel = rowmax::chosen_kernels().attention_decode[type_];
+    const int64_t chunks = (of_.key_len + rowmax::CHUNK_KEYS - 1) / rowmax::CHUNK_KEYS;
+    call_.chunks = std::max<int64_t>(1, chunks);
+    const auto finished = aligned_memory(8 * of_.batch * of_.key_heads, 0);
+    const auto partials = aligned_memory(kernel.partial_bytes(call_), 0xff);
+    call_.finished = call_.chunks > 1 ? static_cast<int64_t*>(finished.get()) : nullptr;
+    call_.partials = partials.get();
+    run(kernel, call_, random_.between(1, 3));
+  }
+
+  const rowmax::PairKernels* pairs() const {
+    return of_.item == kBfloat16 ? rowmax::pair_kernels() : nullptr;
   }
 
   void backward() {
@@ -394,7 +417,8 @@ class AttentionRun {
     const auto sums = aligned_memory(tiles * call_.tile * of_.head_dim * kFacts[type_].bytes, 0xff);
     call_.turns = static_cast<int64_t*>(turns.get());
     call_.d_query_sums = sums.get();
-    run(rowmax::chosen_kernels().attention_backward[type_], call_, random_.between(1, 3));
+    const rowmax::AttentionKernel* kernel = &rowmax::chosen_kernels().attention_backward[type_];
+    run(pairs() != nullptr ? pairs()->backward : *kernel, call_, random_.between(1, 3));
   }
 
   const AttentionCase& of_;

@@ -109,7 +109,7 @@ int test(int64_t calls, int64_t first_seed) {
   std::printf(
       "%" PRId64 " of %" PRId64 " calls agree with their equations: vectors of %d bits%s\n",
       calls - failed, calls, 8 * rowmax::chosen_kernels().vector_bytes,
-      rowmax::bfloat16_forward() != nullptr ? ", bfloat16 dot products" : "");
+      rowmax::pair_kernels() != nullptr ? ", bfloat16 dot products" : "");
   return failed == 0 ? 0 : 1;
 }
 
