@@ -49,12 +49,13 @@ def _quality(corpus: Mapping[str, Any], seeds: int) -> list[str]:
         "",
         f"{corpus['name']}: {steps:,} steps of at most {tokens:,} tokens a side",
         f"{seeds} seeds: mean (least-most); greedy, {corpus['test_sentences']:,} test sentences",
-        f"{'':<12}{'weights':>10}{'width':>6}{'exact match %':>19}{'BLEU':>21}{'tokens/s':>24}",
     ]
+    header = f"{'':<12}{'weights':>10}{'width':>6}{'rate':>6}"
+    lines.append(header + f"{'exact match %':>19}{'BLEU':>21}{'tokens/s':>24}")
     for arch, model in corpus["models"].items():
         runs = model["runs"]
         lines.append(
-            f"{arch:<12}{model['parameters']:>10,}{model['d_model']:>6}"
+            f"{arch:<12}{model['parameters']:>10,}{model['d_model']:>6}{model['learning_rate']:>6g}"
             f"{_spread(runs, 'exact_match', 1):>19}{_spread(runs, 'bleu', 2):>21}"
             f"{_spread(runs, 'tokens_per_second', 0):>24}"
         )

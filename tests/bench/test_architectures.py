@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from rowmax.transformer import (
     ModelConfig,
     RecurrentConfig,
     TrainingConfig,
+    TrainingError,
     corpus,
     new_model,
 )
@@ -88,11 +90,11 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setitem(PRESETS, "demo", tiny)
     pairs = corpus.generate(60)
-    monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(pairs[20:], [], pairs[:20]))
+    monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(pairs[20:], pairs[:10], pairs[:20]))
     monkeypatch.setattr(model_runs, "STEP_TOKENS", 32)
     text = tmp_path / "text"
     text.mkdir()
-    for name in ("train", "test2016"):
+    for name in ("train", "val", "test2016"):
         for side, suffix in enumerate(("de", "en")):
             lines = "".join(f"{pair[side]}\n" for pair in pairs)
             (text / f"{name}.{suffix}").write_text(lines, "utf-8")
@@ -118,6 +120,9 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
         }
         assert len(tokens) == 1  # the same batches for all
         assert all(len(model["runs"]) == 2 for model in each["models"].values())
+        own = 0.5 if each["name"] == "multi30k" else TrainingConfig().learning_rate
+        tried = {factor * own for factor in model_runs.RATES}
+        assert all(model["learning_rate"] in tried for model in each["models"].values())
     assert all(len(times) == 2 for times in result["step_ms"].values())
     written = (tmp_path / "out" / "comparison.txt").read_text()
     assert written in shown
@@ -125,26 +130,52 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
 
 
 def test_steps_follow_from_minutes(monkeypatch):
-    """Three quarters of the time, shared by seeds and architectures."""
+    """Three quarters of the time, shared by architectures, seeds and pilots: 3 + 3 / 4 runs."""
     monkeypatch.setattr(model_runs, "_seconds_a_step", lambda *_: 0.5)
+    monkeypatch.setattr(model_runs, "_best_rate", lambda *_: (0.25, {}))
     seen = []
 
     def train(config, dataset, training, *_):
+        assert training.learning_rate == 0.25
         seen.append(training.steps)
         return {"bleu": 0, "exact_match": 0, "tokens": 1, "seconds": 1, "tokens_per_second": 1}
 
     monkeypatch.setattr(model_runs, "_train", train)
     pairs = corpus.generate(30)
     text = model_runs.Corpus(
-        "x", pairs, pairs, 300, PRESETS["demo"].model, TrainingConfig(warmup=10)
+        "x", pairs, pairs, pairs, 300, PRESETS["demo"].model, TrainingConfig(warmup=10)
     )
     said: list[str] = []
     model_runs._corpus(text, ["transformer", "gru"], 3, None, 1200.0, "auto", said.append)
     assert len(set(seen)) == 1
-    assert 290 <= seen[0] <= 300
+    assert 230 <= seen[0] <= 240
     assert "15 minutes" in said[0]
     with pytest.raises(UsageError, match=r"--minutes: too few for x: time for 1\d steps"):
-        model_runs._corpus(text, ["transformer", "gru"], 1, None, 20.0, "auto", said.append)
+        model_runs._corpus(text, ["transformer", "gru"], 1, None, 40.0, "auto", said.append)
+
+
+def test_the_best_rate(monkeypatch):
+    """The least held-out loss; a rate at which training fails is not chosen."""
+
+    class Pilot:
+        def __init__(self, _config, _dataset, training, _backend):
+            self.training, self.steps = training, 0
+
+        def step(self):
+            self.steps += 1
+            if self.training.learning_rate > 0.5:
+                raise TrainingError("loss nan")
+
+        def validate(self, _held_out):
+            assert self.steps == 10
+            return self.training.learning_rate
+
+    monkeypatch.setattr(model_runs, "_new_trainer", Pilot)
+    training = TrainingConfig(steps=40, learning_rate=0.5)
+    no_data: Any = None
+    best, losses = model_runs._best_rate(demo_config(8), no_data, no_data, training, "auto")
+    assert best == 0.25
+    assert losses == {0.25: 0.25, 0.5: 0.5, 1.0: math.inf}
 
 
 @pytest.mark.parametrize(
