@@ -129,7 +129,10 @@ SUITES = {
                 *("bias", "window", "cross", "decode"),
             ),
             steps=(FORWARD, FORWARD_BACKWARD),
-            peers=("sdpa", "sdpa-math", "naive", "compile", "flex", "onnxruntime", "openvino"),
+            peers=(
+                *("sdpa", "sdpa-math", "naive", "compile", "flex", "onnxruntime", "openvino"),
+                *("numba", "native"),
+            ),
             shapes=_BASE,
             quick_shapes=(*_BASE[:3], _WINDOWED, _CROSS, *_DECODE),
             own_shapes={
@@ -148,7 +151,7 @@ SUITES = {
             dimensions=("rows", "columns"),
             kinds=_NORM_KINDS,
             steps=(FORWARD, FORWARD_BACKWARD),
-            peers=("torch", "naive", "compile"),
+            peers=("torch", "naive", "compile", "numba", "native"),
             shapes=((4096, 512), (65536, 512), (512, 4096)),
             quick_shapes=((4096, 512), (512, 4096)),
         ),

@@ -40,7 +40,7 @@ from .options import (
     names_of,
     seconds_of,
 )
-from .peers import SLOW_TO_START, peers_of
+from .peers import ONLY_BY_NAME, SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
 from .verification import command as verification
@@ -115,7 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype", metavar="NAMES", help=f"of {listed(DTYPES)}; default: those of the suite"
     )
-    command.add_argument("--peers", metavar="NAMES", help="only these peers")
+    command.add_argument(
+        "--peers",
+        metavar="NAMES",
+        help=f"only these peers; rowmax's own, {listed(ONLY_BY_NAME)}, only if named here",
+    )
     command.add_argument(
         "--backend", default="auto", help="of rowmax.kernels; default: %(default)s"
     )
@@ -299,9 +303,10 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
     known = _unique(name for suite in suites for name in peers_of(suite))
     names = names_of("--peers", options.peers, known)
-    if options.quick and options.peers is None:
-        names = [name for name in names if name not in SLOW_TO_START]
-    return names
+    if options.peers is not None:
+        return names
+    left_out = (*ONLY_BY_NAME, *(SLOW_TO_START if options.quick else ()))
+    return [name for name in names if name not in left_out]
 
 
 def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[Case]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import gpu, report
 from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
 from .machine import describe, measure_limits
-from .peers import SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
+from .peers import ONLY_BY_NAME, SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
 
@@ -72,7 +72,8 @@ def speed(
             raise ValueError(f"speed: peers: expected names of {', '.join(here)}, got {peer!r}")
     if name in (*here, SUBJECT):
         raise ValueError(f"speed: name: {name!r} is the name of another column")
-    chosen = peers if peers is not None else [n for n in here if n not in SLOW_TO_START]
+    left_out = (*SLOW_TO_START, *ONLY_BY_NAME)
+    chosen = peers if peers is not None else [n for n in here if n not in left_out]
     steps = (FORWARD, FORWARD_BACKWARD) if backward else (FORWARD,)
     cases = cases_of(suite, (dtype,), kinds, steps, [tuple(shape) for shape in shapes])
     if not cases:

@@ -229,6 +229,8 @@ ATTENTION_PEERS: dict[str, Maker] = {
     "compile": lambda _: unfused(_compiled(naive_attention)),
     "onnxruntime": lambda _: onnx_runtime(),
     "openvino": lambda _: open_vino(),
+    "numba": lambda _: partial(rowmax_attention, backend="numba"),
+    "native": lambda _: partial(rowmax_attention, backend="native"),
     "flash-attn": lambda kind: partial(flash_attn, kind),
     "xformers": lambda kind: partial(xformers_attention, kind),
 }
@@ -236,6 +238,8 @@ NORM_PEERS: dict[str, Maker] = {
     "torch": lambda kind: partial(torch_norm, kind),
     "naive": lambda kind: partial(naive_norm, kind),
     "compile": lambda kind: _compiled(lambda inputs: naive_norm(kind, inputs)),
+    "numba": lambda kind: partial(rowmax_norm, kind, backend="numba"),
+    "native": lambda kind: partial(rowmax_norm, kind, backend="native"),
     "liger": lambda kind: partial(liger_norm, kind),
 }
 MODEL_PEERS: dict[str, Maker] = {
@@ -243,6 +247,8 @@ MODEL_PEERS: dict[str, Maker] = {
     "naive": lambda _: partial(models.run, models.naive_path()),
 }
 SLOW_TO_START = ("flex", "compile")  # left out by --quick
+# rowmax's own backends, beside the one that --backend means: for who writes or prefers one.
+ONLY_BY_NAME = ("numba", "native")
 # What a peer that is not torch's own is imported as.
 PACKAGES = {
     "flash-attn": ("flash_attn",),
