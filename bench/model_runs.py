@@ -42,7 +42,7 @@ _RESERVE = 0.25
 _LEAST_STEPS = 20
 # Each architecture trains a part of the steps at each of these, times the corpus's own rate, and
 # keeps the one that does best on held-out text: one rate for all would favour whom it suits.
-RATES = (0.5, 1.0, 2.0)
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 _PILOT = 4  # a pilot takes one step of so many
 _PILOT_PAIRS = 500
 _PILOT_SEED = 2**31 - 1
