@@ -62,7 +62,7 @@ KERNEL_SOURCES = [
 INSTRUCTION_SETS: dict[str, tuple[list[str], list[str]]] = {"portable": ([], KERNEL_SOURCES)}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-    AVX512 = [*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
+    AVX512 = [*AVX2, "-mprfchw", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
     INSTRUCTION_SETS |= {
         "avx2": (AVX2, KERNEL_SOURCES),
         "avx512": (AVX512, KERNEL_SOURCES),

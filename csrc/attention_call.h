@@ -10,6 +10,10 @@ namespace rowmax {
 // Types of tensors in memory: the one computed in, or a half type that is widened to float.
 enum Half : int64_t { kWhole = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+// What becomes of a block of the bias gradient: each element is one pair's and is put there, in the
+// type computed in or a half type, or it is a sum, in the type computed in or in double.
+enum BiasSum : int64_t { kPut = 0, kSum = 1, kSumWide = 2 };
+
 struct AttentionCall {
   const void* query;  // (B, Hq, Lq, D)
   const void* key;    // (B, Hkv, Lk, D)
@@ -72,7 +76,7 @@ struct AttentionCall {
   int64_t d_value_batch, d_value_head, d_value_row;
   void* d_bias;  // zeros, as bias
   int64_t d_bias_batch, d_bias_head, d_bias_row, d_bias_column;
-  bool d_bias_wide;  // d_bias is double: a bias that is broadcast, whose gradient is a sum
+  int64_t d_bias_sum, d_bias_half;
   double* delta;     // (B, Hq, query_rows): written where the sinks' gradient needs it, or absent
   int64_t batch_tasks, head_tasks;  // 1 where one task takes all batch elements, or all heads
   int64_t chunk_tasks, chunk_keys;  // chunks of keys, a multiple of BLOCK_KEYS; 1 and all keys

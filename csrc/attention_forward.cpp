@@ -34,9 +34,6 @@ struct ForwardScratch {
       const int64_t columns = max(call.head_dim, call.value_dim) + LANES<T>;
       wide_rows = scratch.take<T>(max<int64_t>(BLOCK_KEYS, width) * columns);
     }
-    if (call.bias_half != kWhole) {
-      bias_rows = scratch.take<T>(BLOCK_KEYS * width);
-    }
   }
 
   T *query_t, *out_t;    // Q^T, (Dv, width)
@@ -45,7 +42,6 @@ struct ForwardScratch {
   T* rescale;
   IntOf<T>*first, *last;
   T* wide_rows = nullptr;  // of half types: queries, then a block of keys or values, then out
-  T* bias_rows = nullptr;
 };
 
 // Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
@@ -166,10 +162,40 @@ void finish(
   }
 }
 
-// One tile of queries of head (b, h), from `start` on.
+enum Part { kQuery, kKey, kValue, kOut };
+
+// Ask for a part of a short head, which would begin by waiting for memory. A tile does so for the head
+// after it, a part before each of its own steps: a core that asks for a whole head at once waits until
+// most of it has come.
+template <typename T>
+void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
+  const int64_t b = plane / call.heads, h = plane % call.heads;
+  const Sequence at = sequence_of(call, b);
+  const int64_t head = h / (call.heads / call.key_heads);
+  if (part == kQuery) {
+    const int64_t query =
+        at.place * call.query_batch + h * call.query_head + at.first_query * call.query_row;
+    prefetch_rows<T>(call.half, call.query, query, call.query_row, at.query_len, call.head_dim);
+  } else if (part == kKey) {
+    const int64_t key =
+        at.place * call.key_batch + head * call.key_head + at.first_key * call.key_row;
+    prefetch_rows<T>(call.half, call.key, key, call.key_row, at.key_len, call.head_dim);
+  } else if (part == kValue) {
+    const int64_t value =
+        at.place * call.value_batch + head * call.value_head + at.first_key * call.value_row;
+    prefetch_rows<T>(call.half, call.value, value, call.value_row, at.key_len, call.value_dim);
+  } else {
+    const int64_t out =
+        at.place * call.out_batch + h * call.out_head + at.first_query * call.out_row;
+    prefetch_target<T>(call.half, call.out, out, call.out_row, at.query_len, call.value_dim);
+  }
+}
+
+// One tile of queries of head (b, h), from `start` on; `following` is the short head after it, or -1.
 template <typename Products, typename T = typename Products::T>
 void forward_tile(
-    const AttentionCall& call, int64_t b, int64_t h, int64_t start, const ForwardScratch<T>& to) {
+    const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t following,
+    const ForwardScratch<T>& to) {
   const Sequence sequence = sequence_of(call, b);
   const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
   if (tile.rows <= 0 || sequence.query_len <= call.few) {
@@ -186,6 +212,10 @@ void forward_tile(
   const bool sink = call.sinks != nullptr;  // a key of weight 1 without a value
   fill(to.row_max, width, sink ? static_cast<T>(call.sinks[h] * LOG2_E) : -INFINITE<T>);
   fill(to.row_sum, width, sink ? T(1) : T(0));
+  if (following >= 0) {
+    prefetch_part<T>(call, b * call.heads + h, kOut);
+    prefetch_part<T>(call, following, kQuery);
+  }
   if (range.begin < range.end) {
     const int64_t offset = sequence.place * call.query_batch + h * call.query_head +
                            (sequence.first_query + start) * call.query_row;
@@ -199,14 +229,20 @@ void forward_tile(
     }
     Products::score_product(
         call, key + k0 * call.key_row, keys, width, to.query_t, to.scores, to.wide_rows);
+    if (following >= 0 && !started) {
+      prefetch_part<T>(call, following, kKey);
+    }
     if (call.cap != 0.0) {
       cap_scores(static_cast<T>(call.cap), to.scores, to.terms, keys * width);
     }
     if (has_terms(call)) {
-      add_terms(call, tile, k0, keys, to.scores, to.terms, to.bias_rows);
+      add_terms(call, tile, k0, keys, to.scores, to.terms);
     }
     const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
     const bool moved = softmax_block(masked, k0, keys, width, to);
+    if (following >= 0 && !started) {
+      prefetch_part<T>(call, following, kValue);
+    }
     if (call.dropout) {
       drop_weights(call, tile, k0, keys, to.scores);
     }
@@ -219,22 +255,6 @@ void forward_tile(
     fill(to.out_t, call.value_dim * width, T(0));
   }
   finish(call, sequence, tile, to);
-}
-
-// Ask for q, k and v of a short head, which would begin by waiting for memory.
-template <typename T>
-void prefetch_head(const AttentionCall& call, int64_t plane) {
-  const int64_t b = plane / call.heads, h = plane % call.heads;
-  const Sequence at = sequence_of(call, b);
-  const int64_t head = h / (call.heads / call.key_heads);
-  const int64_t query =
-      at.place * call.query_batch + h * call.query_head + at.first_query * call.query_row;
-  const int64_t key = at.place * call.key_batch + head * call.key_head + at.first_key * call.key_row;
-  const int64_t value =
-      at.place * call.value_batch + head * call.value_head + at.first_key * call.value_row;
-  prefetch_rows<T>(call.half, call.query, query, call.query_row, at.query_len, call.head_dim);
-  prefetch_rows<T>(call.half, call.key, key, call.key_row, at.key_len, call.head_dim);
-  prefetch_rows<T>(call.half, call.value, value, call.value_row, at.key_len, call.value_dim);
 }
 
 // All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask) first.
@@ -252,12 +272,11 @@ void forward(const AttentionCall& call, void* memory) {
     }
     const int64_t end = min(first + call.run, tasks);
     for (int64_t task = first; task < end; ++task) {
-      const int64_t following = task + 1;
-      if (following % tiles == 0 && following < end) {
-        prefetch_head<T>(call, following / tiles);
-      }
+      const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
+      const int64_t following = next_head ? (task + 1) / tiles : -1;
       const int64_t plane = task / tiles, tile = tiles - 1 - task % tiles;
-      forward_tile<Products>(call, plane / call.heads, plane % call.heads, tile * call.tile, parts);
+      forward_tile<Products>(
+          call, plane / call.heads, plane % call.heads, tile * call.tile, following, parts);
     }
   }
 }

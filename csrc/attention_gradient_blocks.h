@@ -91,45 +91,93 @@ inline void gradient_block(
   });
 }
 
-// target[i, j] += dS^T[j, i], summed in float64 over a dimension whose stride is 0.
-template <typename T, typename Target>
-inline void add_bias_gradient(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, const T* d_scores,
-    Target* target) {
-  const int64_t row = call.d_bias_row, column = call.d_bias_column;
-  target += tile.b * call.d_bias_batch + tile.h * call.d_bias_head + tile.start * row + k0 * column;
-  if (row == 0) {
+// target[j] += sum_i dS^T[j, i]
+template <typename T>
+inline void sum_over_rows(
+    double* target, int64_t column, const Tile& tile, int64_t keys, const T* d_scores) {
+  for (int64_t k = 0; k < keys; ++k) {
+    double total = 0.0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      total += static_cast<double>(d_scores[k * tile.width + r]);
+    }
+    target[k * column] += total;
+  }
+}
+
+// target[i] += sum_j dS^T[j, i]
+template <typename T>
+inline void sum_over_columns(
+    double* target, int64_t row, const Tile& tile, int64_t keys, const T* d_scores) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    double total = 0.0;
     for (int64_t k = 0; k < keys; ++k) {
-      double total = 0.0;
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        total += static_cast<double>(d_scores[k * tile.width + r]);
-      }
-      target[k * column] += static_cast<Target>(total);
+      total += static_cast<double>(d_scores[k * tile.width + r]);
     }
-  } else if (column == 0) {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      double total = 0.0;
-      for (int64_t k = 0; k < keys; ++k) {
-        total += static_cast<double>(d_scores[k * tile.width + r]);
+    target[r * row] += total;
+  }
+}
+
+// dS^T of a tile's block, turned over LANES x LANES at a time, into d_bias or added to it. `turned` is
+// scratch of one such block.
+template <BiasSum sum, typename T, typename Target>
+inline void put_matrix(
+    const AttentionCall& call, const Tile& tile, int64_t keys, const T* d_scores, T* turned,
+    Target* target) {
+  constexpr int lanes = LANES<T>;
+  for (int64_t v = 0; v < tile.rows; v += lanes) {
+    for (int64_t k = 0; k < keys; k += lanes) {
+      const int64_t rows = min<int64_t>(lanes, tile.rows - v);
+      const int64_t columns = min<int64_t>(lanes, keys - k);
+      const T* from = d_scores + k * tile.width + v;
+      Target* at = target + v * call.d_bias_row + k;
+      if constexpr (sum != kSumWide) {
+        if (rows == lanes && columns == lanes) {
+          constexpr Turn turn = sum == kPut ? Turn::kPut : Turn::kAdd;
+          turn_block<turn>(from, tile.width, at, call.d_bias_row, T(1));
+          continue;
+        }
       }
-      target[r * row] += static_cast<Target>(total);
-    }
-  } else {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      for (int64_t k = 0; k < keys; ++k) {
-        target[r * row + k * column] += static_cast<Target>(d_scores[k * tile.width + r]);
+      turn_block<Turn::kPut>(from, tile.width, turned, int64_t{lanes}, T(1));
+      for (int64_t r = 0; r < rows; ++r, at += call.d_bias_row) {
+        const T* part = turned + r * lanes;
+        if constexpr (sum == kSumWide) {
+          for (int64_t c = 0; c < columns; ++c) {
+            at[c] += static_cast<double>(part[c]);
+          }
+        } else if constexpr (sum == kSum) {
+          store_first(at, load(part) + load_first(at, columns), columns);
+        } else {
+          store_first(at, load(part), columns);
+        }
       }
     }
   }
 }
 
+// d_bias = dS of a tile's block, or d_bias += dS where pairs share an element of the bias.
 template <typename T>
-inline void add_to_bias(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, const T* d_scores) {
-  if (call.d_bias_wide) {
-    add_bias_gradient(call, tile, k0, keys, d_scores, static_cast<double*>(call.d_bias));
+inline void put_bias_gradient(
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, const T* d_scores,
+    T* turned) {
+  const int64_t row = call.d_bias_row, column = call.d_bias_column;
+  const int64_t offset =
+      tile.b * call.d_bias_batch + tile.h * call.d_bias_head + tile.start * row + k0 * column;
+  if (call.d_bias_sum == kSumWide) {
+    double* target = static_cast<double*>(call.d_bias) + offset;
+    if (row == 0) {
+      sum_over_rows(target, column, tile, keys, d_scores);
+    } else if (column == 0) {
+      sum_over_columns(target, row, tile, keys, d_scores);
+    } else {
+      put_matrix<kSumWide>(call, tile, keys, d_scores, turned, target);
+    }
+  } else if (call.d_bias_sum == kSum) {
+    prefetch_block<T>(kWhole, call.d_bias, offset, row, tile.rows, call.key_len - k0);
+    put_matrix<kSum>(call, tile, keys, d_scores, turned, static_cast<T*>(call.d_bias) + offset);
   } else {
-    add_bias_gradient(call, tile, k0, keys, d_scores, static_cast<T*>(call.d_bias));
+    with_items<T>(call.d_bias_half, call.d_bias, [&](auto* items) {
+      put_matrix<kPut>(call, tile, keys, d_scores, turned, items + offset);
+    });
   }
 }
 

@@ -60,9 +60,6 @@ struct BackwardScratch {
     if (has_terms(call) || Products::spare) {
       spare = scratch.take<T>(BLOCK_KEYS * width);
     }
-    if (call.bias_half != kWhole) {
-      bias_rows = scratch.take<T>(BLOCK_KEYS * width);
-    }
   }
 
   int64_t head_columns, value_columns;   // D and Dv in whole vectors
@@ -76,7 +73,7 @@ struct BackwardScratch {
   T* slopes = nullptr;                   // (BLOCK_KEYS, width): the derivative of the softcap
   T* ones;                               // (VECTORS * LANES,)
   T* key_rows = nullptr;                 // BLOCK_KEYS rows of K and V, widened or in pairs
-  T *spare = nullptr, *bias_rows = nullptr;  // (BLOCK_KEYS, width)
+  T* spare = nullptr;                    // (BLOCK_KEYS, width)
 };
 
 // lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing. Such a row
@@ -164,11 +161,44 @@ T* add_in_turn(
   return total;
 }
 
+enum Part { kQuery, kKey, kValue, kOut, kGradOut };
+
+// Ask for a part of what the first query head of a head of K and V reads, as the forward pass does: see
+// attention_forward.
+template <typename T>
+void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
+  const int64_t b = plane / call.key_heads, head = plane % call.key_heads;
+  const int64_t h = head * (call.heads / call.key_heads);
+  const Sequence at = sequence_of(call, b);
+  const auto ask = [&](const void* address, int64_t batch, int64_t of_head, int64_t which,
+                       int64_t row, int64_t first, int64_t rows, int64_t columns) {
+    const int64_t offset = at.place * batch + which * of_head + first * row;
+    prefetch_rows<T>(call.half, address, offset, row, rows, columns);
+  };
+  if (part == kQuery) {
+    ask(call.query, call.query_batch, call.query_head, h, call.query_row, at.first_query,
+        at.query_len, call.head_dim);
+  } else if (part == kKey) {
+    ask(call.key, call.key_batch, call.key_head, head, call.key_row, at.first_key, at.key_len,
+        call.head_dim);
+  } else if (part == kValue) {
+    ask(call.value, call.value_batch, call.value_head, head, call.value_row, at.first_key,
+        at.key_len, call.value_dim);
+  } else if (part == kOut) {
+    ask(call.out, call.out_batch, call.out_head, h, call.out_row, at.first_query, at.query_len,
+        call.value_dim);
+  } else {
+    ask(call.grad_out, call.grad_out_batch, call.grad_out_head, h, call.grad_out_row,
+        at.first_query, at.query_len, call.value_dim);
+  }
+}
+
 // One tile of queries and one chunk of keys: adds to its d_query and to the chunk's d_key and d_value.
+// `following` is the short head of K and V after it, or -1.
 template <typename Products, typename T = typename Products::T>
 void backward_tile(
     const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t chunk,
-    const BackwardScratch<Products>& with) {
+    int64_t following, const BackwardScratch<Products>& with) {
   const Sequence sequence = sequence_of(call, b);
   const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
   const int64_t rows = tile.rows, width = tile.width;
@@ -195,6 +225,9 @@ void backward_tile(
   const int64_t value =
       place * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
 
+  if (following >= 0) {
+    prefetch_part<T>(call, following, kQuery);
+  }
   fill(with.d_query_t, call.head_dim * width, T(0));
   TileParts<T> parts{with.query_t,   with.grad_out_t, with.query_rows, with.grad_out_rows, {}, {},
                      terms.lse2, terms.delta};
@@ -212,6 +245,9 @@ void backward_tile(
     Products::load_tile(call, at, tile, dead, parts);
     finish_delta(call, row, rows, terms, chunk == first_chunk);
   }
+  if (following >= 0) {
+    prefetch_part<T>(call, following, kOut);
+  }
 
   const bool alone = call.chunk_tasks == 1;
   int64_t blocks = 0;
@@ -222,17 +258,24 @@ void backward_tile(
     }
     const KeyBlock<T> block{
         key + k0 * call.key_row, value + k0 * call.value_row, keys, with.key_rows, with.spare};
+    const bool asks = following >= 0 && blocks == 0;
     Products::score_products(call, block, width, parts, with.scores, with.d_weights);
+    if (asks) {
+      prefetch_part<T>(call, following, kKey);
+    }
     if (call.cap != 0.0) {
       cap_scores(static_cast<T>(call.cap), with.scores, with.slopes, keys * width);
     }
     if (has_terms(call)) {
-      add_terms(call, tile, k0, keys, with.scores, with.spare, with.bias_rows);
+      add_terms(call, tile, k0, keys, with.scores, with.spare);
     }
     const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
     gradient_block(call, tile, masked, k0, keys, with.scores, with.d_weights, terms);
+    if (asks) {
+      prefetch_part<T>(call, following, kValue);
+    }
     if (call.d_bias != nullptr) {
-      add_to_bias(call, tile, k0, keys, with.d_weights);
+      put_bias_gradient(call, tile, k0, keys, with.d_weights, with.spare);
     }
     if (call.cap != 0.0) {
       for (int64_t at = 0; at < keys * width; at += LANES<T>) {
@@ -245,6 +288,9 @@ void backward_tile(
         {with.d_key + done * with.head_columns, with.head_columns},
         {with.d_value + done * with.value_columns, with.value_columns},
         alone ? with.d_query_t : with.parts + blocks * call.head_dim * width, alone, with.ones);
+    if (asks) {
+      prefetch_part<T>(call, following, kGradOut);
+    }
     ++blocks;
   }
 
@@ -259,32 +305,10 @@ void backward_tile(
   put_query<T>(call, place, first_row, tile, d_query_t, {with.query_rows, with.head_columns});
 }
 
-// Ask for what the first query head of one head of K and V reads; see attention_forward.
-template <typename T>
-void prefetch_head(const AttentionCall& call, int64_t b, int64_t head) {
-  const Sequence at = sequence_of(call, b);
-  const int64_t h = head * (call.heads / call.key_heads);
-  const auto ask = [&](const void* address, int64_t batch, int64_t of_head, int64_t which,
-                       int64_t row, int64_t first, int64_t rows, int64_t columns) {
-    const int64_t offset = at.place * batch + which * of_head + first * row;
-    prefetch_rows<T>(call.half, address, offset, row, rows, columns);
-  };
-  ask(call.query, call.query_batch, call.query_head, h, call.query_row, at.first_query,
-      at.query_len, call.head_dim);
-  ask(call.key, call.key_batch, call.key_head, head, call.key_row, at.first_key, at.key_len,
-      call.head_dim);
-  ask(call.value, call.value_batch, call.value_head, head, call.value_row, at.first_key, at.key_len,
-      call.value_dim);
-  ask(call.grad_out, call.grad_out_batch, call.grad_out_head, h, call.grad_out_row, at.first_query,
-      at.query_len, call.value_dim);
-  ask(call.out, call.out_batch, call.out_head, h, call.out_row, at.first_query, at.query_len,
-      call.value_dim);
-}
-
 // One chunk of a head of K and V, with every query of every query head that shares it.
 template <typename Products, typename T = typename Products::T>
 void backward_chunk(
-    const AttentionCall& call, int64_t b, int64_t head, int64_t chunk,
+    const AttentionCall& call, int64_t b, int64_t head, int64_t chunk, int64_t following,
     const BackwardScratch<Products>& with) {
   const Sequence sequence = sequence_of(call, b);
   const int64_t begin = chunk * call.chunk_keys;
@@ -297,7 +321,9 @@ void backward_chunk(
   const int64_t groups = call.heads / call.key_heads;
   for (int64_t h = head * groups; h < (head + 1) * groups; ++h) {
     for (int64_t tile = (sequence.query_len + call.tile - 1) / call.tile - 1; tile >= 0; --tile) {
-      backward_tile<Products>(call, b, h, tile * call.tile, chunk, with);
+      const bool is_last = tile == 0 && h == (head + 1) * groups - 1;
+      backward_tile<Products>(
+          call, b, h, tile * call.tile, chunk, is_last ? following : -1, with);
     }
   }
   const int64_t first_key = sequence.first_key + begin;
@@ -328,16 +354,14 @@ void backward(const AttentionCall& call, void* memory) {
     }
     const int64_t last = min(first + call.run, tasks) - 1;
     for (int64_t task = first; task <= last; ++task) {
-      if (task < last) {
-        prefetch_head<T>(call, (task + 1) / call.key_heads, (task + 1) % call.key_heads);
-      }
+      const int64_t following = task < last ? task + 1 : -1;  // a task is a head where several run
       const int64_t plane = task / call.chunk_tasks, chunk = task % call.chunk_tasks;
       const int64_t b = plane / call.head_tasks, head = plane % call.head_tasks;
       const int64_t b_end = call.batch_tasks == call.batch ? b + 1 : call.batch;
       const int64_t head_end = call.head_tasks == call.key_heads ? head + 1 : call.key_heads;
       for (int64_t each_b = b; each_b < b_end; ++each_b) {
         for (int64_t each_head = head; each_head < head_end; ++each_head) {
-          backward_chunk<Products>(call, each_b, each_head, chunk, parts);
+          backward_chunk<Products>(call, each_b, each_head, chunk, following, parts);
         }
       }
     }

@@ -256,8 +256,17 @@ void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row
   call.chunk_keys = chunk_blocks * BLOCK_KEYS;
 }
 
-// d_query, d_key and d_value are written whole; d_bias, zeros like bias, is added to, in float64 where
-// it is broadcast; delta (B, Hq, Lq) float64 is written where a tile of keys meets the row.
+// How the gradient of a bias comes about, for kernels/cpu_preparation.py's choice of its type.
+BiasSum bias_sum(const AttentionCall& call, const Tensor& d_bias, int type) {
+  const bool in_tiles = d_bias.size(2) == call.query_len && d_bias.size(3) == call.key_len;
+  if (in_tiles && d_bias.size(0) == call.batch && d_bias.size(1) == call.heads) {
+    return kPut;
+  }
+  const ScalarType computed = type == 1 ? ScalarType::Double : ScalarType::Float;
+  return in_tiles && d_bias.scalar_type() == computed ? kSum : kSumWide;
+}
+
+// d_query, d_key and d_value are written whole; d_bias comes as zeros; delta (B, Hq, Lq) float64 is written where a tile of keys meets the row.
 void backward(
     const View& out, const Tensor& lse, const View& grad_out, const MaybeTensor& grad_lse,
     const View& d_query, const View& d_key, const View& d_value, const MaybeTensor& d_bias,
@@ -287,7 +296,8 @@ void backward(
   call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
   if (d_bias) {
     call.d_bias = d_bias->data_ptr();
-    call.d_bias_wide = launch.type == 0 && d_bias->scalar_type() == ScalarType::Double;
+    call.d_bias_half = half_of(d_bias->scalar_type());
+    call.d_bias_sum = bias_sum(call, *d_bias, launch.type);
     call.d_bias_batch = broadcast_stride(*d_bias, 0);
     call.d_bias_head = broadcast_stride(*d_bias, 1);
     call.d_bias_row = broadcast_stride(*d_bias, 2);
@@ -304,7 +314,7 @@ void backward(
       chunked ? call.batch * call.heads * divide_up(call.query_len, call.tile) : 0;
   const int64_t sums = turns * call.tile * call.head_dim * launch.element;
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
-  const bool whole = tasks == call.batch * call.key_heads;  // a task is a head
+  const bool whole = !chunked && tasks == call.batch * call.key_heads;  // a task is a head
   call.run = whole ? std::max<int64_t>(1, launch.heads_at_once(tasks)) : 1;
   const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
   const AttentionKernel& kernel =

@@ -65,6 +65,19 @@ inline void prefetch_rows(
   }
 }
 
+// Ask for rows that will be written soon.
+template <typename T>
+inline void prefetch_target(
+    int64_t half, void* address, int64_t offset, int64_t row, int64_t rows, int64_t columns) {
+  const int64_t size = half == kWhole ? sizeof(T) : 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    char* first = static_cast<char*>(address) + (offset + r * row) * size;
+    for (int64_t at = 0; at < columns * size; at += 64) {
+      prefetch_to_write(first + at);
+    }
+  }
+}
+
 // target = factor * source; rows of `source` are padded to vectors.
 template <typename T>
 inline void write_rows(

@@ -194,35 +194,121 @@ inline bool has_terms(const AttentionCall& call) {
          call.query_documents != nullptr;
 }
 
-// terms = log2(e) * bias, transposed.
+// scores += added; -inf wherever `added` is, even over NaN.
 template <typename T>
-inline void load_bias(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* terms, T* scratch) {
+ROWMAX_INLINE void add_pair(T* scores, Vec<T> added) {
+  const Vec<T> nothing = splat(-INFINITE<T>);
+  store(scores, select(added == nothing, nothing, load(scores) + added));
+}
+
+// The upper left of a LANES x LANES block; zeros in the rest.
+template <typename T, typename Item>
+inline void copy_block(const Item* source, int64_t row, int64_t rows, int64_t columns, T* block) {
+  for (int64_t r = 0; r < LANES<T>; ++r) {
+    store(block + r * LANES<T>, r < rows ? load_first(source + r * row, columns) : Vec<T>{});
+  }
+}
+
+// Which of the first `count` bytes are not 0; what lies beyond is not read.
+template <typename T>
+ROWMAX_INLINE Ints<T> load_first_flags(const uint8_t* from, int64_t count) {
+  constexpr int lanes = LANES<T>;
+  uint8_t flags[lanes] = {};
+  if (count < lanes) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      flags[lane] = from[lane];
+    }
+    from = flags;
+  }
+  return __builtin_convertvector(load_bits<Lanes<uint8_t, lanes>>(from), Ints<T>) != 0;
+}
+
+// Ask for the block after the one at `offset`, up to the end of the rows' `keys` left here. A block is
+// short pieces of many rows, which the hardware does not foresee.
+template <typename T>
+inline void prefetch_block(
+    int64_t half, const void* address, int64_t offset, int64_t row, int64_t rows, int64_t keys) {
+  const int64_t columns = min<int64_t>(BLOCK_KEYS, keys - BLOCK_KEYS);
+  if (columns > 0) {
+    prefetch_rows<T>(half, address, offset + BLOCK_KEYS, row, rows, columns);
+  }
+}
+
+inline bool bias_is_matrix(const AttentionCall& call) {
+  return call.bias != nullptr && call.bias_row != 0 && call.bias_column == 1;
+}
+inline bool dense_is_matrix(const AttentionCall& call) {
+  return call.dense != nullptr && call.dense_row != 0 && call.dense_column == 1;
+}
+
+// What differs from pair to pair: log2(e) * bias, and -inf where the dense mask forbids.
+//
+// It lies in memory a query a row, and is turned over LANES x LANES at a time. Keys past the last of a
+// block get something too, which is not used. `block` is scratch of one such block.
+template <typename T>
+inline void add_matrix(
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* block) {
+  constexpr int lanes = LANES<T>;
+  const T factor = static_cast<T>(LOG2_E);
+  const int64_t offset = tile.b * call.bias_batch + tile.h * call.bias_head +
+                         tile.start * call.bias_row + k0;
+  const bool bias = bias_is_matrix(call), dense = dense_is_matrix(call);
+  const uint8_t* allowed = dense ? dense_at(call, tile, k0) : nullptr;
+  if (bias) {
+    prefetch_block<T>(
+        call.bias_half, call.bias, offset, call.bias_row, tile.rows, call.key_len - k0);
+  }
+  with_items<T>(call.bias_half, call.bias, [&](auto* items) {
+    for (int64_t v = 0; v < tile.width; v += lanes) {
+      for (int64_t k = 0; k < keys; k += lanes) {
+        const int64_t rows = min<int64_t>(lanes, tile.rows - v);
+        const int64_t columns = min<int64_t>(lanes, keys - k);
+        T* target = scores + k * tile.width + v;
+        const auto* source = items + offset + v * call.bias_row + k;
+        if (bias && !dense && rows == lanes && columns == lanes) {
+          turn_block<Turn::kScore>(source, call.bias_row, target, tile.width, factor);
+          continue;
+        }
+        copy_block(source, call.bias_row, bias ? rows : 0, columns, block);
+        for (int64_t r = 0; dense && r < rows; ++r) {
+          const uint8_t* flags = allowed + (v + r) * call.dense_row + k;
+          T* at = block + r * lanes;
+          store(at, select(load_first_flags<T>(flags, columns), load(at), splat(-INFINITE<T>)));
+        }
+        turn_block<Turn::kScore>(block, int64_t{lanes}, target, tile.width, factor);
+      }
+    }
+  });
+}
+
+// log2(e) * a bias that is the same for all queries or for all keys.
+template <typename T>
+inline void add_bias(
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* scratch) {
   const T factor = static_cast<T>(LOG2_E);
   const int64_t offset = tile.b * call.bias_batch + tile.h * call.bias_head +
                          tile.start * call.bias_row + k0 * call.bias_column;
+  const bool by_row = call.bias_row != 0;
   const Matrix<const T> source = readable<T>(
-      call.bias_half, call.bias, offset, call.bias_row, call.bias_row == 0 ? 1 : tile.rows,
+      call.bias_half, call.bias, offset, call.bias_row, by_row ? tile.rows : 1,
       call.bias_column == 0 ? 1 : keys, scratch);
-  if (call.bias_row == 0) {
-    for (int64_t k = 0; k < keys; ++k) {
-      fill(terms + k * tile.width, tile.width, source.at[k * call.bias_column] * factor);
-    }
-  } else if (call.bias_column == 1) {
-    transpose<T>(source, {terms, tile.width}, tile.rows, keys, factor);
-  } else {
-    for (int64_t k = 0; k < keys; ++k) {
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        terms[k * tile.width + r] = source.at[r * source.row + k * call.bias_column] * factor;
-      }
+  T* of_rows = scratch + VECTORS * LANES<T>;
+  for (int64_t r = 0; by_row && r < tile.width; ++r) {
+    of_rows[r] = r < tile.rows ? source.at[r * source.row] * factor : T(0);
+  }
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t v = 0; v < tile.width; v += LANES<T>) {
+      const Vec<T> added =
+          by_row ? load(of_rows + v) : splat(source.at[k * call.bias_column] * factor);
+      add_pair(scores + k * tile.width + v, added);
     }
   }
 }
 
-// terms -= log2(e) * slope * |i + offset - j| (ALiBi).
+// scores -= log2(e) * slope * |i + offset - j| (ALiBi).
 template <typename T>
 inline void subtract_decay(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* terms) {
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores) {
   const double slope = call.alibi[tile.b * call.alibi_batch + tile.h];
   const int64_t offset = call.alibi_offset[tile.b * call.alibi_offset_batch];
   const Vec<T> decay = splat(static_cast<T>(-LOG2_E * slope)), zero{};
@@ -231,29 +317,29 @@ inline void subtract_decay(
       Vec<T> distance =
           splat(static_cast<T>(tile.start + v + offset - (k0 + k))) + lane_numbers<T>();
       distance = maximum(distance, zero - distance);
-      T* at = terms + k * tile.width + v;
+      T* at = scores + k * tile.width + v;
       store(at, multiply_add(distance, decay, load(at)));
     }
   }
 }
 
-// terms = -inf where the dense mask or the documents forbid a pair.
+// scores = -inf where documents, or a dense mask that is no matrix, forbid a pair.
 template <typename T>
 inline void forbid(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* terms) {
-  if (call.dense != nullptr) {
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores) {
+  if (call.dense != nullptr && !dense_is_matrix(call)) {
     const uint8_t* allowed = dense_at(call, tile, k0);
     for (int64_t k = 0; k < keys; ++k) {
       const uint8_t* column = allowed + k * call.dense_column;
       if (call.dense_row == 0) {
         if (column[0] == 0) {
-          fill(terms + k * tile.width, tile.width, -INFINITE<T>);
+          fill(scores + k * tile.width, tile.width, -INFINITE<T>);
         }
         continue;
       }
       for (int64_t r = 0; r < tile.rows; ++r) {
         if (column[r * call.dense_row] == 0) {
-          terms[k * tile.width + r] = -INFINITE<T>;
+          scores[k * tile.width + r] = -INFINITE<T>;
         }
       }
     }
@@ -264,34 +350,28 @@ inline void forbid(
     for (int64_t k = 0; k < keys; ++k) {
       for (int64_t r = 0; r < tile.rows; ++r) {
         if (queries[r] != ids[k]) {
-          terms[k * tile.width + r] = -INFINITE<T>;
+          scores[k * tile.width + r] = -INFINITE<T>;
         }
       }
     }
   }
 }
 
-// scores += log2(e) * (bias + ALiBi), and -inf where bias, dense mask or documents say so.
-// `scores` and `terms` are (keys, width); `terms` and `scratch`, of the same size, are scratch.
+// scores += log2(e) * (bias + ALiBi), and -inf where bias, dense mask or documents say so. `scores` is
+// (keys, width), and so is `scratch`.
 template <typename T>
 inline void add_terms(
-    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* terms,
-    T* scratch) {
-  if (call.bias == nullptr || tile.rows < tile.width) {
-    fill(terms, keys * tile.width, T(0));
-  }
-  if (call.bias != nullptr) {
-    load_bias(call, tile, k0, keys, terms, scratch);
-  }
+    const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* scratch) {
   if (call.alibi != nullptr) {
-    subtract_decay(call, tile, k0, keys, terms);
+    subtract_decay(call, tile, k0, keys, scores);
   }
-  forbid(call, tile, k0, keys, terms);
-  const Vec<T> nothing = splat(-INFINITE<T>);
-  for (int64_t at = 0; at < keys * tile.width; at += LANES<T>) {
-    const Vec<T> added = load(terms + at);
-    store(scores + at, added == nothing ? nothing : load(scores + at) + added);
+  if (call.bias != nullptr && !bias_is_matrix(call)) {
+    add_bias(call, tile, k0, keys, scores, scratch);
   }
+  if (bias_is_matrix(call) || dense_is_matrix(call)) {
+    add_matrix(call, tile, k0, keys, scores, scratch);
+  }
+  forbid(call, tile, k0, keys, scores);
 }
 
 // --- dropout --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "constants.h"
-#include "microkernel.h"
+#include "simd.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -1,4 +1,4 @@
-// The one product behind every matrix multiplication here, and the transposition beside it.
+// The one product behind every matrix multiplication here.
 //
 //     C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
 //
@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "transposition.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {
@@ -33,12 +33,6 @@ template <typename T>
 struct Left {
   const T* at;
   int64_t row, depth;
-};
-// A matrix with contiguous columns.
-template <typename T>
-struct Matrix {
-  T* at;
-  int64_t row;
 };
 
 // The same number, of which the compiler knows nothing: so that it does not prepare the addresses of a
@@ -139,73 +133,6 @@ inline void multiply_wide(
     const int64_t vectors = min<int64_t>(VECTORS, (columns - at) / LANES<T>);
     multiply<T, Item>(
         vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, add);
-  }
-}
-
-// Two vectors' lanes in turn: their first halves (part = 0) or their second halves (part = 1).
-template <typename V, int... lane>
-ROWMAX_INLINE V interleave(V a, V b, int part, std::integer_sequence<int, lane...>) {
-  constexpr int lanes = sizeof...(lane);
-  return part == 0 ? __builtin_shufflevector(a, b, (lane / 2 + lanes * (lane % 2))...)
-                   : __builtin_shufflevector(a, b, (lanes / 2 + lane / 2 + lanes * (lane % 2))...);
-}
-template <typename V>
-ROWMAX_INLINE V interleave(V a, V b, int part) {
-  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
-  return interleave(a, b, part, std::make_integer_sequence<int, lanes>{});
-}
-
-// LANES vectors of LANES elements, in registers: log2(LANES) rounds of interleaving vector r with
-// vector r + LANES / 2.
-template <typename V, int lanes>
-ROWMAX_INLINE void transpose_rows(V (&rows)[lanes]) {
-#pragma GCC unroll 4
-  for (int round = lanes; round > 1; round /= 2) {
-    V mixed[lanes];
-#pragma GCC unroll 8
-    for (int r = 0; r < lanes / 2; ++r) {
-      mixed[2 * r] = interleave(rows[r], rows[r + lanes / 2], 0);
-      mixed[2 * r + 1] = interleave(rows[r], rows[r + lanes / 2], 1);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < lanes; ++r) {
-      rows[r] = mixed[r];
-    }
-  }
-}
-
-// LANES x LANES elements: to[c * to_row + r] = factor * from[r * from_row + c].
-template <typename T>
-__attribute__((noinline)) void transpose_block(
-    const T* from, int64_t from_row, T* to, int64_t to_row, T factor) {
-  constexpr int lanes = LANES<T>;
-  Vec<T> rows[lanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < lanes; ++r) {
-    rows[r] = load(from + r * from_row) * splat(factor);
-  }
-  transpose_rows(rows);
-#pragma GCC unroll 16
-  for (int r = 0; r < lanes; ++r) {
-    store(to + r * to_row, rows[r]);
-  }
-}
-
-// to[c, r] = factor * from[r, c] for r < rows, c < columns.
-template <typename T>
-inline void transpose(
-    Matrix<const T> from, Matrix<T> to, int64_t rows, int64_t columns, T factor) {
-  constexpr int lanes = LANES<T>;
-  const int64_t full_rows = rows - rows % lanes, full_columns = columns - columns % lanes;
-  for (int64_t r = 0; r < full_rows; r += lanes) {
-    for (int64_t c = 0; c < full_columns; c += lanes) {
-      transpose_block(from.at + r * from.row + c, from.row, to.at + c * to.row + r, to.row, factor);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = r < full_rows ? full_columns : 0; c < columns; ++c) {
-      to.at[c * to.row + r] = from.at[r * from.row + c] * factor;
-    }
   }
 }
 

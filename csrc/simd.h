@@ -229,6 +229,19 @@ ROWMAX_INLINE V add_across(const V (&vectors)[count]) {
   }
 }
 
+// Two vectors' lanes in turn: their first halves (part = 0) or their second halves (part = 1).
+template <typename V, int... lane>
+ROWMAX_INLINE V interleave(V a, V b, int part, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return part == 0 ? __builtin_shufflevector(a, b, (lane / 2 + lanes * (lane % 2))...)
+                   : __builtin_shufflevector(a, b, (lanes / 2 + lane / 2 + lanes * (lane % 2))...);
+}
+template <typename V>
+ROWMAX_INLINE V interleave(V a, V b, int part) {
+  constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+  return interleave(a, b, part, std::make_integer_sequence<int, lanes>{});
+}
+
 // --- memory ---------------------------------------------------------------------------------------
 
 template <typename V>
@@ -380,9 +393,16 @@ ROWMAX_INLINE void fill(T* to, int64_t count, T value) {
   }
 }
 
-// Ask for the cache line of an address; one that is not there does no harm.
+// Ask for the cache line of an address; one that is not there does no harm. The empty statement is
+// for GCC, which takes a function that only prefetches for one without effect, and leaves out its calls.
 ROWMAX_INLINE void prefetch(const void* address) {
   __builtin_prefetch(address, 0, 2);
+  __asm__ volatile("");
+}
+// The same for a line that will be written: no other core may keep it.
+ROWMAX_INLINE void prefetch_to_write(const void* address) {
+  __builtin_prefetch(address, 1, 3);
+  __asm__ volatile("");
 }
 
 // --- threads --------------------------------------------------------------------------------------

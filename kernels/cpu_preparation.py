@@ -10,6 +10,8 @@ from torch import Tensor
 from .layout import statistics_dtype
 from .problem import AttentionProblem
 
+_FEW_SUMMED = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
+
 
 def prepared(problem: AttentionProblem) -> AttentionProblem:
     """The problem with everything a kernel reads in a form that it can read."""
@@ -80,6 +82,22 @@ def _sums_to_finite(tensor: Tensor) -> bool:
     if tensor.dtype == torch.float16:
         tensor = tensor.sum(3).float()
     return math.isfinite(tensor.sum().item())
+
+
+def bias_gradient(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros for the gradient of a bias, where scores of `shape` are computed in `dtype`.
+
+    Where each element is one pair's, as the bias, unless that is wider than `dtype`. A sum of many
+    float32 is kept in float64, unless it will be rounded to a half type, or whole tiles are summed
+    and few of them.
+    """
+    half = bias.dtype.itemsize == 2
+    if tuple(bias.shape) == shape:
+        return torch.zeros(bias.shape, dtype=bias.dtype if half and dtype == torch.float32 else dtype)
+    few = math.prod(shape) // max(1, bias.numel()) <= _FEW_SUMMED
+    if tuple(bias.shape[2:]) == shape[2:] and (half or few):
+        return torch.zeros(bias.shape, dtype=dtype)
+    return torch.zeros(bias.shape, dtype=torch.float64)
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:

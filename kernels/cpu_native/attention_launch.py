@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..cpu_preparation import prepared, unit_last_stride
+from ..cpu_preparation import bias_gradient, prepared, unit_last_stride
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..masks import Causal, Mask
 from ..problem import AttentionProblem
@@ -73,9 +73,7 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
     d_bias = None
     if bias_grad and bias is not None:
-        shared = tuple(bias.shape) != problem.shape  # its gradient is a sum
-        dtype = torch.float64 if shared else statistics_dtype(query.dtype)
-        d_bias = torch.zeros(bias.shape, dtype=dtype)
+        d_bias = bias_gradient(bias, problem.shape, statistics_dtype(query.dtype))
     delta = None
     if sinks_grad:
         # Rows that no tile of keys meets: out = 0, so that delta is -dlse.

@@ -16,7 +16,7 @@ from ..cpu_constants import (
     NO_BOUND,
     SHORT_HEAD,
 )
-from ..cpu_preparation import prepared, unit_last_stride
+from ..cpu_preparation import bias_gradient, prepared, unit_last_stride
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
 from .attention_decode import DECODE, most_queries, partial_elements
@@ -31,7 +31,6 @@ from .host import bfloat16_dots
 from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
-_FEW_SUMMED = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -160,7 +159,8 @@ def attention_backward(
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
     d_bias, d_bias_kind = None, PUT
     if bias_grad and bias is not None:
-        d_bias, d_bias_kind = _bias_sums(bias, problem.shape, dtype)
+        d_bias = bias_gradient(bias, problem.shape, dtype)
+        d_bias_kind = _bias_gradient_kind(d_bias, problem.shape, dtype)
     delta = None
     if sinks_grad:
         # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
@@ -225,21 +225,12 @@ def attention_backward(
     )
 
 
-def _bias_sums(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, int]:
-    """Zeros for the gradient of a bias, and how the kernel puts it there.
-
-    A sum of many float32 is kept in float64, unless it will be rounded to a half type.
-    """
-    if tuple(bias.shape) == shape:
-        if dtype == torch.float32 and bias.dtype in _HALVES:
-            kind = PUT_BFLOAT16 if bias.dtype == torch.bfloat16 else PUT_FLOAT16
-            return torch.zeros(bias.shape, dtype=bias.dtype), kind
-        return torch.zeros(bias.shape, dtype=dtype), PUT
-    summed = math.prod(shape) // max(1, bias.numel())
-    in_tiles = bias.shape[2] == shape[2] and bias.shape[3] == shape[3]
-    if in_tiles and (bias.dtype in _HALVES or dtype == torch.float64 or summed <= _FEW_SUMMED):
-        return torch.zeros(bias.shape, dtype=dtype), SUM
-    return torch.zeros(bias.shape, dtype=torch.float64), SUM_WIDE
+def _bias_gradient_kind(d_bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """How the kernel puts the gradient of a bias there, of scores of `shape`."""
+    if tuple(d_bias.shape) == shape:
+        return {torch.bfloat16: PUT_BFLOAT16, torch.float16: PUT_FLOAT16}.get(d_bias.dtype, PUT)
+    in_tiles = tuple(d_bias.shape[2:]) == shape[2:]
+    return SUM if in_tiles and d_bias.dtype == dtype else SUM_WIDE
 
 
 def _compiled_for(dtype: torch.dtype) -> torch.dtype:

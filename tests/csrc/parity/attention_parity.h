@@ -234,7 +234,8 @@ class AttentionRun {
         {"d_value", {d_value_.values(), of_.item}}, {"d_bias", {{}, type_}},
     };
     if (!of_.bias.empty()) {
-      results["d_bias"].values = d_bias_.values();
+      const bool half = half_of(d_bias_.item()) != rowmax::kWhole;
+      results["d_bias"] = {d_bias_.values(), half ? d_bias_.item() : type_};
     }
     return results;
   }
@@ -392,8 +393,20 @@ class AttentionRun {
     bool one_column = false;
     if (!of_.bias.empty()) {
       const Shape full = {of_.batch, of_.heads, of_.query_len, of_.key_len};
-      call_.d_bias_wide = type_ == kFloat && of_.bias_shape != full;
-      d_bias_ = Stored(call_.d_bias_wide ? kDouble : type_, of_.bias_shape);
+      const bool in_tiles = of_.bias_shape[2] == full[2] && of_.bias_shape[3] == full[3];
+      Item item = type_;
+      if (of_.bias_shape != full) {
+        call_.d_bias_sum =
+            in_tiles && random_.between(0, 1) == 1 ? rowmax::kSum : rowmax::kSumWide;
+        item = call_.d_bias_sum == rowmax::kSum ? type_ : kDouble;
+      } else {
+        call_.d_bias_sum = rowmax::kPut;
+        if (type_ == kFloat && random_.between(0, 1) == 1) {
+          item = random_.between(0, 1) == 1 ? kBfloat16 : kFloat16;
+        }
+      }
+      call_.d_bias_half = half_of(item);
+      d_bias_ = Stored(item, of_.bias_shape);
       d_bias_.set(Values(of_.bias.size(), 0.0));
       call_.d_bias = d_bias_.data();
       call_.d_bias_batch = d_bias_.broadcast_stride(0),
