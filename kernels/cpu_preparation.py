@@ -93,7 +93,8 @@ def bias_gradient(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> T
     """
     half = bias.dtype.itemsize == 2
     if tuple(bias.shape) == shape:
-        return torch.zeros(bias.shape, dtype=bias.dtype if half and dtype == torch.float32 else dtype)
+        rounded = half and dtype == torch.float32
+        return torch.zeros(bias.shape, dtype=bias.dtype if rounded else dtype)
     few = math.prod(shape) // max(1, bias.numel()) <= _FEW_SUMMED
     if tuple(bias.shape[2:]) == shape[2:] and (half or few):
         return torch.zeros(bias.shape, dtype=dtype)
