@@ -27,10 +27,12 @@ from .problem import (
     SoftmaxProblem,
 )
 
-PREFERENCE = {"cpu": ("numba", "native", "reference"), "cuda": ("triton", "reference")}
+# On a CPU both fused backends are level on large problems; the native one is faster on small ones and
+# in decoding, and nothing waits for a compiler (`bench speed --backend native --peers numba`).
+PREFERENCE = {"cpu": ("native", "numba", "reference"), "cuda": ("triton", "reference")}
 _FOLDERS = {
-    "numba": "cpu_numba",
     "native": "cpu_native",
+    "numba": "cpu_numba",
     "triton": "gpu_triton",
     "reference": "reference",
 }

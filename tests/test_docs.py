@@ -15,6 +15,7 @@ import pytest
 
 from rowmax import kernels
 from rowmax.bench.cli import build_parser as bench_parser
+from rowmax.kernels import dispatch
 from rowmax.transformer.cli import COMMANDS
 from rowmax.transformer.options import parser as transformer_parser
 
@@ -35,6 +36,9 @@ def test_readme_snippets_print_what_readme_shows(tmp_path: Path) -> None:
 
     Not in the root, where `kernels/` would pass for Hugging Face's package of that name.
     """
+    reason = dispatch.unavailable("native")
+    if reason is not None:
+        pytest.skip(f"README shows what an installation with the C++ extension prints; {reason}")
     blocks = [block for block in BLOCK.findall(PAGES_TEXT["README.md"]) if block[0] == "python"]
     assert blocks
     script = "\n".join(code for _, code, _ in blocks)
