@@ -40,10 +40,12 @@ _WARM_UP, _TRIAL = 2, 3
 # Of --minutes: what is kept for translation, loading and a machine that slows down.
 _RESERVE = 0.25
 _LEAST_STEPS = 20
-# Each architecture trains a part of the steps at each of these, times the corpus's own rate, and
-# keeps the one that does best on held-out text: one rate for all would favour whom it suits.
+# Each architecture is tried in short at each of these, times the corpus's own rate, and keeps the
+# one that does best on held-out text: one rate for all would favour whom it suits.
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
-_PILOT = 4  # a pilot takes one step of so many
+_PILOT = (
+    4  # a pilot takes one step of so many; and so many times the warm-up are its steps at least
+)
 _PILOT_PAIRS = 500
 _PILOT_SEED = 2**31 - 1
 _VOCABULARY_PAIRS = 30_000  # more of them change the subwords little
@@ -232,12 +234,13 @@ def _corpus(
         f"{text.name}: {steps:,} steps, {seeds} seeds; training takes about "
         f"{steps * runs_each * sum(a_step.values()) / 60:.0f} minutes"
     )
-    training = replace(text.training, steps=steps, warmup=min(text.training.warmup, steps))
+    warmup = max(1, min(text.training.warmup, steps // _PILOT))
+    training = replace(text.training, steps=steps, warmup=warmup)
     rates = {}
     for arch, config in configs.items():
         rates[arch], losses = _best_rate(config, dataset, held_out, training, backend)
         say(
-            f"  {arch}: learning rate {rates[arch]:g}; held-out loss after a part of the steps "
+            f"  {arch}: learning rate {rates[arch]:g}; held-out loss of a short run "
             + ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in losses.items())
         )
     runs: dict[str, list[dict[str, float]]] = {arch: [] for arch in configs}
@@ -297,18 +300,27 @@ def _best_rate(
 ) -> tuple[float, dict[float, float]]:
     """The learning rate with the least held-out loss, and what each tried came to.
 
-    A seed of its own, so that no run that counts repeats a pilot.
+    A pilot goes through the whole schedule in a part of the steps: its step s has the rate of step
+    _PILOT * s. Its seed is its own, so that no run that counts repeats it.
     """
     losses = {}
+    steps, warmup = max(1, training.steps // _PILOT), max(1, training.warmup // _PILOT)
     for factor in RATES:
-        pilot = replace(training, learning_rate=factor * training.learning_rate, seed=_PILOT_SEED)
+        rate = factor * training.learning_rate
+        pilot = replace(
+            training,
+            steps=steps,
+            warmup=warmup,
+            learning_rate=rate * math.sqrt(warmup / training.warmup),
+            seed=_PILOT_SEED,
+        )
         trainer = _new_trainer(config, dataset, pilot, backend)
         try:
-            for _ in range(max(1, training.steps // _PILOT)):
+            for _ in range(steps):
                 trainer.step()
-            losses[pilot.learning_rate] = trainer.validate(held_out)
+            losses[rate] = trainer.validate(held_out)
         except TrainingError:
-            losses[pilot.learning_rate] = math.inf
+            losses[rate] = math.inf
     return min(losses, key=losses.__getitem__), losses
 
 

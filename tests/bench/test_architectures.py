@@ -163,15 +163,20 @@ def test_the_best_rate(monkeypatch):
 
         def step(self):
             self.steps += 1
-            if self.training.learning_rate > 0.5:
+            if self.rate() > 0.5:
                 raise TrainingError("loss nan")
+
+        def rate(self):
+            """Of a run whose warm-up is four times as long and ends at the same rate."""
+            assert self.training.warmup == 2
+            return self.training.learning_rate * 2
 
         def validate(self, _held_out):
             assert self.steps == 10
-            return self.training.learning_rate
+            return self.rate()
 
     monkeypatch.setattr(model_runs, "_new_trainer", Pilot)
-    training = TrainingConfig(steps=40, learning_rate=0.5)
+    training = TrainingConfig(steps=40, warmup=8, learning_rate=0.5)
     no_data: Any = None
     best, losses = model_runs._best_rate(demo_config(8), no_data, no_data, training, "auto")
     assert best == 0.25
