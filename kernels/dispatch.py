@@ -27,8 +27,8 @@ from .problem import (
     SoftmaxProblem,
 )
 
-# On a CPU both fused backends are level on large problems; the native one is faster on small ones and
-# in decoding, and nothing waits for a compiler (`bench speed --backend native --peers numba`).
+# On a CPU both fused backends are level on large problems; the native one is faster on small ones
+# and in decoding, and nothing waits for a compiler (`bench speed --backend native --peers numba`).
 PREFERENCE = {"cpu": ("native", "numba", "reference"), "cuda": ("triton", "reference")}
 _FOLDERS = {
     "native": "cpu_native",
