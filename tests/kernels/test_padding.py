@@ -175,3 +175,26 @@ def test_nan_that_counts_is_seen(queries: int, backend: str) -> None:
         nan = found[name].isnan().cpu()
         assert torch.equal(nan if name == "lse" else nan.any(-1), expected), name
         assert torch.isfinite(found[name].cpu()[~nan]).all()
+
+
+@pytest.mark.parametrize("by", ["bias", "dense"])
+@pytest.mark.parametrize("queries", [3, 40], ids=["few", "tiles"])
+def test_nan_reaches_only_who_attends_it(queries: int, by: str, backend: str) -> None:
+    """A key of NaN that every other query may attend: out and lse of the rest don't see it."""
+    generator = torch.Generator().manual_seed(0)
+    device = device_of(backend)
+    q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (queries, 50, 50))
+    k[0, 1, 7] = torch.nan
+    forbidden = torch.zeros(queries, 50, dtype=torch.bool)
+    forbidden[1::2, 7] = True
+    bias = torch.zeros(queries, 50).masked_fill(forbidden, -torch.inf).to(device)
+    arguments = Arguments(
+        *(q.to(device), k.to(device), v.to(device)),
+        mask=~forbidden.to(device) if by == "dense" else None,
+        bias=bias if by == "bias" else None,
+    )
+    found = run(backend, arguments)
+    attends = torch.zeros(1, 2, queries, dtype=torch.bool)
+    attends[0, 1, ::2] = True
+    assert torch.equal(found["lse"].isnan().cpu(), attends)
+    assert torch.equal(found["out"].isnan().any(-1).cpu(), attends)
