@@ -107,7 +107,8 @@ def _plot(result: Mapping[str, Any], folder: Path) -> None:
     for arch, times in result["step_ms"].items():
         axis.plot(result["lengths"], times, "o-", color=_COLOURS[arch], label=arch)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_xticks(result["lengths"], [str(length) for length in result["lengths"]])
     axis.set_xlabel("length L of the sentences")
     axis.set_title(f"ms a step, {result['step_tokens']:,} tokens a side", size=10)
