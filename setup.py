@@ -161,7 +161,8 @@ def extension_arguments() -> dict[str, Any]:
                 # Whatever a missing or too old compiler makes torch or setuptools raise.
                 if choice == "require":
                     raise
-                inside = ROOT if self.inplace else Path(self.build_lib, "rowmax")
+                in_place = self.inplace or getattr(self, "editable_mode", False)
+                inside = ROOT if in_place else Path(self.build_lib, "rowmax")
                 report_absence(error, inside / "kernels")
 
         def build_extension(self, ext: Extension) -> None:

@@ -83,6 +83,33 @@ def test_not_wanted(checkout: Path) -> None:
     expect_reason(build(checkout, ROWMAX_EXTENSION="skip"), "ROWMAX_EXTENSION=skip")
 
 
+def test_an_editable_install_whose_compilation_fails(checkout: Path, tmp_path: Path) -> None:
+    """It leaves the reason in the checkout itself, where its packages are read from."""
+    script = f"""
+import runpy, sys
+from torch.utils.cpp_extension import BuildExtension
+def fail(self):
+    raise RuntimeError("the compiler crashed")
+BuildExtension.build_extensions = fail
+sys.argv = ["setup.py", "-q", "editable_wheel", "--dist-dir", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    environment = {**os.environ, "ROWMAX_EXTENSION": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=checkout,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = checkout / "kernels" / "missing_extension.txt"
+    assert "the compiler crashed" in reason.read_text("utf-8")
+    assert list(tmp_path.glob("rowmax-*.whl"))
+    reason.unlink()
+
+
 # An editable install beside it would find its own extension.
 REPORT = """
 import runpy, sys
