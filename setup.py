@@ -45,7 +45,9 @@ SOURCES = [
     "attention_launch.cpp",
     "kernels.cpp",
     "module.cpp",
+    "plain_attention.cpp",
     "plain_call.cpp",
+    "plain_norm.cpp",
     "rows_launch.cpp",
     "threads.cpp",
 ]

@@ -15,7 +15,9 @@ using MaybeInt = std::optional<int64_t>;
 
 View view_of(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
-  return {tensor.data_ptr(), tensor.scalar_type(), tensor.sizes().data(), tensor.strides().data()};
+  return {
+      tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes().data(),
+      tensor.strides().data()};
 }
 
 // The fields of kernels/problem.py's AttentionProblem, flat.

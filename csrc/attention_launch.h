@@ -6,15 +6,8 @@
 
 namespace rowmax {
 
-// A tensor (B, H, L, D) in memory; sizes and strides, in elements, are its own.
-struct View {
-  void* data;
-  ScalarType dtype;
-  const int64_t *sizes, *strides;
-};
-
 // out = softmax(scale * q k^T) v without dropout, a bias or lse. With band_upper, query i attends no key
-// after i + *band_upper. The views fit each other; rows are contiguous.
+// after i + *band_upper. The views (B, H, L, D) fit each other; rows are contiguous.
 void plain_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
     std::optional<int64_t> band_upper);

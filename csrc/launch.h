@@ -27,6 +27,14 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return divide_up(value, multiple) * multiple;
 }
 
+// A tensor in memory; sizes and strides, in elements, are its own.
+struct View {
+  void* data;
+  ScalarType dtype;
+  int64_t dimensions;
+  const int64_t *sizes, *strides;
+};
+
 template <typename T>
 const T* address(const MaybeTensor& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;

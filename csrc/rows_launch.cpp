@@ -1,22 +1,23 @@
 // From norms and masked softmax to their kernels: addresses, strides, and how rows are divided. What
 // is copied, and why, is settled before, in kernels/cpu_native/norms.py and softmax.py.
 
+#include "rows_launch.h"
+
 #include "constants.h"
-#include "launch.h"
 
 namespace rowmax {
 namespace {
 
 // The index of a dtype in the tables of row-wise kernels.
-int item_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+int item_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float: return 0;
     case ScalarType::Double: return 1;
     case ScalarType::BFloat16: return 2;
     case ScalarType::Half: return 3;
     default:
       STD_TORCH_CHECK(
-          false, "expected a float dtype, got ", torch::headeronly::toString(tensor.scalar_type()));
+          false, "expected a float dtype, got ", torch::headeronly::toString(dtype));
   }
 }
 
@@ -35,10 +36,10 @@ int64_t chunk_rows(int64_t rows, int64_t columns) {
 // What both passes read: rows (rows, columns) of x with a stride of their own; weight and bias of the
 // type computed in. Absent ones are filled in by `parameters`.
 NormCall norm_call(
-    const Tensor& x, int64_t x_row, int64_t rows, int64_t columns, double dropout_p,
+    const void* x, int64_t x_row, int64_t rows, int64_t columns, double dropout_p,
     const MaybeTensor& seed) {
   NormCall call{};
-  call.x = x.data_ptr();
+  call.x = x;
   call.x_row = x_row;
   call.rows = rows;
   call.columns = columns;
@@ -69,14 +70,46 @@ const void* parameter(const MaybeTensor& given, double absent, char* memory, int
   return memory;
 }
 
+// The parameter's address, or `memory` filled with its elements in the type computed in.
+template <typename T>
+const void* widened(const View& given, T* memory, int64_t columns) {
+  const auto fill = [&](const auto* elements) {
+    std::transform(elements, elements + columns, memory, [](auto element) {
+      return static_cast<T>(element);
+    });
+  };
+  switch (given.dtype) {
+    case ScalarType::Float: fill(static_cast<const float*>(given.data)); break;
+    case ScalarType::Double: fill(static_cast<const double*>(given.data)); break;
+    case ScalarType::BFloat16: fill(static_cast<const torch::headeronly::BFloat16*>(given.data)); break;
+    default: fill(static_cast<const torch::headeronly::Half*>(given.data));
+  }
+  return memory;
+}
+
+const void* parameter(
+    const std::optional<View>& given, double absent, char* memory, int item, int64_t columns) {
+  if (!given) {
+    return parameter(MaybeTensor(), absent, memory, item, columns);
+  }
+  if (item == 1) {
+    return given->dtype == ScalarType::Double
+               ? given->data
+               : widened(*given, reinterpret_cast<double*>(memory), columns);
+  }
+  return given->dtype == ScalarType::Float
+             ? given->data
+             : widened(*given, reinterpret_cast<float*>(memory), columns);
+}
+
 // y, total (rows, columns) like x, contiguous; mean, rstd (rows,) and weight, bias (columns,) of the
 // type computed in. Without a residual total is not written; without `mean` it is taken as 0.
 void norm_forward(
     Tensor x, int64_t x_row, MaybeTensor residual, int64_t residual_row, MaybeTensor weight,
     MaybeTensor bias, Tensor y, MaybeTensor total, MaybeTensor mean, Tensor rstd, int64_t rows,
     int64_t columns, double eps, double dropout_p, MaybeTensor seed) {
-  const int item = item_of(x);
-  NormCall call = norm_call(x, x_row, rows, columns, dropout_p, seed);
+  const int item = item_of(x.scalar_type());
+  NormCall call = norm_call(x.data_ptr(), x_row, rows, columns, dropout_p, seed);
   call.residual = address<void>(residual);
   call.residual_row = residual_row;
   call.y = y.data_ptr();
@@ -103,8 +136,8 @@ void norm_backward(
     int64_t grad_total_row, MaybeTensor mean, Tensor rstd, MaybeTensor weight, Tensor d_total,
     MaybeTensor d_x, MaybeTensor d_weight, MaybeTensor d_bias, int64_t rows, int64_t columns,
     double dropout_p, MaybeTensor seed) {
-  const int item = item_of(x);
-  NormCall call = norm_call(x, x_row, rows, columns, dropout_p, seed);
+  const int item = item_of(x.scalar_type());
+  NormCall call = norm_call(x.data_ptr(), x_row, rows, columns, dropout_p, seed);
   call.grad_y = grad_y.data_ptr();
   call.grad_y_row = grad_y_row;
   call.grad_total = address<void>(grad_total);
@@ -163,7 +196,7 @@ void softmax_forward(
     call.dense_key = broadcast_stride(*dense, 3);
   }
   call.scale = scale;
-  const auto& kernel = chosen_kernels().softmax_forward[item_of(scores)];
+  const auto& kernel = chosen_kernels().softmax_forward[item_of(scores.scalar_type())];
   run_kernel(kernel, call, divide_up(call.rows, call.task_rows), 0, 0, [](char*, char*) {});
 }
 
@@ -181,7 +214,7 @@ void softmax_backward(
   call.keys = keys;
   call.task_rows = task_rows(keys);
   call.scale = scale;
-  const auto& kernel = chosen_kernels().softmax_backward[item_of(weights)];
+  const auto& kernel = chosen_kernels().softmax_backward[item_of(weights.scalar_type())];
   run_kernel(kernel, call, divide_up(rows, call.task_rows), 0, 0, [](char*, char*) {});
 }
 
@@ -190,6 +223,28 @@ int64_t vector_bits() { return 8 * chosen_kernels().vector_bytes; }
 bool bfloat16_dots() { return pair_kernels() != nullptr; }
 
 }  // namespace
+
+void plain_norm(
+    const View& x, const std::optional<View>& weight, const std::optional<View>& bias, const View& y,
+    int64_t rows, double eps, bool centred) {
+  const int item = item_of(x.dtype);
+  const int64_t columns = x.sizes[x.dimensions - 1];
+  NormCall call = norm_call(x.data, columns, rows, columns, 0.0, std::nullopt);
+  call.y = y.data;
+  call.centred = centred;
+  call.eps = eps;
+  const int64_t bytes = round_up(columns * computed_bytes(item), 64);
+  const int64_t statistics = round_up(rows * computed_bytes(item), 64);
+  const auto& kernel = chosen_kernels().norm_forward[item];
+  const int64_t tasks = divide_up(rows, call.task_rows);
+  run_kernel(kernel, call, tasks, 0, 2 * (bytes + statistics), [&](char*, char* memory) {
+    call.weight = parameter(weight, 1.0, memory, item, columns);
+    call.bias = parameter(bias, 0.0, memory + bytes, item, columns);
+    call.mean = memory + 2 * bytes;
+    call.rstd = memory + 2 * bytes + statistics;
+  });
+}
+
 }  // namespace rowmax
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {

@@ -73,6 +73,10 @@ PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 PHILOX_ROUNDS = 10
 NORM_STREAM = 0x6E6F726D
 
+# From so many bytes on a result's memory is asked for in huge pages: the largest block that glibc
+# keeps when it is freed (its mmap threshold grows to this). Smaller results come from kept memory,
+# which has its pages already: advice would only make it fault anew.
+ADVISED_BYTES = 32 << 20
 # Elements that a task of a row-wise kernel takes at least: enough to pay for waking a thread.
 TASK_ELEMENTS = 16384
 # Columns of a norm whose dropout is drawn at a time: few enough to stay in the first cache.

@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-# The largest block that glibc keeps when it is freed (its mmap threshold grows to this). Smaller
-# results come from kept memory, which has its pages already: advice would only make it fault anew.
-_LEAST_BYTES = 32 << 20
+from .cpu_constants import ADVISED_BYTES
 
 
 def new_result(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised contiguous tensor of like's dtype and device."""
     result = like.new_empty(shape)
-    if result.nbytes >= _LEAST_BYTES:
+    if result.nbytes >= ADVISED_BYTES:
         advise = _madvise()
         if advise is not None:
             # Only whole pages can be advised; what the system answers changes nothing but speed.

@@ -43,12 +43,14 @@ NAMES = tuple(_FOLDERS)
 PlainAttention = Callable[
     [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
 ]
+# x, weight, bias and eps as a caller passed them, whether centred -> y; None as above
+PlainNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Tensor | None]
 
 
 class Backend(Protocol):
     """What each backend's package offers; tensors as in `problem.py`.
 
-    It may offer a `plain_attention` as well: see `PlainAttention`.
+    It may offer a `plain_attention` and a `plain_norm` as well: see `PlainAttention`, `PlainNorm`.
     """
 
     def unavailable(self) -> str | None:
@@ -162,12 +164,20 @@ def choose(name: str, problem: Problem) -> Backend:
 @functools.cache
 def plain_attention(name: str) -> PlainAttention | None:
     """How the backend that `name` means takes a plain call on the CPU as it comes, if it does."""
+    return getattr(_on_cpu(name), "plain_attention", None)
+
+
+@functools.cache
+def plain_norm(name: str) -> PlainNorm | None:
+    """The same for layer norm and RMS norm."""
+    return getattr(_on_cpu(name), "plain_norm", None)
+
+
+def _on_cpu(name: str) -> Backend | None:
+    """The fused backend that `name` means on the CPU, if it works here."""
     if name == "auto":
-        backend = _preferred(torch.device("cpu"))
-    else:
-        works = name in _FOLDERS and unavailable(name) is None
-        backend = load(name) if works else None
-    return getattr(backend, "plain_attention", None)
+        return _preferred(torch.device("cpu"))
+    return load(name) if name in _FOLDERS and unavailable(name) is None else None
 
 
 @functools.cache

@@ -317,6 +317,9 @@ def layer_norm(
     Returns:
         (..., N) in x's dtype; statistics in float32 or wider.
     """
+    plain = ops.plain_norm(x, weight, bias, eps, backend, centred=True)
+    if plain is not None:
+        return plain
     eps = _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
     problem = LayerNormProblem(x, weight, bias, eps)
     return ops.layer_norm(problem, dispatch.check_name("layer_norm", backend))
@@ -386,6 +389,9 @@ def rms_norm(
     Returns:
         (..., N) in x's dtype; the mean square in float32 or wider.
     """
+    plain = ops.plain_norm(x, weight, None, eps, backend, centred=False)
+    if plain is not None:
+        return plain
     eps = _check_norm("rms_norm", x, eps, weight=weight)
     problem = RMSNormProblem(x, weight, eps)
     return ops.rms_norm(problem, dispatch.check_name("rms_norm", backend))

@@ -108,10 +108,35 @@ def plain_attention(
     None, and nothing done, where it does not, or where anything about the arguments is unusual or
     wrong. To check them and to build a problem takes longer than the whole of such a call.
     """
-    if not nothing_watches() or (torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v)):
+    if not _may_be_plain(q, k, v, backend):
         return None
-    attend = dispatch.plain_attention(backend) if type(backend) is str else None
+    attend = dispatch.plain_attention(backend)
     return None if attend is None else attend(q, k, v, mask, scale)
+
+
+def plain_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+    *,
+    centred: bool,
+) -> Tensor | None:
+    """y of a layer norm, or of an RMS norm where it is not centred, as in `plain_attention`."""
+    if not _may_be_plain(x, weight, bias, backend):
+        return None
+    normalise = dispatch.plain_norm(backend)
+    return None if normalise is None else normalise(x, weight, bias, eps, centred)
+
+
+def _may_be_plain(first: Tensor, second: Tensor | None, third: Tensor | None, backend: str) -> bool:
+    """Nothing watches, nothing wants a gradient; `backend` is a text, whichever."""
+    return (
+        type(backend) is str
+        and nothing_watches()
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(first, second, third))
+    )
 
 
 def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:

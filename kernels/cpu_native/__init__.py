@@ -15,6 +15,7 @@ from .norms import (
     add_layer_norm_backward,
     layer_norm,
     layer_norm_backward,
+    plain_norm,
     rms_norm,
     rms_norm_backward,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "masked_softmax",
     "masked_softmax_backward",
     "plain_attention",
+    "plain_norm",
     "rms_norm",
     "rms_norm_backward",
     "unavailable",

@@ -17,7 +17,7 @@ from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..masks import Causal, Mask
 from ..problem import AttentionProblem
 
-# How `csrc/plain_call.cpp` is told the alignment of a causal mask; 0 is no mask.
+# How `csrc/plain_attention.cpp` is told the alignment of a causal mask; 0 is no mask.
 _ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
 
 

@@ -1,6 +1,13 @@
-"""Norms through torch.ops.rowmax_native: layouts, allocations, and what is copied and why."""
+"""Norms through torch.ops.rowmax_native: layouts, allocations, and what is copied and why.
+
+Or past torch's dispatcher where a call is plain.
+"""
 
 from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -88,3 +95,17 @@ add_layer_norm = _norms.add_layer_norm
 add_layer_norm_backward = _norms.add_layer_norm_backward
 rms_norm = _norms.rms_norm
 rms_norm_backward = _norms.rms_norm_backward
+
+
+def plain_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor | None:
+    """y of arguments that nobody has checked; None where the general way is needed."""
+    return _normalise()(x, weight, bias, eps, centred)
+
+
+@functools.cache
+def _normalise() -> Callable[..., Tensor | None]:
+    extension = importlib.import_module(".._C", __package__)
+    function: Callable[..., Tensor | None] = extension.plain_norm
+    return function

@@ -1,0 +1,148 @@
+"""The norms' call past torch's dispatcher: what it takes, and that nothing is lost by it.
+
+Everything else about it, parity and errors, is tested by all tests that name the backend "native".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rowmax.kernels import dispatch, layer_norm, ops, rms_norm
+from rowmax.kernels.cpu_constants import ADVISED_BYTES
+from rowmax.kernels.problem import LayerNormProblem, RMSNormProblem
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def take(extension: Any) -> Callable[..., Tensor | None]:
+    """The backend's own way, where this torch lets an extension read its tensors."""
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip(f"torch {torch.__version__} has no C interface to its tensors")
+    found = dispatch.plain_norm("native")
+    assert found is not None
+    return found
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def in_general(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
+    if centred:
+        return ops.layer_norm(LayerNormProblem(x, weight, bias, eps), "native")
+    return ops.rms_norm(RMSNormProblem(x, weight, eps), "native")
+
+
+SHAPES = ((1,), (7,), (3, 5), (2, 3, 70), (64, 512), (5, 1600), (1, 4, 1, 33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_are_those_of_the_general_way(
+    shape: tuple[int, ...], dtype: torch.dtype, take: Callable[..., Tensor | None]
+) -> None:
+    x = 3 * rand(*shape, dtype=dtype) + 1
+    for parameter_dtype in DTYPES:
+        weight, bias = rand(shape[-1], dtype=parameter_dtype), rand(2, shape[-1])[1]
+        for given in ((weight, bias), (weight, None), (None, bias), (None, None)):
+            for centred in (True, False):
+                bias_given = given[1] if centred else None
+                y = take(x, given[0], bias_given, 1e-5, centred)
+                assert y is not None
+                assert (y.dtype, y.is_contiguous()) == (dtype, True)
+                assert torch.equal(y, in_general(x, given[0], bias_given, 1e-5, centred))
+
+
+def test_the_public_functions_take_it(
+    monkeypatch: pytest.MonkeyPatch, take: Callable[..., Tensor | None]
+) -> None:
+    x, weight = rand(4, 8), torch.nn.Parameter(rand(8))
+    called: list[str] = []
+    monkeypatch.setattr(ops, "call", lambda name, *_: called.append(name))
+    with torch.no_grad():
+        normal = layer_norm(x, weight, weight, backend="native")
+        assert not rms_norm(x, weight, backend="native").requires_grad
+    with torch.inference_mode():
+        assert layer_norm(x, weight, backend="native").is_inference()
+    assert not called
+    expected = torch.nn.functional.layer_norm(x, (8,), weight, weight)
+    torch.testing.assert_close(normal, expected.detach())
+
+
+def test_shared_sizes_of_one_have_any_stride(take: Callable[..., Tensor | None]) -> None:
+    x = rand(4, 8).as_strided((4, 1, 8), (8, 77, 1))
+    assert take(x, None, None, 1e-5, True) is not None
+
+
+X, ROW = rand(4, 8), rand(8)
+NOT_PLAIN: dict[str, tuple[Any, ...]] = {
+    "ints": (X.long(), ROW, ROW, 1e-5),
+    "complex": (X.to(torch.complex64), None, None, 1e-5),
+    "no dimension": (X[0, 0], None, None, 1e-5),
+    "no row": (X[:0], ROW, ROW, 1e-5),
+    "no column": (X[:, :0], None, None, 1e-5),
+    "rows apart": (rand(4, 16)[:, :8], ROW, ROW, 1e-5),
+    "columns apart": (rand(8, 4).T, ROW, ROW, 1e-5),
+    "expanded": (ROW.expand(4, 8), ROW, ROW, 1e-5),
+    "negated": (torch._neg_view(X), ROW, ROW, 1e-5),
+    "weight negated": (X, torch._neg_view(ROW), ROW, 1e-5),
+    "weight too short": (X, ROW[:7], ROW, 1e-5),
+    "weight of two dimensions": (X, ROW[None], ROW, 1e-5),
+    "weight apart": (X, rand(16)[::2], ROW, 1e-5),
+    "bias of ints": (X, ROW, ROW.long(), 1e-5),
+    "bias a number": (X, ROW, 1.0, 1e-5),
+    "not a tensor": ([1.0], ROW, ROW, 1e-5),
+    "on no device": (X.to("meta"), None, None, 1e-5),
+    "a subclass": (X.as_subclass(type("Marked", (Tensor,), {})), ROW, ROW, 1e-5),
+    "sparse": (X.to_sparse(), ROW, ROW, 1e-5),
+    "eps of an int": (X, ROW, ROW, 1),
+    "eps below 0": (X, ROW, ROW, -1e-5),
+    "eps of NaN": (X, ROW, ROW, float("nan")),
+    "eps without end": (X, ROW, ROW, float("inf")),
+    "eps of text": (X, ROW, ROW, "1e-5"),
+    "large": (torch.empty(ADVISED_BYTES // 32, 8), ROW, ROW, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., Tensor | None]) -> None:
+    assert take(*NOT_PLAIN[name], True) is None
+
+
+def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor | None]) -> None:
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(X)
+    torch.func.vmap(keep)(X)
+    for x in kept:
+        assert type(x) is Tensor
+        assert take(x, None, None, 1e-5, True) is None
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_gradient_needs_the_general_way(which: int) -> None:
+    arguments = [X, ROW, ROW]
+    arguments[which] = arguments[which].clone().requires_grad_()
+    x, weight, bias = arguments
+    assert ops.plain_norm(x, weight, bias, 1e-5, "native", centred=True) is None
+    assert layer_norm(x, weight, bias, backend="native").requires_grad
+
+
+def test_a_wrong_number_of_arguments(extension: Any) -> None:
+    with pytest.raises(TypeError, match="plain_norm: expected 5 arguments, got 1"):
+        extension.plain_norm(X)
