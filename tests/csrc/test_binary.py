@@ -24,6 +24,7 @@ LIMITED = frozenset(
         *("PyObject_CallFunctionObjArgs", "PyObject_CallMethodObjArgs", "PyObject_GetAttrString"),
         *("PyTuple_Pack", "PyUnicode_InternFromString"),
         *("_Py_Dealloc", "_Py_DecRef", "_Py_FalseStruct", "_Py_IncRef", "_Py_NoneStruct"),
+        "_Py_TrueStruct",
         *("Py_DecRef", "Py_IncRef", "Py_NewRef"),
     )
 )

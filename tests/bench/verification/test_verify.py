@@ -202,7 +202,7 @@ def test_a_finding_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--backend", "cuda"], "--backend: expected names of numba"),
+        (["--backend", "cuda"], "--backend: expected names of native"),
         (["--op", "attend"], "--op: expected names of attention"),
         (["--kind", "odd"], "--kind: expected names of none"),
         (["--dtype", "int8"], "--dtype: expected names of float64"),
