@@ -33,7 +33,7 @@ BENCH_ARGS ?=
 DEMO_ARGS ?=
 COMPARE_ARGS ?=
 FUZZ_SECONDS ?= 600
-TORCHES ?= $(TORCH:torch==%=%)
+TORCHES ?= $(patsubst torch==%,%,$(TORCH))
 PYTHONS ?= $(PYTHON)
 WHEEL_ARGS ?=
 SANITIZE_ARGS ?=
