@@ -90,7 +90,7 @@ UNDER_SANITIZERS = env PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc \
 sanitize: $(SANITIZED)/.stamp
 	ROWMAX_SANITIZE=address,undefined $(BIN)/python tests/csrc/run_parity.py
 	ROWMAX_SANITIZE=thread $(BIN)/python tests/csrc/run_parity.py --calls 300
-	$(UNDER_SANITIZERS) $(BIN)/python -m pytest $(TEST_ARGS) -k native \
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest $(TEST_ARGS) -k "native or test_plain" \
 	    tests/csrc tests/kernels $(SANITIZE_ARGS)
 
 fuzz: $(SANITIZED)/.stamp
