@@ -41,8 +41,10 @@ _WARM_UP, _TRIAL = 2, 3
 _RESERVE = 0.25
 _LEAST_STEPS = 20
 # Each architecture is tried in short at each of these, times the corpus's own rate, and keeps the
-# one that does best on held-out text: one rate for all would favour whom it suits.
+# one that does best on held-out text: one rate for all would favour whom it suits. Where that is
+# the first or the last of them, the search goes on beyond it, by so many more at most.
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
+_MORE_RATES = 3
 _PILOT = (
     4  # a pilot takes one step of so many; and so many times the warm-up are its steps at least
 )
@@ -303,10 +305,9 @@ def _best_rate(
     A pilot goes through the whole schedule in a part of the steps: its step s has the rate of step
     _PILOT * s. Its seed is its own, so that no run that counts repeats it.
     """
-    losses = {}
     steps, warmup = max(1, training.steps // _PILOT), max(1, training.warmup // _PILOT)
-    for factor in RATES:
-        rate = factor * training.learning_rate
+
+    def loss_at(rate: float) -> float:
         pilot = replace(
             training,
             steps=steps,
@@ -318,10 +319,27 @@ def _best_rate(
         try:
             for _ in range(steps):
                 trainer.step()
-            losses[rate] = trainer.validate(held_out)
+            return trainer.validate(held_out)
         except TrainingError:
-            losses[rate] = math.inf
-    return min(losses, key=losses.__getitem__), losses
+            return math.inf
+
+    return search([factor * training.learning_rate for factor in RATES], loss_at)
+
+
+def search(
+    rates: Sequence[float], loss_at: Callable[[float], float]
+) -> tuple[float, dict[float, float]]:
+    """The rate with the least loss, which has a worse one on either side if the search allows."""
+    losses = {rate: loss_at(rate) for rate in rates}
+    for _ in range(_MORE_RATES):
+        best = min(losses, key=losses.__getitem__)
+        if best == min(losses):
+            losses[best / 2] = loss_at(best / 2)
+        elif best == max(losses):
+            losses[best * 2] = loss_at(best * 2)
+        else:
+            break
+    return min(losses, key=losses.__getitem__), dict(sorted(losses.items()))
 
 
 def _train(

@@ -121,8 +121,8 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
         assert len(tokens) == 1  # the same batches for all
         assert all(len(model["runs"]) == 2 for model in each["models"].values())
         own = 0.5 if each["name"] == "multi30k" else TrainingConfig().learning_rate
-        tried = {factor * own for factor in model_runs.RATES}
-        assert all(model["learning_rate"] in tried for model in each["models"].values())
+        for model in each["models"].values():
+            assert math.log2(model["learning_rate"] / own).is_integer()
     assert all(len(times) == 2 for times in result["step_ms"].values())
     written = (tmp_path / "out" / "comparison.txt").read_text()
     assert written in shown
@@ -179,8 +179,24 @@ def test_the_best_rate(monkeypatch):
     training = TrainingConfig(steps=40, warmup=8, learning_rate=0.5)
     no_data: Any = None
     best, losses = model_runs._best_rate(demo_config(8), no_data, no_data, training, "auto")
-    assert best == 0.25
-    assert losses == {0.25: 0.25, 0.5: 0.5, 1.0: math.inf, 2.0: math.inf, 4.0: math.inf}
+    assert best == 0.03125
+    fit = (0.03125, 0.0625, 0.125, 0.25, 0.5)
+    assert losses == {rate: rate for rate in fit} | dict.fromkeys((1.0, 2.0, 4.0), math.inf)
+
+
+@pytest.mark.parametrize(
+    "best, found, tried",
+    [
+        (2.0, 2.0, (1.0, 2.0, 4.0)),
+        (8.0, 8.0, (1.0, 2.0, 4.0, 8.0, 16.0)),
+        (0.5, 0.5, (0.25, 0.5, 1.0, 2.0, 4.0)),
+        (1000.0, 32.0, (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+    ],
+)
+def test_the_search_goes_on_where_the_best_is_the_last(best, found, tried):
+    rate, losses = model_runs.search([1.0, 2.0, 4.0], lambda rate: abs(rate - best))
+    assert rate == found
+    assert tuple(losses) == tried
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 from types import ModuleType
 
 import pytest
+from torch import Tensor, __version__
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,10 @@ def extension() -> ModuleType:
         if os.environ.get("ROWMAX_EXTENSION") == "require":
             raise
         pytest.skip(f"the C++ extension is not built here: {error}")
+
+
+@pytest.fixture
+def readable_tensors(extension: ModuleType) -> None:
+    """A torch that lets an extension read its tensors, which plain calls want, or a skip."""
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip(f"torch {__version__} has no C interface to its tensors")

@@ -27,19 +27,17 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build(
-    checkout: Path, before: str = "", **variables: str
-) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """`setup.py build` in a process that runs the line `before` first, and its folder."""
-    library = checkout / "build" / "lib"
-    shutil.rmtree(library, ignore_errors=True)
+def run_setup(
+    checkout: Path, arguments: list[str], before: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`setup.py arguments` in a process that runs the lines `before` first."""
     script = f"""
 import runpy, sys
 {before}
-sys.argv = ["setup.py", "-q", "build", "--build-lib", {str(library)!r}]
+sys.argv = ["setup.py", "-q", *{arguments!r}]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
@@ -47,7 +45,15 @@ runpy.run_path("setup.py", run_name="__main__")
         cwd=checkout,
         env={**os.environ, "ROWMAX_EXTENSION": "auto", **variables},
     )
-    return done, library
+
+
+def build(
+    checkout: Path, before: str = "", **variables: str
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """`setup.py build`, and its folder."""
+    library = checkout / "build" / "lib"
+    shutil.rmtree(library, ignore_errors=True)
+    return run_setup(checkout, ["build", "--build-lib", str(library)], before, **variables), library
 
 
 def old_compiler(folder: Path) -> str:
@@ -85,24 +91,13 @@ def test_not_wanted(checkout: Path) -> None:
 
 def test_an_editable_install_whose_compilation_fails(checkout: Path, tmp_path: Path) -> None:
     """It leaves the reason in the checkout itself, where its packages are read from."""
-    script = f"""
-import runpy, sys
+    before = """
 from torch.utils.cpp_extension import BuildExtension
 def fail(self):
     raise RuntimeError("the compiler crashed")
 BuildExtension.build_extensions = fail
-sys.argv = ["setup.py", "-q", "editable_wheel", "--dist-dir", {str(tmp_path)!r}]
-runpy.run_path("setup.py", run_name="__main__")
 """
-    environment = {**os.environ, "ROWMAX_EXTENSION": "auto"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=checkout,
-        env=environment,
-    )
+    done = run_setup(checkout, ["editable_wheel", "--dist-dir", str(tmp_path)], before)
     assert done.returncode == 0, done.stderr
     reason = checkout / "kernels" / "missing_extension.txt"
     assert "the compiler crashed" in reason.read_text("utf-8")

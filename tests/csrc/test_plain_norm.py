@@ -16,24 +16,17 @@ from rowmax.kernels import dispatch, layer_norm, ops, rms_norm
 from rowmax.kernels.cpu_constants import ADVISED_BYTES
 from rowmax.kernels.problem import LayerNormProblem, RMSNormProblem
 
-pytestmark = pytest.mark.usefixtures("extension")
+from .plain_inputs import DTYPES, left_by_transforms, rand
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 @pytest.fixture
-def take(extension: Any) -> Callable[..., Tensor | None]:
-    """The backend's own way, where this torch lets an extension read its tensors."""
-    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip(f"torch {torch.__version__} has no C interface to its tensors")
+def take(readable_tensors: None) -> Callable[..., Tensor | None]:
+    """The backend's own way."""
     found = dispatch.plain_norm("native")
     assert found is not None
     return found
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def in_general(
@@ -44,7 +37,7 @@ def in_general(
     return ops.rms_norm(RMSNormProblem(x, weight, eps), "native")
 
 
-SHAPES = ((1,), (7,), (3, 5), (2, 3, 70), (64, 512), (5, 1600), (1, 4, 1, 33))
+SHAPES = ((1,), (7,), (3, 5), (2, 3, 70), (64, 512), (5, 1600), (1, 4, 1, 33), (5000, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,17 +114,8 @@ def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., Tensor |
 
 
 def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor | None]) -> None:
-    kept: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x.sum()
-
-    torch.func.grad(keep)(X)
-    torch.func.vmap(keep)(X)
-    for x in kept:
-        assert type(x) is Tensor
-        assert take(x, None, None, 1e-5, True) is None
+    for kept in left_by_transforms(X):
+        assert take(kept, None, None, 1e-5, True) is None
 
 
 @pytest.mark.parametrize("which", range(3))

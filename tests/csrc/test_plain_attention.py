@@ -14,24 +14,17 @@ from torch import Tensor
 
 from rowmax.kernels import Causal, KeyLengths, attention, dispatch, ops
 
-pytestmark = pytest.mark.usefixtures("extension")
+from .plain_inputs import DTYPES, left_by_transforms, rand
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.usefixtures("extension")
 
 
 @pytest.fixture
-def take(extension: Any) -> Callable[..., Tensor | None]:
-    """The backend's own way, where this torch lets an extension read its tensors."""
-    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
-        pytest.skip(f"torch {torch.__version__} has no C interface to its tensors")
+def take(readable_tensors: None) -> Callable[..., Tensor | None]:
+    """The backend's own way."""
     found = dispatch.plain_attention("native")
     assert found is not None
     return found
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def in_general(*arguments: Any, **options: Any) -> Tensor:
@@ -123,17 +116,8 @@ def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., Tensor |
 
 
 def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor | None]) -> None:
-    kept: list[Tensor] = []
-
-    def keep(q: Tensor) -> Tensor:
-        kept.append(q)
-        return q.sum()
-
-    torch.func.grad(keep)(Q)
-    assert type(kept[0]) is Tensor
-    assert take(kept[0], Q, Q, None, None) is None
-    torch.func.vmap(keep)(Q)
-    assert take(kept[1], Q, Q, None, None) is None
+    for kept in left_by_transforms(Q):
+        assert take(kept, Q, Q, None, None) is None
 
 
 def test_a_gradient_needs_the_general_way() -> None:

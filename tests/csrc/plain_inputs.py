@@ -1,0 +1,27 @@
+"""What the tests of plain calls, of attention and of norms, give them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def left_by_transforms(value: Tensor) -> list[Tensor]:
+    """Plain tensors by their type, whose memory is a transform's that has ended."""
+    kept: list[Tensor] = []
+
+    def keep(wrapped: Tensor) -> Tensor:
+        kept.append(wrapped)
+        return wrapped.sum()
+
+    torch.func.grad(keep)(value)
+    torch.func.vmap(keep)(value)
+    assert all(type(wrapped) is Tensor for wrapped in kept)
+    return kept
