@@ -70,7 +70,7 @@ const void* parameter(const MaybeTensor& given, double absent, char* memory, int
   return memory;
 }
 
-// The parameter's address, or `memory` filled with its elements in the type computed in.
+// `memory`, filled with a parameter's elements in the type computed in.
 template <typename T>
 const void* widened(const View& given, T* memory, int64_t columns) {
   const auto fill = [&](const auto* elements) {
@@ -87,6 +87,7 @@ const void* widened(const View& given, T* memory, int64_t columns) {
   return memory;
 }
 
+// As above, and where a parameter has another type than is computed in, `memory` filled with it.
 const void* parameter(
     const std::optional<View>& given, double absent, char* memory, int item, int64_t columns) {
   if (!given) {
@@ -100,6 +101,23 @@ const void* parameter(
   return given->dtype == ScalarType::Float
              ? given->data
              : widened(*given, reinterpret_cast<float*>(memory), columns);
+}
+
+// Runs the kernel of the forward pass. weight and bias are what `parameter` takes; with `statistics`
+// bytes each, mean and rstd lie in memory that ends with the call.
+template <typename Given>
+void run_forward(NormCall& call, int item, const Given& weight, const Given& bias, int64_t statistics) {
+  const int64_t bytes = round_up(call.columns * computed_bytes(item), 64);
+  const int64_t tasks = divide_up(call.rows, call.task_rows);
+  const auto& kernel = chosen_kernels().norm_forward[item];
+  run_kernel(kernel, call, tasks, 0, 2 * (bytes + statistics), [&](char*, char* memory) {
+    call.weight = parameter(weight, 1.0, memory, item, call.columns);
+    call.bias = parameter(bias, 0.0, memory + bytes, item, call.columns);
+    if (statistics > 0) {
+      call.mean = memory + 2 * bytes;
+      call.rstd = memory + 2 * bytes + statistics;
+    }
+  });
 }
 
 // y, total (rows, columns) like x, contiguous; mean, rstd (rows,) and weight, bias (columns,) of the
@@ -118,15 +136,9 @@ void norm_forward(
   call.rstd = rstd.data_ptr();
   call.centred = mean.has_value();
   call.eps = eps;
-  if (rows == 0) {
-    return;
+  if (rows > 0) {
+    run_forward(call, item, weight, bias, 0);
   }
-  const int64_t bytes = round_up(columns * computed_bytes(item), 64);
-  const auto& kernel = chosen_kernels().norm_forward[item];
-  run_kernel(kernel, call, divide_up(rows, call.task_rows), 0, 2 * bytes, [&](char*, char* memory) {
-    call.weight = parameter(weight, 1.0, memory, item, columns);
-    call.bias = parameter(bias, 0.0, memory + bytes, item, columns);
-  });
 }
 
 // d_total and, with dropout, d_x like x, contiguous; d_weight and d_bias (columns,) of the type
@@ -233,16 +245,7 @@ void plain_norm(
   call.y = y.data;
   call.centred = centred;
   call.eps = eps;
-  const int64_t bytes = round_up(columns * computed_bytes(item), 64);
-  const int64_t statistics = round_up(rows * computed_bytes(item), 64);
-  const auto& kernel = chosen_kernels().norm_forward[item];
-  const int64_t tasks = divide_up(rows, call.task_rows);
-  run_kernel(kernel, call, tasks, 0, 2 * (bytes + statistics), [&](char*, char* memory) {
-    call.weight = parameter(weight, 1.0, memory, item, columns);
-    call.bias = parameter(bias, 0.0, memory + bytes, item, columns);
-    call.mean = memory + 2 * bytes;
-    call.rstd = memory + 2 * bytes + statistics;
-  });
+  run_forward(call, item, weight, bias, round_up(rows * computed_bytes(item), 64));
 }
 
 }  // namespace rowmax
