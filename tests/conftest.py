@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # NumPy's products in Triton's interpreter are too small for threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import hypothesis
 import torch
 
 # `python -m pytest` puts the root first on the path, where `kernels/` would pass for Hugging Face's
@@ -24,3 +25,8 @@ if not torch.cuda.is_available():
 
 # What compiles Triton kernels for absent GPUs needs a process of its own: `make compile`.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["ahead_of_time"]
+
+hypothesis.settings.register_profile(
+    "rowmax", derandomize=True, deadline=None, max_examples=25, database=None
+)
+hypothesis.settings.load_profile("rowmax")

@@ -17,7 +17,7 @@ from ..masks import Causal, Mask, Window
 from ..packed import attention_varlen
 from .instances import Options
 from .packing import Packing
-from .tensor_masks import mask_of, mask_of_forbidden, remember
+from .tensor_masks import is_zero, mask_of, mask_of_forbidden
 
 NAME = "rowmax"
 _OLDEST, _NEWEST = (4, 57), (5, 999)
@@ -139,7 +139,7 @@ def rowmax_attention(
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         mask, bias = _mask_and_bias(attention_mask, query, key, bool(is_causal), sliding_window)
-        if position_bias is not None and not _is_zero(position_bias):
+        if position_bias is not None and not is_zero(position_bias):
             position_bias = position_bias[..., : key.shape[2]]
             bias = position_bias if bias is None else bias + position_bias
         if output_attentions:
@@ -160,7 +160,7 @@ def _mask_and_bias(
     sliding_window: int | None,
 ) -> tuple[Mask | None, Tensor | None]:
     """mask and bias of `attention`."""
-    batch, query_len, key_len = query.shape[0], query.shape[2], key.shape[2]
+    sizes = *_, query_len, key_len = (*query.shape[:3], key.shape[2])
     if given is None:
         if not is_causal or query_len == 1:
             return None, None
@@ -175,17 +175,9 @@ def _mask_and_bias(
     if given.shape[-1] > key_len:  # of a static cache, longer than its keys
         given = given[..., :key_len]
     if given.dtype == torch.bool:
-        return mask_of(given, batch), None
-    shape = (given.shape[0], given.shape[1], given.shape[2], given.shape[3])
-    found = mask_of_forbidden(given, shape)
+        return mask_of(given, sizes), None
+    found = mask_of_forbidden(given, sizes)
     return (None, found) if isinstance(found, Tensor) else (found, None)
-
-
-def _is_zero(bias: Tensor) -> bool:
-    """Whether the bias is the zeros that stand for none (T5's cross-attention)."""
-    if bias.requires_grad or torch.compiler.is_compiling():
-        return False
-    return remember(bias, "zero", lambda tensor: not bool(tensor.any()))
 
 
 def _own_scale(module: nn.Module, query: Tensor) -> float:

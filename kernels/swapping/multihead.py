@@ -11,7 +11,7 @@ from ..masks import Causal, Mask
 from ..packed import attention_varlen
 from .instances import Swapped, has_own
 from .packing import Packing
-from .tensor_masks import mask_of_forbidden
+from .tensor_masks import Sizes, mask_of_forbidden
 
 
 class SwappedMultihead(Swapped, nn.MultiheadAttention):
@@ -58,8 +58,7 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         k, v, appended = self._append_keys(k, v)
         mask, bias = _masks(
-            q.shape[0],
-            self.num_heads,
+            (q.shape[0], self.num_heads, q.shape[1], k.shape[1]),
             key_padding_mask,
             attn_mask,
             is_causal,
@@ -217,8 +216,7 @@ def packs(module: nn.Module) -> bool:
 
 
 def _masks(
-    batch: int,
-    heads: int,
+    sizes: Sizes,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
@@ -239,10 +237,11 @@ def _masks(
             continue
         if appended:
             given = F.pad(given, (0, appended))
-        rows = (batch, 1, 1) if padding else (1, 1, given.shape[-2])
+        batch, heads, query_len, _ = sizes
+        rows = (batch, 1, 1) if padding else (1, 1, query_len)
         if given.dim() == 3:
-            rows = (batch, heads, given.shape[-2])
-        part = mask_of_forbidden(given, (*rows, given.shape[-1]))
+            rows = (batch, heads, query_len)
+        part = mask_of_forbidden(given.view(*rows, given.shape[-1]), sizes)
         if isinstance(part, Tensor):
             bias = part if bias is None else bias + part
         elif part is not None:

@@ -140,8 +140,11 @@ def _problem(
     mask: Mask | None = Causal(align="upper_left") if is_causal else None
     bias = None
     if attn_mask is not None:
-        shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-        found = mask_of_forbidden(attn_mask, (shape[0], shape[1], shape[2], shape[3]))
+        leading = (1,) * (4 - attn_mask.dim())
+        batch, heads, query_len, _ = query.shape
+        found = mask_of_forbidden(
+            attn_mask.view(*leading, *attn_mask.shape), (batch, heads, query_len, key.shape[2])
+        )
         if isinstance(found, Tensor):
             bias = found
         else:

@@ -64,7 +64,7 @@ def scaled_dot_product_attention(
     elif attn_mask is not None:
         pairs = _mask_4d(attn_mask, lead, query.shape[-2], key.shape[-2])
         if attn_mask.dtype == torch.bool:
-            mask = mask_of(pairs, q.shape[0])
+            mask = mask_of(pairs, (*q.shape[:3], k.shape[2]))
         else:
             bias = pairs
     out = attention(q, k, v, mask, bias, scale=scale, dropout_p=dropout_p, backend=backend)

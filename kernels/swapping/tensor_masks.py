@@ -1,130 +1,153 @@
 """Mask tensors as other libraries pass them, in terms of rowmax's masks.
 
 A dense mask that is padding, a causal triangle or a window in disguise is recognised by its values,
-so that kernels skip what it rules out. That reads the mask once; the answer is kept for as long as
-the tensor lives unchanged, since all layers of a model are given the same one.
+so that kernels skip what it rules out. What a tensor means is a function of its values and of the
+sizes of the problem that it broadcasts to, and of nothing else. Its values are read at every call,
+for nothing in torch tells that a tensor is unchanged: a write through `.data` or numpy leaves its
+version as it was. What small values mean is remembered by these values themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+import functools
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
 
 from ..masks import Causal, Dense, KeyLengths, Mask, Window
 
-_T = TypeVar("_T")
+Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
 
-# tensor -> (its version, {what was asked: answer}); answers hold no reference to the tensor
-_answers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_NOT_FOUND = (False, None)
+# To look up this many bytes takes less time than to recognise them again.
+_SMALL = 1 << 16
 
 
-def mask_of(allowed: Tensor, batch: int) -> Mask | None:
-    """The mask that a bool tensor (B | 1, H | 1, Lq | 1, Lk), True = may attend, stands for.
+def mask_of(allowed: Tensor, sizes: Sizes) -> Mask | None:
+    """The mask that a bool tensor (B | 1, Hq | 1, Lq | 1, Lk | 1), True = may attend, stands for.
 
     None where everything is allowed. While a graph is traced values can't be looked at, and the
     tensor is taken as it is.
     """
-    if not _is_readable(allowed):
-        return Dense(allowed)
-    found, mask = remember(allowed, batch, lambda tensor: _recognise(tensor, batch))
+    found, mask = _read(allowed, sizes)
     return mask if found else Dense(allowed)
 
 
-def mask_of_forbidden(forbidden: Tensor, shape: tuple[int, int, int, int]) -> Mask | Tensor | None:
-    """As `mask_of`, from a bool or additive tensor that `shape` (B | 1, H | 1, Lq | 1, Lk) views.
+def mask_of_forbidden(forbidden: Tensor, sizes: Sizes) -> Mask | Tensor | None:
+    """As `mask_of`, from a bool or additive tensor (B | 1, Hq | 1, Lq | 1, Lk | 1).
 
     In a bool one True forbids. An additive one of nothing but 0 and -inf is a mask as well; any
-    other, and one that wants a gradient, is a bias, and comes back as a tensor of that shape.
+    other, and one that wants a gradient, is a bias, and comes back as it is.
     """
     if not forbidden.is_floating_point():
-        if not _is_readable(forbidden):
-            return Dense(~forbidden.view(shape))
-        return remember(forbidden, shape, lambda tensor: _or_dense(~tensor.view(shape)))
-    if forbidden.requires_grad or not _is_readable(forbidden):
-        return forbidden.view(shape)
-
-    def binary(bias: Tensor) -> tuple[bool, Mask | None]:
-        allowed = bias == 0
-        if not bool((allowed | (bias == -torch.inf)).all()):
-            return False, None
-        return True, _or_dense(allowed.view(shape))
-
-    is_mask, mask = remember(forbidden, shape, binary)
-    return mask if is_mask else forbidden.view(shape)
+        return mask_of(~forbidden, sizes)
+    found, mask = _NOT_FOUND if forbidden.requires_grad else _read(forbidden, sizes)
+    return mask if found else forbidden
 
 
-def remember(tensor: Tensor, question: Hashable, answer: Callable[[Tensor], _T]) -> _T:
-    """`answer(tensor)`, computed once for a tensor that is not written to in between."""
-    version = 0 if tensor.is_inference() else tensor._version
-    known = _answers.get(tensor)
-    if known is None or known[0] != version:
-        known = (version, {})
-        _answers[tensor] = known
-    if question not in known[1]:
-        known[1][question] = answer(tensor)
-    result: _T = known[1][question]
-    return result
+def is_zero(bias: Tensor) -> bool:
+    """Whether the bias is nothing but the zeros that stand for none (T5's cross-attention)."""
+    if bias.requires_grad or not _is_readable(bias):
+        return False
+    return not (bool(bias[:, :, :1].any()) or bool(bias.any()))
 
 
 def _is_readable(mask: Tensor) -> bool:
     """Whether a decision may depend on the values: not while tracing, nor inside a transform."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(mask)
         or torch._C._len_torch_dispatch_stack()
+        or type(mask) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(mask)
         or mask.is_meta
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-def _or_dense(allowed: Tensor) -> Mask | None:
-    found, mask = _recognise(allowed, allowed.shape[0])
-    return mask if found else Dense(allowed)
-
-
-_NOT_FOUND = (False, None)
-
-
-def _recognise(allowed: Tensor, batch: int) -> tuple[bool, Mask | None]:
-    """Whether the mask has a structure, and which; None allows everything."""
-    if allowed.numel() == 0 or (allowed.shape[1] > 1 and allowed.stride(1) != 0):
+def _read(mask: Tensor, sizes: Sizes) -> tuple[bool, Mask | None]:
+    """Whether a structure is found in a bool tensor of what is allowed or an additive one."""
+    if not _is_readable(mask) or 0 in sizes:
         return _NOT_FOUND
-    plane = allowed[:, 0]
-    if plane.shape[1] > 1 and plane.stride(1) != 0:
-        return _banded(plane, batch)
-    keys, key_len = plane[:, 0], plane.shape[2]  # the same for all queries
-    lengths = keys.sum(-1)
-    if not torch.equal(keys, _below(lengths, key_len)):
+    for dim in range(4):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
+    if mask.is_cpu and mask.numel() * mask.itemsize <= _SMALL:
+        values = mask.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        # a tensor made in inference mode can't be saved for backward outside of it
+        return _recognise_values(
+            values, mask.dtype, tuple(mask.shape), sizes, torch.is_inference_mode_enabled()
+        )
+    return _recognise(mask, sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def _recognise_values(
+    values: bytes, dtype: torch.dtype, shape: tuple[int, ...], sizes: Sizes, inference: bool
+) -> tuple[bool, Mask | None]:
+    return _recognise(torch.frombuffer(bytearray(values), dtype=dtype).view(shape), sizes)
+
+
+def _recognise(mask: Tensor, sizes: Sizes) -> tuple[bool, Mask | None]:
+    if mask.shape[1] > 1:
         return _NOT_FOUND
-    full = bool((lengths == key_len).all())
-    return True, None if full else KeyLengths(lengths.expand(batch))
+    plane = mask[:, 0]
+    if plane.dtype != torch.bool:
+        # few biases get beyond their first row
+        if _binary(plane[:, :1]) is None or (binary := _binary(plane)) is None:
+            return _NOT_FOUND
+        plane = binary
+    batch, _, _, key_len = sizes
+    if plane.shape[1] == 1:  # the same for all queries
+        keys = plane[:, 0].expand(-1, key_len)
+        lengths = keys.sum(-1)
+        if not torch.equal(keys, _below(lengths, key_len)):
+            return _NOT_FOUND
+        return True, _key_lengths(lengths, batch, key_len)
+    if plane.shape[2] == 1:  # the same for all keys
+        return (True, None) if bool(plane.all()) else _NOT_FOUND
+    return _banded(plane, batch)
+
+
+def _binary(bias: Tensor) -> Tensor | None:
+    """Where a bias of nothing but 0 and -inf is 0; None for any other."""
+    allowed = bias == 0
+    return allowed if _same(allowed, bias != -torch.inf) else None
 
 
 def _banded(plane: Tensor, batch: int) -> tuple[bool, Mask | None]:
-    """`Causal` or a causal `Window`, with or without `KeyLengths`, if (B | 1, Lq, Lk) is one."""
+    """Whether (B | 1, Lq, Lk) is a causal band, a causal window or lengths, or two of these.
+
+    The candidate comes from a few rows; whether it is right, from all of them.
+    """
     _, query_len, key_len = plane.shape
-    lengths = _ends(plane.any(1))  # of the keys that some query attends
-    longest = int(lengths.argmax())
-    offset = int(_ends(plane[longest, 0])) - 1  # the last key of query 0
-    last = min(query_len - 1, key_len - 1 - offset)  # the last query whose own key is there
-    if offset < 0 or last < 0:
+    lengths = _ends(plane[:, -1])  # no query attends a later key than the last one,
+    if not bool(lengths.all()):
+        lengths = _ends(plane.any(1))  # but a window may have left all keys behind
+    at = int(lengths.argmax())
+    longest = int(lengths[at])
+    offset = int(_ends(plane[at, 0])) - 1  # the last key of query 0
+    if not 0 <= offset < longest:
         return _NOT_FOUND
-    first = int(plane[longest, last].to(torch.uint8).argmax())
+    last = min(query_len, longest - offset) - 1  # the last query whose own key is there
+    first = int(plane[at, last].to(torch.uint8).argmax())
     left = last + offset - first if first > 0 else None
-    position = torch.arange(query_len, device=plane.device).view(-1, 1) + offset
-    j = torch.arange(key_len, device=plane.device)
-    band = j <= position
+    expected = plane.new_ones((query_len, key_len)).tril_(offset)
     if left is not None:
-        band = band & (j >= position - left)
-    if not torch.equal(plane, (band & _below(lengths, key_len).unsqueeze(1)).expand_as(plane)):
+        expected.triu_(offset - left)
+    reach = min(key_len, query_len + offset)
+    is_cut = not bool((lengths == reach).all())
+    if is_cut:
+        expected = expected & _below(lengths, key_len).unsqueeze(1)
+    if not _same(plane, expected.expand_as(plane)):
         return _NOT_FOUND
-    mask: Mask = Causal(align=offset) if left is None else Window(left, 0, align=offset)
-    if bool((lengths == min(key_len, query_len + offset)).all()):
-        return True, mask
-    return True, mask & KeyLengths(lengths.expand(batch))
+    if left is None and offset >= longest - 1:  # the band rules nothing out
+        return True, _key_lengths(lengths, batch, key_len)
+    band = Causal(align=offset) if left is None else Window(left, 0, align=offset)
+    return True, band & KeyLengths(lengths.expand(batch)) if is_cut else band
+
+
+def _key_lengths(lengths: Tensor, batch: int, key_len: int) -> Mask | None:
+    return None if bool((lengths == key_len).all()) else KeyLengths(lengths.expand(batch))
 
 
 def _below(lengths: Tensor, key_len: int) -> Tensor:
@@ -135,3 +158,20 @@ def _ends(keys: Tensor) -> Tensor:
     """One past the last True of each row of (..., Lk); 0 where there is none."""
     numbered = torch.arange(1, keys.shape[-1] + 1, device=keys.device)
     return (keys * numbered).amax(-1)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """`torch.equal` of bool tensors, eight elements at a time where they allow it."""
+    words = [tensor.view(torch.int64) if _holds_words(tensor) else None for tensor in (a, b)]
+    if words[0] is None or words[1] is None:
+        return torch.equal(a, b)
+    return torch.equal(words[0], words[1])
+
+
+def _holds_words(tensor: Tensor) -> bool:
+    return (
+        tensor.stride(-1) == 1
+        and tensor.storage_offset() % 8 == 0
+        and tensor.shape[-1] % 8 == 0
+        and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+    )

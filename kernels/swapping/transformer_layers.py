@@ -108,7 +108,7 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
         packing = None
         if src_key_padding_mask is not None and src.dim() == 3:
             if self.rowmax_options.pack or (mask is None and self._would_nest()):
-                packing = self._packing(src_key_padding_mask, mask, is_causal)
+                packing = self._packing(src_key_padding_mask, mask)
             if packing is not None and not (self.rowmax_options.pack or packing.is_right_padded()):
                 packing = None
         if packing is None:
@@ -139,13 +139,11 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             and not torch.is_autocast_enabled()
         )
 
-    def _packing(
-        self, padding_mask: Tensor, mask: Tensor | None, is_causal: bool | None
-    ) -> Packing | None:
+    def _packing(self, padding_mask: Tensor, mask: Tensor | None) -> Packing | None:
         """Which tokens are real; None where this call has no packed form."""
         if torch.compiler.is_compiling() or why_not_packed(self) is not None:
             return None
-        if mask is not None and not is_causal and not _is_causal(mask):
+        if mask is not None and not _is_causal(mask):
             return None
         if padding_mask.dtype == torch.bool:
             return Packing.of(~padding_mask)
@@ -185,7 +183,7 @@ def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
 def _is_causal(mask: Tensor) -> bool:
     if mask.dim() != 2:
         return False
-    found = mask_of_forbidden(mask, (1, 1, mask.shape[0], mask.shape[1]))
+    found = mask_of_forbidden(mask.view(1, 1, *mask.shape), (1, 1, *mask.shape))
     return isinstance(found, Causal) and isinstance(found.align, int) and found.align == 0
 
 

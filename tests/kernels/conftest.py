@@ -3,16 +3,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-import hypothesis
 import pytest
 import torch
 
 from . import backends, interpreter
 
-hypothesis.settings.register_profile(
-    "rowmax", derandomize=True, deadline=None, max_examples=25, database=None
-)
-hypothesis.settings.load_profile("rowmax")
 interpreter.repair()
 
 # Of a test's cases that Triton's interpreter runs, every so many-th is taken unless
