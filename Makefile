@@ -5,7 +5,8 @@
 #   make test      the tests
 #   make test-interpreted  all cases of the GPU kernels in Triton's interpreter, of which `test`
 #                  takes a part
-#   make test-narrow  the parity of the CPU kernels with vectors cut to AVX2's 256 bits
+#   make test-narrow  the parity of the CPU kernels with vectors cut to AVX2's 256 bits, and
+#                  bfloat16 without its dot-product instructions
 #   make test-cpp  the C++ kernels without torch, in the form of each instruction set
 #   make test-aarch64  the same cross-compiled for aarch64, under qemu-user
 #   make sanitize  the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -69,7 +70,8 @@ test-interpreted: $(PACKAGE)
 test-narrow: $(PACKAGE)
 	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k "numba or native" \
 	    tests/kernels/test_attention_parity.py tests/kernels/test_numba_norms.py \
-	    tests/kernels/test_norms.py tests/kernels/test_softmax.py
+	    tests/kernels/test_norms.py tests/kernels/test_softmax.py tests/kernels/test_bfloat16_dots.py
+	ROWMAX_BFLOAT16_DOTS=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/kernels/test_bfloat16_dots.py
 
 # The kernels are built once more, from the sources and flags that setup.py names.
 test-cpp: $(REQUIREMENTS)
