@@ -3,7 +3,9 @@
 Numba keeps its cache beside the sources and renews a function only when the file it stands in
 changes. Here it lies in the user's cache directory, in a folder named after everything that the
 machine code depends on: all sources of this package, the constants, the vector width, and the
-versions.
+versions. Of processes that want the same kernel at once, one compiles it, and the others wait for
+what it leaves on disk. Where that folder can't be had (a user without a home, a file system that is
+read only or full), kernels are compiled in each process, after one warning.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import functools
 import hashlib
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +23,7 @@ from typing import Any
 
 import llvmlite
 import numba
+from filelock import FileLock
 from numba.core import config
 
 from .. import cpu_constants
@@ -36,18 +41,41 @@ OPTIONS = {
 jit = functools.partial(numba.njit, **OPTIONS)
 
 
+class _NoHomeError(Exception):
+    """The system knows no home of this user."""
+
+
 def cache_directory(kernel: Callable[..., None]) -> Path:
     """ROWMAX_CACHE_DIR, or rowmax/ in the user's cache directory; a folder for each version."""
     asked = os.environ.get(CACHE_VARIABLE)
     if asked:
         root = Path(asked)
     elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches" / "rowmax"
+        root = _home() / "Library" / "Caches" / "rowmax"
     elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "rowmax"
+        root = Path(os.environ.get("LOCALAPPDATA") or _home()) / "rowmax"
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rowmax"
+        root = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "rowmax"
     return root / f"numba-{_fingerprint(kernel)}"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise _NoHomeError("this user has no home directory") from error
+
+
+def _warn_uncached(reason: str) -> None:
+    if _uncached:
+        return
+    _uncached.append(reason)
+    warnings.warn(
+        f"rowmax: compiled kernels can't be kept on disk ({reason}), so each process compiles its "
+        f"own; {CACHE_VARIABLE} names another directory",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _fingerprint(kernel: Callable[..., None]) -> str:
@@ -86,11 +114,23 @@ def _cache_in(directory: Path) -> Iterator[None]:
 @functools.cache
 def machine_function(kernel: Callable[..., None], argument: Any) -> int:
     """The address of `void kernel(argument *)` as machine code, compiled or read from disk once."""
-    with _cache_in(cache_directory(kernel)):
-        compiled = numba.cfunc(numba.void(numba.types.CPointer(argument)), cache=True)(kernel)
+    signature = numba.void(numba.types.CPointer(argument))
+    try:
+        directory = cache_directory(kernel)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Numba itself would turn to folders beside the sources, which know nothing of versions.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
+        with FileLock(directory / f"{kernel.__name__}-{name}.lock"), _cache_in(directory):
+            compiled = numba.cfunc(signature, cache=True)(kernel)
+    except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
+        _warn_uncached(str(error))
+        compiled = numba.cfunc(signature)(kernel)
     _kept_alive.append(compiled)
     address: int = compiled.address
     return address
 
 
 _kept_alive: list[Any] = []
+_uncached: list[str] = []  # why, told once
