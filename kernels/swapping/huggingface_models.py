@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .huggingface_configs import is_alias
-from .instances import Swapped
+from .instances import Form, Swapped
 from .packing import Packing
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -141,6 +141,8 @@ class SwappedBertEncoder(Swapped):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if not isinstance(self, Form):
+            return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
         packing = None
         if attention_mask is not None and not args[1:] and not self._is_watched(kwargs):
             packing = _packing_of(attention_mask, hidden_states)

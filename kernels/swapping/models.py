@@ -146,7 +146,7 @@ class _Plan:
         if kind == "encoder" and self.options.pack:
             why += ", packed where the batch has a padding mask"
         self._note(name, module, kind, True, why)
-        self.changes.append(ClassChange(module, form, options))
+        self.changes.append(ClassChange(name, module, form, options))
         if kind in ("attention", "norm"):
             self.problems.append((kind, name, module))
 
@@ -232,7 +232,7 @@ class _Plan:
             self._note(full, module, "encoder", why is None, why or "packed where there is padding")
             if why is None:
                 form = huggingface_models.SwappedBertEncoder
-                self.changes.append(ClassChange(module, form, self.options))
+                self.changes.append(ClassChange(full, module, form, self.options))
 
     def check_packing(self, model: nn.Module) -> None:
         """Where packing was asked for, there has to be something that packs; say what does not."""
@@ -292,7 +292,7 @@ def _kind(module: nn.Module) -> str:
         module, transformer_layers.SwappedEncoder | huggingface_models.SwappedBertEncoder
     ):
         return "encoder"
-    if isinstance(module, norms.SwappedLayerNorm | norms.SwappedRMSNorm):
+    if isinstance(module, norms.NORMS):
         return "norm"
     return "layer"
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..functional import attention
 from ..masks import Causal, Mask
 from ..packed import attention_varlen
-from .instances import Swapped, has_own
+from .instances import Form, Swapped, has_own
 from .packing import Packing
 from .tensor_masks import Sizes, mask_of_forbidden
 
@@ -35,8 +35,10 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
         if isinstance(key_padding_mask, Packing):
             own = Causal() if is_causal else None
             return self._packed(query, key_padding_mask, own), None
-        if any(tensor.is_nested for tensor in (query, key, value)):
-            result: tuple[Tensor, Tensor | None] = super().forward(
+        restored = not isinstance(self, Form)
+        if restored or any(tensor.is_nested for tensor in (query, key, value)):
+            result: tuple[Tensor, Tensor | None] = nn.MultiheadAttention.forward(
+                self,
                 query,
                 key,
                 value,
@@ -209,6 +211,7 @@ def packs(module: nn.Module) -> bool:
     """Whether self-attention over packed tokens is possible: keys of its own belong to no token."""
     return (
         isinstance(module, SwappedMultihead)
+        and has_own(module, SwappedMultihead, "forward") is None
         and module.bias_k is None
         and not module.add_zero_attn
         and module._qkv_same_embed_dim

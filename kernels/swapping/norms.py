@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import FLOAT_DTYPES
 from ..functional import layer_norm, rms_norm
 from ..layout import statistics_dtype
-from .instances import Swapped, as_torch_does, has_own
+from .instances import Form, Swapped, as_torch_does, has_own
 
 # What other libraries' classes of this norm are called, and their attribute for eps.
 _RMS_NAMES = ("RMSNorm", "RmsNorm", "T5LayerNorm")
@@ -20,8 +21,8 @@ _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 class SwappedLayerNorm(Swapped):
     """nn.LayerNorm over one or several last dimensions.
 
-    Under autocast, and where the input's dtype is not the weight's, the original runs: torch's
-    rules of types decide there.
+    Under autocast, where the input's dtype is not the weight's, and where sizes don't fit, the
+    original runs: torch's rules of types decide there, and its errors are the ones to see.
     """
 
     weight: Tensor | None
@@ -30,46 +31,88 @@ class SwappedLayerNorm(Swapped):
     normalized_shape: tuple[int, ...]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
-        if as_torch_does(input) or not _same_dtype(input, self.weight, self.bias):
+        if not isinstance(self, Form):
+            return nn.LayerNorm.forward(self, input)
+        weight, bias, shape = self.weight, self.bias, self.normalized_shape
+        if as_torch_does(input) or not fits(input, shape, weight, bias):
             result: Tensor = super().forward(input)
             return result
-        backend, dims = self.rowmax_options.backend, len(self.normalized_shape)
+        backend, dims = self.rowmax_options.backend, len(shape)
         if dims == 1:
-            return layer_norm(input, self.weight, self.bias, self.eps, backend=backend)
-        rows = input.flatten(-dims)
-        weight, bias = (
-            None if tensor is None else tensor.flatten() for tensor in (self.weight, self.bias)
-        )
+            return layer_norm(input, weight, bias, self.eps, backend=backend)
+        rows, weight, bias = _flat(dims, input, weight, bias)
         return layer_norm(rows, weight, bias, self.eps, backend=backend).view(input.shape)
 
 
 class SwappedRMSNorm(Swapped):
-    """x / sqrt(mean(x^2) + eps) * weight, of torch or of another library."""
+    """x / sqrt(mean(x^2) + eps) * weight over one or several last dimensions, as torch has it."""
 
     weight: Tensor | None
+    eps: float | None
+    normalized_shape: tuple[int, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self, Form):
+            return nn.RMSNorm.forward(self, x)
+        weight, shape = self.weight, self.normalized_shape
+        if as_torch_does(x) or not fits(x, shape, weight):
+            result: Tensor = super().forward(x)
+            return result
+        eps, backend, dims = self.eps, self.rowmax_options.backend, len(shape)
+        if eps is None:
+            eps = _default_eps(x.dtype)
+        if dims == 1:
+            return rms_norm(x, weight, eps, backend=backend)
+        rows, weight, _ = _flat(dims, x, weight)
+        return rms_norm(rows, weight, eps, backend=backend).view(x.shape)
+
+
+class SwappedNamedRMSNorm(Swapped):
+    """The same of another library, over the last dimension."""
+
+    weight: Tensor
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if not isinstance(self, Form):
+            return type(self).forward(self, hidden_states)
         weight = self._factor()
-        if as_torch_does(hidden_states) or not _same_dtype(hidden_states, weight):
+        if as_torch_does(hidden_states) or not fits(hidden_states, weight.shape, weight):
             result: Tensor = super().forward(hidden_states)
             return result
-        return rms_norm(
-            hidden_states,
-            weight,
-            _eps_of(self, hidden_states.dtype),
-            backend=self.rowmax_options.backend,
-        )
+        eps = _eps_of(self, hidden_states.dtype)
+        return rms_norm(hidden_states, weight, eps, backend=self.rowmax_options.backend)
 
-    def _factor(self) -> Tensor | None:
-        return getattr(self, "weight", None)
+    def _factor(self) -> Tensor:
+        return self.weight
 
 
-class SwappedOffsetRMSNorm(SwappedRMSNorm):
+class SwappedOffsetRMSNorm(SwappedNamedRMSNorm):
     """The same with 1 + weight, as Gemma has it."""
 
-    def _factor(self) -> Tensor | None:
-        assert self.weight is not None
+    def _factor(self) -> Tensor:
         return 1.0 + self.weight
+
+
+NORMS = (SwappedLayerNorm, SwappedRMSNorm, SwappedNamedRMSNorm)
+
+
+def fits(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
+    """Whether `x` ends in `shape`, and the parameters have it as theirs, all of one dtype."""
+    own = x.shape[-len(shape) :]
+    if not shape or own != tuple(shape):
+        return False
+    for parameter in parameters:
+        if parameter is not None and (parameter.dtype != x.dtype or parameter.shape != own):
+            return False
+    return True
+
+
+def _flat(
+    dims: int, x: Tensor, weight: Tensor | None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The last `dims` dimensions as one."""
+    weight, bias = (None if each is None else each.flatten() for each in (weight, bias))
+    return x.flatten(-dims), weight, bias
 
 
 def recognise(module: nn.Module) -> tuple[type[Swapped] | None, str] | None:
@@ -79,8 +122,6 @@ def recognise(module: nn.Module) -> tuple[type[Swapped] | None, str] | None:
         return (None, own) if own else _check(module, SwappedLayerNorm, "layer_norm")
     if isinstance(module, nn.RMSNorm):
         own = has_own(module, nn.RMSNorm, "forward")
-        if own is None and len(module.normalized_shape) > 1:
-            own = "it normalises over several dimensions"
         return (None, own) if own else _check(module, SwappedRMSNorm, "rms_norm")
     if type(module).__name__.endswith(_RMS_NAMES):
         form, why = _try_out(module)
@@ -95,16 +136,17 @@ def _check(module: nn.Module, form: type[Swapped], does: str) -> tuple[type[Swap
     return form, does
 
 
-def _same_dtype(x: Tensor, *parameters: Tensor | None) -> bool:
-    return all(parameter is None or parameter.dtype == x.dtype for parameter in parameters)
-
-
 def _eps_of(module: nn.Module, dtype: torch.dtype) -> float:
     for name in _EPS_NAMES:
         eps = getattr(module, name, None)
         if eps is not None:
             return float(eps)
-    return torch.finfo(statistics_dtype(dtype)).eps  # what nn.RMSNorm takes for eps=None
+    return _default_eps(dtype)
+
+
+def _default_eps(dtype: torch.dtype) -> float:
+    """What nn.RMSNorm takes for eps=None."""
+    return torch.finfo(statistics_dtype(dtype)).eps
 
 
 def _try_out(module: nn.Module) -> tuple[type[Swapped] | None, str]:
@@ -134,7 +176,7 @@ def _try_out(module: nn.Module) -> tuple[type[Swapped] | None, str]:
         normed = exact * torch.rsqrt(mean_square + _eps_of(module, weight.dtype))
         tolerance = 8 * torch.finfo(weight.dtype).eps
         for form, factor, does in (
-            (SwappedRMSNorm, wide, "rms_norm"),
+            (SwappedNamedRMSNorm, wide, "rms_norm"),
             (SwappedOffsetRMSNorm, 1.0 + wide, "rms_norm with 1 + weight"),
         ):
             expected = normed * factor

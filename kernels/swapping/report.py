@@ -43,9 +43,23 @@ class SwapReport:
         self._changes = list(changes)
 
     def restore(self) -> None:
-        """Undo exactly what this swap changed. A second call does nothing."""
+        """Undo exactly what this swap changed. A second call does nothing.
+
+        Raises:
+            RuntimeError: somebody has given a module another class since. All others are restored;
+                once it is set back, a second call restores these.
+        """
+        errors, kept = [], []
         while self._changes:
-            self._changes.pop().undo()
+            change = self._changes.pop()
+            try:
+                change.undo()
+            except RuntimeError as error:
+                errors.append(str(error))
+                kept.append(change)
+        self._changes = kept[::-1]
+        if errors:
+            raise RuntimeError(f"restore: {'; '.join(errors)}")
 
     @property
     def swapped(self) -> tuple[Site, ...]:

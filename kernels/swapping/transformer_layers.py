@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..functional import add_layer_norm
 from ..masks import Causal
-from .instances import Swapped, as_torch_does, has_own, is_plain_call
-from .multihead import packs
-from .norms import SwappedLayerNorm
+from .instances import Form, Swapped, as_torch_does, has_own, is_plain_call
+from .multihead import SwappedMultihead, packs
+from .norms import SwappedLayerNorm, fits
 from .packing import Packing
 from .tensor_masks import mask_of_forbidden
 
-_BLOCKS = ("forward", "_sa_block", "_ff_block")
+_BLOCKS = ("_sa_block", "_ff_block")
 
 
 class SwappedEncoderLayer(Swapped, nn.TransformerEncoderLayer):
@@ -30,10 +31,15 @@ class SwappedEncoderLayer(Swapped, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | Packing | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:  # of an encoder that was left as it was
-            assert not isinstance(src_key_padding_mask, Packing)
-            result: Tensor = super().forward(src, src_mask, src_key_padding_mask, is_causal)
-            return result
+        stock = nn.TransformerEncoderLayer
+        if not isinstance(src_key_padding_mask, Packing):
+            # nested: of an encoder that was left as it was
+            if src.is_nested or not _is_ours(self, stock, *_BLOCKS):
+                return stock.forward(self, src, src_mask, src_key_padding_mask, is_causal)
+            if not is_plain_call(self.self_attn, SwappedMultihead):
+                src_mask, src_key_padding_mask = _as_torch_hands_on(
+                    src, src_mask, src_key_padding_mask
+                )
         attended = self.self_attn(
             *(self.norm1(src) if self.norm_first else src,) * 3,
             attn_mask=src_mask,
@@ -62,6 +68,12 @@ class SwappedDecoderLayer(Swapped, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
+        stock = nn.TransformerDecoderLayer
+        if not _is_ours(self, stock, *_BLOCKS, "_mha_block"):
+            return stock.forward(
+                *(self, tgt, memory, tgt_mask, memory_mask),
+                *(tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal),
+            )
         first = self.norm1(tgt) if self.norm_first else tgt
         attended = self.self_attn(
             *(first, first, first),
@@ -102,9 +114,10 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        if src.is_nested:
-            result: Tensor = super().forward(src, mask, src_key_padding_mask, is_causal)
-            return result
+        stock = nn.TransformerEncoder
+        if src.is_nested or not isinstance(self, Form) or any(map(_why_not_ours, self.layers)):
+            # layers of somebody's own get what torch hands to them
+            return stock.forward(self, src, mask, src_key_padding_mask, is_causal)
         packing = None
         if src_key_padding_mask is not None and src.dim() == 3:
             if self.rowmax_options.pack or (mask is None and self._would_nest()):
@@ -157,21 +170,45 @@ def add_and_norm(
     """norm(residual + dropout(x)) and the sum: one call where nothing watches the modules."""
     if (
         isinstance(norm, SwappedLayerNorm)
-        and type(dropout) is nn.Dropout
-        and is_plain_call(norm)
-        and is_plain_call(dropout)
+        and isinstance(dropout, nn.Dropout)
+        and is_plain_call(norm, SwappedLayerNorm)
+        and is_plain_call(dropout, nn.Dropout)
         and not as_torch_does(x, residual)
         and len(norm.normalized_shape) == 1
         and x.dtype == residual.dtype
-        and (norm.weight is None or norm.weight.dtype == x.dtype)
+        and x.shape == residual.shape
     ):
-        return add_layer_norm(
-            *(x, residual, norm.weight, norm.bias, norm.eps),
-            dropout_p=dropout.p if dropout.training else 0.0,
-            backend=norm.rowmax_options.backend,
-        )
+        weight, bias = norm.weight, norm.bias
+        if fits(x, norm.normalized_shape, weight, bias):
+            return add_layer_norm(
+                *(x, residual, weight, bias, norm.eps),
+                dropout_p=dropout.p if dropout.training else 0.0,
+                backend=norm.rowmax_options.backend,
+            )
     total = residual + dropout(x)
     return norm(total), total
+
+
+def _as_torch_hands_on(
+    src: Tensor, src_mask: Tensor | None, src_key_padding_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The masks as torch's layer hands them to its attention, floats: for one that is not ours."""
+    padding: Tensor | None = F._canonical_mask(
+        mask=src_key_padding_mask,
+        mask_name="src_key_padding_mask",
+        other_type=F._none_or_dtype(src_mask),
+        other_name="src_mask",
+        target_type=src.dtype,
+    )
+    pairs: Tensor | None = F._canonical_mask(
+        mask=src_mask,
+        mask_name="src_mask",
+        other_type=None,
+        other_name="",
+        target_type=src.dtype,
+        check_other=False,
+    )
+    return pairs, padding
 
 
 def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
@@ -190,20 +227,33 @@ def _is_causal(mask: Tensor) -> bool:
 def why_not_packed(encoder: nn.TransformerEncoder) -> str | None:
     """Why the layers can't take packed tokens; None when they can."""
     for index, layer in enumerate(encoder.layers):
-        if not isinstance(layer, SwappedEncoderLayer):
-            return f"layer {index} is not swapped"
+        why = _why_not_ours(layer)
+        if why is not None:
+            return f"layer {index} is not swapped: {why}"
         if not packs(layer.self_attn):
             return f"the attention of layer {index} is not swapped, or has keys of its own"
     return None
 
 
+def _is_ours(layer: nn.Module, stock: type[nn.Module], *blocks: str) -> bool:
+    """Whether `layer` is still swapped, and nobody has set a block of their own since."""
+    return isinstance(layer, Form) and has_own(layer, stock, *blocks) is None
+
+
+def _why_not_ours(layer: nn.Module) -> str | None:
+    """Why a layer does not run the form's forward; None where it does."""
+    if not isinstance(layer, SwappedEncoderLayer):
+        return f"it is a {type(layer).__name__}"
+    return has_own(layer, SwappedEncoderLayer, "forward", *_BLOCKS)
+
+
 def recognise(module: nn.Module) -> tuple[type[Swapped] | None, str] | None:
     """The form for one of torch's layers, or None and why not; None for other modules."""
     if isinstance(module, nn.TransformerEncoderLayer):
-        own = has_own(module, nn.TransformerEncoderLayer, *_BLOCKS)
+        own = has_own(module, nn.TransformerEncoderLayer, "forward", *_BLOCKS)
         return (None, own) if own else (SwappedEncoderLayer, "residual, dropout and norm in one")
     if isinstance(module, nn.TransformerDecoderLayer):
-        own = has_own(module, nn.TransformerDecoderLayer, *_BLOCKS, "_mha_block")
+        own = has_own(module, nn.TransformerDecoderLayer, "forward", *_BLOCKS, "_mha_block")
         return (None, own) if own else (SwappedDecoderLayer, "residual, dropout and norm in one")
     if isinstance(module, nn.TransformerEncoder):
         own = has_own(module, nn.TransformerEncoder, "forward")
