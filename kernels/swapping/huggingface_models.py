@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .huggingface import NAME
 from .huggingface_configs import is_alias
 from .instances import Form, Swapped
 from .packing import Packing
@@ -131,8 +132,11 @@ def _needs_more(cls: type[nn.Module]) -> str | None:
 class SwappedBertEncoder(Swapped):
     """A BERT-like stack of layers on the real tokens alone, (1, total, E), zeros where padding was.
 
-    Where hidden states or attentions of all layers are asked for, the batch stays padded.
+    Where hidden states or attentions of all layers are asked for, and where another attention
+    implementation has been set since, the batch stays padded.
     """
+
+    config: Any
 
     def forward(
         self,
@@ -162,6 +166,7 @@ class SwappedBertEncoder(Swapped):
         given = ("encoder_hidden_states", "encoder_attention_mask")
         return (
             torch.compiler.is_compiling()
+            or self.config._attn_implementation != NAME
             or any(kwargs.get(name) for name in asked)
             or any(kwargs.get(name) is not None for name in given)
             or _collects_outputs()
@@ -190,4 +195,6 @@ def why_not_packed(module: nn.Module) -> str | None:
     config = module.__dict__.get("config")
     if getattr(config, "is_decoder", False):
         return "it is a decoder"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
     return None

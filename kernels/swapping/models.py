@@ -15,7 +15,7 @@ from ..functional import attention_problem
 from ..problem import LayerNormProblem, Problem, RMSNormProblem
 from . import huggingface_models, multihead, norms, transformer_layers
 from .huggingface import is_registered
-from .huggingface_configs import Aliases, ConfigChange
+from .huggingface_configs import Aliases, ConfigChange, ConfigForm, is_alias
 from .instances import ClassChange, Options, Swapped
 from .report import Change, Site, SwapReport
 
@@ -189,32 +189,33 @@ class _Plan:
                 self._note(full, module, "attention", True, "attention and mask by the interface")
                 attending.append((full, module))
         if attending:
-            self._take_configs(model, attending, left > 0)
+            self._take_configs(name, model, attending, left > 0)
         if self.options.pack:
             self._pack_encoders(name, model, left)
 
     def _take_configs(
-        self, model: nn.Module, attending: list[tuple[str, nn.Module]], in_part: bool
+        self, outer: str, model: nn.Module, attending: list[tuple[str, nn.Module]], in_part: bool
     ) -> None:
         """Aliases for all configs of the model, masks included; or for the attention's alone."""
         aliases = Aliases(Options(self.options.backend))
-        modules = [module for _, module in attending]
-        if in_part:
-            for _, module in attending:
-                implementation = module.__dict__["config"]._attn_implementation
-                if implementation not in ("eager", "sdpa"):
-                    raise ValueError(
-                        f"swap: with a part of {type(model).__name__} left, its masks stay those "
-                        f'of attn_implementation {implementation!r}; expected "eager" or "sdpa". '
-                        "Nothing was changed"
-                    )
-        else:
-            modules = [
-                module
-                for module in model.modules()
-                if hasattr(module.__dict__.get("config"), "_attn_implementation")
-            ]
-        self.changes += [ConfigChange(module, aliases) for module in modules]
+        attentions = {id(module) for _, module in attending}
+        for _, module in attending if in_part else ():
+            implementation = module.__dict__["config"]._attn_implementation
+            if implementation not in ("eager", "sdpa"):
+                raise ValueError(
+                    f"swap: with a part of {type(model).__name__} left, its masks stay those "
+                    f'of attn_implementation {implementation!r}; expected "eager" or "sdpa". '
+                    "Nothing was changed"
+                )
+        for inner, module in model.named_modules():
+            full = ".".join(filter(None, (outer, inner)))
+            config = module.__dict__.get("config")
+            if not hasattr(config, "_attn_implementation") or is_alias(config):
+                continue
+            if id(module) in attentions or not in_part:
+                self.changes.append(ConfigChange(full, module, aliases))
+            elif hasattr(module, "set_attn_implementation"):
+                self.changes.append(ClassChange(full, module, ConfigForm, Options()))
         self.problems += [("attention", name, module) for name, module in attending[:1]]
 
     def _pack_encoders(self, name: str, model: nn.Module, left: int) -> None:
