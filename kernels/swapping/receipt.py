@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import fail_type, fail_value
 from ..peak_memory import peak_bytes
-from .instances import Swapped
+from .instances import Form
 from .models import Filter, swap
 from .packing import Packing
 from .report import SwapReport, columns
@@ -194,7 +194,7 @@ def compare(
     """
     if not isinstance(model, nn.Module):
         fail_type("compare", "model", type(model).__name__, "a torch.nn.Module")
-    if any(isinstance(module, Swapped) for module in model.modules()):
+    if any(isinstance(module, Form) for module in model.modules()):
         fail_value("compare", "model", "one that is swapped", "the original; restore it first")
     args, kwargs = _call_of(inputs)
     original, other, truth = (copy.deepcopy(model) for _ in range(3))

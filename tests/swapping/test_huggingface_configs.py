@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="needs rowmax[huggingface]")
 
-from rowmax.kernels import swap, swapped  # noqa: E402
+from rowmax.kernels import compare, swap, swapped  # noqa: E402
 from rowmax.kernels.swapping import huggingface  # noqa: E402
 
 from . import architectures as zoo  # noqa: E402
@@ -127,6 +127,9 @@ def test_a_config_equals_its_copies_while_the_model_runs() -> None:
         assert duplicate.vision_config._attn_implementation == "rowmax"
         assert config.vision_config == original.vision_config
         assert type(config)() == type(original)()
+        config.projection_dim += 1  # what is set on one is seen on the other
+        assert original.projection_dim == as_dict["projection_dim"] + 1
+        config.projection_dim -= 1
         assert config.to_dict() == duplicate.to_dict() == as_dict
         assert type(pickle.loads(pickle.dumps(config))) is type(original)
 
@@ -345,6 +348,12 @@ def test_the_signature_of_forward_is_the_models() -> None:
     with swapped(model):
         assert inspect.signature(model.forward) == before
         assert isinstance(model, transformers.LlamaForCausalLM)
+
+
+def test_compare_refuses_a_model_of_which_the_attention_is_swapped() -> None:
+    model = build("Llama")
+    with swapped(model, norms=False), pytest.raises(ValueError, match="restore it first"):
+        compare(model, torch.ones(1, 3, dtype=torch.long))
 
 
 def test_another_config_set_on_a_module_stays() -> None:
