@@ -320,6 +320,22 @@ def test_another_thread_sees_the_config_as_it_is(calls: list[nn.Module]) -> None
     assert len(calls) == 2
 
 
+def test_a_compiled_model_attends_by_rowmax() -> None:
+    model = build("Llama", "sdpa")
+    seen: list[str] = []
+    expected = call(model)
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with swapped(model), torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(call(compiled), expected, rtol=1e-4, atol=1e-5)
+        assert implementations(model) == {"sdpa"}
+    assert sum("rowmax" in target and "attention" in target for target in seen) == 2
+
+
 def test_an_error_inside_leaves_no_trace() -> None:
     model = build("Llama")
     swap(model)
