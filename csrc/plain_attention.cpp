@@ -72,7 +72,7 @@ PyObject* plain_attention_call(PyObject*, PyObject* const* arguments, Py_ssize_t
     return nullptr;
   }
   const auto attend = [&] { plain_attention(query, key, value, out, scale, band_upper); };
-  if (!read_heads(made, out) || !run_unlocked(attend)) {
+  if (!read_made(made, out) || !run_unlocked(attend)) {
     Py_DECREF(made);
     return nullptr;
   }

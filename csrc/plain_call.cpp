@@ -18,21 +18,9 @@ PyObject* attribute(const char* module, const char* name) {
   return found;
 }
 
-}  // namespace
-
-const Torch& looked_up() { return torch_; }
-
-bool read(PyObject* object, View& view) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  dlpack::Tensor tensor;
-  if (api_ == nullptr || (type != torch_.tensor && type != torch_.parameter) ||
-      api_->view(object, &tensor) != 0) {
-    return false;
-  }
-  PyObject* negated = PyObject_CallMethodObjArgs(object, torch_.is_neg, nullptr);
-  Py_XDECREF(negated);
-  if (negated != Py_False || tensor.device.type != dlpack::kCpu || tensor.byte_offset != 0 ||
-      tensor.dtype.lanes != 1) {
+// The tensor as a View; false where it is not on the CPU or of another dtype.
+bool describe(const dlpack::Tensor& tensor, View& view) {
+  if (tensor.device.type != dlpack::kCpu || tensor.byte_offset != 0 || tensor.dtype.lanes != 1) {
     return false;
   }
   const dlpack::DataType dtype = tensor.dtype;
@@ -52,6 +40,40 @@ bool read(PyObject* object, View& view) {
   view.sizes = tensor.sizes;
   view.strides = tensor.strides;
   return true;
+}
+
+// Whether the values stand in the tensor's memory as they are. Zeros without memory and what wraps another
+// tensor have a storage at address 0, from which a view's first element is as far as its offset says.
+bool holds_its_values(PyObject* object, const dlpack::Tensor& tensor) {
+  PyObject* negated = PyObject_CallMethodObjArgs(object, torch_.is_neg, nullptr);
+  Py_XDECREF(negated);
+  if (negated != Py_False) {
+    return false;
+  }
+  PyObject* offset = PyObject_CallMethodObjArgs(object, torch_.storage_offset, nullptr);
+  if (offset == nullptr) {
+    return false;
+  }
+  const auto elements = static_cast<uintptr_t>(PyLong_AsLongLong(offset));
+  Py_DECREF(offset);
+  return reinterpret_cast<uintptr_t>(tensor.data) != elements * (tensor.dtype.bits / 8);
+}
+
+}  // namespace
+
+const Torch& looked_up() { return torch_; }
+
+bool read(PyObject* object, View& view) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  dlpack::Tensor tensor;
+  return api_ != nullptr && (type == torch_.tensor || type == torch_.parameter) &&
+         api_->view(object, &tensor) == 0 && describe(tensor, view) &&
+         holds_its_values(object, tensor);
+}
+
+bool read_made(PyObject* made, View& view) {
+  dlpack::Tensor tensor;
+  return api_->view(made, &tensor) == 0 && describe(tensor, view);
 }
 
 PyObject* empty_like(PyObject* like) {
@@ -77,6 +99,7 @@ bool find_torch() {
   torch_.empty_like = attribute("torch", "empty_like");
   torch_.empty_heads = attribute("rowmax.kernels.layout", "empty_heads");
   torch_.is_neg = PyUnicode_InternFromString("is_neg");
+  torch_.storage_offset = PyUnicode_InternFromString("storage_offset");
   torch_.contiguous = PyDict_New();
   PyObject* format = attribute("torch", "contiguous_format");
   if (PyErr_Occurred() != nullptr ||

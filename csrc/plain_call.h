@@ -26,7 +26,7 @@ struct Torch {
   PyObject *tensor, *parameter;       // the types whose instances are taken
   PyObject *empty_like, *contiguous;  // torch.empty_like and its keywords
   PyObject* empty_heads;              // kernels/layout.py's
-  PyObject* is_neg;                   // the method's name
+  PyObject *is_neg, *storage_offset;  // the methods' names
 };
 const Torch& looked_up();
 
@@ -36,6 +36,8 @@ bool find_torch();
 // Whether `object` is a tensor on the CPU, of a float dtype, that a kernel can read as its memory says;
 // with an exception or without.
 bool read(PyObject* object, View& view);
+// The same of a tensor that this call has made, which is one; false with an exception.
+bool read_made(PyObject* made, View& view);
 
 // torch.empty_like(like), contiguous.
 PyObject* empty_like(PyObject* like);

@@ -69,7 +69,7 @@ PyObject* plain_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t coun
     return nullptr;
   }
   const auto normalise = [&] { plain_norm(x, weight, bias, y, elements / columns, eps, centred); };
-  if (!read(made, y) || !run_unlocked(normalise)) {
+  if (!read_made(made, y) || !run_unlocked(normalise)) {
     Py_DECREF(made);
     return nullptr;
   }

@@ -2,57 +2,78 @@
 
 The dispatcher and the operator's Python kernels cost 20 us a call, several times what a tiny
 problem takes. A call may leave them out where none of what they serve takes part: tracing and
-compiling, modes, functorch's transforms, forward-mode AD, autocast, the profiler, and tensors that
-are not what their memory says (subclasses, lazy negation, what a transform left behind).
+compiling, modes, functorch's transforms, forward-mode AD, autocast and the profiler; and where every
+tensor is proven to be what its memory says. Torch knows many that are not, more with each version:
+zeros without memory, lazy negation, subclasses, sparse and quantized ones, what a transform left
+behind. So the few forms of an ordinary tensor are listed, and not what is special.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _dispatch_tls_local_include_set,
+    _is_any_autocast_enabled,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-_C = torch._C
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_KEYS = (_C.DispatchKey.BackendSelect, _C.DispatchKey.ADInplaceOrView)
+_raw = DispatchKeySet.raw_repr
+
+
+def _keys(*keys: DispatchKey) -> int:
+    return _raw(functools.reduce(operator.or_, map(DispatchKeySet, keys)))
+
+
 # What the dispatcher adds to every tensor's keys where no mode, transform or trace is active: in
 # inference mode the first, else both.
 _USUAL = frozenset(
     (
-        _C.DispatchKeySet(_KEYS[0]).raw_repr(),
-        (_C.DispatchKeySet(_KEYS[0]) | _C.DispatchKeySet(_KEYS[1])).raw_repr(),
+        _keys(DispatchKey.BackendSelect),
+        _keys(DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView),
     )
 )
+# The keys of a tensor with memory of its own on a CPU or a GPU, made in inference mode or not.
+_ORDINARY = frozenset(
+    _keys(*keys, *with_autograd)
+    for *keys, autograd in (
+        (DispatchKey.CPU, DispatchKey.AutocastCPU, DispatchKey.AutogradCPU),
+        (DispatchKey.CUDA, DispatchKey.AutocastCUDA, DispatchKey.AutogradCUDA),
+    )
+    for with_autograd in ((), (DispatchKey.ADInplaceOrView, autograd))
+)
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_NO_TENSORS = frozenset((type(None), bool, int, float, str))
 
 
 def nothing_watches() -> bool:
     """No mode, transform, trace or profiler is active that would see an operator's call."""
     return not (
-        torch.compiler.is_compiling()
-        or _C._dispatch_tls_local_include_set().raw_repr() not in _USUAL
-        or _C._len_torch_function_stack()
+        is_compiling()
+        or _raw(_dispatch_tls_local_include_set()) not in _USUAL
+        or _len_torch_function_stack()
         or forward_ad._current_level >= 0
-        or _C._is_any_autocast_enabled()
-        or _C._autograd._profiler_enabled()
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
     )
 
 
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Ordinary tensors whose memory, on a CPU or a GPU, holds their values.
-
-    The first tells where they lie: a problem's tensors are on one device.
-    """
-    for tensor in tensors:
-        if (
-            type(tensor) not in _PLAIN
-            or tensor.is_neg()
-            or _C._functorch.is_functorch_wrapped_tensor(tensor)
+def are_plain(arguments: Iterable[object]) -> bool:
+    """An operator's arguments, whose tensors are ordinary ones: their memory holds their values."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind not in _NO_TENSORS and (
+            kind not in _TENSORS or _raw(_dispatch_keys(argument)) not in _ORDINARY
         ):
             return False
-    return tensors[0].is_cpu or tensors[0].is_cuda
-
-
-def tensors_in(arguments: Iterable[object]) -> list[Tensor]:
-    return [argument for argument in arguments if isinstance(argument, Tensor)]
+    return True

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from . import dispatch
 from .batching import vmap_rule
 from .derivatives import autograd_of, unfused_form
-from .eager import are_plain, nothing_watches, tensors_in
+from .eager import are_plain, nothing_watches
 from .layout import empty_heads, saved_lse_dtype, statistics_dtype
 from .masks import NO_MASK, Mask, MaskStructure
 from .problem import (
@@ -89,7 +89,7 @@ def attention(
     result: tuple[Tensor, Tensor | None]
     if not (
         nothing_watches()
-        and are_plain(problem[:3] if _has_heads_only(problem) else tensors_in(problem.flat()))
+        and are_plain(problem[:3] if _has_heads_only(problem) else problem.flat())
     ):
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
@@ -180,7 +180,7 @@ def rms_norm(problem: RMSNormProblem, backend: str) -> Tensor:
 
 def call(name: str, *arguments: Any) -> Any:
     """The operator `name`; its work at once where nothing that torch's dispatcher serves is on."""
-    if not (nothing_watches() and are_plain(tensors_in(arguments))):
+    if not (nothing_watches() and are_plain(arguments)):
         return through_dispatcher(name, arguments)
     implementation = _IMPLEMENTATIONS[name]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
