@@ -215,7 +215,7 @@ _FOLDS: dict[str, Fold] = {
     "layer_norm": _rows_together(1, 2, (0, 0, 0)),
     "layer_norm_backward": _rows_together(4, 2, (0, None, None)),
     "add_layer_norm": _rows_together(2, 2, (0, 0, 0, 0), drops=True),
-    "add_layer_norm_backward": _rows_together(7, 2, (None, 0, None, None), drops=True),
+    "add_layer_norm_backward": _rows_together(5, 2, (None, 0, None, None), drops=True),
     "rms_norm": _rows_together(1, 1, (0, 0)),
     "rms_norm_backward": _rows_together(3, 1, (0, None)),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class Rule(NamedTuple):
     """The derivatives of an operator, by the arguments at the positions `differentiable`."""
 
     differentiable: tuple[int, ...]
+    # the tensors that `backward` reads, by their names in the schema; it is given None for others
+    saves: tuple[str, ...]
     # (call an operator, arguments, outputs, needed, gradients of the outputs) -> gradients
     backward: Callable[[Call, Values, Values, Sequence[bool], Values], Values]
     # (arguments) -> outputs, in operations of torch that carry tangents
@@ -53,22 +55,30 @@ def autograd_of(name: str, operator: torch._ops.OpOverload, call: Call) -> Call:
     the derivative of a torch operator does, where the public one wants to serve them all.
     """
     rule = _RULES[name]
-    is_tensor = ["Tensor" in str(argument.type) for argument in operator._schema.arguments]
-    tensor_at = [at for at, tensor in enumerate(is_tensor) if tensor]
-    constant_at = [at for at, tensor in enumerate(is_tensor) if not tensor]
-    tensors_of, constants_of = itemgetter(*tensor_at), itemgetter(*constant_at)
-    places = tensor_at + constant_at
-    in_order = itemgetter(*(places.index(at) for at in range(len(places))))
-    one_output = len(operator._schema.returns) == 1
+    arguments, returns = operator._schema.arguments, operator._schema.returns
+    constant_at = [at for at, each in enumerate(arguments) if "Tensor" not in str(each.type)]
+    one_output = len(returns) == 1
     nothing = (None, None)
 
-    def saved(ctx: Any) -> tuple[Values, Values]:
-        """The arguments and the outputs."""
-        tensors = ctx.saved_tensors
-        return (
-            in_order((*tensors[: len(tensor_at)], *ctx.constants)),
-            tensors[len(tensor_at) :],
-        )
+    def saved(tensors: Sequence[Any]) -> list[int]:
+        """Where the saved ones stand among arguments or outputs."""
+        return [at for at, each in enumerate(tensors) if each.name in rule.saves]
+
+    argument_at, output_at = saved(arguments), saved(returns)
+    assert len(argument_at) + len(output_at) == len(rule.saves)
+    # of (*saved arguments, *saved outputs, *constants, None): each argument's, and each output's
+    pool = [*(("argument", at) for at in argument_at), *(("output", at) for at in output_at)]
+    pool += [("argument", at) for at in constant_at]
+
+    def places(kind: str, count: int) -> list[int]:
+        return [
+            pool.index((kind, at)) if (kind, at) in pool else len(pool) for at in range(count)
+        ]
+
+    arguments_of = _picker(places("argument", len(arguments)))
+    outputs_of = _picker(places("output", len(returns)))
+    kept_arguments, kept_outputs = _picker(argument_at), _picker(output_at)
+    constants_of = _picker(constant_at)
 
     def forward(ctx: Any, run: Call, arguments: Values, *differentiable: Tensor | None) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -79,16 +89,16 @@ def autograd_of(name: str, operator: torch._ops.OpOverload, call: Call) -> Call:
             outputs = run(*arguments)
         ctx.set_materialize_grads(False)
         ctx.constants = constants_of(arguments)
-        kept = (*tensors_of(arguments), *((outputs,) if one_output else outputs))
-        ctx.save_for_backward(*kept)
+        kept = kept_outputs((outputs,) if one_output else outputs)
+        ctx.save_for_backward(*kept_arguments(arguments), *kept)
         return outputs
 
     def backward(ctx: Any, *gradients: Tensor | None) -> Values:
         if all(gradient is None for gradient in gradients):
             return nothing + (None,) * len(rule.differentiable)
-        arguments, outputs = saved(ctx)
+        values = (*ctx.saved_tensors, *ctx.constants, None)
         return nothing + rule.backward(
-            call, arguments, outputs, ctx.needs_input_grad[2:], gradients
+            call, arguments_of(values), outputs_of(values), ctx.needs_input_grad[2:], gradients
         )
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -102,6 +112,13 @@ def autograd_of(name: str, operator: torch._ops.OpOverload, call: Call) -> Call:
         return function.apply(run, arguments, *differentiable)
 
     return apply
+
+
+def _picker(places: Sequence[int]) -> Callable[[Values], Values]:
+    """What stands at these places, as a tuple of any length."""
+    if len(places) > 1:
+        return cast(Callable[[Values], Values], itemgetter(*places))
+    return lambda values: tuple(values[at] for at in places)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -222,9 +239,9 @@ def _add_layer_norm_backward(
     if grad_y is None and grad_total is None:
         return None, None, None, None
     if grad_y is None:
-        grad_y = torch.zeros_like(outputs[0])
+        grad_y = torch.zeros_like(outputs[1])
     d_x, d_residual, d_weight, d_bias = call(
-        "add_layer_norm_backward", grad_y, grad_total, *outputs[1:], *arguments
+        "add_layer_norm_backward", grad_y, grad_total, *outputs[1:], *arguments[2:]
     )
     return (
         d_x if arguments[5] > 0 else d_residual,
@@ -237,18 +254,22 @@ def _add_layer_norm_backward(
 def _add_layer_norm_backward_backward(
     call: Call, arguments: Values, outputs: Values, needed: Sequence[bool], gradients: Values
 ) -> Values:
-    grad_y, grad_total, total, _, _, _, _, weight, bias, eps, *_ = arguments
+    grad_y, _, total, _, _, weight, bias, eps, dropout_p, *_ = arguments
     t_x, t_residual, t_weight, t_bias = gradients
     t_weight, t_bias = _where_given(t_weight, weight), _where_given(t_bias, bias)
     # without dropout the gradient of x is that of the residual, and the op's own is empty
-    problem = AddLayerNormProblem(*arguments[5:-1])
-    t_total = _of_sum(problem, t_x if problem.dropout_p > 0 else None, t_residual)
+    t_total = _of_sum(_problem_of_sum(arguments), t_x if dropout_p > 0 else None, t_residual)
     t_y = second_order.norm_tangents(total, weight, eps, True, t_total, t_weight, t_bias)
     h_total, h_weight = second_order.norm_second_order(
         total, weight, eps, True, grad_y, t_total, t_weight
     )
-    t_grad_total = None if grad_total is None else t_total
-    return t_y, t_grad_total, h_total, _unless_absent(h_weight, weight)
+    return t_y, t_total if needed[1] else None, h_total, _unless_absent(h_weight, weight)
+
+
+def _problem_of_sum(arguments: Values) -> AddLayerNormProblem:
+    """A backward pass is a function of the sum, which says the shape and dtype of both its terms."""
+    total = arguments[2]
+    return AddLayerNormProblem(total, total, *arguments[5:-1])
 
 
 def _of_sum(problem: AddLayerNormProblem, t_x: Tensor | None, t_residual: Tensor | None) -> Tensor:
@@ -304,9 +325,7 @@ def _unfused_add_layer_norm(*arguments: Any) -> Values:
 
 
 def _unfused_add_layer_norm_backward(*arguments: Any) -> Values:
-    of_outputs = arguments[:5]
-    problem = AddLayerNormProblem(*arguments[5:-1])
-    return reference.add_layer_norm_backward(problem, *of_outputs)
+    return reference.add_layer_norm_backward(_problem_of_sum(arguments), *arguments[:5])
 
 
 def _unfused_rms_norm(*arguments: Any) -> Values:
@@ -318,28 +337,63 @@ def _unfused_rms_norm_backward(*arguments: Any) -> Values:
     return reference.rms_norm_backward(RMSNormProblem(*fields), grad_y, rstd)
 
 
+_ATTENTION_TENSORS = (
+    *("query", "key", "value", "bias", "alibi_slopes", "alibi_offset", "sinks", "dense_mask"),
+    *("key_lengths", "query_lengths", "query_documents", "key_documents", "band", "seed"),
+    *("query_starts", "key_starts"),
+)
+# Where a formula reads a parameter's dtype alone, it is saved too, as torch's own norms do.
 _RULES = {
-    "attention": Rule(_ATTENTION_AT, _attention_backward, _unfused_attention),
+    "attention": Rule(
+        _ATTENTION_AT,
+        (*_ATTENTION_TENSORS, "out", "lse"),
+        _attention_backward,
+        _unfused_attention,
+    ),
     "attention_backward": Rule(
         (0, 1, *(6 + at for at in _ATTENTION_AT)),
+        ("grad_out", "grad_lse", *_ATTENTION_TENSORS),
         _attention_backward_backward,
         _unfused_attention_backward,
     ),
-    "masked_softmax": Rule((0,), _masked_softmax_backward, _unfused_masked_softmax),
+    "masked_softmax": Rule((0,), ("weights",), _masked_softmax_backward, _unfused_masked_softmax),
     "masked_softmax_backward": Rule(
-        (0, 1), _masked_softmax_backward_backward, _unfused_masked_softmax_backward
+        (0, 1),
+        ("grad_weights", "weights"),
+        _masked_softmax_backward_backward,
+        _unfused_masked_softmax_backward,
     ),
-    "layer_norm": Rule((0, 1, 2), _layer_norm_backward, _unfused_layer_norm),
+    "layer_norm": Rule(
+        (0, 1, 2),
+        ("x", "weight", "bias", "mean", "rstd"),
+        _layer_norm_backward,
+        _unfused_layer_norm,
+    ),
     "layer_norm_backward": Rule(
-        (0, 3, 4), _layer_norm_backward_backward, _unfused_layer_norm_backward
+        (0, 3, 4),
+        ("grad_y", "x", "weight", "bias"),
+        _layer_norm_backward_backward,
+        _unfused_layer_norm_backward,
     ),
-    "add_layer_norm": Rule((0, 1, 2, 3), _add_layer_norm_backward, _unfused_add_layer_norm),
-    # a function of the sum: x and residual only say the shape
+    "add_layer_norm": Rule(
+        (0, 1, 2, 3),
+        ("weight", "bias", "seed", "total", "mean", "rstd"),
+        _add_layer_norm_backward,
+        _unfused_add_layer_norm,
+    ),
     "add_layer_norm_backward": Rule(
-        (0, 1, 2, 7), _add_layer_norm_backward_backward, _unfused_add_layer_norm_backward
+        (0, 1, 2, 5),
+        ("grad_y", "total", "weight", "bias", "seed"),
+        _add_layer_norm_backward_backward,
+        _unfused_add_layer_norm_backward,
     ),
-    "rms_norm": Rule((0, 1), _rms_norm_backward, _unfused_rms_norm),
-    "rms_norm_backward": Rule((0, 2, 3), _rms_norm_backward_backward, _unfused_rms_norm_backward),
+    "rms_norm": Rule((0, 1), ("x", "weight", "rstd"), _rms_norm_backward, _unfused_rms_norm),
+    "rms_norm_backward": Rule(
+        (0, 2, 3),
+        ("grad_y", "x", "weight"),
+        _rms_norm_backward_backward,
+        _unfused_rms_norm_backward,
+    ),
 }
 
 

@@ -39,9 +39,8 @@ _ATTENTION = (
     "float dropout_p, Tensor? seed, SymInt batch_start, Tensor? query_starts, Tensor? key_starts, "
     "SymInt longest_query, SymInt longest_key, str backend"
 )
-_ADD_LAYER_NORM = (
-    "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p, "
-    "Tensor? seed, str backend"
+_AND_NORM = (
+    "Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, str backend"
 )
 
 _SCHEMAS = {
@@ -50,7 +49,7 @@ _SCHEMAS = {
         f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, "
         f"bool sinks_grad, {_ATTENTION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "masked_softmax": f"(Tensor scores, {_MASK}, float scale, str backend) -> Tensor",
+    "masked_softmax": f"(Tensor scores, {_MASK}, float scale, str backend) -> (Tensor weights)",
     "masked_softmax_backward": (
         "(Tensor grad_weights, Tensor weights, float scale, str backend) -> Tensor"
     ),
@@ -63,11 +62,12 @@ _SCHEMAS = {
         "float eps, str backend) -> (Tensor, Tensor, Tensor)"
     ),
     "add_layer_norm": (
-        f"({_ADD_LAYER_NORM}) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
+        f"(Tensor x, Tensor residual, {_AND_NORM})"
+        " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
     ),
     "add_layer_norm_backward": (
         "(Tensor grad_y, Tensor? grad_total, Tensor total, Tensor mean, Tensor rstd, "
-        f"{_ADD_LAYER_NORM}) -> (Tensor, Tensor, Tensor, Tensor)"
+        f"{_AND_NORM}) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "rms_norm": "(Tensor x, Tensor? weight, float eps, str backend) -> (Tensor y, Tensor rstd)",
     "rms_norm_backward": (
@@ -246,7 +246,8 @@ def _add_layer_norm(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _add_layer_norm_backward(
     grad_y: Tensor, grad_total: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = AddLayerNormProblem(*args[:-1])
+    # the sum says the shape and the dtype of both its terms
+    problem = AddLayerNormProblem(total, total, *args[:-1])
     backend = dispatch.choose(args[-1], problem)
     return backend.add_layer_norm_backward(problem, grad_y, grad_total, total, mean, rstd)
 
@@ -328,17 +329,15 @@ def _add_layer_norm_backward_fake(
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    x: Tensor,
-    residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     dropout_p: float,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_x = x.new_empty(x.shape if dropout_p > 0 else (0,))
-    d_weight, d_bias = _parameter_gradient(x, weight), _parameter_gradient(x, bias)
-    return d_x, x.new_empty(x.shape), d_weight, d_bias
+    d_x = total.new_empty(total.shape if dropout_p > 0 else (0,))
+    d_weight, d_bias = _parameter_gradient(total, weight), _parameter_gradient(total, bias)
+    return d_x, total.new_empty(total.shape), d_weight, d_bias
 
 
 def _rms_norm_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
