@@ -29,6 +29,9 @@ def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
 def require_tensor(function: str, argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         fail_type(function, argument, type(value).__name__, "a torch.Tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        got = f"a {'nested ' if value.is_nested else ''}tensor of layout {value.layout}"
+        fail_type(function, argument, got, "a dense tensor, of layout torch.strided")
     return value
 
 

@@ -71,9 +71,7 @@ def autograd_of(name: str, operator: torch._ops.OpOverload, call: Call) -> Call:
     pool += [("argument", at) for at in constant_at]
 
     def places(kind: str, count: int) -> list[int]:
-        return [
-            pool.index((kind, at)) if (kind, at) in pool else len(pool) for at in range(count)
-        ]
+        return [pool.index((kind, at)) if (kind, at) in pool else len(pool) for at in range(count)]
 
     arguments_of = _picker(places("argument", len(arguments)))
     outputs_of = _picker(places("output", len(returns)))
@@ -267,7 +265,7 @@ def _add_layer_norm_backward_backward(
 
 
 def _problem_of_sum(arguments: Values) -> AddLayerNormProblem:
-    """A backward pass is a function of the sum, which says the shape and dtype of both its terms."""
+    """The sum, of which a backward pass is a function, says shape and dtype of its terms."""
     total = arguments[2]
     return AddLayerNormProblem(total, total, *arguments[5:-1])
 

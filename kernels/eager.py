@@ -2,10 +2,10 @@
 
 The dispatcher and the operator's Python kernels cost 20 us a call, several times what a tiny
 problem takes. A call may leave them out where none of what they serve takes part: tracing and
-compiling, modes, functorch's transforms, forward-mode AD, autocast and the profiler; and where every
-tensor is proven to be what its memory says. Torch knows many that are not, more with each version:
-zeros without memory, lazy negation, subclasses, sparse and quantized ones, what a transform left
-behind. So the few forms of an ordinary tensor are listed, and not what is special.
+compiling, modes, functorch's transforms, forward-mode AD, autocast and the profiler; and where
+every tensor is proven to be what its memory says. Torch has many that are not, more with each
+version: zeros without memory, lazy negation, subclasses, sparse and quantized ones, what a
+transform left behind. So the few forms of an ordinary tensor are listed, not what is special.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def nothing_watches() -> bool:
     )
 
 
-def are_plain(arguments: Iterable[object]) -> bool:
+def are_plain(arguments: Iterable[Any]) -> bool:
     """An operator's arguments, whose tensors are ordinary ones: their memory holds their values."""
     for argument in arguments:
         kind = type(argument)

@@ -251,7 +251,7 @@ def attention_problem(
             )
     drawn = None
     if draw_seed and not (seed is None and dropout_p == 0.0):
-        drawn = _seed("attention", seed, dropout_p)
+        drawn = _seed("attention", seed, dropout_p, "q", q)
     structure = NO_MASK
     if mask is not None:
         structure = structure_of(as_mask("attention", mask), shape, q)
@@ -369,7 +369,7 @@ def add_layer_norm(
         bias,
         eps,
         dropout_p,
-        _seed("add_layer_norm", seed, dropout_p),
+        _seed("add_layer_norm", seed, dropout_p, "x", x),
     )
     return ops.add_layer_norm(problem, dispatch.check_name("add_layer_norm", backend))
 
@@ -399,7 +399,10 @@ def rms_norm(
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
     """(B, Hq, Lq, Lk) of tensors that fit each other."""
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    try:
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    except RuntimeError:  # a nested tensor has none
+        _explain_qkv(q, k, v)
     if len(q_shape) == len(k_shape) == len(v_shape) == 4:
         batch, query_heads, query_len, head_dim = q_shape
         key_batch, key_heads, key_len, key_dim = k_shape
@@ -407,6 +410,7 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         if (
             q.dtype in FLOAT_DTYPES
             and q.dtype == k.dtype == v.dtype
+            and q.layout is k.layout is v.layout is torch.strided
             and q.device == k.device == v.device
             and batch == key_batch == value_batch
             and head_dim == key_dim
@@ -482,7 +486,9 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
     return eps
 
 
-def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
+def _seed(
+    function: str, seed: int | Tensor | None, dropout_p: float, other: str, like: Tensor
+) -> Tensor | None:
     """A 0-d int64 tensor where dropout needs one; a tensor so that a traced graph can draw it."""
     if seed is not None and not isinstance(seed, int | Tensor):
         fail_type(function, "seed", type(seed).__name__, "an int, a 0-d int64 tensor or None")
@@ -491,6 +497,8 @@ def _seed(function: str, seed: int | Tensor | None, dropout_p: float) -> Tensor 
         if seed.dtype != torch.int64 or seed.dim() != 0:
             got = f"{seed.dtype} of shape {shape_text(seed.shape)}"
             fail_type(function, "seed", got, "a 0-d int64 tensor")
+        if seed.device.type != "cpu":
+            require_device(function, "seed", seed, other, like)
     if dropout_p == 0.0:
         return None
     if isinstance(seed, Tensor):

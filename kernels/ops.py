@@ -1,7 +1,8 @@
 """The torch operators (namespace `rowmax`) of the public functions: schemas, fakes, registration.
 
 Each op is opaque to torch: forward and backward are one op each, and its implementation asks
-`dispatch` for the backend. Nothing here computes; nothing here knows a backend. What autograd and
+`dispatch` for the backend; what comes through torch's dispatcher is checked first, by
+`operator_checks.py`. Nothing here computes; nothing here knows a backend. What autograd and
 vmap do with an op stands in `derivatives.py` and `batching.py`; what may go past torch's dispatcher
 is for `eager.py` to say.
 """
@@ -21,6 +22,7 @@ from .derivatives import autograd_of, unfused_form
 from .eager import are_plain, nothing_watches
 from .layout import empty_heads, saved_lse_dtype, statistics_dtype
 from .masks import NO_MASK, Mask, MaskStructure
+from .operator_checks import checked
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -39,9 +41,7 @@ _ATTENTION = (
     "float dropout_p, Tensor? seed, SymInt batch_start, Tensor? query_starts, Tensor? key_starts, "
     "SymInt longest_query, SymInt longest_key, str backend"
 )
-_AND_NORM = (
-    "Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, str backend"
-)
+_AND_NORM = "Tensor? weight, Tensor? bias, float eps, float dropout_p, Tensor? seed, str backend"
 
 _SCHEMAS = {
     "attention": f"({_ATTENTION}) -> (Tensor out, Tensor lse)",
@@ -88,8 +88,7 @@ def attention(
     # as `call` would decide, without taking the problem apart and together again
     result: tuple[Tensor, Tensor | None]
     if not (
-        nothing_watches()
-        and are_plain(problem[:3] if _has_heads_only(problem) else problem.flat())
+        nothing_watches() and are_plain(problem[:3] if _has_heads_only(problem) else problem.flat())
     ):
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
@@ -406,7 +405,7 @@ _AUTOGRAD: dict[str, Callable[..., Any]] = {}
 for _name, (_implementation, _fake) in _OPERATORS.items():
     _operator = getattr(torch.ops.rowmax, _name).default
     _AUTOGRAD[_name] = autograd_of(_name, _operator, call)
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, checked(_name, _implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
     _kernel = _at_autograd(_operator, _AUTOGRAD[_name], unfused_form(_name))
     _library.impl(_name, _kernel, "Autograd", with_keyset=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from rowmax.kernels import (
     KeyLengths,
     add_layer_norm,
     attention,
+    eager,
     layer_norm,
     masked_softmax,
     ops,
@@ -136,6 +138,59 @@ def test_what_the_dispatcher_serves_goes_through_it(
         assert not dispatched
         if name != "meta":
             torch.testing.assert_close(out.as_subclass(Tensor), expected, rtol=1e-12, atol=0)
+
+
+def left_by(transform: Callable[..., Any], value: Tensor) -> Tensor:
+    """What a transform wrapped, after it has ended."""
+    kept: list[Tensor] = []
+
+    def keep(wrapped: Tensor) -> Tensor:
+        kept.append(wrapped)
+        return wrapped.sum()
+
+    transform(keep)(value)
+    return kept[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta|deprecated)")
+def test_only_ordinary_tensors_go_past_it() -> None:
+    x = rand(3, 4)
+    with torch.inference_mode():
+        inside = x.sin()
+        assert eager.are_plain((inside, inside[1:], x.detach()))
+    ordinary = [x, x.T, x.long(), x.bool(), x[:0], inside, x.clone().requires_grad_()]
+    assert eager.are_plain((*ordinary, torch.nn.Parameter(x), None, 1.0, 2, True, "auto"))
+    special = {
+        "subclass": x.as_subclass(Marked),
+        "zeros without memory": torch._efficientzerotensor((3, 4)),
+        "a view of such zeros": torch._efficientzerotensor((3, 4))[1:],
+        "negated": torch._neg_view(x),
+        "conjugated": x.to(torch.complex64).conj(),
+        "imaginary part": x.to(torch.complex64).conj().imag,
+        "functional": torch._to_functional_tensor(x),
+        "of grad": left_by(torch.func.grad, x),
+        "of vmap": left_by(torch.func.vmap, x),
+        "of functionalize": left_by(torch.func.functionalize, x),
+        "sparse": x.to_sparse(),
+        "sparse rows": x.to_sparse_csr(),
+        "mkldnn": x.float().to_mkldnn(),
+        "nested": torch.nested.nested_tensor([x, x[:2]]),
+        "jagged": torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+        "quantized": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+        "meta": x.to("meta"),
+        "fake": FakeTensorMode().from_tensor(x),
+    }
+    for name, tensor in special.items():
+        assert not eager.are_plain((x, tensor)), name
+
+
+def test_the_keys_of_an_ordinary_tensor_on_a_gpu() -> None:
+    """A fake one's are the same and those of a subclass, on a machine without a GPU too."""
+    keys = torch._C._dispatch_keys
+    with FakeTensorMode() as mode:
+        on_gpu = keys(torch.empty(2, device="cuda")).raw_repr()
+    of_fakes = keys(mode.from_tensor(rand(2))).raw_repr() & ~keys(rand(2)).raw_repr()
+    assert on_gpu & ~of_fakes in eager._ORDINARY
 
 
 def test_what_the_dispatcher_serves_in_a_mask_goes_through_it(dispatched: list[str]) -> None:
