@@ -237,8 +237,11 @@ WRONG: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(
     "name,changed,error,argument",
-    [(name, *rest) for names, *rest in WRONG for name in names],
-    ids=[f"{name}-{next(iter(rest[0]))}" for names, *rest in WRONG for name in names],
+    [
+        pytest.param(name, changed, error, argument, id=f"{name}-{next(iter(changed))}")
+        for names, changed, error, argument in WRONG
+        for name in names
+    ],
 )
 def test_wrong_arguments_are_named(
     name: str, changed: dict[str, Any], error: type[Exception], argument: str

@@ -47,11 +47,15 @@ def packed(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return attention_varlen(q, k, v, starts, starts, Causal(), backend=backend)
 
 
+# without the types of their arguments, which here come as a tuple
+attend: Callable[..., Any] = attention
+add_norm: Callable[..., Any] = add_layer_norm
+
 HEADS, ROWS, PARAMETERS = ((1, 2, 4, 6),) * 3, ((3, 5),), ((5,), (5,))
 # op and what it is called with: the shapes of its tensors, each in turn without memory
 CALLS: dict[str, tuple[str, tuple[tuple[int, ...], ...], Callable[..., Any]]] = {
-    "attention": ("attention", HEADS, lambda *t, backend: attention(*t, backend=backend)),
-    "causal": ("attention", HEADS, lambda *t, backend: attention(*t, Causal(), backend=backend)),
+    "attention": ("attention", HEADS, lambda *t, backend: attend(*t, backend=backend)),
+    "causal": ("attention", HEADS, lambda *t, backend: attend(*t, Causal(), backend=backend)),
     "everything": (
         "attention",
         (*HEADS, (2, 4, 4), (2,), (2,)),
@@ -87,7 +91,7 @@ CALLS: dict[str, tuple[str, tuple[tuple[int, ...], ...], Callable[..., Any]]] = 
     "add_layer_norm": (
         "add_layer_norm",
         (*ROWS, *ROWS, *PARAMETERS),
-        lambda *t, backend: add_layer_norm(*t, dropout_p=0.3, seed=1, backend=backend),
+        lambda *t, backend: add_norm(*t, dropout_p=0.3, seed=1, backend=backend),
     ),
 }
 EVERY = pytest.mark.parametrize(
