@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_STRIDED = torch.strided
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -29,7 +30,7 @@ def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
 def require_tensor(function: str, argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         fail_type(function, argument, type(value).__name__, "a torch.Tensor")
-    if value.layout is not torch.strided or value.is_nested:
+    if value.layout is not _STRIDED or value.is_nested:
         got = f"a {'nested ' if value.is_nested else ''}tensor of layout {value.layout}"
         fail_type(function, argument, got, "a dense tensor, of layout torch.strided")
     return value

@@ -347,12 +347,14 @@ def add_layer_norm(
     Returns:
         (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
     """
-    require_float("add_layer_norm", "x", x)
-    require_float("add_layer_norm", "residual", residual)
-    if torch._C._is_any_autocast_enabled() and _autocasts(x.device.type):
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
+    if torch._C._is_any_autocast_enabled():
+        require_float("add_layer_norm", "x", x)
+        require_float("add_layer_norm", "residual", residual)
+        if _autocasts(x.device.type):
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
     eps = _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
+    require_float("add_layer_norm", "residual", residual)
     require_like("add_layer_norm", "residual", residual, "x", x)
     if residual.shape != x.shape:
         fail_value(

@@ -64,7 +64,7 @@ def unavailable() -> str | None:
 
 def declines(problem: Problem) -> str | None:
     first = problem[0]
-    if first.device.type != "cpu":
+    if not first.is_cpu:
         return f"tensors on {first.device}, not on the CPU"
     if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
         return "sequences of 2**30 and more are not done (positions are 32-bit)"

@@ -225,6 +225,73 @@ def test_the_others(call: Callable[[], Any], error: type[Exception], match: str)
         call()
 
 
+ROW = torch.zeros(3, 8)
+HEADS = torch.zeros(1, 2, 3, 8)
+ALLOWED, LENGTHS = torch.ones(3, 3, dtype=torch.bool), torch.tensor([3])
+SEQUENCES = torch.tensor([0, 3])
+IN_ONE = HEADS[0].transpose(0, 1)
+# function and argument -> how it is called, and with what before it is made special
+DENSE: dict[str, tuple[Callable[[Any], Any], torch.Tensor]] = {
+    "attention: `q`": (lambda t: attention(t, HEADS, HEADS), HEADS),
+    "attention: `k`": (lambda t: attention(HEADS, t, HEADS), HEADS),
+    "attention: `v`": (lambda t: attention(HEADS, HEADS, t, return_weights=True), HEADS),
+    "attention: `bias`": (lambda t: attention(HEADS, HEADS, HEADS, bias=t), ALLOWED.float()),
+    "attention: `sinks`": (lambda t: attention(HEADS, HEADS, HEADS, sinks=t), ROW[0, :2]),
+    "attention_varlen: `v`": (
+        lambda t: attention_varlen(IN_ONE, IN_ONE, t, SEQUENCES, SEQUENCES),
+        IN_ONE,
+    ),
+    "attention_varlen: `cu_seqlens_k`": (
+        lambda t: attention_varlen(IN_ONE, IN_ONE, IN_ONE, SEQUENCES, t),
+        SEQUENCES,
+    ),
+    "Dense: `tensor`": (lambda t: attention(HEADS, HEADS, HEADS, t), ALLOWED),
+    "KeyLengths: `lengths`": (lambda t: attention(HEADS, HEADS, HEADS, KeyLengths(t)), LENGTHS),
+    "ALiBi: `slopes`": (lambda t: ALiBi(t), ROW[0, :2]),
+    "masked_softmax: `scores`": (lambda t: masked_softmax(t), ROW),
+    "layer_norm: `x`": (lambda t: layer_norm(t), ROW),
+    "layer_norm: `weight`": (lambda t: layer_norm(ROW, t), ROW[0]),
+    "layer_norm: `bias`": (lambda t: layer_norm(ROW, None, t), ROW[0]),
+    "add_layer_norm: `x`": (lambda t: add_layer_norm(t, ROW), ROW),
+    "add_layer_norm: `residual`": (lambda t: add_layer_norm(ROW, t), ROW),
+    "rms_norm: `x`": (lambda t: rms_norm(t), ROW),
+    "rms_norm: `weight`": (lambda t: rms_norm(ROW, t), ROW[0]),
+}
+NESTED = "a nested tensor of layout torch."
+SPECIAL: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "sparse": (lambda t: t.to_sparse(), "a tensor of layout torch.sparse_coo"),
+    "mkldnn": (lambda t: t.float().to_mkldnn(), "a tensor of layout torch._mkldnn"),
+    "nested": (lambda t: torch.nested.nested_tensor([t, t[:1]]), NESTED + "strided"),
+    "jagged": (
+        lambda t: torch.nested.nested_tensor([t, t[:1]], layout=torch.jagged),
+        NESTED + "jagged",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("named", DENSE)
+def test_tensors_without_rows_in_memory(named: str, kind: str) -> None:
+    (call, tensor), (made, got) = DENSE[named], SPECIAL[kind]
+    special = made(tensor)
+    for gradients in (True, False):
+        with (
+            torch.set_grad_enabled(gradients),
+            pytest.raises(TypeError, match=f"^{named}: expected a dense tensor.*got {got}$"),
+        ):
+            call(special)
+
+
+def test_a_seed_elsewhere() -> None:
+    """A kernel on the CPU reads it there."""
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="attention: `seed`.*cpu.*meta"):
+        attention(HEADS, HEADS, HEADS, dropout_p=0.5, seed=seed)
+    with pytest.raises(ValueError, match="add_layer_norm: `seed`.*cpu.*meta"):
+        add_layer_norm(ROW, ROW, dropout_p=0.5, seed=seed)
+
+
 def test_misspelt_options_are_refused() -> None:
     for call in (attention, explain):
         with pytest.raises(TypeError, match="is_causal"):
