@@ -6,7 +6,7 @@ own terms, and their calls that go past the dispatcher come by here no more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,8 @@ from .layout import saved_lse_dtype, statistics_dtype
 from .masks import MaskStructure
 from .problem import AttentionProblem
 
+_ABSENT = frozenset((type(None),))
+
 
 class _Checks:
     """The checks of one call: each takes an argument's name in the schema and its value."""
@@ -42,21 +44,19 @@ class _Checks:
             fail_value(operator, first, f"shape {shape_text(like.shape)}", expected)
 
     def shape(
-        self, argument: str, tensor: Tensor | None, *shapes: Sequence[int], names: str
+        self, argument: str, tensor: Tensor | None, *shapes: tuple[int, ...], names: str
     ) -> None:
         """One of the shapes, on the device; nothing where the argument is absent."""
         if tensor is None:
             return
         require_tensor(self.operator, argument, tensor)
         require_device(self.operator, argument, tensor, self.first, self.like)
-        if tuple(tensor.shape) not in map(tuple, shapes):
-            expected = f"{names} = " + " or ".join(
-                map(shape_text, dict.fromkeys(map(tuple, shapes)))
-            )
+        if tensor.shape not in shapes:
+            expected = f"{names} = " + " or ".join(map(shape_text, dict.fromkeys(shapes)))
             fail_value(self.operator, argument, f"shape {shape_text(tensor.shape)}", expected)
 
     def like_first(
-        self, argument: str, tensor: Tensor | None, shape: Sequence[int], names: str
+        self, argument: str, tensor: Tensor | None, shape: tuple[int, ...], names: str
     ) -> None:
         """A shape, and the dtype and device of the first tensor."""
         if tensor is not None:
@@ -68,14 +68,14 @@ class _Checks:
             fail_type(self.operator, argument, tensor.dtype, f"dtype {dtype}")
 
     def floats(
-        self, argument: str, tensor: Tensor | None, *shapes: Sequence[int], names: str
+        self, argument: str, tensor: Tensor | None, *shapes: tuple[int, ...], names: str
     ) -> None:
         if tensor is not None:
             require_float(self.operator, argument, tensor)
             self.shape(argument, tensor, *shapes, names=names)
 
     def integers(
-        self, argument: str, tensor: Tensor | None, *shapes: Sequence[int], names: str
+        self, argument: str, tensor: Tensor | None, *shapes: tuple[int, ...], names: str
     ) -> None:
         self.dtype(argument, tensor, torch.int64)
         self.shape(argument, tensor, *shapes, names=names)
@@ -96,6 +96,8 @@ class _Checks:
             require_device(self.operator, "seed", seed, self.first, self.like)
 
     def mask(self, mask: MaskStructure, shape: tuple[int, int, int, int]) -> None:
+        if _ABSENT.issuperset(map(type, mask[:6])):
+            return
         batch, _, query_len, key_len = shape
         self.broadcast("dense_mask", mask.dense, shape)
         self.dtype("dense_mask", mask.dense, torch.bool)
@@ -164,18 +166,9 @@ def _attention_problem(operator: str, fields: tuple[Any, ...]) -> tuple[_Checks,
         fail_value(operator, "key", f"{key_heads} heads", f"a divisor of the query's {heads}")
     _packed(checks, problem)
     shape = problem.shape
-    batch = shape[0]
     checks.mask(problem.mask, shape)
-    checks.broadcast("bias", problem.bias, shape)
-    if problem.bias is not None:
-        require_float(operator, "bias", problem.bias)
-    slopes, offset = problem.alibi_slopes, problem.alibi_offset
-    if (slopes is None) != (offset is None):
-        name = "alibi_slopes" if slopes is None else "alibi_offset"
-        fail_value(operator, name, "None", "slopes and offset, or neither")
-    checks.floats("alibi_slopes", slopes, (1, heads), (batch, heads), names="(B | 1, Hq)")
-    checks.integers("alibi_offset", offset, (1,), (batch,), names="(B | 1,)")
-    checks.floats("sinks", problem.sinks, (heads,), names="(Hq,)")
+    if not _ABSENT.issuperset(map(type, problem[3:7])):
+        _added(checks, problem, shape)
     require_number(operator, "scale", problem.scale)
     if problem.softcap is not None and not require_number(operator, "softcap", problem.softcap) > 0:
         fail_value(operator, "softcap", problem.softcap, "a finite number > 0, or None")
@@ -183,6 +176,21 @@ def _attention_problem(operator: str, fields: tuple[Any, ...]) -> tuple[_Checks,
     if problem.batch_start < 0:
         fail_value(operator, "batch_start", problem.batch_start, "at least 0")
     return checks, problem
+
+
+def _added(checks: _Checks, problem: AttentionProblem, shape: tuple[int, int, int, int]) -> None:
+    """What is added to the scores, and the sinks."""
+    batch, heads = shape[:2]
+    checks.broadcast("bias", problem.bias, shape)
+    if problem.bias is not None:
+        require_float(checks.operator, "bias", problem.bias)
+    slopes, offset = problem.alibi_slopes, problem.alibi_offset
+    if (slopes is None) != (offset is None):
+        name = "alibi_slopes" if slopes is None else "alibi_offset"
+        fail_value(checks.operator, name, "None", "slopes and offset, or neither")
+    checks.floats("alibi_slopes", slopes, (1, heads), (batch, heads), names="(B | 1, Hq)")
+    checks.integers("alibi_offset", offset, (1,), (batch,), names="(B | 1,)")
+    checks.floats("sinks", problem.sinks, (heads,), names="(Hq,)")
 
 
 def _packed(checks: _Checks, problem: AttentionProblem) -> None:
