@@ -50,7 +50,7 @@ REQUIREMENTS := $(VENV)/.stamp-requirements
 PACKAGE := $(VENV)/.stamp-package
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CHECKED := kernels transformer bench tests setup.py csrc docs/walkthrough.py
+CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
@@ -98,7 +98,7 @@ sanitize: $(SANITIZED)/.stamp
 fuzz: $(SANITIZED)/.stamp
 	$(UNDER_SANITIZERS) $(BIN)/python -m tests.csrc.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-$(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(wildcard kernels/*.py kernels/*/*.py)
+$(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(wildcard package/*.py kernels/*.py kernels/*/*.py)
 	ROWMAX_EXTENSION=require ROWMAX_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@touch $@
@@ -127,6 +127,7 @@ lint: $(PACKAGE)
 	$(BIN)/ruff format --check $(CHECKED)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
+	@for file in package/*.py package/py.typed; do ln -sfn ../../../$$file $(TYPING)/$${file##*/}; done
 	$(BIN)/mypy $(TYPING) tests setup.py docs/walkthrough.py
 
 bench: $(PACKAGE)
@@ -159,7 +160,7 @@ $(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
 clean:
 	rm -rf build dist rowmax.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f kernels/_C*.so kernels/missing_extension.txt $(PACKAGE)
-	find kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find package kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

@@ -1,8 +1,8 @@
 """Build description of rowmax: where the packages lie, and the optional C++ extension.
 
 The folders `kernels/`, `transformer/` and `bench/` of the checkout are the packages
-`rowmax.kernels`, `rowmax.transformer` and `rowmax.bench`. `rowmax` itself is a PEP 420 namespace
-and has no folder. Everything that does not depend on the machine stands in pyproject.toml.
+`rowmax.kernels`, `rowmax.transformer` and `rowmax.bench`, and `package/` is `rowmax` itself.
+Everything that does not depend on the machine stands in pyproject.toml.
 
 The extension `rowmax.kernels._C` is built where torch can be imported and a C++20 compiler is
 found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
@@ -32,6 +32,7 @@ from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE_DIR = {
+    "rowmax": "package",
     "rowmax.kernels": "kernels",
     "rowmax.transformer": "transformer",
     "rowmax.bench": "bench",

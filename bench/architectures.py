@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .options import UsageError, check_writable, listed, names_of
+from ..console import from_extra
+from .options import UsageError, check_writable, listed, names_of, set_threads
 
 DATA = ("built-in", "multi30k")
 ARCHITECTURES = ("transformer", "lstm", "gru", "rnn")
@@ -67,11 +67,11 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status. What can be wrong is found before it measures."""
-    for name in ("seeds", "steps", "test_sentences", "threads"):
+    for name in ("seeds", "steps", "test_sentences"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    if not options.minutes > 0:
+    if not 0 < options.minutes < math.inf:
         raise UsageError(f"--minutes: expected a positive number, got {options.minutes:g}")
     lengths = _lengths(options.lengths)
     architectures = names_of("--arch", options.arch, ARCHITECTURES)
@@ -81,22 +81,18 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"--multi30k: {options.multi30k} is no directory")
         data.remove("multi30k")
         print(f"without multi30k: {options.multi30k} is no directory")
-    try:
+    with from_extra("pictures"):
         import matplotlib  # noqa: F401
+    with from_extra("transformer"):
+        import sacrebleu  # noqa: F401
         import tokenizers  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"{error.name} is not here: pip install 'rowmax[transformer,pictures,bench]'"
-        ) from error
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output: can't make {options.output}: {error.strerror}") from error
-    probe = options.output / ".probe"
-    check_writable("--output", probe)
-    probe.unlink()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    for name in RESULTS:
+        check_writable("--output", options.output / name)
+    set_threads(options.threads)
 
     # Only now: the other commands of rowmax.bench need none of rowmax.transformer.
     from . import model_report, model_runs

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from .. import console
 from . import (
     architectures,
     comparison,
@@ -39,6 +40,7 @@ from .options import (
     listed,
     names_of,
     seconds_of,
+    set_threads,
 )
 from .peers import ONLY_BY_NAME, SLOW_TO_START, peers_of
 from .runner import Row, candidates, run_cases
@@ -52,24 +54,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 T = TypeVar("T")
 
+_PREFIX = "rowmax.bench: "
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    return console.run(lambda: _run(arguments), _PREFIX)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
+    commands = {
+        "speed": speed,
+        "compare": comparison.run,
+        "verify": verification.run,
+        "overhead": overhead.run,
+        "swap": swap.run,
+        "tune": tune.run,
+        "forms": forms.run,
+        "model": architectures.run,
+    }
     try:
-        commands = {
-            "speed": speed,
-            "compare": comparison.run,
-            "verify": verification.run,
-            "overhead": overhead.run,
-            "swap": swap.run,
-            "tune": tune.run,
-            "forms": forms.run,
-            "model": architectures.run,
-        }
         return commands[options.command](options)
     except UsageError as error:
-        parser.exit(2, f"rowmax.bench: {error}\n")
+        parser.exit(2, f"{_PREFIX}{error}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -175,10 +183,7 @@ def speed(options: argparse.Namespace) -> int:
     check_backend(options.backend)
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     for option, path in (("--json", options.json), ("--html", options.html)):
         if path is not None:
             check_writable(option, path)

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     features = names_of("--features", options.features, FEATURES)
     archs = names_of("--arch", options.arch, SHARED_LIMIT)
     if find_spec("triton") is None:
-        raise UsageError("forms: Triton is not installed (pip install triton)")
+        raise UsageError('forms: Triton is not installed: pip install "rowmax[triton]"')
     if gpu_triton.interpreting():
         raise UsageError("forms: TRITON_INTERPRET is set; what is interpreted can't be compiled")
     bits = dict.fromkeys(BITS[name] for name in dtypes)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from pathlib import Path
 
+from ..console import UsageError, check_writable, set_threads
 from ..kernels import dispatch
 
-
-class UsageError(Exception):
-    """A call that can't be meant; its text goes to the user."""
+__all__ = [
+    "UsageError",
+    "check_backend",
+    "check_writable",
+    "listed",
+    "names_of",
+    "seconds_of",
+    "set_threads",
+]
 
 
 def names_of(option: str, text: str | None, known: Iterable[str]) -> list[str]:
@@ -29,18 +36,9 @@ def listed(names: Iterable[str]) -> str:
 
 
 def seconds_of(option: str, seconds: float | None) -> float | None:
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and not 0 < seconds < math.inf:
         raise UsageError(f"{option}: expected a positive number, got {seconds}")
     return seconds
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Finds out before the measurement, not after it."""
-    try:
-        with path.open("a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error
 
 
 def check_backend(name: str) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..kernels import Causal, attention, layer_norm
 from .machine import describe, load_average
-from .options import UsageError, check_backend, seconds_of
+from .options import check_backend, seconds_of, set_threads
 from .timing import Budget, HostTimer, interleave
 
 Call = Callable[[], object]
@@ -31,10 +31,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> int:
     seconds = seconds_of("--seconds", options.seconds) or 2.0
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     check_backend(options.backend)
     machine = describe()
     print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")

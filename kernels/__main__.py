@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from .. import console
 from . import dispatch
 
 _VECTOR_BITS = {"AVX512": 512, "AVX2": 256, "SVE256": 256, "NEON": 128, "VSX": 128, "ZVECTOR": 128}
 
 
-def main() -> None:
+def main() -> int:
     """Print the report."""
     for name, text in (*_versions(), *_machine()):
         print(f"{name:<10} {text}")
@@ -27,6 +28,7 @@ def main() -> None:
     print("backend='auto' takes the first that works and does the job; `explain` tells which:")
     for device, order in dispatch.PREFERENCE.items():
         print(f"  {device:<10} {', '.join(order)}")
+    return 0
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -68,4 +70,4 @@ def _cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main, "rowmax: "))

@@ -11,6 +11,10 @@ A run's directory holds ``checkpoint-00001000`` and so on, each with
 
 A checkpoint is written to a temporary directory beside its place, flushed to the disk, and
 renamed. So a kill or a full disk at any moment leaves the earlier checkpoints as they were.
+
+The run's directory may hold more than checkpoints of rowmax, and other programs call theirs alike.
+What is no real directory with a manifest of this format is never removed, nor taken for a
+checkpoint; where it has the name of a checkpoint that is to be saved, that gets one more zero.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -27,11 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from ..console import from_extra
 from .architectures import new_model
 from .config import AnyModelConfig, ConfigError, ModelConfig, model_config
 from .interface import TranslationModel
@@ -40,6 +44,9 @@ from .tokenizer import Tokenizer
 FORMAT, VERSION = "rowmax.transformer checkpoint", 1
 _MANIFEST = "checkpoint.json"
 _PREFIX, _TEMPORARY = "checkpoint-", ".incomplete-"
+_DIGITS = 8
+# Bytes of a file that is read whole: of JSON, and of safetensors beyond the tensors themselves.
+_MOST_JSON, _MOST_HEADER = 2**26, 2**22
 
 
 class CheckpointError(Exception):
@@ -76,11 +83,11 @@ def save(
         "training.json": _to_json(training),
         "tokenizer.json": tokenizer.to_json().encode(),
     }
-    path = run / f"{_PREFIX}{step:08}"
+    path = _place(run, step)
     try:
         run.mkdir(parents=True, exist_ok=True)
         _write_directory(path, files)
-        for old in checkpoints(run)[:-keep]:
+        for old in _removable(run)[:-keep]:
             _remove(old)
     except OSError as error:
         raise CheckpointError(
@@ -90,19 +97,16 @@ def save(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first; those that are damaged among them."""
     if not run.is_dir():
         return []
-    names = sorted(
-        (path for path in run.iterdir() if path.name[len(_PREFIX) :].isdecimal()),
-        key=lambda path: int(path.name[len(_PREFIX) :]),
-    )
-    return [path for path in names if path.name.startswith(_PREFIX)]
+    found = ((_step_of(path), len(path.name), path) for path in run.iterdir())
+    return [path for step, _, path in sorted(found) if step >= 0 and _is_ours(path) is not False]
 
 
 def newest(location: Path) -> Path:
     """The checkpoint at this path, or the newest one of the run at this path."""
-    if (location / _MANIFEST).exists() or location.name.startswith(_PREFIX):
+    if (location / _MANIFEST).exists() or _step_of(location) >= 0:
         return location
     found = checkpoints(location)
     if not found:
@@ -113,23 +117,40 @@ def newest(location: Path) -> Path:
 
 def remove_all(run: Path) -> None:
     """Remove every checkpoint of a run, the newest last."""
-    for path in checkpoints(run):
+    for path in _removable(run):
         _remove(path)
 
 
 def load(path: Path) -> Checkpoint:
     """Read and check one checkpoint."""
-    files = _read_directory(path)
+    with from_extra("transformer"):
+        import safetensors.torch
+        from safetensors import SafetensorError
+    digests = _manifest(path)
+
+    def content(name: str, limit: int = _MOST_JSON) -> bytes:
+        if name not in digests:
+            raise CheckpointError(f"{path}: {name} is missing")
+        return _read(path, name, digests[name], limit)
+
     try:
-        settings = _object(files["model.json"])
+        settings = _object(content("model.json"))
         # Before there was a choice, nothing was written of it.
         model = model_config(settings.pop("arch", ModelConfig.arch), settings)
-        training = _object(files["training.json"])
-        weights = safetensors.torch.load(files["model.safetensors"])
-        optimizer = safetensors.torch.load(files["optimizer.safetensors"])
-        tokenizer = Tokenizer.from_json(files["tokenizer.json"].decode())
-    except KeyError as error:
-        raise CheckpointError(f"{path}: {error.args[0]} is missing") from error
+        expected = _parameters(model)
+        size = sum(tensor.nbytes for tensor in expected.values())
+        training = _object(content("training.json"))
+        tokenizer = Tokenizer.from_json(content("tokenizer.json").decode())
+        if tokenizer.largest_id >= model.vocab_size:
+            raise CheckpointError(
+                f"{path}: tokenizer.json has the token {tokenizer.largest_id}, beyond the model's "
+                f"vocabulary of {model.vocab_size}"
+            )
+        # Files as large as the model's own tensors, and Adam's two moments of each.
+        weights = safetensors.torch.load(content("model.safetensors", size + _MOST_HEADER))
+        check_tensors(weights, expected, path)
+        moments = content("optimizer.safetensors", 2 * size + _MOST_HEADER)
+        optimizer = safetensors.torch.load(moments)
     except (ConfigError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(path, model, weights, optimizer, training, tokenizer)
@@ -142,15 +163,16 @@ def load_average(location: Path, count: int = 1) -> Checkpoint:
     """
     path = newest(location)
     checkpoint = load(path)
-    siblings = [other for other in checkpoints(path.parent) if other.name <= path.name]
-    if count > len(siblings):
-        raise CheckpointError(
-            f"{location}: the mean of {count} checkpoints was asked for, but there are only "
-            f"{len(siblings)}"
-        )
     if count == 1:
         return checkpoint
-    others = [load(other) for other in siblings[-count:-1]]
+    step = _step_of(path)
+    earlier = [other for other in checkpoints(path.parent) if _step_of(other) < step]
+    if count > len(earlier) + 1:
+        raise CheckpointError(
+            f"{location}: the mean of {count} checkpoints was asked for, but there are only "
+            f"{len(earlier) + 1}"
+        )
+    others = [load(other) for other in earlier[1 - count :]]
     for other in others:
         if other.model != checkpoint.model:
             raise CheckpointError(f"{other.path}: holds another model than {path}")
@@ -171,6 +193,13 @@ def build_model(checkpoint: Checkpoint, backend: str = "auto") -> TranslationMod
 @torch.no_grad()
 def copy_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Path) -> None:
     """Copy tensors of the same names, shapes and types into those of ``wanted``."""
+    check_tensors(found, wanted, where)
+    for name, tensor in found.items():
+        wanted[name].copy_(tensor)
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Path) -> None:
+    """CheckpointError unless these are finite and of the names, shapes and types of ``wanted``."""
     for name in wanted:
         if name not in found:
             raise CheckpointError(f"{where}: tensor {name!r} is missing")
@@ -183,7 +212,8 @@ def copy_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], wher
                 f"{where}: tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
                 f"expected {expected.dtype} of shape {tuple(expected.shape)}"
             )
-        expected.copy_(tensor)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{where}: tensor {name!r} holds NaN or infinity")
 
 
 @contextlib.contextmanager
@@ -197,10 +227,20 @@ def exclusive(run: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # Whether it can be written to: found out now, not at the first save.
+            probe = _free(run / f"{_TEMPORARY}probe")
+            probe.mkdir()
+            probe.rmdir()
+        except BlockingIOError as error:
             raise CheckpointError(f"{run}: another process is training in it") from error
+        except OSError as error:
+            raise CheckpointError(f"{run}: can't be used: {error.strerror}") from error
         for leftover in run.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
+            if _is_ours(leftover):
+                shutil.rmtree(leftover)
+            elif not leftover.is_symlink():
+                with contextlib.suppress(OSError):  # killed before it had a manifest: empty
+                    leftover.rmdir()
         yield
     finally:
         os.close(descriptor)
@@ -211,14 +251,59 @@ def _to_json(value: Mapping[str, Any]) -> bytes:
 
 
 def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    with from_extra("transformer"):
+        import safetensors.torch
     return safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})
 
 
 def _object(content: bytes) -> dict[str, Any]:
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
+
+
+def _parameters(config: AnyModelConfig) -> dict[str, Tensor]:
+    """The model's parameters by name, without memory."""
+    with torch.device("meta"):
+        return dict(new_model(config).named_parameters())
+
+
+def _step_of(path: Path) -> int:
+    """The step that a checkpoint's name says, -1 where it is no such name."""
+    digits = path.name.removeprefix(_PREFIX)
+    named = path.name.startswith(_PREFIX) and digits.isascii() and digits.isdecimal()
+    return int(digits) if named else -1
+
+
+def _is_ours(path: Path) -> bool | None:
+    """Whether this is a directory, no link to one, with rowmax's manifest; None: a damaged one."""
+    manifest = path / _MANIFEST
+    if path.is_symlink() or not path.is_dir() or not manifest.is_file():
+        return False
+    try:
+        return bool(_object(_limited(manifest, _MOST_JSON)).get("format") == FORMAT)
+    except (OSError, ValueError):
+        return None
+
+
+def _removable(run: Path) -> list[Path]:
+    return [path for path in checkpoints(run) if _is_ours(path)]
+
+
+def _place(run: Path, step: int) -> Path:
+    """Where the checkpoint of this step goes: a name that nothing has yet."""
+    names = (run / f"{_PREFIX}{step:0{digits}}" for digits in itertools.count(_DIGITS))
+    return next(path for path in names if not os.path.lexists(path))
+
+
+def _free(path: Path) -> Path:
+    """This path, or where something has its name, one with a number."""
+    names = (path.with_name(f"{path.name}-{number}") for number in itertools.count(1))
+    return next(each for each in itertools.chain((path,), names) if not os.path.lexists(each))
 
 
 def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
@@ -227,13 +312,13 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in files.items()
     }
-    manifest = _to_json({"format": FORMAT, "version": VERSION, "files": digests})
-    temporary = path.parent / f"{_TEMPORARY}{path.name}"
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    manifest = {"format": FORMAT, "version": VERSION, "files": digests}
+    temporary = _free(path.parent / f"{_TEMPORARY}{path.name}")
+    temporary.mkdir()
     try:
-        temporary.mkdir()
-        for name, content in {**files, _MANIFEST: manifest}.items():
+        # Killed from here on, it is known for rowmax's own.
+        (temporary / _MANIFEST).write_bytes(_to_json({**manifest, "files": {}}))
+        for name, content in {**files, _MANIFEST: _to_json(manifest)}.items():
             with open(temporary / name, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -248,7 +333,7 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; killed halfway, it is no longer one that looks complete."""
-    doomed = path.parent / f"{_TEMPORARY}old-{path.name}"
+    doomed = _free(path.parent / f"{_TEMPORARY}old-{path.name}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -261,14 +346,14 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_directory(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each as its manifest describes it."""
+def _manifest(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory")
     if not (path / _MANIFEST).is_file():
         raise CheckpointError(f"{path}: not a checkpoint of rowmax.transformer (no {_MANIFEST})")
     try:
-        manifest = _object((path / _MANIFEST).read_bytes())
+        manifest = _object(_limited(path / _MANIFEST, _MOST_JSON))
         kind, version = manifest.get("format"), manifest.get("version")
         if kind != FORMAT:
             raise CheckpointError(
@@ -278,18 +363,34 @@ def _read_directory(path: Path) -> dict[str, bytes]:
             raise CheckpointError(
                 f"{path}: checkpoint version {version!r}; this rowmax reads version {VERSION}"
             )
-        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {_MANIFEST} is damaged: {error}") from error
-    files = {}
-    for name, digest in digests.items():
+    for name in digests:
         # The name is from the file: it must not lead out of the directory.
         if Path(name).name != name:
             raise CheckpointError(f"{path}: {_MANIFEST} is damaged: file name {name!r}")
-        try:
-            files[name] = (path / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} can't be read: {error.strerror}") from error
-        if hashlib.sha256(files[name]).hexdigest() != digest:
-            raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs)")
-    return files
+    return digests
+
+
+def _read(path: Path, name: str, digest: str, limit: int) -> bytes:
+    """A file of a checkpoint, as its manifest describes it."""
+    try:
+        content = _limited(path / name, limit)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {name} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {name} {error}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(f"{path}: {name} is damaged (its SHA-256 differs)")
+    return content
+
+
+def _limited(file: Path, limit: int) -> bytes:
+    """The file's content; ValueError, and nothing read, where it is no file or a larger one."""
+    if file.exists() and not file.is_file():
+        raise ValueError("is no regular file")
+    size = file.stat().st_size
+    if size > limit:
+        raise ValueError(f"is damaged: it has {size:,} bytes, expected at most {limit:,}")
+    return file.read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 import torch
 
+from .. import console
+from ..console import UsageError, check_text, check_writable, set_threads
 from . import checkpoint as checkpoints
 from . import commands as drawing
 from . import corpus, demo
@@ -30,7 +32,7 @@ from .config import (
 )
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
 from .decoding import SentenceTooLongError, translate
-from .evaluation import score
+from .evaluation import require_sacrebleu, score
 from .interface import TranslationModel
 from .options import Handler, parser
 from .tokenizer import Tokenizer
@@ -38,10 +40,8 @@ from .training import Trainer, TrainingError, fit
 
 # Lines of standard input that are translated together when it is not a terminal.
 _CHUNK = 1_000
-
-
-class UsageError(Exception):
-    """Options that contradict each other or are missing."""
+# A command's exit status where it did its work but for some sentences.
+_IN_PART = 1
 
 
 def _pairs(
@@ -58,8 +58,7 @@ def _pairs(
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -68,7 +67,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     device = _device(args)
     text = _pairs(args.source, args.target, args.tsv)
     validation_text = _pairs(
@@ -108,8 +107,19 @@ def _train(args: argparse.Namespace) -> None:
         if saved is not None:
             trainer.restore(saved)
             _say(f"resuming after step {trainer.steps_done:,} from {saved.path}")
-        fit(trainer, tokenizer, args.output, validation, args.save_every, args.keep)
+        try:
+            fit(trainer, tokenizer, args.output, validation, args.save_every, args.keep)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(_interrupted(args.output)) from error
     _say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
+    return 0
+
+
+def _interrupted(run: Path) -> str:
+    saved = checkpoints.checkpoints(run)
+    if not saved:
+        return "interrupted before the first checkpoint (--save-every): nothing was kept"
+    return f"interrupted; the same command with --resume goes on from {saved[-1]}"
 
 
 def _saved(args: argparse.Namespace) -> Checkpoint | None:
@@ -145,11 +155,10 @@ def _given_to_model(args: argparse.Namespace) -> dict[str, Any]:
 
 def _require_same(saved: Checkpoint, model: AnyModelConfig, training: TrainingConfig) -> None:
     """Refuse to resume with other settings. The number of steps may change: it alters no step."""
-    earlier = {
-        "arch": saved.model.arch,
-        **dataclasses.asdict(saved.model),
-        **saved.training.get("training", {}),
-    }
+    settings = saved.training.get("training", {})
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{saved.path}: training.json is damaged: its settings are no object")
+    earlier = {"arch": saved.model.arch, **dataclasses.asdict(saved.model), **settings}
     now = {"arch": model.arch, **dataclasses.asdict(model), **dataclasses.asdict(training)}
     for name, value in now.items():
         if name != "steps" and earlier.get(name) != value:
@@ -161,9 +170,17 @@ def _require_same(saved: Checkpoint, model: AnyModelConfig, training: TrainingCo
 
 def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
-    if args.length_penalty < 0:
-        raise UsageError(f"--length-penalty must not be negative, got {args.length_penalty}")
+    if not 0 <= args.length_penalty < math.inf:
+        raise UsageError(
+            "--length-penalty must not be negative, and must be a number, got "
+            f"{args.length_penalty}"
+        )
     saved = checkpoints.load_average(args.model, args.average)
+    if args.beam > saved.model.vocab_size:
+        raise UsageError(
+            f"--beam: expected at most the {saved.model.vocab_size} tokens of the vocabulary, got "
+            f"{args.beam}"
+        )
     if args.arch not in (None, saved.model.arch):
         raise UsageError(
             f"--arch {args.arch}: {saved.path} holds a model of --arch {saved.model.arch}"
@@ -176,26 +193,53 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     return model, saved.tokenizer
 
 
-def _translate(args: argparse.Namespace) -> None:
+def _translate(args: argparse.Namespace) -> int:
+    for number, sentence in enumerate(args.sentences, start=1):
+        check_text(f"sentence {number}", sentence)
     model, tokenizer = _load(args)
-    done = 0
+    what = "sentence" if args.sentences else "line"
+    done = left = 0
     for sentences in [args.sentences] if args.sentences else _lines(sys.stdin):
-        try:
-            outputs = translate(model, tokenizer, sentences, args.beam, args.length_penalty)
-        except SentenceTooLongError as error:
-            raise SentenceTooLongError(done + error.index, error.tokens, error.limit) from error
+        too_long = _TooLong(what, done)
+        outputs = translate(
+            model, tokenizer, sentences, args.beam, args.length_penalty, too_long=too_long
+        )
         for output in outputs:
-            print(output, flush=sys.stdin.isatty())
+            print(_one_line(output), flush=sys.stdin.isatty())
         done += len(sentences)
+        left += too_long.count
+    return _IN_PART if left else 0
+
+
+class _TooLong:
+    """Says which sentence is beyond the model's limit, of those after the first ``before``."""
+
+    def __init__(self, what: str, before: int = 0) -> None:
+        self._what, self._before = what, before
+        self.count = 0
+
+    def __call__(self, error: SentenceTooLongError) -> None:
+        self.count += 1
+        _say(
+            f"error: {self._what} {self._before + error.index + 1} has {error.tokens} tokens, but "
+            f"this model takes at most {error.limit}: not translated"
+        )
+
+
+def _one_line(text: str) -> str:
+    """A translation as a line: a model that is badly trained may write an end of line into it."""
+    return text.replace("\r", " ").replace("\n", " ")
 
 
 def _lines(stream: TextIO) -> Iterator[list[str]]:
     """Lines of a stream in chunks: one by one from a terminal, many at once from a file."""
     size = 1 if stream.isatty() else _CHUNK
     chunk: list[str] = []
+    start = "\ufeff"  # the mark of UTF-8 that some editors put before a file
     try:
         for line in stream:
-            chunk.append(line.rstrip("\r\n"))
+            chunk.append(line.removeprefix(start).removesuffix("\n").removesuffix("\r"))
+            start = ""
             if len(chunk) == size:
                 yield chunk
                 chunk = []
@@ -205,7 +249,9 @@ def _lines(stream: TextIO) -> Iterator[list[str]]:
         yield chunk
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.translations is not None:
+        check_writable("--translations", args.translations)
     text = _pairs(args.source, args.target, args.tsv)
     if args.built_in:
         if text is not None:
@@ -213,18 +259,30 @@ def _evaluate(args: argparse.Namespace) -> None:
         text = list(corpus.splits(train=0).test)
     if text is None:
         raise UsageError("no text to test on: give --source and --target, --tsv, or --built-in")
+    require_sacrebleu()
     model, tokenizer = _load(args)
+    too_long = _TooLong("line")
+    sources = [source for source, _ in text]
     translations = translate(
-        model, tokenizer, [source for source, _ in text], args.beam, args.length_penalty
+        model, tokenizer, sources, args.beam, args.length_penalty, too_long=too_long
     )
     if args.translations is not None:
-        args.translations.write_text("".join(f"{line}\n" for line in translations), "utf-8")
-    scores = score(translations, [target for _, target in text], args.tokenize)
+        lines = "".join(f"{_one_line(line)}\n" for line in translations)
+        args.translations.write_text(lines, "utf-8")
+    # A line that is blank on both sides is no sentence.
+    scored = [at for at, pair in enumerate(text) if any(side.strip() for side in pair)]
+    if len(scored) < len(text):
+        _say(f"left out {len(text) - len(scored):,} blank lines")
+    scores = score(
+        [translations[at] for at in scored], [text[at][1] for at in scored], args.tokenize
+    )
     print(json.dumps(dataclasses.asdict(scores)) if args.json else scores)
+    return _IN_PART if too_long.count else 0
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
     demo.run(args.output, args.steps, args.backend, _device(args))
+    return 0
 
 
 def _say(message: str) -> None:
@@ -239,33 +297,23 @@ COMMANDS: dict[str, Handler] = {
     "attend": lambda args: drawing.attend(args, _load),
     "positions": drawing.positions,
 }
+# What is wrong with a call or its files, as a sentence to the user.
+ERRORS = (
+    UsageError,
+    ConfigError,
+    DataError,
+    CheckpointError,
+    TrainingError,
+    SentenceTooLongError,
+    AttendError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the result is the process's exit status."""
-    args = parser(COMMANDS).parse_args(arguments)
-    try:
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            # Text is UTF-8 whatever the locale says.
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(encoding="utf-8")
-        args.run(args)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted; a training run goes on from its newest checkpoint with --resume")
-        return 130
-    except (
-        UsageError,
-        ConfigError,
-        DataError,
-        CheckpointError,
-        TrainingError,
-        SentenceTooLongError,
-        AttendError,
-        OSError,
-    ) as error:
-        _say(f"error: {error}")
-        return 2
-    return 0
+
+    def command() -> int:
+        args = parser(COMMANDS).parse_args(arguments)
+        return int(args.run(args))
+
+    return console.run(command, "error: ", ERRORS)

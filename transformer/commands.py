@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..console import check_text, check_writable
 from . import attention_page, pictures
 from .attend import KINDS, AttendError, Attention, look
 from .interface import TranslationModel
 from .tokenizer import Tokenizer
 
 _PAGE = (".html",)
+_MOST_PIXELS = 2**25  # of the positional encoding
 # For the sentence's model: from the command line to a model and its tokenizer.
 Loader = Callable[[argparse.Namespace], tuple[TranslationModel, Tokenizer]]
 
@@ -69,9 +70,10 @@ def add_positions(commands: Any, positive: Callable[[str], int]) -> argparse.Arg
     return command
 
 
-def attend(args: argparse.Namespace, load: Loader) -> None:
+def attend(args: argparse.Namespace, load: Loader) -> int:
     """What can be wrong is checked first, and the file appears whole or not at all."""
     suffix = _output(args.out, (*pictures.FORMATS, *_PAGE))
+    check_text("the sentence", args.sentence)
     if not args.sentence.strip():
         raise AttendError("the sentence is empty")
     model, tokenizer = load(args)
@@ -83,15 +85,22 @@ def attend(args: argparse.Namespace, load: Loader) -> None:
         content = pictures.heat_maps(attention, args.kind, layer, head, suffix, args.font)
     _write(args.out, content)
     print(attention.translation)
+    return 0
 
 
-def positions(args: argparse.Namespace) -> None:
+def positions(args: argparse.Namespace) -> int:
     suffix = _output(args.out, pictures.FORMATS)
     if args.d_model % 2:
         raise AttendError(
             f"--d-model: expected an even number (sine and cosine), got {args.d_model}"
         )
+    if args.length * args.d_model > _MOST_PIXELS:
+        raise AttendError(
+            f"--length {args.length}, --d-model {args.d_model}: a picture has at most "
+            f"{_MOST_PIXELS:,} numbers"
+        )
     _write(args.out, pictures.positions(args.length, args.d_model, suffix))
+    return 0
 
 
 def _add_output(command: argparse.ArgumentParser, endings: tuple[str, ...]) -> None:
@@ -113,15 +122,19 @@ def _output(path: Path, endings: tuple[str, ...]) -> str:
         raise AttendError(f"--out {path}: {path.parent} is no directory")
     if path.is_dir():
         raise AttendError(f"--out {path}: is a directory")
-    if not os.access(path.parent, os.W_OK):
-        raise AttendError(f"--out {path}: {path.parent} can't be written to")
+    check_writable("--out", _beside(path))
     if suffix in pictures.FORMATS:
         pictures.require_matplotlib()
     return suffix
 
 
+def _beside(path: Path) -> Path:
+    """Where the file is written until it is whole."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary = _beside(path)
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

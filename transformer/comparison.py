@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 
+from .. import console
 from . import checkpoint as checkpoints
 from . import corpus
+from .checkpoint import CheckpointError
 from .config import PRESETS, ModelConfig, TrainingConfig
 from .data import Dataset
 from .model import EncoderDecoder
-from .training import Trainer
+from .training import Trainer, TrainingError
 
 STEPS = 100
 # Pairs to draw the steps' batches from: enough for STEPS batches that are all different.
@@ -84,8 +86,10 @@ def compare(run: Path, backends: tuple[str, str], steps: int = STEPS) -> list[Me
     for backend in backends:
         command = [sys.executable, "-m", __name__, str(run), backend, str(steps)]
         command += ["--threads", str(torch.get_num_threads())]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        measurements.append(Measurement(**json.loads(output)))
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise TrainingError(f"backend {backend}: its process ended with {done.returncode}")
+        measurements.append(Measurement(**json.loads(done.stdout)))
     return measurements
 
 
@@ -153,7 +157,7 @@ def _peak_memory() -> int:
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
-def main() -> None:
+def main() -> int:
     """Measure one backend and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="directory with the demo's checkpoints")
@@ -163,7 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(json.dumps(measure(args.run, args.backend, args.steps).__dict__))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main, "error: ", (CheckpointError, TrainingError)))

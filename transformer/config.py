@@ -10,6 +10,9 @@ from typing import Any, ClassVar, TypeVar
 _C = TypeVar("_C")
 
 
+MOST_STEPS = 2**31 - 1
+
+
 class ConfigError(ValueError):
     """A setting that is unknown or out of range."""
 
@@ -22,6 +25,30 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 def _require_positive_int(name: str, got: object) -> None:
     is_int = isinstance(got, int) and not isinstance(got, bool)
     _require(is_int and got > 0, name, "a positive integer", got)  # type: ignore[operator]
+    most = _MOST.get(name, MOST_STEPS)
+    _require(got <= most, name, f"at most {most:,}", got)  # type: ignore[operator]
+
+
+# Larger models than these are a mistake, or a file that somebody made to take all memory.
+_MOST = {
+    "vocab_size": 2**24,
+    "encoder_layers": 1_000,
+    "decoder_layers": 1_000,
+    "d_model": 2**16,
+    "heads": 2**12,
+    "d_ff": 2**18,
+    "max_length": 2**20,
+}
+_MOST_POSITIONS = 2**28  # numbers of the table of positions: 1 GiB
+
+
+def _require_table(max_length: int, d_model: int) -> None:
+    _require(
+        max_length * d_model <= _MOST_POSITIONS,
+        "max_length",
+        f"max_length * d_model at most {_MOST_POSITIONS:,}",
+        max_length,
+    )
 
 
 RECURRENT = ("rnn", "lstm", "gru")
@@ -60,6 +87,7 @@ class ModelConfig:
             self.d_model,
         )
         _require(self.d_model % 2 == 0, "d_model", "an even number (sine and cosine)", self.d_model)
+        _require_table(self.max_length, self.d_model)
 
 
 @dataclass(frozen=True)

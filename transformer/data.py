@@ -58,10 +58,13 @@ def read_parallel(source: Path, target: Path) -> list[SentencePair]:
 
 
 def read_tsv(path: Path) -> list[SentencePair]:
-    """One file with a source sentence, a tab and its translation in each line."""
+    """One file with a source sentence, a tab and its translation in each line.
+
+    A blank line is a pair of two blank sides, so that pairs have the numbers of their lines.
+    """
     pairs = []
     for number, line in enumerate(read_lines(path), start=1):
-        columns = line.split("\t")
+        columns = line.split("\t") if line.strip() else ["", ""]
         if len(columns) != 2:
             raise DataError(
                 f"{path}: line {number} has {len(columns)} column{'s' * (len(columns) != 1)}; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,8 +76,8 @@ def beam_search(
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
-    if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be a number and not negative, got {alpha}")
     if len(source) == 0:
         return []
     model.eval()
@@ -132,20 +133,27 @@ def translate(
     beam: int = 1,
     alpha: float = 0.6,
     batch_tokens: int = 4_000,
+    too_long: Callable[[SentenceTooLongError], None] | None = None,
 ) -> list[str]:
     """The translation of each sentence; ``beam=1`` decodes greedily.
 
-    A blank sentence gives an empty one. A sentence beyond the model's length limit raises
-    SentenceTooLongError before any work.
+    A blank sentence gives an empty one. For a sentence beyond the model's length limit
+    ``too_long`` is called with the error, and its translation is empty; without it, the first such
+    sentence raises SentenceTooLongError before any work.
     """
     limit = model.config.max_length
     device = next(model.parameters()).device
     encoded = [[*ids, EOS] for ids in tokenizer.encode(sentences)]
-    for index, ids in enumerate(encoded):
-        if len(ids) > limit:
-            raise SentenceTooLongError(index, len(ids), limit)
     translations = [""] * len(sentences)
-    wanted = [index for index, sentence in enumerate(sentences) if sentence.strip()]
+    wanted = []
+    for index, (ids, sentence) in enumerate(zip(encoded, sentences, strict=True)):
+        if len(ids) > limit:
+            error = SentenceTooLongError(index, len(ids), limit)
+            if too_long is None:
+                raise error
+            too_long(error)
+        elif sentence.strip():
+            wanted.append(index)
     # Sentences of like length share a batch, the longest first: memory runs out early or never.
     wanted.sort(key=lambda index: len(encoded[index]), reverse=True)
     while wanted:

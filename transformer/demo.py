@@ -12,7 +12,7 @@ from . import comparison, corpus
 from .config import PRESETS, ModelConfig, TrainingConfig
 from .data import Dataset
 from .decoding import translate
-from .evaluation import score
+from .evaluation import require_sacrebleu, score
 from .model import EncoderDecoder
 from .tokenizer import Tokenizer
 from .training import Trainer, fit
@@ -31,26 +31,28 @@ def run(output: Path, steps: int | None, backend: str, device: torch.device) -> 
     preset = PRESETS["demo"]
     settings = {**preset.training, **({} if steps is None else {"steps": steps})}
     config = TrainingConfig(**settings)
-    data = corpus.splits()
-    print(
-        f"Built-in corpus: {len(data.train):,} pairs to train on, {len(data.validation):,} to "
-        f"validate, {len(data.test):,} to test; no pair is in two of them."
-    )
-    tokenizer = Tokenizer.train(
-        (side for pair in data.train[:_VOCABULARY_PAIRS] for side in pair), preset.vocab_size
-    )
-    model_config = ModelConfig(**{**preset.model, "vocab_size": tokenizer.vocab_size})
-    torch.manual_seed(config.seed)
-    model = EncoderDecoder(model_config, backend).to(device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"Transformer: {model_config.encoder_layers} + {model_config.decoder_layers} layers, "
-        f"d_model {model_config.d_model}, {model_config.heads} heads, d_ff {model_config.d_ff}, "
-        f"{size:,} weights, backend {backend}, {torch.get_num_threads()} threads."
-    )
-    trainer = Trainer(model, Dataset(data.train, tokenizer, model_config.max_length), config)
-    validation = Dataset(data.validation, tokenizer, model_config.max_length)
+    require_sacrebleu()
     with checkpoints.exclusive(output):
+        data = corpus.splits()
+        print(
+            f"Built-in corpus: {len(data.train):,} pairs to train on, {len(data.validation):,} to "
+            f"validate, {len(data.test):,} to test; no pair is in two of them."
+        )
+        tokenizer = Tokenizer.train(
+            (side for pair in data.train[:_VOCABULARY_PAIRS] for side in pair), preset.vocab_size
+        )
+        model_config = ModelConfig(**{**preset.model, "vocab_size": tokenizer.vocab_size})
+        torch.manual_seed(config.seed)
+        model = EncoderDecoder(model_config, backend).to(device)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"Transformer: {model_config.encoder_layers} + {model_config.decoder_layers} layers, "
+            f"d_model {model_config.d_model}, {model_config.heads} heads, d_ff "
+            f"{model_config.d_ff}, {size:,} weights, backend {backend}, "
+            f"{torch.get_num_threads()} threads."
+        )
+        trainer = Trainer(model, Dataset(data.train, tokenizer, model_config.max_length), config)
+        validation = Dataset(data.validation, tokenizer, model_config.max_length)
         checkpoints.remove_all(output)
         throughput = fit(trainer, tokenizer, output, validation, _SAVE_EVERY, _AVERAGED)
     averaged = min(_AVERAGED, len(checkpoints.checkpoints(output)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sacrebleu.metrics import BLEU, CHRF
+from ..console import from_extra
 
 # The tokenizations of sacrebleu's BLEU that need no further package or download.
 TOKENIZATIONS = ("13a", "intl", "char", "zh", "none")
@@ -32,6 +32,12 @@ class Scores:
         )
 
 
+def require_sacrebleu() -> None:
+    """MissingExtraError where sacrebleu is not installed: found out before translating."""
+    with from_extra("transformer"):
+        import sacrebleu  # noqa: F401
+
+
 def score(translations: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> Scores:
     """Compare translations with one reference each.
 
@@ -47,6 +53,8 @@ def score(translations: Sequence[str], references: Sequence[str], tokenize: str 
         raise ValueError("no sentences to score")
     if tokenize not in TOKENIZATIONS:
         raise ValueError(f"tokenize: expected one of {', '.join(TOKENIZATIONS)}, got {tokenize!r}")
+    with from_extra("transformer"):
+        from sacrebleu.metrics import BLEU, CHRF
     bleu, chrf = BLEU(tokenize=tokenize), CHRF()
     bleu_score = bleu.corpus_score(list(translations), [list(references)])
     chrf_score = chrf.corpus_score(list(translations), [list(references)])

@@ -13,7 +13,7 @@ from .evaluation import TOKENIZATIONS
 from .tokenizer import SMALLEST_VOCABULARY
 
 BACKENDS = ("auto", "reference", "numba", "native", "triton")
-Handler = Callable[[argparse.Namespace], None]
+Handler = Callable[[argparse.Namespace], int]
 
 _OVERVIEW = """\
 Train the Transformer of 'Attention Is All You Need', or an RNN, LSTM or GRU with attention, on

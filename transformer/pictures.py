@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..console import from_extra
 from .attend import KINDS, AttendError, Attention
 from .model import sinusoids
 
@@ -26,14 +27,9 @@ _PER_ROW = 4
 
 
 def require_matplotlib() -> None:
-    """AttendError where matplotlib is not installed."""
-    try:
+    """MissingExtraError where matplotlib is not installed."""
+    with from_extra("pictures"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise AttendError(
-            "PNG and SVG are drawn by matplotlib, which is not here: pip install "
-            '"rowmax[pictures]", or ask for a page, --out FILE.html'
-        ) from error
 
 
 def heat_maps(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
+from ..console import from_extra
 from .config import ConfigError
+
+if TYPE_CHECKING:  # loaded where a tokenizer is made
+    import tokenizers
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ("<pad>", "<s>", "</s>")
@@ -71,6 +73,13 @@ class Tokenizer:
                     f"not a tokenizer of rowmax.transformer: {token} has id "
                     f"{bpe.token_to_id(token)}, expected {expected}"
                 )
+        vocabulary = bpe.get_vocab()
+        for token, number in vocabulary.items():
+            if number >= len(_SPECIAL) and not _BYTES.keys() >= set(token):
+                raise ValueError(
+                    f"not a tokenizer of rowmax.transformer: token {token!r} is not of bytes"
+                )
+        self.largest_id: int = max(vocabulary.values())
         # A text that happens to contain "</s>" is split into ordinary tokens.
         bpe.encode_special_tokens = True
         self._bpe = bpe
@@ -86,6 +95,9 @@ class Tokenizer:
                 f"vocab_size must be at least {SMALLEST_VOCABULARY} (the special tokens and "
                 f"256 bytes), got {vocab_size}"
             )
+        with from_extra("transformer"):
+            import tokenizers
+            from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
         bpe = tokenizers.Tokenizer(models.BPE())
         # NFC: decomposed Hangul or accents, as some systems write them, become one code point.
         bpe.normalizer = normalizers.NFC()
@@ -105,6 +117,8 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
         """The tokenizer that ``to_json`` wrote; ValueError where the text is not one."""
+        with from_extra("transformer"):
+            import tokenizers
         try:
             bpe = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
@@ -132,7 +146,7 @@ class Tokenizer:
         """
         parts = [
             token.encode() if number < len(_SPECIAL) else _bytes_of(token)
-            for number, token in ((number, self._bpe.id_to_token(number)) for number in ids)
+            for number, token in ((number, self._bpe.id_to_token(number) or "") for number in ids)
         ]
         characters = _characters(b"".join(parts))
         tokens_of = [0] * len(characters)  # how many tokens each character is spread over

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, CheckpointError
-from .config import TrainingConfig
+from .config import MOST_STEPS, TrainingConfig
 from .data import Dataset
 from .interface import TranslationModel
+from .progress import progress_on
 from .tokenizer import PAD, Tokenizer
 
 
@@ -162,10 +162,17 @@ class Trainer:
                 f"{saved.path}: was trained on other data, or on these with another tokenizer or "
                 "length limit; resume with the same files and settings"
             )
-        try:
-            step, epoch, position = (int(state[name]) for name in ("step", "epoch", "position"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{saved.path}: training.json is damaged: {error}") from error
+        step: Any = state.get("step")
+        epoch: Any = state.get("epoch")
+        position: Any = state.get("position")
+        plan: list[np.ndarray] = []
+        if _is_count(step, MOST_STEPS) and _is_count(epoch, step):
+            plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, epoch)
+        if not plan or not _is_count(position, min(step, len(plan))):
+            raise CheckpointError(
+                f"{saved.path}: training.json is damaged: step {step}, epoch {epoch}, batch "
+                f"{position} is no place in this training"
+            )
         checkpoints.copy_tensors(saved.weights, dict(self.model.named_parameters()), saved.path)
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -175,7 +182,11 @@ class Trainer:
             }
         checkpoints.copy_tensors(saved.optimizer, self.optimizer_tensors(), saved.path)
         self.steps_done, self.epoch, self.position = step, epoch, position
-        self._plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, epoch)
+        self._plan = plan
+
+
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 class Throughput:
@@ -203,7 +214,7 @@ def fit(
     extra: Mapping[str, Any] | None = None,
     stream: TextIO | None = None,
 ) -> Throughput:
-    """Train to the configured number of steps, with a progress bar on ``stream`` (stderr).
+    """Train to the configured number of steps, with its progress on ``stream`` (stderr).
 
     Validates and writes a checkpoint every ``save_every`` steps and at the end. ``extra`` is
     put into the checkpoints' training.json.
@@ -212,15 +223,7 @@ def fit(
     config = trainer.config
     throughput = Throughput()
     loss = math.nan
-    with tqdm(
-        total=config.steps,
-        initial=trainer.steps_done,
-        desc="training",
-        unit="step",
-        file=stream,
-        dynamic_ncols=True,
-        mininterval=0.5,
-    ) as bar:
+    with progress_on(stream, "training", "step", config.steps, trainer.steps_done) as bar:
         while trainer.steps_done < config.steps:
             rate = trainer.learning_rate
             start = time.perf_counter()

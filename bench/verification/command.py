@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ...console import from_extra
 from ...kernels import dispatch
-from ..options import UsageError, check_writable, listed, names_of
+from ..options import UsageError, check_writable, listed, names_of, set_threads
 from . import suite
 from .attention_cases import Sizes
 from .questions import Verdict
@@ -67,10 +68,7 @@ def run(options: argparse.Namespace) -> int:
         settings = replace(settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops))
         if not settings.ops:
             raise UsageError("--op: with --function, attention is all that is judged")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"--threads: expected at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     for option, path in (("--json", options.json), ("--html", options.html)):
         if path is not None:
             check_writable(option, path)
@@ -159,14 +157,16 @@ class _Progress(suite.Listener):
             self._bar.close()
 
     def begin(self, total: int) -> None:
-        from tqdm import tqdm
-
-        hidden = self._verbose or not sys.stderr.isatty()
-        self._bar = tqdm(total=total, disable=hidden, leave=False, unit=" checks")
+        if self._verbose or not sys.stderr.isatty():
+            return
+        with from_extra("bench"):
+            from tqdm import tqdm
+        self._bar = tqdm(total=total, leave=False, unit=" checks")
 
     def step(self, what: str) -> None:
-        self._bar.set_description(what, refresh=False)
-        self._bar.update()
+        if self._bar is not None:
+            self._bar.set_description(what, refresh=False)
+            self._bar.update()
 
     def verdict(self, subject: str, verdict: Verdict) -> None:
         if self._verbose:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .high_precision import OracleCheck
 from .invariants import Invariant
 from .mutation import Mutation
 from .questions import Verdict, dtype_text
 from .tolerance import FACTOR, SUMMATION, ULP_BINS, Judgement
+
+if TYPE_CHECKING:  # it needs mpmath
+    from .high_precision import OracleCheck
 
 SCHEMA = "rowmax-verify-1"
 

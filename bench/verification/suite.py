@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from ...console import from_extra
 from ...kernels import dispatch
 from ..machine import describe
-from . import adversarial, high_precision, invariants, mutation
+from . import adversarial, invariants, mutation
 from .attention_cases import (
     KINDS,
     PACKED_SHAPES,
@@ -143,7 +145,7 @@ def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> 
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
     listener.begin(_steps(subjects, settings, cases))
     if "oracle" in settings.checks:
-        for check in high_precision.check(settings.ops):
+        for check in _high_precision().check(settings.ops):
             report.oracle.append(check)
             listener.step("oracle")
     for name, of_dtype in cases.items():
@@ -201,7 +203,7 @@ def _mutation_cases(settings: Settings, cases: list[Case], dtype: torch.dtype) -
 def _steps(subjects: Sequence[Subject], settings: Settings, cases: dict[str, list[Case]]) -> int:
     total = 0
     if "oracle" in settings.checks:
-        total += high_precision.count(settings.ops)
+        total += _high_precision().count(settings.ops)
     for name, of_dtype in cases.items():
         if "accuracy" in settings.checks:
             total += len(subjects) * len(of_dtype)
@@ -210,6 +212,13 @@ def _steps(subjects: Sequence[Subject], settings: Settings, cases: dict[str, lis
         if "mutations" in settings.checks:
             total += mutation.count(settings.ops, DTYPES[name])
     return total
+
+
+def _high_precision() -> ModuleType:
+    """Imported where the oracle is to be checked: nothing else needs mpmath."""
+    with from_extra("bench"):
+        from . import high_precision
+    return high_precision
 
 
 def _names(argument: str, given: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...]:

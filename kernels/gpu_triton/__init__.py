@@ -38,7 +38,7 @@ def interpreting() -> bool:
 
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return 'Triton is not installed (pip install "rowmax[triton]")'
     if not interpreting() and not torch.cuda.is_available():
         return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     return None

@@ -41,7 +41,7 @@ def register_huggingface() -> None:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "register_huggingface: transformers is not installed (pip install rowmax[huggingface])"
+            'register_huggingface: transformers is not installed: pip install "rowmax[huggingface]"'
         ) from error
     check_version(transformers.__version__)
     from transformers.masking_utils import AttentionMaskInterface

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
-FOLDERS = ("csrc", "kernels", "transformer", "bench")
+FOLDERS = ("csrc", "package", "kernels", "transformer", "bench")
 
 
 @pytest.fixture(scope="module")

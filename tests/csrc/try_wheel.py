@@ -95,12 +95,12 @@ def wrong_contents(wheel: Path) -> list[str]:
         names = archive.namelist()
     described = wheel.name.split("-")
     info = f"{described[0]}-{described[1]}.dist-info/"
-    packages = "rowmax/kernels/", "rowmax/transformer/", "rowmax/bench/"
+    packages = {"rowmax", "rowmax/kernels", "rowmax/transformer", "rowmax/bench"}
     strange = [
         name
         for name in names
         if not name.startswith(info)
-        and not (name.startswith(packages) and Path(name).suffix in SUFFIXES)
+        and not (packages & set(map(str, Path(name).parents)) and Path(name).suffix in SUFFIXES)
     ]
     faults = [f"{wheel.name}: holds {name}" for name in strange]
     if "rowmax/kernels/_C.abi3.so" not in names:

@@ -1,0 +1,111 @@
+"""What all commands have in common: streams, exit statuses, and words for what can't be done.
+
+Exit status 2: a call that can't be done; 130: interrupted; 141: the reader of the output went away,
+as shells count a process that SIGINT or SIGPIPE ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_INTERRUPTED, _CLOSED = 130, 141
+_MOST_THREADS = 1024
+# Text is UTF-8 whatever the locale says. File names and arguments may hold bytes that are not: they
+# are written as they came, and shown as escapes in messages. Of a line's ends only "\n" counts.
+_STREAMS: dict[str, dict[str, Any]] = {
+    "stdin": {"encoding": "utf-8", "newline": "\n"},
+    "stdout": {"encoding": "utf-8", "errors": "surrogateescape"},
+    "stderr": {"encoding": "utf-8", "errors": "backslashreplace"},
+}
+
+
+class UsageError(Exception):
+    """A call that can't be meant; its text goes to the user."""
+
+
+class MissingExtraError(ImportError):
+    """A package that one of rowmax's extras brings is not installed."""
+
+
+@contextlib.contextmanager
+def from_extra(extra: str) -> Iterator[None]:
+    """Around imports: what is not installed is named with the extra of rowmax that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f'{error.name} is not installed: pip install "rowmax[{extra}]"', name=error.name
+        ) from error
+
+
+def run(command: Callable[[], int], prefix: str, errors: tuple[type[Exception], ...] = ()) -> int:
+    """The exit status of `command`. These errors of its, and those of files, become a sentence."""
+    expected: tuple[type[Exception], ...] = (MissingExtraError, OSError, *errors)
+    try:
+        try:
+            _prepare_streams()
+            return command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it can be told that nobody reads it
+    except BrokenPipeError:
+        _say(f"{prefix}the output was closed before all of it was written")
+        with contextlib.suppress(OSError, ValueError):  # so that Python's own flush says nothing
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED
+    except KeyboardInterrupt as error:
+        _say(str(error) or "interrupted")
+        return _INTERRUPTED
+    except expected as error:
+        _say(f"{prefix}{error}")
+        return 2
+
+
+def check_writable(option: str, path: Path) -> None:
+    """UsageError where a file can't be written: found out before the work, not after it."""
+    existed = os.path.lexists(path)
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error
+
+
+def set_threads(threads: int | None) -> None:
+    """`--threads`, where it was given; UsageError beyond what an OpenMP runtime starts."""
+    if threads is None:
+        return
+    if not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(f"--threads: expected at least 1, at most {_MOST_THREADS}, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def check_text(what: str, text: str) -> None:
+    """UsageError where an argument is not UTF-8: Python hands other bytes over as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is not UTF-8: {text!r}") from error
+
+
+def _prepare_streams() -> None:
+    for name, settings in _STREAMS.items():
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):  # read from before
+                stream.reconfigure(**settings)
+
+
+def _say(message: str) -> None:
+    if sys.stderr is not None:
+        print(message, file=sys.stderr)
