@@ -172,7 +172,7 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
     if not 0 <= args.length_penalty < math.inf:
         raise UsageError(
-            "--length-penalty must not be negative, and must be a number, got "
+            "--length-penalty must not be negative, nor infinite or NaN, got "
             f"{args.length_penalty}"
         )
     saved = checkpoints.load_average(args.model, args.average)

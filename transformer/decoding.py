@@ -77,7 +77,7 @@ def beam_search(
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be a number and not negative, got {alpha}")
+        raise ValueError(f"alpha must not be negative, nor infinite or NaN, got {alpha}")
     if len(source) == 0:
         return []
     model.eval()
