@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import from_extra
-from .options import UsageError, check_writable, listed, names_of, set_threads
+from .options import UsageError, check_backend, check_writable, listed, names_of, set_threads
 
 DATA = ("built-in", "multi30k")
 ARCHITECTURES = ("transformer", "lstm", "gru", "rnn")
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     if not 0 < options.minutes < math.inf:
         raise UsageError(f"--minutes: expected a positive number, got {options.minutes:g}")
+    check_backend(options.backend)
     lengths = _lengths(options.lengths)
     architectures = names_of("--arch", options.arch, ARCHITECTURES)
     data = names_of("--data", options.data, DATA)
@@ -95,19 +96,23 @@ def run(options: argparse.Namespace) -> int:
     set_threads(options.threads)
 
     # Only now: the other commands of rowmax.bench need none of rowmax.transformer.
+    from ..transformer import DataError, TrainingError
     from . import model_report, model_runs
 
-    result = model_runs.measure(
-        data=data,
-        architectures=architectures,
-        multi30k=options.multi30k,
-        seeds=options.seeds,
-        steps=options.steps,
-        minutes=options.minutes,
-        test_sentences=options.test_sentences,
-        lengths=lengths,
-        backend=options.backend,
-    )
+    try:
+        result = model_runs.measure(
+            data=data,
+            architectures=architectures,
+            multi30k=options.multi30k,
+            seeds=options.seeds,
+            steps=options.steps,
+            minutes=options.minutes,
+            test_sentences=options.test_sentences,
+            lengths=lengths,
+            backend=options.backend,
+        )
+    except (DataError, TrainingError) as error:
+        raise UsageError(str(error)) from error
     text = model_report.table(result)
     print(text)
     model_report.write(result, text, options.output)

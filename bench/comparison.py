@@ -1,7 +1,7 @@
 """`python -m rowmax.bench compare A.json B.json`: what became faster or slower, and how surely.
 
 Exit status 1 where a case became slower by more than the threshold and the 95 % intervals of both
-runs do not overlap; 2 for a wrong call.
+runs do not overlap, or where a case is in one of the runs alone; 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="two saved results of `speed`: what became faster or slower, and how surely",
         description=(
             "Compares the JSON files of two runs, case by case. Exit status 1 where one became "
-            "slower by more than the threshold and the 95%% intervals do not overlap."
+            "slower by more than the threshold and the 95%% intervals do not overlap, or where one "
+            "is in one of the files alone."
         ),
         epilog="example: python -m rowmax.bench compare before.json after.json --threshold 10",
     )
@@ -96,16 +97,18 @@ def run(options: argparse.Namespace) -> int:
     if not changes:
         raise UsageError(f"the two files have no case of {options.candidate} in common")
     print("\n".join(lines(before, after, changes, threshold, options.by)))
-    return 1 if any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
+    alone = alone_lines(before, after, options.candidate, options.by)
+    print("\n".join(alone), end="\n" if alone else "")
+    return 1 if alone or any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
 
 
 def load(path: Path) -> dict[str, Any]:
     """A JSON that `speed --json` wrote. Raises UsageError for anything else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != SCHEMA:
@@ -113,7 +116,49 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: expected results of `speed --json` with schema {SCHEMA}, "
             f"got schema {schema!r}"
         )
+    try:
+        _check(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     return dict(document)
+
+
+def _check(document: Mapping[str, Any]) -> None:
+    """Reads all that is read of a document; any error says that it is none of `speed --json`."""
+    _source(document), _memory(document), list(document["noise"]["complaints"])
+    for row in document["rows"]:
+        _key(row), dict(row["faults"])
+        for timing in row["seconds"].values():
+            numbers = (timing["median"], *timing["interval"])
+            if len(numbers) != 3 or not all(0 < number < math.inf for number in numbers):
+                raise ValueError(f"{_case(_key(row))}: times of {numbers}")
+        if row["fastest_peer"] is not None and not isinstance(row["fastest_peer"], str):
+            raise ValueError(f"{_case(_key(row))}: fastest peer {row['fastest_peer']!r}")
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    names = (str(row["suite"]), str(row["dtype"]), str(row["kind"]))
+    return (*names, tuple(int(size) for size in row["shape"]), str(row["pass"]))
+
+
+def _case(key: Key) -> str:
+    suite, dtype, kind, shape, step = key
+    return f"{suite} {dtype} {kind} ({','.join(map(str, shape))}) {_STEPS.get(step, step)}"
+
+
+def alone_lines(
+    before: Mapping[str, Any], after: Mapping[str, Any], candidate: str, by: str
+) -> list[str]:
+    """The cases that one of the runs has and the other has not, with what it says of them."""
+    found: list[str] = []
+    for name, document, other, others in (("A", before, "B", after), ("B", after, "A", before)):
+        missing = _measures(others, candidate, by)
+        said = {_key(row): row["faults"].get(candidate) for row in others["rows"]}
+        for key in _measures(document, candidate, by):
+            if key not in missing:
+                why = f", where {candidate} failed: {said[key]}" if said.get(key) else ""
+                found.append(f"only in {name}, not in {other}: {_case(key)}{why}")
+    return found
 
 
 def changes_between(
@@ -145,8 +190,7 @@ def _measures(
                 value / peer["median"],
                 ratio_interval(interval, tuple(peer["interval"])),
             )
-        key = (row["suite"], row["dtype"], row["kind"], tuple(row["shape"]), row["pass"])
-        found[key] = value, interval
+        found[_key(row)] = value, interval
     return found
 
 
@@ -175,11 +219,8 @@ def lines(
     factor = 1e3 if by == "time" else 1.0
     found += ["", f" {'case, ' + unit:<55}{'A':>9}{'B':>9}{'B/A':>7}  verdict"]
     for one in changes:
-        suite, dtype, kind, shape, step = one.key
-        sizes = ",".join(map(str, shape))
-        what = f"{suite} {dtype} {kind} ({sizes}) {_STEPS.get(step, step)}"
         found.append(
-            f" {what[:54]:<55}{factor * one.before:>9.4g}{factor * one.after:>9.4g}"
+            f" {_case(one.key)[:54]:<55}{factor * one.before:>9.4g}{factor * one.after:>9.4g}"
             f"{one.factor:>7.2f}  {one.verdict(threshold)}"
         )
     verdicts = [one.verdict(threshold) for one in changes]

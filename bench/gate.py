@@ -104,6 +104,8 @@ def compare(got: Tensor, plain: Tensor, exact: Tensor, *, is_subject: bool) -> s
     """The rule above, for one tensor."""
     if got.shape != exact.shape:
         return f"expected shape {tuple(exact.shape)}, got {tuple(got.shape)}"
+    if is_subject and got.dtype != plain.dtype:
+        return f"expected {plain.dtype}, got {got.dtype}"
     if exact.numel() == 0:
         return None
     tolerance = TOLERANCES[got.dtype]

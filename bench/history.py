@@ -19,7 +19,7 @@ FIELDS = (
 def check(path: Path) -> None:
     """UsageError where `path` holds something else than such a history, before anything is run."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             head = next(csv.reader(file), None)
     except FileNotFoundError:
         return

@@ -239,8 +239,12 @@ def store(path: Path, forms: Mapping[Key, Configuration]) -> None:
 
 
 def read(path: Path) -> dict[str, list[int]]:
-    text = path.read_text("utf-8") if path.exists() else ""
-    return dict(json.loads(text)["forms"]) if text else {}
+    """The entries of a table, none where there is no file yet. UsageError where it is no table."""
+    try:
+        text = path.read_text("utf-8-sig") if path.exists() else ""
+        return dict(json.loads(text)["forms"]) if text else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path} is no table of forms: {error}") from error
 
 
 def _name(key: Key) -> str:
@@ -304,9 +308,9 @@ def run(options: argparse.Namespace) -> int:
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
         choose = _by_timing(getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16)
     check_writable("--output", options.output)
+    present = read(options.output)
     wanted = keys(archs, kernels, dims, dict.fromkeys(BITS[name] for name in dtypes), features)
     if options.missing:
-        present = read(options.output)
         wanted = [key for key in wanted if _name(key) not in present]
     found = search(wanted, choose, options.output, seconds, say=_say)
     _say(f"{len(found)} of {len(wanted)} forms written to {options.output}")

@@ -83,7 +83,8 @@ def judge(
 
     Args:
         got: what is judged, in its own dtype. expected: the oracle's, float64, same shape.
-        plain: the naive path's, in got's dtype. magnitude: see above, same shape, float64.
+        plain: the naive path's, in the dtype that got must have. magnitude: see above, same shape,
+            float64.
 
     The printed `ratio` is error / naive error, the worse of both norms. A naive error that is
     luckily below an eighth of the rounding allowed counts as that eighth; in float64, where the
@@ -91,6 +92,8 @@ def judge(
     """
     if got.shape != expected.shape:
         return Judgement(name, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    if got.dtype != plain.dtype:
+        return Judgement(name, f"{got.dtype}, expected {plain.dtype}")
     wide = got.to(torch.float64)
     finite = torch.isfinite(expected)
     if not torch.equal(wide[~finite], expected[~finite]):

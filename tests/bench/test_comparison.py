@@ -96,12 +96,75 @@ def test_wrong_calls(save: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert captured.out == ""
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_cases_of_one_run_alone_are_named(
+    at: int, save: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Left out, or no longer timed since the kernel failed: status 1, as where it became slower."""
+    less = document()
+    del less["rows"][1]
+    failed = less["rows"][2]
+    del failed["seconds"]["rowmax"]
+    failed["faults"]["rowmax"] = "largest error 1"
+    files = [save("whole.json", document()), save("less.json", less)]
+    assert cli.main(["compare", *(files if at == 1 else files[::-1])]) == 1
+    whole, other = ("A", "B") if at == 1 else ("B", "A")
+    only = f"only in {whole}, not in {other}: "
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"{only}cpu-attention float32 causal (8,8,512,64) fwd",
+        f"{only}cpu-norms float32 layer_norm (4096,512) fwd, where rowmax failed: largest error 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found.pop("rows"),
+        lambda found: found.update(rows=None),
+        lambda found: found.update(rows=[1]),
+        lambda found: found.pop("machine"),
+        lambda found: found.pop("noise"),
+        lambda found: found["rows"][0].pop("shape"),
+        lambda found: found["rows"][0].update(shape=["x"]),
+        lambda found: found["rows"][0].update(fastest_peer=[]),
+        lambda found: found["rows"][0]["seconds"]["sdpa"].pop("interval"),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(median=0),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(median=float("nan")),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(median="fast"),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(interval=[1.0]),
+    ],
+)
+def test_a_damaged_file(damage: Any, save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = document()
+    damage(damaged)
+    files = [save("good.json", document()), save("damaged.json", damaged)]
+    for order in (files, files[::-1]):
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["compare", *order, "--by", "ratio"])
+        assert exit_info.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("rowmax.bench: ")
+        assert "damaged.json is damaged: " in captured.err
+        assert captured.out == ""
+
+
+def test_deep_json_and_a_byte_order_mark(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    good = save("good.json", document())
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["compare", good, save("deep.json", "[" * 100_000)])
+    assert exit_info.value.code == 2
+    assert "deep.json is no JSON" in capsys.readouterr().err
+    assert cli.main(["compare", good, save("mark.json", "\ufeff" + json.dumps(document()))]) == 0
+
+
 def test_the_history_grows_and_keeps_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
     history.check(path)
     history.append(path, document())
     first = path.read_text("utf-8")
+    path.write_text("\ufeff" + first, "utf-8")  # as a spreadsheet saves it
     history.check(path)
+    path.write_text(first, "utf-8")
     history.append(path, document(2.0, complaints=("busy",)))
     assert path.read_text("utf-8").startswith(first)
     with path.open(encoding="utf-8", newline="") as file:

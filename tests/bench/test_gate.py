@@ -232,6 +232,14 @@ def test_missing_results_are_rejected() -> None:
     assert fault == "expected 6 results, got 5"
 
 
+def test_compare_names_the_dtype() -> None:
+    """However exact: rowmax gives what it was given; a peer may be wider."""
+    got, plain, exact = torch.zeros(2), torch.zeros(2).bfloat16(), torch.zeros(2).double()
+    fault = compare(got, plain, exact, is_subject=True)
+    assert fault == "expected torch.bfloat16, got torch.float32"
+    assert compare(got, plain, exact, is_subject=False) is None
+
+
 def test_compare_names_the_shape() -> None:
     fault = compare(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4), is_subject=True)
     assert fault == "expected shape (2, 4), got (2, 3)"

@@ -55,6 +55,21 @@ def test_a_callable_that_is_wrong_is_found_out() -> None:
         assert all(f": {tensor}: " in failure for failure in report.failures), function
 
 
+@pytest.mark.parametrize("given, returned", [("bfloat16", "float32"), ("float32", "float64")])
+def test_another_dtype_than_the_inputs_is_refused(given: str, returned: str) -> None:
+    """However exact: what comes after it would run in that dtype."""
+
+    def wide(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return sdpa(query, key, value, **options).to(getattr(torch, returned))
+
+    report = verify(
+        wide, kinds=["none", "causal"], dtypes=[given], checks=["accuracy"], shapes=ONE_SHAPE
+    )
+    assert len(report.failures) == len(report.judged[0].verdicts) > 0
+    for failure in report.failures:
+        assert failure.endswith(f"out: torch.{returned}, expected torch.{given}")
+
+
 def test_dropout_of_a_callable() -> None:
     def twice(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         dropout_p = options.pop("dropout_p", 0.0)
