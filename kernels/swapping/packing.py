@@ -35,6 +35,11 @@ class Packing:
             length,
         )
 
+    def real(self) -> Tensor:
+        """The bool tensor (B, L) that it was made from."""
+        flat = torch.zeros(self.batch * self.length, dtype=torch.bool, device=self.indices.device)
+        return flat.index_fill(0, self.indices, True).unflatten(0, (self.batch, self.length))
+
     def is_right_padded(self) -> bool:
         """Whether the real tokens of each sequence are its first."""
         starts = self.cu_seqlens[:-1]

@@ -16,34 +16,13 @@ from torch import Tensor, nn
 
 from ..checks import fail_type, fail_value
 from ..peak_memory import peak_bytes
+from .differences import PARAMETER, ROUNDINGS, LayerDifference, Run, differences_of
 from .instances import Form
 from .models import Filter, swap
 from .packing import Packing
 from .report import SwapReport, columns
 
-# As in the tests of the kernels: twice the original's own error, and a few roundings.
-_TIMES, _ROUNDINGS = 2.0, 16.0
 _CHANCES = 4  # runs at most, until one passes; see `_move_weights`
-_PARAMETER = "gradient of the parameter"
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """One layer's output and its gradient, as shares of the largest value that float64 gives.
-
-    difference: swapped against original; error_original, error_swapped: each against float64.
-    """
-
-    name: str
-    what: str
-    difference: float
-    error_original: float
-    error_swapped: float
-    allowed: float
-
-    @property
-    def agrees(self) -> bool:
-        return self.error_swapped <= self.allowed  # so that NaN does not
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,12 @@ class Receipt:
     @property
     def passed(self) -> bool:
         """Whether no layer of the swapped model is further from float64 than it may be."""
-        return all(layer.agrees for layer in self.layers)
+        return self._judged and all(layer.agrees for layer in self.layers)
+
+    @property
+    def _judged(self) -> bool:
+        """Whether float64 gives a number for any of the model's own output."""
+        return any(layer.unjudged < 1.0 for layer in self.layers if layer.name == "")
 
     @property
     def verdict(self) -> str:
@@ -92,9 +76,19 @@ class Receipt:
             f"a training step is {faster:.2f} times as fast and keeps {memory:.2f} of the memory "
             "for its backward pass"
         )
+        unjudged = sum(layer.unjudged > 0.0 for layer in self.layers)
         if self.passed:
-            return f"PASS: as close to float64 as the original in every layer; {cost}"
+            but = ""
+            if unjudged:
+                where = f"{unjudged} of {len(self.layers)} comparisons"
+                but = f", but where float64 gives NaN, in {where}"
+            return f"PASS: as close to float64 as the original in every layer{but}; {cost}"
         wrong = [layer for layer in self.layers if not layer.agrees]
+        if not wrong:
+            return (
+                "UNDECIDED: the original's output in float64 is all NaN, which judges nothing; "
+                "`real=` names the tokens that count"
+            )
         worst = max(wrong, key=lambda layer: layer.error_swapped / max(layer.allowed, 1e-300))
         return (
             f"FAIL: {len(wrong)} of {len(self.layers)} comparisons are further from float64 than "
@@ -122,7 +116,7 @@ class Receipt:
         rows += [
             (
                 layer.name or "(the model)",
-                layer.what,
+                layer.shown,
                 *(
                     f"{value:.1e}"
                     for value in (
@@ -179,7 +173,8 @@ def compare(
         model: not swapped yet.
         inputs: of one call: a tensor, a tuple (positional) or a dict (keyword arguments).
         real: bool (B, L), True for tokens that count; what models give for padding differs. By
-            default the 2-D `attention_mask` of a dict, or the inverse of `src_key_padding_mask`.
+            default the 2-D `attention_mask` of a dict, or the inverse of `src_key_padding_mask`;
+            with `pack`, where neither is given, the tokens that the encoders keep.
         attention, norms, filter_fn, backend, pack: as in `swap`.
         seconds: to spend on the times.
 
@@ -188,9 +183,12 @@ def compare(
         swapped model's error against float64 may be twice the original's plus a few roundings.
         A model that fails is run up to three times more with all weights moved by a few
         roundings, and the best run is shown: gradients jump where a ReLU's input is 0.
+        Where the original gives NaN in float64, as eager attention of transformers does for
+        padding, nothing can be judged: the receipt names these places and counts the others.
 
     Raises:
-        ValueError: the model is swapped already, or, as in `swap`, nothing can be.
+        ValueError: the model is swapped already, or, as in `swap`, nothing can be; or encoders
+            drop different tokens, and `real` is not given.
     """
     if not isinstance(model, nn.Module):
         fail_type("compare", "model", type(model).__name__, "a torch.nn.Module")
@@ -203,6 +201,8 @@ def compare(
     )
     truth.double()
     counts = _real_tokens(kwargs) if real is None else real
+    if counts is None and pack:
+        counts = _kept_tokens(other, args, kwargs)
     names = _layers_of(model, report)
 
     def differences() -> list[LayerDifference]:
@@ -212,7 +212,7 @@ def compare(
             call = _widened((args, kwargs)) if wide else (args, kwargs)
             runs.append(_run(which, call[0], call[1], names, counts))
             which.train(model.training)
-        return _differences(*runs)
+        return differences_of(*runs)
 
     found = [differences()]
     generator = torch.Generator().manual_seed(0)
@@ -238,6 +238,38 @@ def _real_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
     return ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 
 
+def _kept_tokens(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """bool (B, L), the tokens that a swapped model's packed encoders keep; None where they pack
+    nothing."""
+    found: list[Packing] = []
+
+    def look(_: nn.Module, given: Any, named: dict[str, Any]) -> None:
+        found.extend(item for item in (*given, *named.values()) if isinstance(item, Packing))
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for layers in lists for layer in layers]
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    kept = [packing.real() for packing in found]
+    if any(not torch.equal(each, kept[0]) for each in kept):
+        fail_value(
+            "compare",
+            "real",
+            "None, where the model's encoders drop different tokens",
+            "a bool tensor (B, L), True for the tokens that count",
+        )
+    return kept[0] if kept else None
+
+
 def _widened(value: Any) -> Any:
     """The same arguments with float tensors in float64."""
     if isinstance(value, Tensor):
@@ -253,14 +285,13 @@ def _layers_of(model: nn.Module, report: SwapReport) -> list[str]:
     Inside a layer nothing is hooked: a hooked norm would not be fused.
     """
     names: list[str] = []
-    for name, module in model.named_modules():
+    known = dict(model.named_modules())
+    for name, module in known.items():
         inside = any(name.startswith(f"{outer}.") for outer in names)
         if isinstance(module, nn.ModuleList) and not inside:
             names += [f"{name}.{index}" for index in range(len(module))]
+    names = [name for name in names if name in known]  # a module in several places has one name
     return names or [site.name for site in report.swapped if site.name]
-
-
-_Run = dict[tuple[str, str], Tensor]
 
 
 def _run(
@@ -269,7 +300,7 @@ def _run(
     kwargs: dict[str, Any],
     names: Sequence[str],
     counts: Tensor | None,
-) -> _Run:
+) -> Run:
     """Outputs and gradients by layer, those of the parameters too, padding left out."""
     seen: dict[str, tuple[Tensor, Packing | None]] = {}
 
@@ -299,7 +330,7 @@ def _run(
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(shown.shape, generator=generator, dtype=torch.float64)
     (shown * weights.to(shown)).sum().backward()
-    found: _Run = {}
+    found: Run = {}
     for name, (tensor, packing) in seen.items():
         for what, value in (("output", tensor), ("gradient", tensor.grad)):
             if value is None:
@@ -310,7 +341,7 @@ def _run(
     found["", "output"] = shown.detach()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            found[name, _PARAMETER] = parameter.grad
+            found[name, PARAMETER] = parameter.grad
     model.zero_grad(set_to_none=True)
     return found
 
@@ -335,36 +366,6 @@ def _counted(tensor: Tensor, counts: Tensor | None) -> Tensor:
     return tensor
 
 
-def _differences(original: _Run, swapped: _Run, truth: _Run) -> list[LayerDifference]:
-    """By layer; of the parameters' gradients those that are wrong, or else the worst.
-
-    A gradient that is zero but for rounding, as that of a key's bias, has no size of its own to
-    measure errors by: the largest value among the parameters of its module is taken.
-    """
-    layers: list[LayerDifference] = []
-    parameters: list[LayerDifference] = []
-    sizes: dict[tuple[str, str], float] = {}
-    for (name, what), tensor in truth.items():
-        place = _place(name, what)
-        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-        sizes[place] = max(sizes.get(place, 0.0), largest)
-    for name, what in (key for key in original if key in swapped and key in truth):
-        one, other, exact = (run[name, what].double() for run in (original, swapped, truth))
-        size = sizes[_place(name, what)] or 1.0
-        difference, error_original, error_swapped = (
-            float((a - b).abs().max()) / size if a.numel() else 0.0
-            for a, b in ((one, other), (one, exact), (other, exact))
-        )
-        rounding = _ROUNDINGS * torch.finfo(original[name, what].dtype).eps
-        allowed = _TIMES * error_original + rounding
-        row = LayerDifference(name, what, difference, error_original, error_swapped, allowed)
-        (parameters if what == _PARAMETER else layers).append(row)
-    wrong = [row for row in parameters if not row.agrees]
-    if parameters:
-        layers += wrong or [max(parameters, key=lambda row: row.error_swapped / row.allowed)]
-    return layers
-
-
 def _move_weights(models: Sequence[nn.Module], generator: torch.Generator) -> None:
     """Moves all weights by a few roundings, the same in each model.
 
@@ -377,7 +378,7 @@ def _move_weights(models: Sequence[nn.Module], generator: torch.Generator) -> No
             first = same[0]
             if first.is_floating_point():
                 chance = torch.rand(first.shape, generator=generator).to(first.device) - 0.5
-                moved = first * (1 + _ROUNDINGS * torch.finfo(first.dtype).eps * chance)
+                moved = first * (1 + ROUNDINGS * torch.finfo(first.dtype).eps * chance)
                 for parameter in same:
                     parameter.copy_(moved)
 
@@ -390,10 +391,6 @@ def _shown(found: Sequence[Sequence[LayerDifference]]) -> list[LayerDifference]:
         return max((ratio if ratio == ratio else float("inf") for ratio in ratios), default=0.0)
 
     return list(min(found, key=worst))
-
-
-def _place(name: str, what: str) -> tuple[str, str]:
-    return (name.rpartition(".")[0] if what == _PARAMETER else name), what
 
 
 def _costs(

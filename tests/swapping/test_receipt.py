@@ -95,6 +95,87 @@ def test_what_is_wrong_fails(
     assert ("layers.0", "output") not in failed
 
 
+class Tokens(nn.Module):
+    """Makes its encoders' padding masks itself, from the ids: 0 is padding."""
+
+    def __init__(self, encoders: list[nn.TransformerEncoder], shift: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, WIDTH)
+        self.encoders = nn.ModuleList(encoders)
+        self.shift = shift
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for number, encoder in enumerate(self.encoders):
+            x = encoder(x, src_key_padding_mask=ids.roll(number * self.shift, 1) == 0)
+        return x
+
+
+IDS = torch.randint(1, 20, (3, 8), generator=torch.Generator().manual_seed(2)) * ~PADDING
+
+
+def test_padding_that_the_model_finds_itself(encoder: nn.TransformerEncoder) -> None:
+    """A packed encoder drops it, and what the original gives there counts for nothing."""
+    model = Tokens([encoder])
+    receipt = compare(model, IDS, pack=True, seconds=0.01)
+    assert receipt.passed, str(receipt)
+    told = compare(model, IDS, pack=True, real=~PADDING, seconds=0.01)
+    assert receipt.layers == told.layers
+    assert any(row.error_swapped > 0 for row in receipt.layers)
+
+
+def test_encoders_with_different_padding_need_to_be_told(encoder: nn.TransformerEncoder) -> None:
+    model = Tokens([encoder, encoder], shift=1)
+    with pytest.raises(ValueError, match="`real`: expected a bool tensor .*drop different tokens"):
+        compare(model, IDS, pack=True, seconds=0.01)
+    compare(model, IDS, pack=True, real=~PADDING, seconds=0.01)
+
+
+class CastsItsMask(nn.Module):
+    """As eager attention of transformers: -1.8e308, float64's least number, becomes -inf."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.rows = rows  # which attend nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        scores = y @ y.transpose(-1, -2)
+        scores[:, : self.rows] = torch.finfo(x.dtype).min
+        return torch.softmax(scores, -1, dtype=torch.float32).to(x.dtype) @ y
+
+
+def test_where_float64_gives_nan_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(3))
+    receipt = compare(CastsItsMask(1), x, seconds=0.01)
+    assert receipt.passed, str(receipt)
+    unjudged = {(row.name, row.what): row.unjudged for row in receipt.layers if row.unjudged}
+    assert unjudged["", "output"] == 0.2  # one row of five
+    assert unjudged["norm", "gradient"] == 1.0
+    assert f", but where float64 gives NaN, in {len(unjudged)} of" in receipt.verdict
+    assert "output, but for 20%: float64 gives NaN" in str(receipt)
+    assert json.loads(receipt.to_json()) == receipt.to_dict()
+
+    nothing = compare(CastsItsMask(5), x, seconds=0.01)
+    assert not nothing.passed
+    assert nothing.verdict.startswith("UNDECIDED: the original's output in float64 is all NaN")
+
+    fused = getattr(norms, "layer_norm")  # noqa: B009 (mypy: not exported)
+    monkeypatch.setattr(norms, "layer_norm", lambda *args, **kwargs: fused(*args, **kwargs) + 1e-3)
+    assert not compare(CastsItsMask(1), x, seconds=0.01).passed
+
+
+def test_another_dtype_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = getattr(norms, "layer_norm")  # noqa: B009 (mypy: not exported)
+    monkeypatch.setattr(
+        norms, "layer_norm", lambda *args, **kwargs: fused(*args, **kwargs).double()
+    )
+    receipt = compare(nn.Sequential(nn.LayerNorm(WIDTH)), torch.randn(4, WIDTH), seconds=0.01)
+    assert not receipt.passed
+    assert "(4, 16) torch.float64 in place of (4, 16) torch.float32" in receipt.verdict
+
+
 def test_nan_does_not_pass(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]) -> None:
     inputs["src"][0, 0, 0] = torch.nan
     assert not compare(encoder, inputs, seconds=0.01).passed

@@ -1,0 +1,100 @@
+"""How far the runs of a swapped model and of its original are from each other and from float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# As in the tests of the kernels: twice the original's own error, and a few roundings.
+_TIMES, ROUNDINGS = 2.0, 16.0
+PARAMETER = "gradient of the parameter"
+
+# Outputs and gradients by the layer's name, and what they are.
+Run = dict[tuple[str, str], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """One layer's output and its gradient, as shares of the largest value that float64 gives.
+
+    difference: swapped against original; error_original, error_swapped: each against float64.
+    unjudged: the share of the values of which float64 gives NaN or infinity, but the swapped model
+    none; they count in no other number.
+    """
+
+    name: str
+    what: str
+    difference: float
+    error_original: float
+    error_swapped: float
+    allowed: float
+    unjudged: float = 0.0
+
+    @property
+    def agrees(self) -> bool:
+        return self.error_swapped <= self.allowed  # so that NaN does not
+
+    @property
+    def shown(self) -> str:
+        note = f", but for {self.unjudged:.0%}: float64 gives NaN" if self.unjudged else ""
+        return f"{self.what}{note}"
+
+
+def differences_of(original: Run, swapped: Run, truth: Run) -> list[LayerDifference]:
+    """By layer; of the parameters' gradients those that are wrong, or else the worst.
+
+    A gradient that is zero but for rounding, as that of a key's bias, has no size of its own to
+    measure errors by: the largest value among the parameters of its module is taken.
+    """
+    layers: list[LayerDifference] = []
+    parameters: list[LayerDifference] = []
+    sizes: dict[tuple[str, str], float] = {}
+    for (name, what), tensor in truth.items():
+        place = _place(name, what)
+        finite = tensor[tensor.isfinite()].abs()
+        largest = float(finite.max()) if finite.numel() else 0.0
+        sizes[place] = max(sizes.get(place, 0.0), largest)
+    for name, what in (key for key in original if key in swapped and key in truth):
+        row = _difference(
+            *(name, what, original[name, what], swapped[name, what], truth[name, what]),
+            size=sizes[_place(name, what)] or 1.0,
+        )
+        (parameters if what == PARAMETER else layers).append(row)
+    wrong = [row for row in parameters if not row.agrees]
+    judged = [row for row in parameters if row.unjudged == 0.0]
+    worst = sorted(judged, key=lambda row: row.error_swapped / row.allowed)[-1:]
+    return layers + (wrong or worst) + [row for row in parameters if row.agrees and row.unjudged]
+
+
+def _difference(
+    name: str, what: str, one: Tensor, other: Tensor, exact: Tensor, *, size: float
+) -> LayerDifference:
+    """One comparison, of errors as shares of `size`."""
+    rounding = ROUNDINGS * torch.finfo(one.dtype).eps
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        forms = (f"{tuple(each.shape)} {each.dtype}" for each in (other, one))
+        what = f"{what}, {' in place of '.join(forms)}"
+        return LayerDifference(name, what, math.inf, 0.0, math.inf, rounding)
+    unknown = ~exact.isfinite() & other.isfinite()
+    a, b, c = (tensor.double()[~unknown] for tensor in (one, other, exact))
+
+    def largest(errors: Tensor) -> float:
+        return float(errors.max()) / size if errors.numel() else 0.0
+
+    def apart(x: Tensor, y: Tensor) -> Tensor:
+        # of equal infinities, which have no difference, none
+        return (x - y).abs().masked_fill(x == y, 0.0)
+
+    errors = apart(a, c)
+    # Where the original itself gives NaN, that allows nothing.
+    allowed = _TIMES * largest(errors[errors.isfinite()]) + rounding
+    share = float(unknown.double().mean()) if unknown.numel() else 0.0
+    measured = (largest(apart(a, b)), largest(errors), largest(apart(b, c)))
+    return LayerDifference(name, what, *measured, allowed, share)
+
+
+def _place(name: str, what: str) -> tuple[str, str]:
+    return (name.rpartition(".")[0] if what == PARAMETER else name), what
