@@ -32,8 +32,8 @@ def _require_positive_int(name: str, got: object) -> None:
 # Larger models than these are a mistake, or a file that somebody made to take all memory.
 _MOST = {
     "vocab_size": 2**24,
-    "encoder_layers": 1_000,
-    "decoder_layers": 1_000,
+    "encoder_layers": 256,
+    "decoder_layers": 256,
     "d_model": 2**16,
     "heads": 2**12,
     "d_ff": 2**18,

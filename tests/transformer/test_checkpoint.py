@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 
 from rowmax.transformer import (
@@ -272,6 +273,155 @@ def test_leftovers_of_a_kill_are_ignored_and_cleared(run, tokenizer):
     assert_holds(checkpoints.newest(run), 3)
     with checkpoints.exclusive(run):
         assert sorted(path.name[-1] for path in run.iterdir()) == ["1", "2", "3"]
+
+
+def foreign_things(run: Path, elsewhere: Path) -> set[str]:
+    """What may bear a checkpoint's name and is none; their names."""
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint-500", ".incomplete-checkpoint-00000003", ".incomplete-theirs"):
+        (run / name).mkdir()
+        (run / name / "trainer_state.json").write_text("{}")
+    (run / "checkpoint-9").mkdir()
+    (run / "checkpoint-9" / "checkpoint.json").write_text('{"format": "theirs"}')
+    (run / "checkpoint-00000003").write_text("a file")
+    (run / "checkpoint-00000700").symlink_to(elsewhere)
+    (run / "checkpoint-00000800").symlink_to(run / "nowhere")
+    (run / ".incomplete-link").symlink_to(elsewhere)
+    (run / ".incomplete-file").write_text("a file")
+    (run / "checkpoint-").mkdir()
+    (run / "checkpoint-٣").mkdir()
+    return {path.name for path in run.iterdir()}
+
+
+def test_what_is_not_rowmaxs_is_left_alone(tmp_path, tokenizer):
+    """Neither taken for a checkpoint nor removed; and it neither stops a save nor a resumed run."""
+    elsewhere = save(tmp_path / "elsewhere", 5, tokenizer)
+    run = tmp_path / "run"
+    foreign = foreign_things(run, elsewhere)
+    contents = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with checkpoints.exclusive(run):
+        assert checkpoints.checkpoints(run) == []
+        with pytest.raises(CheckpointError, match="run: no checkpoint in this directory"):
+            checkpoints.newest(run)
+        for step in (1, 2, 3, 700, 800):
+            save(run, step, tokenizer, keep=2)
+        names = [path.name for path in checkpoints.checkpoints(run)]
+        assert names == ["checkpoint-000000700", "checkpoint-000000800"]
+        assert_holds(checkpoints.newest(run), 800)
+        checkpoints.remove_all(run)
+    with checkpoints.exclusive(run):
+        assert {path.name for path in run.iterdir()} == foreign
+    assert {path: path.read_bytes() for path in contents} == contents
+    assert_holds(elsewhere, 5)
+
+
+def test_a_damaged_manifest_is_told_and_not_removed(run, tokenizer):
+    """It is not known whose it is; it keeps no place among those that are kept."""
+    (run / "checkpoint-00000002" / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"00000002: checkpoint\.json is damaged"):
+        load_average(run)
+    for step in (2, 3):
+        save(run, step, tokenizer, keep=2)
+    names = [path.name for path in checkpoints.checkpoints(run)]
+    assert names == ["checkpoint-00000002", "checkpoint-000000002", "checkpoint-00000003"]
+
+
+def test_an_empty_leftover_of_a_kill_is_cleared(run):
+    (run / ".incomplete-checkpoint-00000003").mkdir()
+    with checkpoints.exclusive(run):
+        assert sorted(path.name[-1] for path in run.iterdir()) == ["1", "2"]
+
+
+def test_a_directory_that_can_not_be_written_to():
+    """Found out before the training, not at its first save."""
+    with (
+        pytest.raises(CheckpointError, match="/proc/self: can't be used: "),
+        checkpoints.exclusive(Path("/proc/self")),
+    ):
+        pass
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model.json", DEEP, "nested too deeply"),
+        ("training.json", b'{"a":' + DEEP, "nested too deeply"),
+        ("tokenizer.json", b'{"a":' + DEEP, "not a tokenizer"),
+        ("model.json", {"vocab_size": 10**30}, "vocab_size: expected at most 16,777,216, got 1000"),
+        ("model.json", {"encoder_layers": 10**9}, "encoder_layers: expected at most 256"),
+        ("model.json", {"d_model": 2**40}, "d_model: expected at most"),
+        ("model.json", {"max_length": 2**20, "d_model": 2**14}, "max_length: expected max_length"),
+        # 4 TiB and 17 TiB of weights
+        (
+            "model.json",
+            {"vocab_size": 2**24, "d_model": 2**16, "max_length": 9},
+            r"expected .*\(65536",
+        ),
+        ("model.json", {"encoder_layers": 256, "d_ff": 2**18}, "'encoder.1.self"),
+        (
+            "model.json",
+            {"vocab_size": 270},
+            "tokenizer.json has the token 2[67]., beyond the model",
+        ),
+        ("model.json", {"dropout": float("nan")}, "dropout: expected 0 <= p < 1, got nan"),
+    ],
+)
+def test_a_checkpoint_made_by_hand(run, name, content, message):
+    """Refused in a sentence, before memory is taken."""
+    path = checkpoints.newest(run)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((path / name).read_text()), **content}).encode()
+    rewrite(path, name, content)
+    with pytest.raises(CheckpointError, match=message):
+        build_model(checkpoints.load(path))
+
+
+def test_a_manifest_that_is_nested_too_deeply(run):
+    path = checkpoints.newest(run)
+    (path / "checkpoint.json").write_bytes(DEEP)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged: .*too deeply"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(run, value):
+    path = checkpoints.newest(run)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    tensors["embedding.weight"][7, 3] = value
+    rewrite(path, "model.safetensors", safetensors.torch.save(tensors))
+    with pytest.raises(CheckpointError, match="'embedding.weight' holds NaN or infinity"):
+        checkpoints.load(path)
+
+
+def test_files_that_are_endless_or_far_too_large(run):
+    """As a link to a device, and as a hole of 1 TiB: neither is read."""
+    path = checkpoints.newest(run)
+    (path / "tokenizer.json").unlink()
+    (path / "tokenizer.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is no regular file"):
+        checkpoints.load(path)
+    (path / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "model.json", "model.safetensors"):
+        with open(path / name, "wb") as file:
+            file.truncate(2**40)
+        with pytest.raises(
+            CheckpointError, match=rf"{name.split('.')[0]}\.json is damaged: it has"
+        ):
+            checkpoints.load(path)
+        if name == "tokenizer.json":
+            shutil.copy(run / "checkpoint-00000001" / name, path)
+
+
+def test_a_tokenizer_of_another_kind(run):
+    """Ids that fit are not enough: its tokens are no bytes."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "東京": 3}
+    foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    rewrite(checkpoints.newest(run), "tokenizer.json", foreign.to_str().encode())
+    with pytest.raises(CheckpointError, match="token '東京' is not of bytes"):
+        checkpoints.load(checkpoints.newest(run))
 
 
 def test_one_training_process_at_a_time(tmp_path):
