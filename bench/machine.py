@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from . import fma
+from ..console import from_extra
 
 PACKAGES = ("rowmax", "torch", "numpy", "numba", "llvmlite")
 PEER_PACKAGES = ("onnxruntime", "openvino")  # told where they are installed
@@ -65,6 +65,8 @@ class CpuLimits:
 
 
 def measure_limits() -> CpuLimits:
+    with from_extra(None):
+        from . import fma  # by Numba
     threads = torch.get_num_threads()
     return CpuLimits(threads, fma.peak(threads), copy_rate(_LARGE), fma.dot_product_peak(threads))
 

@@ -34,13 +34,17 @@ class MissingExtraError(ImportError):
 
 
 @contextlib.contextmanager
-def from_extra(extra: str) -> Iterator[None]:
-    """Around imports: what is not installed is named with the extra of rowmax that brings it."""
+def from_extra(extra: str | None) -> Iterator[None]:
+    """Around imports: what is not installed is named with the extra of rowmax that brings it.
+
+    None stands for rowmax's own requirements, of which most of it needs torch alone.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
+        wanted = "rowmax" if extra is None else f'"rowmax[{extra}]"'
         raise MissingExtraError(
-            f'{error.name} is not installed: pip install "rowmax[{extra}]"', name=error.name
+            f"{error.name} is not installed: pip install {wanted}", name=error.name
         ) from error
 
 

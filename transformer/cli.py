@@ -172,8 +172,7 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
     if not 0 <= args.length_penalty < math.inf:
         raise UsageError(
-            "--length-penalty must not be negative, nor infinite or NaN, got "
-            f"{args.length_penalty}"
+            f"--length-penalty must not be negative, nor infinite or NaN, got {args.length_penalty}"
         )
     saved = checkpoints.load_average(args.model, args.average)
     if args.beam > saved.model.vocab_size:

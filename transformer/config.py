@@ -11,6 +11,7 @@ _C = TypeVar("_C")
 
 
 MOST_STEPS = 2**31 - 1
+LARGEST_VOCABULARY = 2**24
 
 
 class ConfigError(ValueError):
@@ -31,7 +32,7 @@ def _require_positive_int(name: str, got: object) -> None:
 
 # Larger models than these are a mistake, or a file that somebody made to take all memory.
 _MOST = {
-    "vocab_size": 2**24,
+    "vocab_size": LARGEST_VOCABULARY,
     "encoder_layers": 256,
     "decoder_layers": 256,
     "d_model": 2**16,

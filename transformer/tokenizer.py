@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..console import from_extra
-from .config import ConfigError
+from .config import LARGEST_VOCABULARY, ConfigError
 
 if TYPE_CHECKING:  # loaded where a tokenizer is made
     import tokenizers
@@ -94,6 +94,10 @@ class Tokenizer:
             raise ConfigError(
                 f"vocab_size must be at least {SMALLEST_VOCABULARY} (the special tokens and "
                 f"256 bytes), got {vocab_size}"
+            )
+        if vocab_size > LARGEST_VOCABULARY:
+            raise ConfigError(
+                f"vocab_size must be at most {LARGEST_VOCABULARY:,}, got {vocab_size}"
             )
         with from_extra("transformer"):
             import tokenizers

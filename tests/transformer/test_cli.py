@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
 from rowmax.kernels import dispatch
+from rowmax.transformer import Trainer, cli, corpus, score
 from rowmax.transformer import checkpoint as checkpoints
-from rowmax.transformer import cli, corpus, score
 
 MULTI30K = Path(__file__).parents[2].parent / "shared" / "data" / "multi30k_en_de"
 TINY = (
@@ -216,21 +220,263 @@ def test_bad_models(trained, tmp_path, capsys):
     assert "none: no such directory" in translate(tmp_path / "none")
     assert "no checkpoint in this directory" in translate(tmp_path)
     assert "there are only 2" in translate(trained, "--average", "3")
-    assert "--length-penalty must not be negative" in translate(trained, "--length-penalty", "-1")
+    assert "--length-penalty must not be negative," in translate(trained, "--length-penalty", "-1")
     damaged = tmp_path / "checkpoint-00000001"
     damaged.mkdir()
     (damaged / "checkpoint.json").write_text("{")
     assert "checkpoint.json is damaged" in translate(tmp_path)
 
 
-def test_a_sentence_beyond_the_limit(trained, capsys, monkeypatch):
-    model = ("translate", "--model", str(trained), "--backend", "reference")
-    assert "sentence 2 has " in fails(capsys, *model, "구", "구 " * 200)
-    monkeypatch.setattr(cli, "_CHUNK", 2)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n\n" + "구 " * 200))
-    assert cli.main(list(model)) == 2
+def test_a_sentence_beyond_the_limit_fails_alone(trained, tmp_path, capsys, monkeypatch):
+    """An empty line in its place, its number on stderr, and exit status 1 at the end."""
+    model = ["--model", str(trained), "--backend", "reference"]
+    long = "구 " * 200
+    assert cli.main(["translate", *model, "구", "오"]) == 0
+    short = capsys.readouterr().out.splitlines()
+    assert cli.main(["translate", *model, "구", long, "오"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.split("\n") == [short[0], "", short[1], ""]
+    told = "has 602 tokens, but this model takes at most 64: not translated"
+    assert captured.err.splitlines() == [f"error: sentence 2 {told}"]
+
     # Counted from the start of the input, not of the chunk.
-    assert "error: sentence 4 has " in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_CHUNK", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"구\n\n{long}\n{long}\n오"))
+    assert cli.main(["translate", *model]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.split("\n") == [short[0], "", "", "", short[1], ""]
+    assert captured.err.splitlines() == [f"error: line {number} {told}" for number in (3, 4)]
+
+    (tmp_path / "source").write_text(f"구\n{long}\n", "utf-8")
+    (tmp_path / "target").write_text("nine\nmany\n")
+    text = ["--source", str(tmp_path / "source"), "--target", str(tmp_path / "target")]
+    written = tmp_path / "out"
+    options = ["--json", "--translations", str(written)]
+    assert cli.main(["evaluate", *model, *text, *options]) == 1
+    captured = capsys.readouterr()
+    assert written.read_text("utf-8") == f"{short[0]}\n\n"
+    assert json.loads(captured.out)["sentences"] == 2
+    assert captured.err.splitlines() == [f"error: line 2 {told}"]
+
+
+def test_a_byte_order_mark_and_ends_of_lines(trained):
+    """Lines of standard input are those of a file: a mark before them is none of the text, and
+    nothing but a line feed ends one."""
+    base = [sys.executable, "-m", "rowmax.transformer", "translate", "--model", str(trained)]
+    base += ["--backend", "reference"]
+    sources = ("구", "\ufeff구\r\n", "\ufeff\n\n구\r오\u2028오\n")
+    plain, marked, separators = (
+        subprocess.run(base, input=text.encode(), capture_output=True, check=True).stdout.decode()
+        for text in sources
+    )
+    assert marked == plain
+    assert separators.count("\n") == 3
+    assert separators.startswith("\n\n")
+
+
+def test_a_translation_is_one_line(trained, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "translate", lambda *args, **kwargs: ["two\nlines\r", "one"])
+    assert cli.main(["translate", "--model", str(trained), "a", "b"]) == 0
+    assert capsys.readouterr().out == "two lines \none\n"
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "-1"])
+def test_numbers_that_are_none(number, trained, tmp_path, capsys):
+    """Before the model is loaded; an option's own name stands in the message."""
+    model = ("--model", str(trained))
+    text = write_pairs(tmp_path, 10)
+    for command in (
+        ("translate", *model, "구", f"--length-penalty={number}"),
+        ("evaluate", *model, *text, f"--length-penalty={number}"),
+        (
+            "attend",
+            str(trained),
+            "구",
+            "--out",
+            str(tmp_path / "a.html"),
+            f"--length-penalty={number}",
+        ),
+    ):
+        assert f"--length-penalty must not be negative, nor infinite or NaN, got {number}" in fails(
+            capsys, *command
+        )
+    train = ("train", *text, "--output", str(tmp_path / "run"), *TINY)
+    for option in ("dropout", "attention-dropout", "learning-rate", "label-smoothing", "clip"):
+        error = fails(capsys, *train, f"--{option}={number}")
+        assert error.startswith(f"error: {option.replace('-', '_')}: expected ")
+    assert not checkpoints.checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--threads", "--threads: expected at least 1, at most 1024"),
+        ("--d-model", "d_model: expected at most"),
+        ("--max-length", "max_length: expected at most"),
+        ("--steps", "steps: expected at most 2,147,483,647"),
+        ("--warmup", "warmup: expected at most"),
+        ("--seed", "seed: expected an integer from 0"),
+        ("--vocab-size", "vocab_size must be at most 16,777,216, got 1000"),
+    ],
+)
+def test_numbers_beyond_all_measure(option, message, tmp_path, capsys):
+    command = ("train", *write_pairs(tmp_path, 20), "--output", str(tmp_path / "run"), *TINY)
+    assert message in fails(capsys, *command, option, str(10**30))
+
+
+def test_beams_beyond_the_vocabulary(trained, capsys):
+    error = fails(capsys, "translate", "--model", str(trained), "구", "--beam", "1000000")
+    assert "--beam: expected at most the 400 tokens" in error
+
+
+def test_arguments_that_are_not_utf8(trained, tmp_path):
+    """The bytes of a Latin-1 terminal: a sentence is refused, a file name is taken as it is."""
+    base = [sys.executable, "-m", "rowmax.transformer"]
+    for arguments, error in (
+        (["translate", "--model", str(trained), "구", b"caf\xe9"], b"sentence 2 is not UTF-8: "),
+        (
+            ["attend", str(trained), b"caf\xe9", "--out", str(tmp_path / "a.html")],
+            b"the sentence is not UTF-8: ",
+        ),
+        (["translate", "--model", b"caf\xe9", "x"], b"caf\\udce9: no such directory"),
+    ):
+        done = subprocess.run([*base, *arguments], capture_output=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(b"error: " + error)
+        assert done.stderr.count(b"\n") == 1
+    named = bytes(tmp_path) + b"/caf\xe9"
+    pairs = "".join(f"{pair.korean}\t{pair.english}\n" for pair in corpus.generate(3))
+    (tmp_path / "text.tsv").write_text(pairs, "utf-8")
+    evaluate = ["evaluate", "--model", str(trained), "--tsv", str(tmp_path / "text.tsv")]
+    done = subprocess.run([*base, *evaluate, "--translations", named], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(os.fsdecode(named)).read_bytes().count(b"\n") == 3
+
+
+def test_blank_lines_of_a_table(trained, tmp_path, capsys):
+    """Left out, and said so, with the numbers of the lines."""
+    rows = [f"{pair.korean}\t{pair.english}" for pair in corpus.generate(40)]
+    table = tmp_path / "text.tsv"
+    table.write_text("\n".join(["\ufeff" + rows[0], "", "  ", *rows[1:], "\t", "\r", ""]), "utf-8")
+    train = ["train", "--tsv", str(table), "--output", str(tmp_path / "run"), *TINY]
+    assert cli.main(train) == 0
+    told = capsys.readouterr().err
+    assert "training on 40 pairs" in told
+    assert "left out 4 with a blank side (the first is number 2)" in told
+    model = ["--model", str(trained), "--backend", "reference"]
+    written = tmp_path / "out"
+    evaluate = ["evaluate", *model, "--tsv", str(table), "--json", "--translations", str(written)]
+    assert cli.main(evaluate) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "left out 4 blank lines\n"
+    assert json.loads(captured.out)["sentences"] == 40
+    assert len(written.read_text("utf-8").split("\n")) == 44 + 1  # a line for each of the table's
+
+
+def test_outputs_are_opened_before_the_work(trained, tmp_path, capsys, monkeypatch):
+    def never(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the work has begun")
+
+    text = write_pairs(tmp_path, 10)
+    for name in ("load_average", "load"):
+        monkeypatch.setattr(checkpoints, name, never)
+    monkeypatch.setattr(corpus, "splits", never)
+    nowhere = str(tmp_path / "none" / "out")
+    evaluate = ("evaluate", "--model", str(trained), *text, "--translations")
+    assert f"--translations: can't write {nowhere}: No such file" in fails(
+        capsys, *evaluate, nowhere
+    )
+    assert "--translations: can't write" in fails(capsys, *evaluate, str(tmp_path))
+    picture = ("attend", str(trained), "구", "--out")
+    assert "is no directory" in fails(capsys, *picture, f"{nowhere}.html")
+    assert "--out: can't write" in fails(capsys, *picture, str(tmp_path / ("x" * 250 + ".html")))
+    assert "can't be used" in fails(capsys, "demo", "--output", str(tmp_path / "text.ko"))
+    assert "can't be used" in fails(capsys, "demo", "--output", "/proc/self")
+    # What was there is not lost by a call that fails later.
+    kept = tmp_path / "kept"
+    kept.write_text("earlier")
+    monkeypatch.setattr(cli, "_load", lambda args: never())
+    for path in (kept, tmp_path / "new"):
+        with pytest.raises(AssertionError, match="the work has begun"):
+            cli.main([*evaluate, str(path)])
+    assert kept.read_text() == "earlier"
+    assert not (tmp_path / "new").exists()
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    """Before the first checkpoint there is nothing to go on from; after it, the command says."""
+    step = Trainer.step
+
+    def interrupted_at(last: int) -> Any:
+        def step_or_stop(trainer: Trainer) -> Any:
+            if trainer.steps_done == last:
+                raise KeyboardInterrupt
+            return step(trainer)
+
+        return step_or_stop
+
+    run = tmp_path / "run"
+    train = ["train", *write_pairs(tmp_path, 120), "--output", str(run), *TINY, "--resume"]
+    for last, words in (
+        (1, "interrupted before the first checkpoint (--save-every): nothing was kept"),
+        (3, f"interrupted; the same command with --resume goes on from {run}/checkpoint-00000002"),
+    ):
+        monkeypatch.setattr(Trainer, "step", interrupted_at(last))
+        capsys.readouterr()
+        assert cli.main(train) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == words
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert cli.main(["translate", "--model", str(run), "구"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_is_not_a_checkpoint_does_not_wedge_a_run(tmp_path, capsys):
+    """Another program's folder, a file and a link of a checkpoint's name, from the first start to
+    the last step; `--keep` removes none of them."""
+    text = write_pairs(tmp_path, 120)
+    run = tmp_path / "run"
+    (run / "checkpoint-500").mkdir(parents=True)
+    (run / "checkpoint-500" / "optimizer.pt").write_text("theirs")
+    (run / "checkpoint-00000002").write_text("a file")
+    (run / "checkpoint-00000004").symlink_to(tmp_path)
+    (run / ".incomplete-checkpoint-00000002").write_text("a file")
+    command = ["train", *text, "--output", str(run), *TINY, "--keep", "1"]
+    assert cli.main([*command, "--steps", "2"]) == 0
+    assert cli.main([*command, "--resume"]) == 0
+    assert "resuming after step 2" in capsys.readouterr().err
+    assert [path.name for path in checkpoints.checkpoints(run)] == ["checkpoint-000000004"]
+    assert (run / "checkpoint-500" / "optimizer.pt").read_text() == "theirs"
+    assert (run / "checkpoint-00000002").is_file()
+    assert (run / "checkpoint-00000004").is_symlink()
+
+
+def test_settings_made_by_hand(trained, tmp_path, capsys):
+    """A training.json that says what can't be."""
+    text = write_pairs(tmp_path, 120)
+    run = tmp_path / "run"
+    command = ("train", *text, "--output", str(run), *TINY)
+    assert cli.main([*command, "--steps", "2"]) == 0
+    path = checkpoints.newest(run)
+    state = json.loads((path / "training.json").read_text())
+    for change, message in (
+        ({"step": 10**30}, "training.json is damaged: step 1000"),
+        ({"step": -1}, "training.json is damaged: step -1"),
+        ({"step": 1.5}, "training.json is damaged: step 1.5"),
+        ({"step": True}, "training.json is damaged: step True"),
+        ({"epoch": 10**30}, "training.json is damaged: step 2, epoch 1000"),
+        ({"position": 10**30}, "is no place in this training"),
+        ({"training": 5}, "training.json is damaged: its settings are no object"),
+    ):
+        content = json.dumps({**state, **change}).encode()
+        (path / "training.json").write_bytes(content)
+        manifest = json.loads((path / "checkpoint.json").read_text())
+        manifest["files"]["training.json"]["sha256"] = hashlib.sha256(content).hexdigest()
+        (path / "checkpoint.json").write_text(json.dumps(manifest))
+        assert message in fails(capsys, *command, "--resume")
 
 
 def test_a_backend_that_can_not(trained, tmp_path, capsys, monkeypatch):
@@ -249,7 +495,7 @@ def test_a_backend_that_can_not(trained, tmp_path, capsys, monkeypatch):
 
 
 def test_a_real_process(trained):
-    """No traceback, status 2; and a reader that leaves early is no error to shout about."""
+    """No traceback, status 2; and where the reader leaves early, a sentence, as SIGPIPE ends it."""
     base = [sys.executable, "-m", "rowmax.transformer", "translate", "--model"]
     failed = subprocess.run([*base, "nowhere"], capture_output=True, text=True, input="")
     assert (failed.returncode, failed.stderr) == (2, "error: nowhere: no such directory\n")
@@ -259,13 +505,17 @@ def test_a_real_process(trained):
     assert not_utf8.returncode == 2
     assert b"error: standard input is not UTF-8" in not_utf8.stderr
     assert b"Traceback" not in not_utf8.stderr
-    with subprocess.Popen(
-        [*base, str(trained), "--backend", "reference", *["구"] * 3],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        process.stdout.close()
-        assert b"Traceback" not in process.stderr.read()
+    for arguments in (["translate", "--model", str(trained), *["구"] * 3], ["train", "--help"]):
+        with subprocess.Popen(
+            [*base[:3], *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},  # argparse ignores an error of its own write
+        ) as process:
+            process.stdout.close()
+            told = process.stderr.read()
+        assert told == b"error: the output was closed before all of it was written\n"
+        assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"the Multi30k text is not at {MULTI30K}")

@@ -220,7 +220,12 @@ def test_empty_batch():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"beam": 0}, "beam must be at least 1"), ({"alpha": -0.1}, "alpha must not be negative")],
+    [
+        ({"beam": 0}, "beam must be at least 1"),
+        ({"alpha": -0.1}, "alpha must not be negative"),
+        ({"alpha": float("nan")}, "alpha must not be negative, nor infinite or NaN, got nan"),
+        ({"alpha": float("inf")}, "nor infinite or NaN, got inf"),
+    ],
 )
 def test_bad_arguments(arguments, message):
     model = random_model(12, 20)

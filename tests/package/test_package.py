@@ -1,0 +1,88 @@
+"""`rowmax` itself: its version, its names, and that it loads nothing before it is asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import rowmax
+from rowmax import kernels
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+
+
+def test_the_version_is_that_of_the_installation() -> None:
+    assert rowmax.__version__ == metadata.version("rowmax")
+
+
+def test_every_public_name_of_the_kernels() -> None:
+    for name in kernels.__all__:
+        assert getattr(rowmax, name) is getattr(kernels, name)
+    assert set(kernels.__all__) | {"bench", "kernels", "transformer"} <= set(dir(rowmax))
+    names: dict[str, object] = {}
+    exec("from rowmax import *", names)
+    assert names.keys() - {"__builtins__"} == set(kernels.__all__)
+    with pytest.raises(AttributeError, match="module 'rowmax' has no attribute 'attentoin'"):
+        rowmax.attentoin  # noqa: B018
+    with pytest.raises(ImportError, match="attentoin"):
+        exec("from rowmax import attentoin")
+
+
+def test_nothing_is_loaded_before_it_is_asked_for(tmp_path: Path) -> None:
+    script = """
+import sys, rowmax
+assert rowmax.__version__
+loaded = {"torch", "numpy", "rowmax.kernels"} & sys.modules.keys()
+assert not loaded, loaded
+from rowmax import attention
+assert "rowmax.transformer" not in sys.modules
+assert rowmax.transformer.__name__ == "rowmax.transformer"
+print(attention.__module__)
+"""
+    done = run("-c", script, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "rowmax.kernels.functional\n"), done.stderr
+
+
+def test_the_report(tmp_path: Path) -> None:
+    """What `python -m rowmax.kernels` says, and the extras."""
+    done = run("-m", "rowmax", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert run("-m", "rowmax.kernels", cwd=tmp_path).stdout in done.stdout
+    extras = done.stdout.partition("\nextras\n")[2].splitlines()
+    assert [line.split()[0] for line in extras] == [
+        *("transformer", "pictures", "bench", "peers", "huggingface", "triton")
+    ]
+    assert extras[0].split()[1] == "installed"
+    # as where tokenizers and mpmath are not installed
+    script = """
+import runpy
+from importlib import metadata
+
+found = metadata.version
+
+def version(name):
+    if name in ("tokenizers", "mpmath"):
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+metadata.version = version
+runpy.run_module("rowmax", run_name="__main__")
+"""
+    extras = run("-c", script, cwd=tmp_path).stdout.partition("\nextras\n")[2].splitlines()
+    assert 'needs tokenizers (pip install "rowmax[transformer]")' in extras[0]
+    assert 'needs mpmath (pip install "rowmax[bench]")' in extras[2]
