@@ -139,3 +139,38 @@ def test_an_extension_that_is_required(checkout: Path, before: str, reason: str)
     done, _ = build(checkout, before, CXX="no-such-compiler", ROWMAX_EXTENSION="require")
     assert done.returncode != 0
     assert reason in done.stderr
+
+
+def test_the_package_itself_is_built(checkout: Path, tmp_path: Path) -> None:
+    """`rowmax` is a package with a version and names, and its subpackages come from beside it, not
+    from an editable install that is here as well."""
+    done, library = build(checkout, ROWMAX_EXTENSION="skip")
+    assert done.returncode == 0, done.stderr
+    script = """
+import rowmax, rowmax.bench, rowmax.kernels, rowmax.transformer
+from rowmax import attention
+print(rowmax.__version__)
+for package in (rowmax, rowmax.bench, rowmax.kernels, rowmax.transformer):
+    print(package.__file__)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(library)},
+    )
+    version, *files = run.stdout.split()
+    assert version == "0.1.0"
+    folders = ("", "bench/", "kernels/", "transformer/")
+    assert files == [str(library / "rowmax" / f"{folder}__init__.py") for folder in folders]
+    for name in ("__main__.py", "console.py", "py.typed"):
+        assert (library / "rowmax" / name).is_file()
+
+
+def test_the_version_stands_in_one_place(checkout: Path) -> None:
+    done = run_setup(checkout, ["--version"], before="", ROWMAX_EXTENSION="skip")
+    assert done.stdout.split()[-1] == "0.1.0"
+    assert '__version__ = "0.1.0"' in (checkout / "package" / "__init__.py").read_text("utf-8")
+    assert "0.1.0" not in (checkout / "pyproject.toml").read_text("utf-8")

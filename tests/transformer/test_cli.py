@@ -332,14 +332,15 @@ def test_beams_beyond_the_vocabulary(trained, capsys):
 def test_arguments_that_are_not_utf8(trained, tmp_path):
     """The bytes of a Latin-1 terminal: a sentence is refused, a file name is taken as it is."""
     base = [sys.executable, "-m", "rowmax.transformer"]
-    for arguments, error in (
+    cases: tuple[tuple[list[Any], bytes], ...] = (
         (["translate", "--model", str(trained), "구", b"caf\xe9"], b"sentence 2 is not UTF-8: "),
         (
             ["attend", str(trained), b"caf\xe9", "--out", str(tmp_path / "a.html")],
             b"the sentence is not UTF-8: ",
         ),
         (["translate", "--model", b"caf\xe9", "x"], b"caf\\udce9: no such directory"),
-    ):
+    )
+    for arguments, error in cases:
         done = subprocess.run([*base, *arguments], capture_output=True, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith(b"error: " + error)
