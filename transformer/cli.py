@@ -76,11 +76,12 @@ def _train(args: argparse.Namespace) -> int:
     if args.built_in:
         if text is not None or validation_text is not None:
             raise UsageError("--built-in brings its own text; give no files with it")
-        built_in = corpus.splits()
-        text, validation_text = list(built_in.train), list(built_in.validation)
-    if text is None:
+    elif text is None:
         raise UsageError("no text to train on: give --source and --target, --tsv, or --built-in")
     with checkpoints.exclusive(args.output):
+        if text is None:
+            built_in = corpus.splits()
+            text, validation_text = list(built_in.train), list(built_in.validation)
         saved = _saved(args)
         preset = PRESETS[args.preset]
         if saved is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -25,6 +26,19 @@ _SAVE_EVERY = 100
 _SHOWN = 5
 
 
+def _require_demo(output: Path, config: TrainingConfig) -> None:
+    """CheckpointError where the checkpoints that the demo would replace are of other training."""
+    for path in checkpoints.checkpoints(output)[-1:]:
+        saved = checkpoints.load(path)
+        model = {**PRESETS["demo"].model, "vocab_size": saved.model.vocab_size}
+        settings = saved.training.get("training")
+        same = isinstance(settings, dict) and {**settings, "steps": config.steps}
+        if saved.model != ModelConfig(**model) or same != dataclasses.asdict(config):
+            raise checkpoints.CheckpointError(
+                f"{output} holds checkpoints that no demo made; choose another --output"
+            )
+
+
 def run(output: Path, steps: int | None, backend: str, device: torch.device) -> None:
     """Run the whole demo and print its results."""
     began = time.perf_counter()
@@ -33,6 +47,7 @@ def run(output: Path, steps: int | None, backend: str, device: torch.device) -> 
     config = TrainingConfig(**settings)
     require_sacrebleu()
     with checkpoints.exclusive(output):
+        _require_demo(output, config)
         data = corpus.splits()
         print(
             f"Built-in corpus: {len(data.train):,} pairs to train on, {len(data.validation):,} to "
