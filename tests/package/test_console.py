@@ -1,0 +1,94 @@
+"""How a command ends: its exit status and its words, whatever happens in it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rowmax import console
+from rowmax.bench import cli as bench
+from rowmax.console import MissingExtraError, UsageError
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def command() -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("and so on"), 130, "and so on"),
+        (OSError(28, "No space left on device"), 2, "me: [Errno 28] No space left on device"),
+        (MissingExtraError("x is not installed"), 2, "me: x is not installed"),
+        (UsageError("what?"), 2, "me: what?"),
+        (UsageError("caf\udce9"), 2, "me: caf\\udce9"),
+    ],
+)
+def test_errors_are_sentences(
+    error: BaseException, status: int, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert console.run(raising(error), "me: ", (UsageError,)) == status
+    assert capfd.readouterr().err == f"{words}\n"
+
+
+def test_other_errors_are_faults_and_stay_what_they_are() -> None:
+    for error in (ValueError("a fault"), ImportError("a fault"), SystemExit(3)):
+        with pytest.raises(type(error)):
+            console.run(raising(error), "me: ", (UsageError,))
+    assert console.run(lambda: 7, "me: ") == 7
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError(28, "full"), 2)])
+def test_in_the_middle_of_a_measurement(
+    error: BaseException,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def stop(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rowmax.bench.overhead.describe", lambda: stop(None))
+    assert bench.main(["overhead"]) == status
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_what_an_extra_brings() -> None:
+    for extra, wanted in (("bench", '"rowmax[bench]"'), (None, "rowmax")):
+        with (
+            pytest.raises(MissingExtraError) as caught,
+            console.from_extra(extra),
+        ):
+            importlib.import_module("no_such_package")
+        assert str(caught.value) == f"no_such_package is not installed: pip install {wanted}"
+        assert caught.value.name == "no_such_package"
+
+
+def test_a_place_to_write_to(tmp_path: Path) -> None:
+    """What is there stays as it is, and what is not there is not made."""
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    kept.write_text("earlier")
+    for path in (kept, new):
+        console.check_writable("--json", path)
+    assert kept.read_text() == "earlier"
+    assert not new.exists()
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "no" / "x", "No such file")):
+        with pytest.raises(UsageError, match=f"--json: can't write {path}: {why}"):
+            console.check_writable("--json", path)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, 10**30])
+def test_numbers_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(UsageError, match="--threads: expected at least 1, at most 1024, got"):
+        console.set_threads(threads)
+    console.set_threads(None)
+    assert torch.get_num_threads() == before
