@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checks import fail_value, require_device, require_float, shape_text
 from .masks import Align, offset_of
+from .tracing import same_sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class ALiBi:
         """slopes (B | 1, Hq) and offset (B | 1,) int64, checked for a problem of `shape`."""
         batch, heads = shape[:2]
         slopes = self.slopes.unsqueeze(0) if self.slopes.dim() == 1 else self.slopes
-        if tuple(slopes.shape) not in ((1, heads), (batch, heads)):
+        if not any(same_sizes(slopes.shape, (rows, heads)) for rows in (1, batch)):
             got = f"shape {shape_text(self.slopes.shape)}"
             fail_value("ALiBi", "slopes", got, f"({heads},) or ({batch}, {heads})")
         require_device("ALiBi", "slopes", slopes, "q", like)

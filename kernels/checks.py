@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .tracing import untraced
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _STRIDED = torch.strided
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -59,11 +61,7 @@ def require_broadcastable(
     function: str, argument: str, value: Tensor, shape: Sequence[int | torch.SymInt], names: str
 ) -> Tensor:
     """`value` viewed with leading ones, so that it has `len(shape)` dimensions and broadcasts."""
-    fits = value.dim() <= len(shape) and all(
-        size == 1 or size == target
-        for size, target in zip(reversed(value.shape), reversed(shape), strict=False)
-    )
-    if not fits:
+    if not broadcasts(value, shape):
         fail_value(
             function,
             argument,
@@ -71,6 +69,18 @@ def require_broadcastable(
             f"a shape that broadcasts to {names} = {shape_text(shape)}",
         )
     return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+
+
+def broadcasts(value: Tensor, shape: Sequence[int | torch.SymInt]) -> bool:
+    """Whether `value` broadcasts to `shape` as it stands."""
+
+    def fits() -> bool:
+        return value.dim() <= len(shape) and all(
+            size == 1 or size == target
+            for size, target in zip(reversed(value.shape), reversed(shape), strict=False)
+        )
+
+    return untraced(fits)
 
 
 def require_number(function: str, argument: str, value: object) -> float:

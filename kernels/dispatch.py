@@ -239,6 +239,6 @@ def attention_weights(
     problem: AttentionProblem, heads: list[int] | None, rows: list[int] | None
 ) -> Tensor:
     """The weights (B, heads, rows, Lk) by the reference path: fused kernels never write them."""
-    reference = importlib.import_module(f".{_FOLDERS['reference']}.weights", __package__)
-    weights: Tensor = reference.attention_weights(problem, heads, rows)
-    return weights
+    from .reference import weights  # as backends are, on first use
+
+    return weights.attention_weights(problem, heads, rows)

@@ -37,6 +37,7 @@ from .problem import (
     RMSNormProblem,
     SoftmaxProblem,
 )
+from .tracing import same_sizes, untraced
 
 
 @overload
@@ -223,7 +224,9 @@ def attention_problem(
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             require_float("attention", name, tensor)
         q, k, v = autocast(q, k, v)
-    shape = _check_qkv(q, k, v)
+    shape = untraced(_check_qkv, q, k, v)
+    if torch._C._get_tracing_state() is not None:  # sizes that follow the graph's inputs
+        shape = (*q.shape[:3], k.shape[2])
     slopes = offset = None
     if bias is not None:
         if isinstance(bias, ALiBi):
@@ -236,7 +239,7 @@ def attention_problem(
         if softcap <= 0:
             fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
     if scale is None:
-        head_dim = q.shape[3]
+        head_dim = untraced(q.size, 3)
         scale = float(head_dim) ** -0.5 if head_dim > 0 else 1.0
     else:
         scale = require_number("attention", "scale", scale)
@@ -245,7 +248,7 @@ def attention_problem(
     if sinks is not None:
         require_float("attention", "sinks", sinks)
         require_device("attention", "sinks", sinks, "q", q)
-        if tuple(sinks.shape) != (shape[1],):
+        if not same_sizes(sinks.shape, shape[1:2]):
             fail_value(
                 "attention", "sinks", f"shape {shape_text(sinks.shape)}", f"(Hq,) = ({shape[1]},)"
             )
@@ -356,7 +359,7 @@ def add_layer_norm(
     eps = _check_norm("add_layer_norm", x, eps, weight=weight, bias=bias)
     require_float("add_layer_norm", "residual", residual)
     require_like("add_layer_norm", "residual", residual, "x", x)
-    if residual.shape != x.shape:
+    if not same_sizes(residual.shape, x.shape):
         fail_value(
             "add_layer_norm",
             "residual",
@@ -481,7 +484,7 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
             continue
         require_float(function, name, parameter)
         require_device(function, name, parameter, "x", x)
-        if tuple(parameter.shape) != (x.shape[-1],):
+        if not same_sizes(parameter.shape, x.shape[-1:]):
             fail_value(
                 function, name, f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
             )

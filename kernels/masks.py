@@ -24,6 +24,7 @@ from .checks import (
     require_tensor,
     shape_text,
 )
+from .tracing import same_sizes, untraced
 
 Align = Literal["upper_left", "lower_right"] | int | Tensor | None
 
@@ -52,7 +53,7 @@ class MaskStructure(NamedTuple):
         """The structure of queries start, ..., start + count - 1 alone."""
         part = slice(start, start + count)
         dense, documents = self.dense, self.query_documents
-        if dense is not None and dense.shape[2] > 1:
+        if dense is not None and untraced(dense.size, 2) > 1:
             dense = dense[:, :, part]
         return self._replace(
             dense=dense,
@@ -243,7 +244,7 @@ class Documents(Mask):
             ("ids", self.ids, query_len),
             ("ids" if self.key_ids is None else "key_ids", self._keys(), key_len),
         ):
-            if tuple(ids.shape) != (batch, length):
+            if not same_sizes(ids.shape, (batch, length)):
                 fail_value(
                     "Documents", name, f"shape {shape_text(ids.shape)}", f"({batch}, {length})"
                 )
@@ -302,7 +303,7 @@ def offset_of(
     """The key at which query 0 stands: an int, or an int64 tensor (B,)."""
     query_len, key_len = shape[2:]
     if align is None:
-        if query_len != key_len:
+        if not same_sizes((query_len,), (key_len,)):
             raise ValueError(
                 f"{function}: `align` is needed because Lq = {query_len} differs from Lk = "
                 f'{key_len}: expected "upper_left" (query 0 at key 0), "lower_right" (the last '
@@ -315,7 +316,9 @@ def offset_of(
     if align == "upper_left":
         return 0
     if align == "lower_right":
-        return key_len - query_len
+        offset = key_len - query_len
+        # in a trace lengths are tensors: the offset follows them as one of each batch element
+        return offset.to(like.device).expand(shape[0]) if isinstance(offset, Tensor) else offset
     if not isinstance(align, int) or isinstance(align, bool):
         expected = '"upper_left", "lower_right", an int or an int tensor (B,)'
         fail_value(function, "align", repr(align), expected)
@@ -429,7 +432,7 @@ def _require_integers(function: str, argument: str, value: object, dimensions: i
 def _per_batch(
     function: str, argument: str, value: Tensor, shape: tuple[int, int, int, int], like: Tensor
 ) -> Tensor:
-    if value.shape[0] != shape[0]:
+    if not same_sizes(value.shape[:1], shape[:1]):
         fail_value(
             function, argument, f"shape {shape_text(value.shape)}", f"shape (B,) = ({shape[0]},)"
         )

@@ -95,6 +95,11 @@ def attention_varlen(
     Returns:
         out (total_q, Hq, Dv), and with `return_lse` also lse (Hq, total_q).
     """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "attention_varlen: torch.jit.trace can't record it, for it reads `cu_seqlens_q` and "
+            "`cu_seqlens_k`; expected a call outside of a trace, or `attention` with KeyLengths"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require_float("attention_varlen", name, tensor)
         if tensor.dim() != 3:

@@ -23,6 +23,7 @@ from .. import sequences
 from ..biases import alibi_bias
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
+from ..tracing import untraced
 from .philox import attention_keep, keep_scale
 
 
@@ -41,7 +42,7 @@ class NaiveAttention(NamedTuple):
 
 def naive_attention(problem: AttentionProblem) -> NaiveAttention:
     """The forward pass, differentiable by autograd; computes in float32 or float64."""
-    _, heads, query_len, key_len = problem.shape
+    _, _, query_len, key_len = problem.shape
     dtype = statistics_dtype(problem.query.dtype)
     device = problem.query.device
     query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
@@ -52,7 +53,7 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
         key = key.masked_fill(unused[:, None, :, None], 0.0)
         value = value.masked_fill(unused[:, None, :, None], 0.0)
         query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    groups = heads // key.shape[1] if key.shape[1] else 1
+    groups = heads_together(query, key)
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)
 
@@ -179,6 +180,12 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     total = total.masked_fill(empty, 1.0)
     lse = (row_max + total.log()).masked_fill(empty, -torch.inf)
     return exponentials[..., :-1] / total, lse.squeeze(-1)
+
+
+def heads_together(query: Tensor, key: Tensor) -> int:
+    """How many query heads share a head of the keys."""
+    heads, key_heads = untraced(query.size, 1), untraced(key.size, 1)
+    return max(1, heads // max(1, key_heads))
 
 
 def _of_tensor(tensor: Tensor, gradient: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import statistics_dtype
 from ..problem import SoftmaxProblem
+from ..tracing import untraced
 
 
 def masked_softmax(problem: SoftmaxProblem) -> Tensor:
@@ -15,7 +16,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     allowed = problem.mask.allowed(scores.shape[2], scores.shape[3], scores.device)
     if allowed is not None:
         scaled = scaled.masked_fill(~allowed, -torch.inf)
-    if scores.shape[3] == 0:
+    if untraced(scores.size, 3) == 0:
         return torch.empty_like(scores, memory_format=torch.contiguous_format)
     row_max = scaled.amax(-1, keepdim=True)
     exponentials = torch.exp(scaled - row_max.masked_fill(row_max == -torch.inf, 0.0))

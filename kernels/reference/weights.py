@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..problem import AttentionProblem
-from .attention import naive_attention
+from ..tracing import untraced
+from .attention import heads_together, naive_attention
 
 
 def attention_weights(
@@ -33,10 +34,10 @@ def _of_heads(problem: AttentionProblem, heads: list[int]) -> AttentionProblem:
     """The problem of some query heads, each with its own head of K."""
     query, key = problem.query, problem.key
     index = torch.tensor(heads, dtype=torch.int64, device=query.device)
-    shared = index // max(1, query.shape[1] // max(1, key.shape[1]))
+    shared = index // heads_together(query, key)
 
     def chosen(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.shape[1] == 1:
+        if tensor is None or untraced(tensor.size, 1) == 1:
             return tensor
         return tensor.index_select(1, index)
 
@@ -54,7 +55,7 @@ def _of_heads(problem: AttentionProblem, heads: list[int]) -> AttentionProblem:
 
 def _of_row(problem: AttentionProblem, row: int) -> AttentionProblem:
     bias, offset = problem.bias, problem.alibi_offset
-    if bias is not None and bias.shape[2] > 1:
+    if bias is not None and untraced(bias.size, 2) > 1:
         bias = bias[:, :, row : row + 1]
     return problem._replace(
         query=problem.query[:, :, row : row + 1],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..functional import attention
 from ..masks import Causal, Mask, Window
 from ..packed import attention_varlen
+from ..tracing import untraced
 from .instances import Options
 from .packing import Packing
 from .tensor_masks import is_zero, mask_of, mask_of_forbidden
@@ -160,9 +161,9 @@ def _mask_and_bias(
     sliding_window: int | None,
 ) -> tuple[Mask | None, Tensor | None]:
     """mask and bias of `attention`."""
-    sizes = *_, query_len, key_len = (*query.shape[:3], key.shape[2])
+    sizes = *_, key_len = (*query.shape[:3], key.shape[2])
     if given is None:
-        if not is_causal or query_len == 1:
+        if not is_causal or untraced(query.size, 2) == 1:
             return None, None
         if sliding_window is not None:
             return Window(sliding_window - 1, 0, align="upper_left"), None
@@ -172,7 +173,7 @@ def _mask_and_bias(
             f"rowmax: `attention_mask`: expected (B, H, Lq, Lk), got {tuple(given.shape)}; it was "
             "made for another attention implementation"
         )
-    if given.shape[-1] > key_len:  # of a static cache, longer than its keys
+    if untraced(given.size, -1) > untraced(key.size, 2):  # of a static cache, longer than its keys
         given = given[..., :key_len]
     if given.dtype == torch.bool:
         return mask_of(given, sizes), None

@@ -8,12 +8,13 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..tracing import untraced
 from .huggingface import NAME
 from .huggingface_configs import is_alias
 from .instances import Form, Swapped
@@ -147,18 +148,20 @@ class SwappedBertEncoder(Swapped):
     ) -> Any:
         if not isinstance(self, Form):
             return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
-        packing = None
+        real = None
         if attention_mask is not None and not args[1:] and not self._is_watched(kwargs):
-            packing = _packing_of(attention_mask, hidden_states)
-        if packing is None:
+            real = _real_tokens(attention_mask, hidden_states)
+        if real is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if torch._C._get_tracing_state() is not None:  # the graph will be given other padding
+            outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)
+            padding = ~real.unsqueeze(-1)
+            return _with_last(outputs, lambda states: states.masked_fill(padding, 0.0))
+        packing = Packing.of(real)
         packed = packing.pack(hidden_states).unsqueeze(0)
         kwargs = {name: value for name, value in kwargs.items() if name != "position_ids"}
         outputs = super().forward(packed, packing, *args, **kwargs)
-        if isinstance(outputs, tuple):
-            return (packing.unpack(outputs[0].squeeze(0)), *outputs[1:])
-        outputs.last_hidden_state = packing.unpack(outputs.last_hidden_state.squeeze(0))
-        return outputs
+        return _with_last(outputs, lambda states: packing.unpack(states.squeeze(0)))
 
     def _is_watched(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call has something that needs the padded form."""
@@ -173,15 +176,24 @@ class SwappedBertEncoder(Swapped):
         )
 
 
-def _packing_of(attention_mask: Tensor, hidden_states: Tensor) -> Packing | None:
-    """From a mask that is the same for all heads and queries."""
+def _with_last(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An encoder's outputs with other last hidden states."""
+    if isinstance(outputs, tuple):
+        return (change(outputs[0]), *outputs[1:])
+    outputs.last_hidden_state = change(outputs.last_hidden_state)
+    return outputs
+
+
+def _real_tokens(attention_mask: Tensor, hidden_states: Tensor) -> Tensor | None:
+    """(B, L) bool, from a mask that is the same for all heads and queries; else None."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
         return None
     batch, length = hidden_states.shape[:2]
-    wide = attention_mask.shape[2] > 1 and attention_mask.stride(2) != 0
-    if attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1 or wide:
+    heads, queries = (untraced(attention_mask.size, at) for at in (1, 2))
+    wide = queries > 1 and attention_mask.stride(2) != 0
+    if attention_mask.dtype != torch.bool or heads != 1 or wide:
         return None
-    return Packing.of(attention_mask[:, 0, 0].expand(batch, length))
+    return attention_mask[:, 0, 0].expand(batch, length)
 
 
 def _collects_outputs() -> bool:

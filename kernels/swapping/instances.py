@@ -71,6 +71,15 @@ class Form(nn.Module, metaclass=_FormType):
         duplicate.__setstate__(dict(_state(self)))
         return duplicate
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks of every module before it compiles any."""
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} is swapped for rowmax's kernels, which "
+            "TorchScript can't compile; expected the model as it was: call `restore()` of the "
+            "report first, or take torch.jit.trace, torch.compile or torch.export. Nothing was "
+            "changed"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The form of protocol 1 names the class as an argument, where it can be replaced.
         reduced: Any = super().__reduce_ex__(min(int(protocol), 1))

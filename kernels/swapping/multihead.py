@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..functional import attention
 from ..masks import Causal, Mask
 from ..packed import attention_varlen
+from ..tracing import untraced
 from .instances import Form, Swapped, has_own
 from .packing import Packing
 from .tensor_masks import Sizes, mask_of_forbidden
@@ -49,7 +50,7 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
                 is_causal=is_causal,
             )
             return result
-        self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        untraced(self._check, query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checks import FLOAT_DTYPES
 from ..functional import layer_norm, rms_norm
 from ..layout import statistics_dtype
+from ..tracing import untraced
 from .instances import Form, Swapped, as_torch_does, has_own
 
 # What other libraries' classes of this norm are called, and their attribute for eps.
@@ -98,6 +99,10 @@ NORMS = (SwappedLayerNorm, SwappedRMSNorm, SwappedNamedRMSNorm)
 
 def fits(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
     """Whether `x` ends in `shape`, and the parameters have it as theirs, all of one dtype."""
+    return untraced(_fits, x, shape, *parameters)
+
+
+def _fits(x: Tensor, shape: Sequence[int], *parameters: Tensor | None) -> bool:
     own = x.shape[-len(shape) :]
     if not shape or own != tuple(shape):
         return False

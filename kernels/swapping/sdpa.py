@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import fail_value, require_float, require_tensor, shape_text
+from ..checks import broadcasts, fail_value, require_float, require_tensor, shape_text
 from ..functional import attention
 from ..masks import Causal, Mask
+from ..tracing import same_sizes, untraced
 from .tensor_masks import mask_of
 
 _NAME = "scaled_dot_product_attention"
@@ -85,7 +87,7 @@ def _as_4d(
         heads = [lead[-1:] for lead in leads]
         leads = [lead[:-1] for lead in leads]
     try:
-        common = tuple(torch.broadcast_shapes(*leads))
+        common = _broadcast(leads)
     except RuntimeError:
         shapes = ", ".join(shape_text(tensor.shape) for tensor in (query, key, value))
         fail_value(
@@ -95,24 +97,36 @@ def _as_4d(
     for tensor, own in zip((query, key, value), heads, strict=True):
         full = (*common, *own)
         rows = tensor.shape[-2:]
-        wide = tensor if tuple(tensor.shape[:-2]) == full else tensor.expand(*full, *rows)
+        wide = tensor if same_sizes(tensor.shape[:-2], full) else tensor.expand(*full, *rows)
         if len(full) != 2:
             batch = full[:-1]
-            size = (torch.Size(batch).numel(), full[-1]) if full else (1, 1)
+            size = (math.prod(batch), full[-1]) if full else (1, 1)
             wide = wide.reshape(*size, *rows)
         tensors.append(wide)
     q, k, v = tensors
     return (*common, *heads[0]), q, k, v
 
 
+def _broadcast(leads: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape that all broadcast to; in a trace, of sizes that follow the graph's inputs."""
+    if torch._C._get_tracing_state() is None:
+        return tuple(torch.broadcast_shapes(*leads))
+    numbers = [untraced(lambda lead: tuple(map(int, lead)), lead) for lead in leads]
+    common = untraced(torch.broadcast_shapes, *numbers)
+    return tuple(
+        next(
+            lead[at]
+            for lead, own in zip(leads, numbers, strict=True)
+            if at >= -len(own) and own[at] == common[at]
+        )
+        for at in range(-len(common), 0)
+    )
+
+
 def _mask_4d(attn_mask: Tensor, lead: tuple[int, ...], query_len: int, key_len: int) -> Tensor:
     """A mask (..., L | 1, S | 1) as (B | 1, H | 1, L | 1, S | 1)."""
     full = (*lead, query_len, key_len)
-    fits = attn_mask.dim() <= len(full) and all(
-        size in (1, target)
-        for size, target in zip(reversed(attn_mask.shape), reversed(full), strict=False)
-    )
-    if not fits:
+    if not broadcasts(attn_mask, full):
         fail_value(
             _NAME,
             "attn_mask",
@@ -125,7 +139,7 @@ def _mask_4d(attn_mask: Tensor, lead: tuple[int, ...], query_len: int, key_len: 
     if len(lead) < 2:
         return padded.reshape((1,) * (2 - len(lead)) + tuple(padded.shape))
     rows = tuple(padded.shape[-2:])
-    if all(size == 1 for size in padded.shape[:-3]):
+    if same_sizes(padded.shape[:-3], (1,) * (len(full) - 3)):
         return padded.reshape(1, padded.shape[-3], *rows)
     heads = padded.shape[-3]
     return padded.expand(*lead[:-1], heads, *rows).reshape(-1, heads, *rows)
@@ -138,7 +152,7 @@ def _is_causal_bias(attn_mask: object) -> bool:
 
 
 def _causal(bias: Any, query_len: int, key_len: int) -> Mask:
-    if (bias.seq_len_q, bias.seq_len_kv) != (query_len, key_len):
+    if not same_sizes((bias.seq_len_q, bias.seq_len_kv), (query_len, key_len)):
         got = f"a CausalBias for lengths {bias.seq_len_q} and {bias.seq_len_kv}"
         fail_value(_NAME, "attn_mask", got, f"one for {query_len} and {key_len}")
     upper = bias.variant.name == "UPPER_LEFT"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Causal, Dense, KeyLengths, Mask, Window
+from ..tracing import is_recorded
 
 Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
 
@@ -53,9 +54,12 @@ def is_zero(bias: Tensor) -> bool:
 
 
 def _is_readable(mask: Tensor) -> bool:
-    """Whether a decision may depend on the values: not while tracing, nor inside a transform."""
+    """Whether a decision may depend on the values: not while tracing, nor inside a transform.
+
+    A subclass says for itself what its values are, perhaps on several machines (DTensor).
+    """
     return not (
-        torch.compiler.is_compiling()
+        is_recorded()
         or torch._C._len_torch_dispatch_stack()
         or type(mask) not in (Tensor, nn.Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(mask)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..functional import add_layer_norm
 from ..masks import Causal
+from ..tracing import is_recorded, same_sizes
 from .instances import Form, Swapped, as_torch_does, has_own, is_plain_call
 from .multihead import SwappedMultihead, packs
 from .norms import SwappedLayerNorm, fits
@@ -118,12 +119,14 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
         if src.is_nested or not isinstance(self, Form) or any(map(_why_not_ours, self.layers)):
             # layers of somebody's own get what torch hands to them
             return stock.forward(self, src, mask, src_key_padding_mask, is_causal)
-        packing = None
-        if src_key_padding_mask is not None and src.dim() == 3:
+        packing = blank = None
+        if src_key_padding_mask is not None and src.dim() == 3 and not is_recorded():
             if self.rowmax_options.pack or (mask is None and self._would_nest()):
                 packing = self._packing(src_key_padding_mask, mask)
             if packing is not None and not (self.rowmax_options.pack or packing.is_right_padded()):
                 packing = None
+        elif src_key_padding_mask is not None and not torch.compiler.is_compiling():
+            blank = self._blank(src_key_padding_mask, mask)
         if packing is None:
             output = src
             for layer in self.layers:
@@ -133,6 +136,8 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
                     is_causal=bool(is_causal),
                     src_key_padding_mask=src_key_padding_mask,
                 )
+            if blank is not None:
+                output = output.masked_fill(blank, 0.0)
         else:
             batch_first = self.layers[0].self_attn.batch_first
             output = packing.pack(src if batch_first else src.transpose(0, 1))
@@ -145,6 +150,8 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
     def _would_nest(self) -> bool:
         """Whether torch itself would leave out the padding, in inference, by nested tensors."""
         wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if torch._C._get_tracing_state() is not None:
+            wants_gradient = False  # torch.jit.trace records once, and checks without gradients
         return (
             self.use_nested_tensor
             and torch.backends.mha.get_fastpath_enabled()
@@ -154,7 +161,7 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
 
     def _packing(self, padding_mask: Tensor, mask: Tensor | None) -> Packing | None:
         """Which tokens are real; None where this call has no packed form."""
-        if torch.compiler.is_compiling() or why_not_packed(self) is not None:
+        if why_not_packed(self) is not None:
             return None
         if mask is not None and not _is_causal(mask):
             return None
@@ -162,6 +169,31 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             return Packing.of(~padding_mask)
         real = padding_mask == 0
         return Packing.of(real) if bool((real | (padding_mask == -torch.inf)).all()) else None
+
+    def _blank(self, padding_mask: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Where a traced graph puts the zeros that a packed call has for padding: (B, L, 1).
+
+        The graph will be given other masks, so what an untraced call finds out about the masks at
+        hand is here computed by the graph.
+        """
+        pack = self.rowmax_options.pack
+        if padding_mask.dim() != 2 or why_not_packed(self) is not None:
+            return None
+        if not pack and (mask is not None or not self._would_nest()):
+            return None
+        real = ~padding_mask if padding_mask.dtype == torch.bool else padding_mask == 0
+        blank = ~real
+        if padding_mask.dtype != torch.bool:
+            blank = blank & (real | (padding_mask == -torch.inf)).all()
+        if not pack:  # torch nests what is padded at the end alone
+            blank = blank & ~(real[:, 1:] & ~real[:, :-1]).any()
+        if mask is not None:
+            if mask.dim() != 2:
+                return None
+            forbids = 1.0 if mask.dtype == torch.bool else -torch.inf
+            blank = blank & (mask == torch.full_like(mask, forbids).triu(1)).all()
+        blank = blank if self.layers[0].self_attn.batch_first else blank.transpose(0, 1)
+        return blank.unsqueeze(-1)
 
 
 def add_and_norm(
@@ -176,7 +208,7 @@ def add_and_norm(
         and not as_torch_does(x, residual)
         and len(norm.normalized_shape) == 1
         and x.dtype == residual.dtype
-        and x.shape == residual.shape
+        and same_sizes(x.shape, residual.shape)
     ):
         weight, bias = norm.weight, norm.bias
         if fits(x, norm.normalized_shape, weight, bias):
