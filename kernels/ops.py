@@ -30,6 +30,8 @@ from .problem import (
     RMSNormProblem,
     SoftmaxProblem,
 )
+from .reference.standard import standard_form
+from .tracing import is_exported_to_onnx
 
 _MASK = (
     "Tensor? dense_mask, Tensor? key_lengths, Tensor? query_lengths, Tensor? query_documents, "
@@ -139,6 +141,8 @@ def _may_be_plain(first: Tensor, second: Tensor | None, third: Tensor | None, ba
 
 
 def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:
+    if torch._C._get_tracing_state() is not None and is_exported_to_onnx():
+        return (standard_form(name) or unfused_form(name))(*arguments)
     return getattr(torch.ops.rowmax, name)(*arguments)
 
 
@@ -353,9 +357,15 @@ def _rms_norm_backward_fake(
 
 
 def _at_autograd(
-    operator: torch._ops.OpOverload, apply: Callable[..., Any], unfused: Callable[..., Any]
+    operator: torch._ops.OpOverload,
+    apply: Callable[..., Any],
+    unfused: Callable[..., Any],
+    standard: Callable[..., Any],
 ) -> Callable[..., Any]:
     """The kernel of `operator` at the Autograd key; in forward mode, its unfused form.
+
+    While torch exports to ONNX, its form in operators that ONNX has: an exporter takes a program
+    apart down to these, here.
 
     `torch.library.register_autograd` does the same, but reads the whole schema anew for each
     argument to fill in defaults: 0.2 ms a call for attention's 22 arguments, of which none has one.
@@ -364,6 +374,8 @@ def _at_autograd(
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if forward_ad._current_level >= 0:
             return unfused(*arguments)
+        if is_exported_to_onnx():
+            return standard(*arguments)
 
         def below(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
@@ -407,7 +419,9 @@ for _name, (_implementation, _fake) in _OPERATORS.items():
     _AUTOGRAD[_name] = autograd_of(_name, _operator, call)
     _library.impl(_name, checked(_name, _implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rowmax::{_name}", _fake, lib=_library)
-    _kernel = _at_autograd(_operator, _AUTOGRAD[_name], unfused_form(_name))
+    _unfused = unfused_form(_name)
+    _standard = standard_form(_name) or _unfused
+    _kernel = _at_autograd(_operator, _AUTOGRAD[_name], _unfused, _standard)
     _library.impl(_name, _kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(f"rowmax::{_name}", vmap_rule(_name, _operator), lib=_library)
     _library.impl(_name, _below_autocast(_operator, "cpu"), "AutocastCPU")

@@ -27,6 +27,17 @@ from ..tracing import untraced
 from .philox import attention_keep, keep_scale
 
 
+class NaiveScores(NamedTuple):
+    """What stands before the softmax, in float32 or float64; heads of key and value repeated."""
+
+    query: Tensor  # (B, Hq, Lq, D), zeros where a row may attend nothing
+    key: Tensor  # (B, Hq, Lk, D), zeros where nobody attends
+    value: Tensor  # (B, Hq, Lk, Dv), likewise
+    scores: Tensor  # (B, Hq, Lq, Lk): S
+    shifted: Tensor  # (B, Hq, Lq, Lk): A
+    allowed: Tensor | None  # bool (B, Hq, Lq, Lk)
+
+
 class NaiveAttention(NamedTuple):
     """Every intermediate result, in float32 or float64; heads of key and value repeated."""
 
@@ -40,11 +51,9 @@ class NaiveAttention(NamedTuple):
     out: Tensor  # (B, Hq, Lq, Dv): O
 
 
-def naive_attention(problem: AttentionProblem) -> NaiveAttention:
-    """The forward pass, differentiable by autograd; computes in float32 or float64."""
+def naive_scores(problem: AttentionProblem) -> NaiveScores:
     _, _, query_len, key_len = problem.shape
     dtype = statistics_dtype(problem.query.dtype)
-    device = problem.query.device
     query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
     allowed = allowed_positions(problem)
     if allowed is not None:
@@ -69,8 +78,14 @@ def naive_attention(problem: AttentionProblem) -> NaiveAttention:
         shifted = shifted + problem.bias.to(dtype)
     if allowed is not None:  # whatever the bias holds there, NaN too
         shifted = shifted.masked_fill(~allowed, -torch.inf)
-    weights, lse = _softmax(shifted, problem.sinks)
+    return NaiveScores(query, key, value, scores, shifted, allowed)
 
+
+def naive_attention(problem: AttentionProblem) -> NaiveAttention:
+    """The forward pass, differentiable by autograd; computes in float32 or float64."""
+    query, key, value, scores, shifted, _ = naive_scores(problem)
+    weights, lse = _softmax(shifted, problem.sinks)
+    dtype, device = shifted.dtype, shifted.device
     keep = torch.ones((), dtype=dtype, device=device)
     if problem.dropout_p > 0.0 and problem.seed is not None:
         seed = problem.seed.to(device)

@@ -103,7 +103,7 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
 
     def _heads(self, tensor: Tensor) -> Tensor:
         """(B, L, E) seen as (B, H, L, E / H)."""
-        return tensor.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return tensor.view(*tensor.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (..., E); inputs that are one and the same are multiplied once."""

@@ -120,13 +120,13 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
             # layers of somebody's own get what torch hands to them
             return stock.forward(self, src, mask, src_key_padding_mask, is_causal)
         packing = blank = None
-        if src_key_padding_mask is not None and src.dim() == 3 and not is_recorded():
-            if self.rowmax_options.pack or (mask is None and self._would_nest()):
+        if src_key_padding_mask is not None and src.dim() == 3:
+            if is_recorded():
+                blank = self._blank(src_key_padding_mask, mask)
+            elif self.rowmax_options.pack or (mask is None and self._would_nest()):
                 packing = self._packing(src_key_padding_mask, mask)
             if packing is not None and not (self.rowmax_options.pack or packing.is_right_padded()):
                 packing = None
-        elif src_key_padding_mask is not None and not torch.compiler.is_compiling():
-            blank = self._blank(src_key_padding_mask, mask)
         if packing is None:
             output = src
             for layer in self.layers:
@@ -171,9 +171,9 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
         return Packing.of(real) if bool((real | (padding_mask == -torch.inf)).all()) else None
 
     def _blank(self, padding_mask: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Where a traced graph puts the zeros that a packed call has for padding: (B, L, 1).
+        """Where a recorded graph puts the zeros that a packed call has for padding: (B, L, 1).
 
-        The graph will be given other masks, so what an untraced call finds out about the masks at
+        The graph will be given other masks, so what a call by itself finds out about the masks at
         hand is here computed by the graph.
         """
         pack = self.rowmax_options.pack
