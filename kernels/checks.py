@@ -25,7 +25,9 @@ def fail_type(function: str, argument: str, got: object, expected: str) -> NoRet
 
 
 def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
-    sizes = ", ".join(str(size) for size in shape)
+    # in a trace by torch.jit sizes are tensors
+    numbers = (untraced(int, size) if isinstance(size, Tensor) else size for size in shape)
+    sizes = ", ".join(map(str, numbers))
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 

@@ -512,7 +512,7 @@ def _seed(
         return torch.randint(2**63 - 1, (), dtype=torch.int64)
     if not -(2**63) <= seed < 2**63:
         fail_value(function, "seed", seed, "an int of 64 bits")
-    return torch.tensor(seed, dtype=torch.int64)
+    return torch.full((), seed, dtype=torch.int64)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -31,6 +31,7 @@ from .problem import (
     SoftmaxProblem,
 )
 from .reference.standard import standard_form
+from .sharding import register_if_loaded
 from .tracing import is_exported_to_onnx
 
 _MASK = (
@@ -143,6 +144,8 @@ def _may_be_plain(first: Tensor, second: Tensor | None, third: Tensor | None, ba
 def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:
     if torch._C._get_tracing_state() is not None and is_exported_to_onnx():
         return (standard_form(name) or unfused_form(name))(*arguments)
+    if not torch.compiler.is_compiling():
+        register_if_loaded()
     return getattr(torch.ops.rowmax, name)(*arguments)
 
 
@@ -376,6 +379,7 @@ def _at_autograd(
             return unfused(*arguments)
         if is_exported_to_onnx():
             return standard(*arguments)
+        register_if_loaded()
 
         def below(*arguments: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
