@@ -105,10 +105,10 @@ def _onnx_multi_head_attention(inputs: AttentionInputs) -> Run:
 
 
 def _onnx_bound(
-    operator: str, attributes: dict[str, int], domain: str, tensors: dict[str, Tensor]
+    operator: str, attributes: dict[str, Any], domain: str, tensors: dict[str, Tensor]
 ) -> Run:
-    import onnx  # type: ignore[import-not-found, unused-ignore]
-    import onnxruntime  # type: ignore[import-not-found, unused-ignore]
+    import onnx
+    import onnxruntime
 
     types = {torch.float32: onnx.TensorProto.FLOAT, torch.bool: onnx.TensorProto.BOOL}
 

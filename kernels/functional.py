@@ -224,9 +224,8 @@ def attention_problem(
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             require_float("attention", name, tensor)
         q, k, v = autocast(q, k, v)
-    shape = untraced(_check_qkv, q, k, v)
-    if torch._C._get_tracing_state() is not None:  # sizes that follow the graph's inputs
-        shape = (*q.shape[:3], k.shape[2])
+    traced = torch._C._get_tracing_state() is not None
+    shape = _traced_shape(q, k, v) if traced else _check_qkv(q, k, v)
     slopes = offset = None
     if bias is not None:
         if isinstance(bias, ALiBi):
@@ -239,7 +238,7 @@ def attention_problem(
         if softcap <= 0:
             fail_value("attention", "softcap", softcap, "a finite number > 0, or None")
     if scale is None:
-        head_dim = untraced(q.size, 3)
+        head_dim = untraced(q.size, 3) if traced else q.shape[3]
         scale = float(head_dim) ** -0.5 if head_dim > 0 else 1.0
     else:
         scale = require_number("attention", "scale", scale)
@@ -425,6 +424,13 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
         ):
             return batch, query_heads, query_len, key_len
     return _explain_qkv(q, k, v)
+
+
+def _traced_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """The same as sizes that follow the inputs of a graph by torch.jit.trace."""
+    untraced(_check_qkv, q, k, v)
+    batch, heads, query_len, _ = q.shape
+    return batch, heads, query_len, k.shape[2]
 
 
 def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:

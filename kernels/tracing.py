@@ -30,15 +30,18 @@ def untraced(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) ->
     state = torch._C._get_tracing_state()
     if state is None:
         return function(*args, **kwargs)
-    torch._C._set_tracing_state(None)
+    set_state: Callable[[object], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+    set_state(None)
     try:
         return function(*args, **kwargs)
     finally:
-        torch._C._set_tracing_state(state)
+        set_state(state)
 
 
 def same_sizes(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
     """Whether two shapes are one, without a trace of the question."""
+    if torch._C._get_tracing_state() is None:
+        return tuple(a) == tuple(b)
     return untraced(_equal, a, b)
 
 

@@ -77,7 +77,8 @@ def test_attention(how: str, key_heads: int, tmp_path: Path) -> None:
         outputs = iter(run(path, given))
         for case in CASES.values():
             mask, bias, sinks, options = case(*given[3:])
-            arguments = Arguments(*given[:3], mask, bias, sinks, options)
+            q, k, v = given[:3]
+            arguments = Arguments(q, k, v, mask, bias, sinks, options)
             assert_parity({"out": next(outputs), "lse": next(outputs)}, arguments)
 
 
