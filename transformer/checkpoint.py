@@ -42,7 +42,7 @@ from .interface import TranslationModel
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "rowmax.transformer checkpoint", 1
-_MANIFEST = "checkpoint.json"
+_MANIFEST, _WHOLE = "checkpoint.json", "checkpoint.json.whole"
 _PREFIX, _TEMPORARY = "checkpoint-", ".incomplete-"
 _DIGITS = 8
 # Bytes of a file that is read whole: of JSON, and of safetensors beyond the tensors themselves.
@@ -237,10 +237,10 @@ def exclusive(run: Path) -> Iterator[None]:
             raise CheckpointError(f"{run}: can't be used: {error.strerror}") from error
         for leftover in run.glob(f"{_TEMPORARY}*"):
             if _is_ours(leftover):
-                shutil.rmtree(leftover)
-            elif not leftover.is_symlink():
-                with contextlib.suppress(OSError):  # killed before it had a manifest: empty
-                    leftover.rmdir()
+                _discard(leftover)
+            elif _is_begun(leftover):
+                (leftover / _MANIFEST).unlink(missing_ok=True)
+                leftover.rmdir()
         yield
     finally:
         os.close(descriptor)
@@ -290,6 +290,14 @@ def _is_ours(path: Path) -> bool | None:
         return None
 
 
+def _is_begun(path: Path) -> bool:
+    """Whether this is a directory in which nothing is but, at most, an empty manifest: what a kill
+    leaves between the first steps of a save and the last ones of a removal."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(each.name == _MANIFEST and not each.stat().st_size for each in path.iterdir())
+
+
 def _removable(run: Path) -> list[Path]:
     return [path for path in checkpoints(run) if _is_ours(path)]
 
@@ -318,11 +326,12 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         # Killed from here on, it is known for rowmax's own.
         (temporary / _MANIFEST).write_bytes(_to_json({**manifest, "files": {}}))
-        for name, content in {**files, _MANIFEST: _to_json(manifest)}.items():
+        for name, content in {**files, _WHOLE: _to_json(manifest)}.items():
             with open(temporary / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        (temporary / _WHOLE).replace(temporary / _MANIFEST)
         _flush_directory(temporary)
         temporary.rename(path)
         _flush_directory(path.parent)
@@ -335,7 +344,18 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint; killed halfway, it is no longer one that looks complete."""
     doomed = _free(path.parent / f"{_TEMPORARY}old-{path.name}")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _discard(doomed)
+
+
+def _discard(path: Path) -> None:
+    """Remove a directory of rowmax's; its manifest last, by which it is known after a kill."""
+    for each in path.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            shutil.rmtree(each)
+        elif each.name != _MANIFEST:
+            each.unlink()
+    (path / _MANIFEST).unlink()
+    path.rmdir()
 
 
 def _flush_directory(path: Path) -> None:

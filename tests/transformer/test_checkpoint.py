@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -326,19 +328,43 @@ def test_a_damaged_manifest_is_told_and_not_removed(run, tokenizer):
     assert names == ["checkpoint-00000002", "checkpoint-000000002", "checkpoint-00000003"]
 
 
-def test_an_empty_leftover_of_a_kill_is_cleared(run):
-    (run / ".incomplete-checkpoint-00000003").mkdir()
-    with checkpoints.exclusive(run):
-        assert sorted(path.name[-1] for path in run.iterdir()) == ["1", "2"]
+class Killed(BaseException):
+    """As a kill: nothing is cleaned up after it."""
 
 
-def test_a_directory_that_can_not_be_written_to():
-    """Found out before the training, not at its first save."""
-    with (
-        pytest.raises(CheckpointError, match="/proc/self: can't be used: "),
-        checkpoints.exclusive(Path("/proc/self")),
-    ):
-        pass
+@pytest.mark.parametrize("call", ["mkdir", "write_bytes", "rename", "replace", "unlink", "rmdir"])
+def test_a_kill_at_any_step_leaves_nothing_for_long(run, tokenizer, monkeypatch, call):
+    """Before and after each step of a save that removes an old checkpoint: the next process goes on
+    from a whole checkpoint and clears the rest."""
+    step, count = getattr(Path, call), 0
+    for number in range(20):
+        for after in (False, True):
+            count = 0
+
+            def killed(
+                path: Path, *args: Any, number: int = number, after: bool = after, **kwargs: Any
+            ) -> Any:
+                nonlocal count
+                count += 1
+                if count == number + 1 and not after:
+                    raise Killed
+                result = step(path, *args, **kwargs)
+                if count == number + 1:
+                    raise Killed
+                return result
+
+            with monkeypatch.context() as patch:
+                patch.setattr(shutil, "rmtree", lambda *_args, **_kwargs: None)
+                patch.setattr(Path, call, killed)
+                with contextlib.suppress(Killed):
+                    save(run, 3 + number, tokenizer, keep=1)
+            with checkpoints.exclusive(run):
+                names = {path.name for path in run.iterdir()}
+                assert names == {path.name for path in checkpoints.checkpoints(run)}
+                checkpoints.load(checkpoints.newest(run))
+        if count <= number:
+            return
+    raise AssertionError("the save took more steps than are tried")
 
 
 DEEP = b"[" * 100_000
@@ -435,11 +461,13 @@ def test_one_training_process_at_a_time(tmp_path):
         pass
 
 
-def test_output_directory_that_is_a_file(tmp_path):
+@pytest.mark.parametrize("name", ["run", "/proc/self"])  # a file; one that none is written into
+def test_output_directory_that_can_not_be_used(tmp_path, name):
+    """Found out before the training, not at its first save."""
     (tmp_path / "run").write_text("")
     with (
-        pytest.raises(CheckpointError, match="run: can't be used: "),
-        checkpoints.exclusive(tmp_path / "run"),
+        pytest.raises(CheckpointError, match=f"{name}: can't be used: "),
+        checkpoints.exclusive(tmp_path / name),
     ):
         pass
 
