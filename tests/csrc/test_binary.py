@@ -20,7 +20,7 @@ LIMITED = frozenset(
         *("PyErr_Format", "PyErr_NoMemory", "PyErr_Occurred", "PyErr_SetString"),
         *("PyEval_RestoreThread", "PyEval_SaveThread", "PyExc_RuntimeError", "PyExc_TypeError"),
         *("PyFloat_AsDouble", "PyFloat_Type", "PyImport_ImportModule", "PyLong_AsLong"),
-        *("PyLong_FromLongLong", "PyModule_Create2", "PyObject_Call"),
+        *("PyLong_AsLongLong", "PyLong_FromLongLong", "PyModule_Create2", "PyObject_Call"),
         *("PyObject_CallFunctionObjArgs", "PyObject_CallMethodObjArgs", "PyObject_GetAttrString"),
         *("PyTuple_Pack", "PyUnicode_InternFromString"),
         *("_Py_Dealloc", "_Py_DecRef", "_Py_FalseStruct", "_Py_IncRef", "_Py_NoneStruct"),
