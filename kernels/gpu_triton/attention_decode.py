@@ -124,6 +124,7 @@ def decode(
             k0,
             True,
             HOLES,
+            False,
             SOFTCAP,
             PRECISION,
             HEAD_DIM,

@@ -39,6 +39,7 @@ def attend(
     k0,
     MASKED: tl.constexpr,
     HOLES: tl.constexpr,
+    RAW_MAX: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -48,7 +49,8 @@ def attend(
     """(O, m, l) after the block of keys from k0 on.
 
     `tile`: (Q, key and value of `head_of`, positions of the queries (M, 1), first key, end of the
-    keys, batch element, head or heads (M, 1)).
+    keys, batch element, head or heads (M, 1)). RAW_MAX: scores are products times a factor >= 0,
+    so that the largest product has the largest score.
     """
     out_tile, row_max, row_sum = state
     query_tile, key, value, i, first, end, b, h = tile
@@ -57,7 +59,12 @@ def attend(
     product = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION, out_dtype=dtype)
     j = k0 + tl.arange(0, BLOCK_N)[None, :]
     scores, allowed, _ = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    if RAW_MAX:
+        # scaling comes after the maximum, and the scores' own is a part of the subtraction's FMA
+        largest = tl.max(product, 1) * tl.full((1,), terms[3], dtype)
+    else:
+        largest = tl.max(scores, 1)
+    new_max = tl.maximum(row_max, largest)
     # a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
     shift = tl.where(new_max == -float("inf"), 0.0, new_max) if MASKED else new_max
     weights = tl.math.exp2(scores - shift[:, None])
@@ -102,6 +109,7 @@ def forward(
     DTYPE: tl.constexpr,
     LEFT: tl.constexpr,
     HOLES: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,7 +126,7 @@ def forward(
     `attention_tiles`; `packed` as in `sequence_of`: then the tensors have one batch element of
     `query_rows` queries, and query_len and key_len are the longest ones. Sums are in DTYPE. LEFT:
     the band has a lower bound. HOLES: a dense mask, documents or a bias may forbid any pair.
-    Grid: tiles of BLOCK_M queries x Hq x B.
+    NEGATIVE: score_factor < 0. Grid: tiles of BLOCK_M queries x Hq x B.
     """
     tiles = tl.cdiv(query_len, BLOCK_M)
     program = tl.program_id(0)
@@ -156,6 +164,7 @@ def forward(
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     if HOLES:
         full_begin, full_end = end, end
+    PLAIN: tl.constexpr = not (NEGATIVE or SOFTCAP) and alibi is None and bias is None
     edges = (begin, full_begin, full_end, end)
     for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
         if (PHASE == 0 and (LEFT or HOLES)) or (PHASE > 0 and not HOLES):
@@ -168,6 +177,7 @@ def forward(
                     k0,
                     PHASE != 1,
                     HOLES,
+                    PHASE == 1 and PLAIN,
                     SOFTCAP,
                     PRECISION,
                     HEAD_DIM,

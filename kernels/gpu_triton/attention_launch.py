@@ -85,6 +85,7 @@ def attention(problem: AttentionProblem, launch: Launch = launch_kernel) -> tupl
             "out": _rows(out),
             "lse": lse,
             "sinks": problem.sinks,
+            "NEGATIVE": problem.scale < 0.0,
             **_packed(problem),
             **_tensors(problem),
             **_common(problem),

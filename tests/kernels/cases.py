@@ -389,6 +389,15 @@ def _options() -> list[Case]:
         Case("scale_zero", options={"scale": 0.0}),
         Case("scale_one", mask=causal, options={"scale": 1.0}),
         Case("scale_negative", options={"scale": -0.6}),
+        # over whole blocks of keys; a shift that is not the largest score would overflow
+        Case("scale_zero_long", Shape(1, 1, 1, 40, 70), options={"scale": 0.0}, factor=50.0),
+        Case("scale_negative_long", Shape(1, 1, 1, 40, 70), options={"scale": -9.0}, factor=50.0),
+        Case(
+            "scale_negative_softcap_long",
+            Shape(1, 1, 1, 40, 70),
+            options={"scale": -9.0, "softcap": 1500.0},
+            factor=50.0,
+        ),
         Case("scores_large", factor=30.0),
         Case("scores_huge_causal", mask=causal, factor=1000.0),
         Case(
