@@ -102,8 +102,8 @@ def bias_gradients(
                 query_tile = load_rows(query_of_head, i0, 0, query_len, True, HEAD_DIM)
                 grad_tile = load_rows(grad_of_head, i0, 0, query_len, True, VALUE_DIM)
                 i = i0 + tl.arange(0, BLOCK_M)
-                row = (b * heads + h) * query_len + i
-                high, low, row_delta = load_statistics(shift, rest, delta, row, i < query_len)
+                statistics = (shift, rest, delta, (b * heads + h) * query_len)
+                high, low, row_delta = load_statistics(statistics, i0, 0, query_len, True, BLOCK_M)
                 for j0 in range(tl.maximum(j_first, ranges[2]), tl.minimum(j_end, end), BLOCK_N):
                     j = j0 + tl.arange(0, BLOCK_N)
                     key_tile = load_rows(key_of_head, j0, first, end, True, HEAD_DIM)

@@ -83,13 +83,23 @@ def prepare(
 
 
 @triton.jit
-def load_statistics(shift, rest, delta, at, inside):
-    """shift, rest (0 where it is absent) and delta; shift = inf where not `inside`."""
-    high = tl.load(shift + at, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
+def load_statistics(statistics, start, first, end, GUARD: tl.constexpr, ROWS: tl.constexpr):
+    """shift, rest (0 where it is absent) and delta of ROWS rows from `start` on.
+
+    `statistics`: (shift, rest, delta, where row 0 lies). With GUARD, rows outside first <= row <
+    end have shift = inf.
+    """
+    shift, rest, delta, row = statistics
+    at = start + tl.arange(0, ROWS)
+    inside = None
+    if GUARD:
+        inside = (at >= first) & (at < end)
+    high = tl.load(shift + row + at, mask=inside, other=float("inf") if GUARD else None)
+    row_delta = tl.load(delta + row + at, mask=inside, other=0.0 if GUARD else None)
+    low = tl.zeros_like(high)
     if rest is not None:
-        return high, tl.load(rest + at, mask=inside, other=0.0), row_delta
-    return high, tl.zeros_like(high), row_delta
+        low = tl.load(rest + row + at, mask=inside, other=0.0 if GUARD else None)
+    return high, low, row_delta
 
 
 @triton.jit
@@ -160,8 +170,7 @@ def _add_queries(
     grad_tile = load_rows(grad_out, i0, first, end, MASKED, VALUE_DIM)
     i = i0 + tl.arange(0, BLOCK_M)
     j = j0 + tl.arange(0, BLOCK_N)
-    shift, rest, delta, row = statistics
-    high, low, row_delta = load_statistics(shift, rest, delta, row + i, (i >= first) & (i < end))
+    high, low, row_delta = load_statistics(statistics, i0, first, end, MASKED, BLOCK_M)
     if DEAD:  # a row that attends nothing may hold NaN
         alive = (high != float("inf"))[:, None]
         query_tile = tl.where(alive, query_tile, 0.0).to(query_tile.dtype)
@@ -270,7 +279,11 @@ def key_gradients(
             blocks = tl.cdiv(stop - start, BLOCK_M)
             if GROUP != 1:  # one loop for all heads: a loop in a loop would take more registers
                 start, stop = 0, GROUP * blocks
-            for step in range(start, stop, STEP):
+            # In 64 bits from the start. Where LLVM widens the counter itself, it does so on the way
+            # around a loop that does not run too, and sets the sums to zero there: to ptxas that
+            # changes what a wgmma in flight adds to, and it runs them all one by one (C7515).
+            for wide_step in range(tl.cast(start, tl.int64), tl.cast(stop, tl.int64), STEP):
+                step = tl.cast(wide_step, tl.int32)
                 i0, h = step, key_head
                 if GROUP != 1:
                     i0 = edges[PHASE] + step % blocks * BLOCK_M
@@ -426,8 +439,8 @@ def query_gradients(
     key = head_of(key, place, key_head, first_key, BLOCK_N, BLOCK_D)
     value = head_of(value, place, key_head, first_key, BLOCK_N, BLOCK_DV)
     i = i0 + tl.arange(0, BLOCK_M)
-    row = (place * heads + h) * query_rows + first_query + i
-    high, low, row_delta = load_statistics(shift, rest, delta, row, i < query_len)
+    statistics = (shift, rest, delta, (place * heads + h) * query_rows + first_query)
+    high, low, row_delta = load_statistics(statistics, i0, 0, query_len, True, BLOCK_M)
     statistics = (high[:, None], low[:, None], row_delta[:, None])
     tile = (query_tile, grad_tile, key, value, i0, first, end, b, h)
     d_query_tile = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
