@@ -36,8 +36,8 @@ def splits_keys(query_len: int, group: int, key_len: int) -> bool:
 def _load_queries(query, place, head, i, inside, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The rows of queries i (M, 1) of the heads `head` (M, 1), zeros where not `inside`."""
     column = tl.arange(0, BLOCK_D)[None, :]
-    row = query[0] + place * query[1] + head * query[2] + i * query[3]
-    return tl.load(row + column, mask=inside & (column < HEAD_DIM), other=0.0)
+    row = tl.multiple_of(place * query[1] + head * query[2] + i * query[3], (query[4], query[4]))
+    return tl.load(query[0] + row + column, mask=inside & (column < HEAD_DIM), other=0.0)
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "batch_start", "chunks"])

@@ -21,6 +21,8 @@ from .configurations import Configuration, configuration, may_be_dead, precision
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
+# What divides the strides of a tensor's rows: the kernels are compiled for it.
+_ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
 
 
 class Launch(Protocol):
@@ -276,7 +278,8 @@ def _readable(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor, *tensor.stride()[:3])
+    strides = tensor.stride()[:3]
+    return (tensor, *strides, _ALIGNMENTS[math.gcd(16, *strides)])
 
 
 def _broadcast(tensor: Tensor | None) -> tuple[Any, ...] | None:

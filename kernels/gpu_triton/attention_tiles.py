@@ -5,7 +5,8 @@ that broadcast against each other, (M, 1) and (1, N) or (1, M) and (N, 1); the h
 the whole tile, or a tensor of the shape of `i`. Arguments that belong together come as one tuple;
 an absent part is None, decided when the kernel is compiled:
 
-    tensor  (pointer, batch stride, head stride, row stride), in elements; columns are contiguous
+    tensor  (pointer, batch stride, head stride, row stride, what divides the strides), in elements;
+            columns are contiguous
     mask    (band lower, band upper, band (B, 2) int64, key lengths (B,) int64, query lengths (B,)
             int64, query documents (B, Lq) int64, key documents (B, Lk) int64, dense), the last
             None or (bool pointer, four strides)
@@ -103,10 +104,15 @@ def query_blocks(start, lower, upper, queries, keys, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def head_of(tensor, b, h, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Head (b, h) from row `first` on for `load_rows`: address, row stride, a tile's offsets."""
-    row = tensor[3]
+    """Head (b, h) from row `first` on for `load_rows`: address, row stride, a tile's offsets.
+
+    Triton knows strides that are multiples of 16. Of others, those of heads of 72 or 88 for
+    instance, it must see what divides them, or it reads their elements one by one.
+    """
+    row = tensor[3] // tensor[4] * tensor[4]
     offsets = tl.arange(0, ROWS)[:, None] * row + tl.arange(0, COLUMNS)[None, :]
-    return tensor[0] + b * tensor[1] + h * tensor[2] + first * row, row, offsets
+    at = tl.multiple_of(b * tensor[1] + h * tensor[2] + first * row, tensor[4])
+    return tensor[0] + at, row, offsets
 
 
 @triton.jit
