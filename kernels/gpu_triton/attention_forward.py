@@ -18,11 +18,13 @@ from .attention_tiles import (
     LN_2,
     LOG2_E,
     accumulate,
+    attended_keys,
     head_of,
     kept_words,
     key_blocks,
     limits,
     load_rows,
+    pairs_of,
     scores_of,
     sequence_of,
     store_rows,
@@ -56,9 +58,10 @@ def attend(
     query_tile, key, value, i, first, end, b, h = tile
     dtype = out_tile.dtype
     key_tile = load_rows(key, k0, first, end, MASKED, HEAD_DIM)
-    product = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION, out_dtype=dtype)
     j = k0 + tl.arange(0, BLOCK_N)[None, :]
-    scores, allowed, _ = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
+    pairs = pairs_of(i, j, b, h, terms, dtype, MASKED)
+    product = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION, out_dtype=dtype)
+    scores, _ = scores_of(product, pairs, i, j, b, h, terms, MASKED, SOFTCAP)
     if RAW_MAX:
         # scaling comes after the maximum, and the scores' own is a part of the subtraction's FMA
         largest = tl.max(product, 1) * tl.full((1,), terms[3], dtype)
@@ -77,7 +80,7 @@ def attend(
     value_tile = load_rows(value, k0, first, end, MASKED, VALUE_DIM)
     if HOLES:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
-        attended = tl.max(allowed.to(tl.int32), 0) > 0
+        attended = attended_keys(pairs[0], terms)
         value_tile = tl.where(attended[:, None], value_tile, 0.0).to(value_tile.dtype)
     out_tile = accumulate(out_tile * rescale[:, None], weights, value_tile, PRECISION)
     return out_tile, new_max, row_sum

@@ -17,11 +17,13 @@ import triton.language as tl
 from .attention_tiles import (
     LOG2_E,
     accumulate,
+    attended_keys,
     head_of,
     kept_words,
     key_blocks,
     limits,
     load_rows,
+    pairs_of,
     query_blocks,
     scores_of,
     sequence_of,
@@ -127,8 +129,9 @@ def score_gradients(
     shift, rest, delta = statistics
     j0, b, h = place
     dtype = delta.dtype
+    pairs = pairs_of(i, j, b, h, terms, dtype, MASKED)
     product = tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=dtype)
-    scores, allowed, slope = scores_of(product, i, j, b, h, terms, MASKED, SOFTCAP)
+    scores, slope = scores_of(product, pairs, i, j, b, h, terms, MASKED, SOFTCAP)
     weights = tl.math.exp2(scores - shift - rest)
     d_weights = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION, out_dtype=dtype)
     kept = weights
@@ -141,9 +144,9 @@ def score_gradients(
         d_weights *= factor
     d_scores = weights * (d_weights - delta)
     if MASKED:  # a product with a key that may hold NaN is masked, not multiplied by 0
-        d_scores = tl.where(allowed, d_scores, 0.0)
+        d_scores = tl.where(pairs[0], d_scores, 0.0)
     d_product = d_scores * slope if SOFTCAP else d_scores
-    return kept, d_scores, d_product, allowed
+    return kept, d_scores, d_product, pairs[0]
 
 
 @triton.jit
@@ -364,7 +367,7 @@ def _add_keys(
         tl.store(at, d_scores.to(target.dtype.element_ty), mask=allowed)
     if HOLES:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
-        attended = tl.max(allowed.to(tl.int32), 0) > 0
+        attended = attended_keys(allowed, terms)
         key_tile = tl.where(attended[:, None], key_tile, 0.0).to(key_tile.dtype)
     return accumulate(d_query_tile, d_product, key_tile, PRECISION)
 

@@ -175,34 +175,23 @@ def _apart(tile):
 
 
 @triton.jit
-def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Base-2 scores from q k^T, and where they count.
+def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
+    """Which queries and keys are pairs, and the bias of each pair (without one, anything).
 
     `terms` are (mask, bias, alibi, score_factor, cap_factor, bounds), the last (lower, upper,
-    queries, keys) of `limits`. score_factor is scale * log2 e; with a softcap c it is scale / c,
-    and cap_factor c * log2 e. Returns (scores, -inf where a query may not attend; allowed; the
-    softcap's derivative). Without MASKED every pair is within the bounds.
+    queries, keys) of `limits`. Without MASKED every pair is within the bounds.
+
+    It comes before the product that it belongs to: of two layouts that reach a sum over a tile's
+    rows, Triton takes that of what is read or multiplied last. With the mask's, all scores would
+    be laid out like the mask as well, and their weights computed in both layouts.
     """
-    mask, bias, alibi, score_factor, cap_factor, bounds = terms
-    dtype = product.dtype
+    mask, bias, _, _, _, bounds = terms
     h = h.to(tl.int64)  # times a stride it may pass 32 bits
-    factor = tl.full((1, 1), score_factor, dtype)
-    slope = product
-    if SOFTCAP:
-        capped = _tanh(product * factor)
-        slope = 1.0 - capped * capped
-        scores = capped * tl.full((1, 1), cap_factor, dtype)
-    else:
-        scores = product * factor
-    if alibi is not None:
-        slopes, slopes_batch, slopes_head, offsets, offsets_batch = alibi
-        decay = tl.load(slopes + b * slopes_batch + h * slopes_head).to(dtype) * LOG2_E
-        offset = tl.load(offsets + b * offsets_batch).to(tl.int32)
-        scores -= decay * tl.abs(i + offset - j).to(dtype)
     lower, upper, queries, keys = bounds
     allowed = (j < keys) & (i < queries)
     if MASKED:
-        allowed = allowed & (j - i >= lower) & (j - i <= upper)
+        # both bounds at once: what lies below the lower one is huge without a sign
+        allowed = allowed & ((j - (i + lower)).to(tl.uint32) <= (upper - lower).to(tl.uint32))
     if mask[5] is not None:
         left = tl.load(mask[5][0] + b * mask[5][1] + i, mask=i < queries, other=0)
         right = tl.load(mask[6][0] + b * mask[6][1] + j, mask=j < keys, other=0)
@@ -213,19 +202,62 @@ def scores_of(product, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.cons
         at = at + i.to(tl.int64) * dense_row + j.to(tl.int64) * dense_column
         marks = tl.load(at, mask=allowed, other=0)
         allowed = allowed & ((_apart(marks) if dtype == tl.float64 else marks) != 0)
+    added = allowed
     if bias is not None:
-        added, bias_batch, bias_head, bias_row, bias_column = bias
-        at = added + b * bias_batch + h * bias_head
+        given, bias_batch, bias_head, bias_row, bias_column = bias
+        at = given + b * bias_batch + h * bias_head
         at = at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_column
-        added = tl.load(at, mask=allowed, other=0.0)
-        if dtype.primitive_bitwidth > added.dtype.primitive_bitwidth and dtype == tl.float64:
-            added = _apart(added)
-        added = added.to(dtype)
+        given = tl.load(at, mask=allowed, other=0.0)
+        if dtype == tl.float64 and given.dtype != tl.float64:
+            given = _apart(given)
+        added = given.to(dtype)
         allowed = allowed & (added > -float("inf"))
+    return allowed, added
+
+
+@triton.jit
+def scores_of(product, pairs, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Base-2 scores from q k^T, -inf where `pairs`, of `pairs_of`, has none.
+
+    score_factor in `terms` is scale * log2 e; with a softcap c it is scale / c, and cap_factor
+    c * log2 e. Returns (scores, the softcap's derivative).
+    """
+    allowed, added = pairs
+    _, bias, alibi, score_factor, cap_factor, _ = terms
+    dtype = product.dtype
+    factor = tl.full((1, 1), score_factor, dtype)
+    slope = product
+    if SOFTCAP:
+        capped = _tanh(product * factor)
+        slope = 1.0 - capped * capped
+        scores = capped * tl.full((1, 1), cap_factor, dtype)
+    else:
+        scores = product * factor
+    if alibi is not None:
+        slopes, slopes_batch, slopes_head, offsets, offsets_batch = alibi
+        decay = tl.load(slopes + b * slopes_batch + h.to(tl.int64) * slopes_head).to(dtype) * LOG2_E
+        offset = tl.load(offsets + b * offsets_batch).to(tl.int32)
+        scores -= decay * tl.abs(i + offset - j).to(dtype)
+    if bias is not None:
         scores += added * LOG2_E
     if MASKED:
         scores = tl.where(allowed, scores, -float("inf"))
-    return scores, allowed, slope
+    return scores, slope
+
+
+@triton.jit
+def attended_keys(allowed, terms):
+    """Which columns of `allowed` (M, N), of `pairs_of`, are true in some row: (N,)."""
+    if terms[0][7] is None and terms[1] is None:
+        return tl.max(allowed.to(tl.int32), 0) > 0
+    # a thread has 8 or 16 marks or biases of a row, as it read them: they are the bits of one word
+    # when threads exchange them
+    M: tl.constexpr = allowed.shape[0]
+    N: tl.constexpr = allowed.shape[1]
+    bit = tl.arange(0, 16)
+    words = tl.sum(tl.reshape(allowed.to(tl.int32), (M, N // 16, 16)) << bit[None, None, :], 2)
+    found = tl.reduce_or(words, 0)
+    return tl.reshape((found[:, None] >> bit[None, :]) & 1, (N,)) != 0
 
 
 @triton.jit
