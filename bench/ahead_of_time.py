@@ -6,10 +6,12 @@ A process that compiles must not have TRITON_INTERPRET set: Triton decides at it
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from ..kernels.gpu_triton.attention_decode import CHUNK, MOST_ROWS
 from ..kernels.gpu_triton.attention_launch import attention, attention_backward, compiled_form
 from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
 from ..kernels.problem import AttentionProblem
+from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
 
 DTYPES = {
@@ -32,6 +35,13 @@ DTYPES = {
     32: torch.float32,
     64: torch.float64,
 }
+
+
+# Bytes of a thread that may be spilled, if the loop over whole blocks, where almost all time goes,
+# has next to nothing of it. Most lies before and after the loops, and in those over the few blocks
+# that a mask cuts.
+FEW_BYTES = 128
+FEW_INSTRUCTIONS = 0.01  # of the loop's
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,43 @@ class Compiled:
     shared: int  # bytes
     wgmma: int  # Hopper's asynchronous matrix instructions
     serialized: bool  # ptxas could not overlap them
+    copies: int = 0  # asynchronous ones of 16 bytes, in the code
+    cubin: bytes = field(default=b"", repr=False)
+    form: Configuration | None = None
 
     def fits(self, arch: str) -> bool:
-        return self.spilled == 0 and not self.serialized and self.shared <= SHARED_LIMIT[arch]
+        return self.bearable and not self.serialized and self.shared <= SHARED_LIMIT[arch]
+
+    @property
+    def bearable(self) -> bool:
+        """Whether it spills nothing, or a little that its loop does not notice."""
+        if self.spilled == 0:
+            return True
+        if self.spilled > FEW_BYTES or self.loop is None:
+            return False
+        return self.loop.spills <= FEW_INSTRUCTIONS * self.loop.instructions
+
+    @functools.cached_property
+    def loop(self) -> Loop | None:
+        """The shortest loop that has an exponential for each score: that over whole blocks.
+
+        None for AMD, and where exponentials are computed by other means (float64).
+        """
+        if self.form is None or not self.cubin:
+            return None
+        loops = [loop for loop in loops_of(self.cubin) if loop.exponentials >= self.scores]
+        return min(loops, key=lambda loop: loop.instructions, default=None)
+
+    @property
+    def scores(self) -> float:
+        """Of a tile, for each thread."""
+        assert self.form is not None
+        return self.form.block_m * self.form.block_n / (32 * self.form.num_warps)
+
+    @property
+    def cycles(self) -> float:
+        """That a multiprocessor's four schedulers need to issue the loop for 4,096 scores."""
+        return math.inf if self.loop is None else 32 * self.loop.instructions / self.scores
 
 
 class _Driver:
@@ -184,7 +228,8 @@ def compile_kernel(kernel: str, problem: AttentionProblem, config: Configuration
     ) -> None:
         if function.fn.__name__ == kernel:
             _, form = compiled_form(function, extent, config)
-            found.append(compile_call(function, **arguments, **form))
+            compiled = compile_call(function, **arguments, **form)
+            found.append(replace(compiled, form=config))
 
     out, lse = attention(problem, launch)
     if not found:
@@ -218,6 +263,8 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
         shared=shared,
         wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
         serialized="serialized" in log,
+        copies=compiled.asm["ptx"].count("cp.async.cg.shared.global"),
+        cubin=compiled.asm["cubin"],
     )
 
 

@@ -17,10 +17,14 @@ from .tune import BITS, DIMS, FEATURES, FOREMOST, KERNELS, SHARED_LIMIT, keys
 if TYPE_CHECKING:  # they need Triton
     from ..kernels.gpu_triton.configurations import Key
 
-COLUMNS = ("kernel", "bits", "head", "features", "form", "registers", "spilled", "shared", "wgmma")
+COLUMNS = (
+    *("kernel", "bits", "head", "features", "form", "registers", "spilled", "shared", "wgmma"),
+    *("loop", "cycles"),
+)
 EXPLANATION = (
     "form: BLOCK_M x BLOCK_N, warps, stages; registers: of a thread; spilled: bytes of a thread "
-    "(AMD: registers); shared: KiB of a program; wgmma: instructions in the code"
+    "(AMD: registers); shared: KiB of a program; wgmma: instructions in the code; loop: those of a "
+    "turn over a whole block; cycles: in which a multiprocessor issues them, for 4,096 scores"
 )
 
 
@@ -74,10 +78,12 @@ def _cells(key: Key) -> list[str]:
     except Exception as error:
         # any stage of the compiler may give up, each with an error of its own: that is a finding
         reason = (str(error) or "no reason given").strip().splitlines()[0]
-        return [*name, f"does not compile: {type(error).__name__}: {reason}", "", "", ""]
+        return [*name, f"does not compile: {type(error).__name__}: {reason}", *[""] * 5]
     shared = f"{compiled.shared / 1024:.0f}"
     numbers = [str(compiled.registers), str(compiled.spilled), shared, str(compiled.wgmma)]
-    return [*name, *numbers]
+    if compiled.loop is not None:
+        return [*name, *numbers, str(compiled.loop.instructions), f"{compiled.cycles:.0f}"]
+    return [*name, *numbers, "", ""]
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

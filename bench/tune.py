@@ -1,7 +1,8 @@
 """`python -m rowmax.bench tune`: which form each Triton attention kernel takes, found and kept.
 
-On a GPU each candidate is timed; with `--compile`, for GPUs that are not there, the first one that
-fits is taken. The table is written after each key, so that a search that is stopped loses nothing.
+On a GPU each candidate is timed. With `--compile`, for GPUs that are not there, the first ones that
+fit are compared by what their loop issues. The table is written after each key, so that a search
+that is stopped loses nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ SHARED_LIMIT = {
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
+# Rows of a tile that a warp of a matrix product has at least. Where a product goes on into another
+# one, Triton puts all warps below each other: of fewer rows, several compute the same scores.
+ROWS_OF_WARP = 16
+CHAINED = ("forward", "key_gradients", "query_gradients")
+ENOUGH = 3  # of the forms that fit, so many are compared
 BITS = {"bfloat16": 16, "float16": 16, "tf32": 19, "float32": 32, "float64": 64}
 TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
 
@@ -66,7 +72,11 @@ _QUERIES_STAY = (
     (128, 32, 8, 2),
     (64, 64, 8, 2),
     (64, 32, 4, 2),
+    (64, 16, 4, 2),
+    (64, 16, 4, 1),
     (64, 32, 8, 2),
+    (32, 32, 2, 2),
+    (32, 16, 2, 1),
     (32, 32, 4, 2),
     (32, 32, 4, 1),
     (32, 16, 4, 1),
@@ -75,12 +85,17 @@ _QUERIES_STAY = (
 _KEYS_STAY = (
     (64, 128, 8, 3),
     (64, 128, 8, 2),
-    (64, 64, 8, 2),
     (64, 64, 4, 2),
     (32, 128, 8, 2),
-    (32, 128, 4, 2),
-    (32, 64, 8, 2),
     (32, 64, 4, 2),
+    (16, 128, 8, 2),
+    (16, 64, 4, 2),
+    (16, 64, 4, 1),
+    (32, 32, 2, 2),
+    (16, 32, 2, 2),
+    (16, 32, 2, 1),
+    (64, 64, 8, 2),
+    (32, 64, 8, 2),
     (64, 32, 8, 2),
     (32, 32, 4, 2),
     (32, 32, 8, 2),
@@ -124,7 +139,11 @@ Choose = Callable[["Key"], "Choice | None"]
 
 
 def candidates(key: Key) -> list[Configuration]:
-    """The forms that are worth a try: a wider type or head wants smaller tiles."""
+    """The forms that are worth a try: a wider type or head wants smaller tiles.
+
+    Those in which warps repeat each other's scores come last: large heads, or all features at once,
+    leave no registers for others.
+    """
     from ..kernels.gpu_triton.configurations import Configuration
 
     side = {16: 128, 19: 128, 32: 64, 64: 32}[key.bits]
@@ -134,13 +153,27 @@ def candidates(key: Key) -> list[Configuration]:
     if key.bits >= 32:  # without matrix instructions, or with those of float64: all in registers
         area //= 4
     forms = (Configuration(*form) for form in _FORMS[key.kernel])
-    return [
+    fitting = [
         form
         for form in forms
         if max(form.block_m, form.block_n) <= side
         and form.block_m * form.block_n <= area
         and form.num_stages <= stages
     ]
+    return sorted(fitting, key=lambda form: repeats(key, form))
+
+
+def repeats(key: Key, form: Configuration) -> bool:
+    """Whether warps compute the same scores: of too few rows for them all.
+
+    Not where products are FMAs, nor where sm_100's tensor memory serves all warps.
+    """
+    if key.kernel not in CHAINED or key.bits not in (16, 19):
+        return False
+    rows = form.block_n if key.kernel == "key_gradients" else form.block_m
+    if key.arch.startswith("sm_10") and rows >= 64:
+        return False
+    return rows < ROWS_OF_WARP * form.num_warps
 
 
 def keys(
@@ -211,20 +244,33 @@ def fastest(
     return best, f"{remark}, of {len(times)} that work out of {len(forms)}"
 
 
-def first_fitting(
+def cheapest(
     key: Key,
-    fits: Callable[[Key, Configuration], tuple[bool, str]],
+    cost: Callable[[Key, Configuration], tuple[float, str] | None],
+    bears: Callable[[Key, Configuration], bool],
     begin: Configuration | None = None,
 ) -> Choice | None:
-    """The first candidate that fits the GPU, none before `begin`."""
+    """Of the first candidates that fit the GPU, none before `begin`, the one of least cost.
+
+    `cost` is None where a form does not fit; `bears` is asked of those that do.
+    """
     forms = candidates(key)
     if begin in forms:
         forms = forms[forms.index(begin) :]
+    found: list[tuple[float, Configuration, str]] = []
     for form in forms:
-        good, remark = fits(key, form)
-        if good:
-            return form, remark
-    return None
+        costs = cost(key, form)
+        # what costs more than one that is found need not be asked whether it bears
+        if costs is None or any(costs[0] >= other for other, _, _ in found):
+            continue
+        if bears(key, form):
+            found.append((costs[0], form, costs[1]))
+        if len(found) >= ENOUGH:
+            break
+    if not found:
+        return None
+    _, form, remark = min(found, key=lambda one: one[0])
+    return form, remark
 
 
 def store(path: Path, forms: Mapping[Key, Configuration]) -> None:
@@ -333,22 +379,35 @@ def _by_timing(half: torch.dtype) -> Choose:
 def _by_compiling(path: Path) -> Choose:
     """Larger tiles than FOREMOST bears are not tried elsewhere: most would be in vain."""
     from ..kernels.gpu_triton.configurations import Configuration
-    from .ahead_of_time import bears, compile_form
+    from . import ahead_of_time
 
-    def fits(key: Key, form: Configuration) -> tuple[bool, str]:
+    def cost(key: Key, form: Configuration) -> tuple[float, str] | None:
         try:
-            compiled = compile_form(key, form)
-            good = compiled.fits(key.arch) and bears(key, form)
+            compiled = ahead_of_time.compile_form(key, form)
         except Exception as error:
-            # whatever stage of the compiler gave up: said, for it may be a fault of the kernel too
-            reason = (str(error) or "no reason given").strip().splitlines()[0]
-            _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
-            return False, ""
-        return good, f"{compiled.registers} registers, {compiled.shared} bytes shared"
+            complain(form, error)
+            return None
+        if not compiled.fits(key.arch):
+            return None
+        cycles = f"{compiled.cycles:.0f} cycles for 4,096 scores"
+        remark = f"{compiled.registers} registers, {compiled.shared} bytes shared, {cycles}"
+        return compiled.cycles, remark
+
+    def bears(key: Key, form: Configuration) -> bool:
+        try:
+            return ahead_of_time.bears(key, form)
+        except Exception as error:
+            complain(form, error)
+            return False
+
+    def complain(form: Configuration, error: Exception) -> None:
+        """Whatever stage of the compiler gave up: it may be a fault of the kernel too."""
+        reason = (str(error) or "no reason given").strip().splitlines()[0]
+        _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))
         begin = None if known is None or key.arch == FOREMOST else Configuration(*known)
-        return first_fitting(key, fits, begin)
+        return cheapest(key, cost, bears, begin)
 
     return choose

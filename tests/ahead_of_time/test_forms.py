@@ -6,6 +6,7 @@ Run with TRITON_INTERPRET=0: what is interpreted can't be compiled in the same p
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,13 +37,46 @@ ARCHS = sorted({key.arch for key in table()})
 
 @pytest.mark.parametrize("key", sorted(table()), ids=lambda key: "/".join(map(str, key)))
 def test_a_form_fits_its_gpu(key: Key) -> None:
-    """No spilled register, shared memory within the limit, Hopper's matrix instructions overlap."""
+    """Its loop spills no register, shared memory suffices, Hopper's matrix instructions overlap."""
     form = table()[key]
     compiled = ahead_of_time.compile_form(key, form)
     assert compiled.fits(key.arch), compiled
+    plain = key.arch == "sm_90" and key.bits == 16 and key.features == "plain"
+    if plain and key.kernel in tune.CHAINED and not tune.repeats(key, form):
+        # each score once, and a few for the sums of a row
+        assert compiled.loop is not None
+        assert compiled.loop.exponentials < 1.2 * compiled.scores + 2, (compiled, compiled.loop)
     rows = form.block_n if key.kernel == "key_gradients" else form.block_m  # of each product
     if key.arch == "sm_90" and key.bits in (16, TF32_BITS) and rows >= 64:
         assert compiled.wgmma > 0
+
+
+def test_scores_that_are_computed_twice_are_seen() -> None:
+    key = Key("sm_90", "key_gradients", 16, 64, "plain")
+    compiled = ahead_of_time.compile_form(key, Configuration(64, 64, 8, 2))
+    assert compiled.loop is not None
+    assert compiled.loop.exponentials >= 2 * compiled.scores
+
+
+def test_no_form_computes_scores_twice() -> None:
+    """For sm_90; the registers of others, and larger heads, leave some no choice."""
+    for key, form in table().items():
+        if key.arch == "sm_90" and key.bits == 16 and key.dim <= 128:
+            assert not tune.repeats(key, form), (key, form)
+
+
+@pytest.mark.parametrize("kernel", tune.CHAINED)
+@pytest.mark.parametrize("dim", [40, 72, 88, 192])
+def test_heads_of_other_sizes(dim: int, kernel: str) -> None:
+    """They are read 16 bytes at a time, by asynchronous copies, and take no safe form."""
+    ahead_of_time.pretend("sm_90")
+    problem = ahead_of_time.problem_of(Key("sm_90", kernel, 16, dim, "plain"))
+    key = key_of(kernel, problem, "sm_90")
+    form = lookup(key)
+    assert form.block_m * form.block_n >= 2048
+    compiled = ahead_of_time.compile_kernel(kernel, problem, form)
+    assert compiled.fits(key.arch), compiled
+    assert compiled.copies > 0
 
 
 def test_the_table_is_complete() -> None:
@@ -163,7 +197,8 @@ def test_problems_that_the_table_does_not_list(name: str, dim: int, arch: str) -
     ) -> None:
         config = lookup(key_of(kernel.fn.__name__, problem, arch))
         _, form = compiled_form(kernel, extent, config)
-        launched[kernel.fn.__name__] = ahead_of_time.compile_call(kernel, **arguments, **form)
+        compiled = ahead_of_time.compile_call(kernel, **arguments, **form)
+        launched[kernel.fn.__name__] = replace(compiled, form=config)
 
     out, lse = attention(problem, launch)
     wants_bias = problem.bias is not None

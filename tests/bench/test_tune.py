@@ -103,13 +103,49 @@ def test_the_fastest_wins_and_the_present_form_competes() -> None:
     assert tune.fastest(KEY, lambda _key, _forms: {}, OTHER) is None
 
 
-def test_the_first_that_fits_is_taken() -> None:
+def test_candidates_that_compute_scores_twice_come_last() -> None:
+    """16 rows a warp, of the tile that the first product has: queries, or key_gradients' keys."""
+    wide = Configuration(128, 64, 8, 2)
+    keys = KEY._replace(kernel="key_gradients")
+    assert not tune.repeats(KEY, wide)
+    assert tune.repeats(keys, wide)
+    assert not tune.repeats(keys, Configuration(64, 128, 8, 2))
+    assert not tune.repeats(keys._replace(arch="sm_100"), wide)  # tensor memory serves all warps
+    assert tune.repeats(keys._replace(arch="sm_100"), Configuration(128, 32, 8, 2))
+    assert not tune.repeats(keys._replace(bits=32), wide)  # no matrix instructions
+    assert not tune.repeats(KEY._replace(kernel="bias_gradients"), Configuration(32, 64, 4, 2))
+    for key in tune.keys(tune.ARCHS):
+        repeated = [tune.repeats(key, form) for form in tune.candidates(key)]
+        assert repeated == sorted(repeated)
+        assert not repeated[0]
+
+
+def test_the_cheapest_of_the_first_that_fit_is_taken() -> None:
     forms = tune.candidates(KEY)
-    choice = tune.first_fitting(KEY, lambda _key, form: (form == forms[2], "just so"))
-    assert choice == (forms[2], "just so")
-    assert tune.first_fitting(KEY, lambda _key, _form: (False, "")) is None
-    last = tune.first_fitting(KEY, lambda _key, _form: (True, ""), begin=forms[5])
-    assert last == (forms[5], "")
+    costs = {
+        forms[1]: 5.0,
+        forms[2]: 2.0,
+        forms[3]: 1.0,
+        forms[4]: 4.0,
+        forms[5]: 0.5,
+        forms[6]: 0.1,
+    }
+    asked: list[Configuration] = []
+
+    def cost(_key: Key, form: Configuration) -> tuple[float, str] | None:
+        return (costs[form], f"{costs[form]:g}") if form in costs else None
+
+    def bears(_key: Key, form: Configuration) -> bool:
+        asked.append(form)
+        return form != forms[3]
+
+    assert tune.cheapest(KEY, cost, bears) == (forms[5], "0.5")
+    assert asked == [forms[1], forms[2], forms[3], forms[5]]  # the fifth costs more than the third
+    assert tune.cheapest(KEY, lambda _key, _form: None, bears) is None
+    assert tune.cheapest(KEY, lambda _key, _form: (1.0, "one"), bears, forms[5]) == (
+        forms[5],
+        "one",
+    )
 
 
 def small_trials() -> trials.Trials:
