@@ -128,7 +128,7 @@ def attention(
         softcap: c > 0 turns a score s into c * tanh(s / c), before bias and mask.
         dropout_p: probability in [0, 1] that a weight is dropped; kept ones grow by 1 / (1 - p).
         seed: decides which weights drop (Philox4x32-10 of seed, batch, head, query, key): an int,
-            a 0-d int64 tensor, or None to draw one from torch's default generator.
+            a 0-d int64 tensor, or None to draw one from the default generator of q's device.
         sinks: (Hq,), one learnable logit a head that takes probability and gives no value.
         return_lse: also return the log-sum-exp of each row's scores.
         backend: "auto", or one of "numba", "native", "reference", "triton"; see `explain`.
@@ -500,7 +500,10 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
 def _seed(
     function: str, seed: int | Tensor | None, dropout_p: float, other: str, like: Tensor
 ) -> Tensor | None:
-    """A 0-d int64 tensor where dropout needs one; a tensor so that a traced graph can draw it."""
+    """A 0-d int64 tensor where dropout needs one; a tensor so that a traced graph can draw it.
+
+    It lies where `like` does: a CUDA graph then draws anew at each replay, and nobody waits for it.
+    """
     if seed is not None and not isinstance(seed, int | Tensor):
         fail_type(function, "seed", type(seed).__name__, "an int, a 0-d int64 tensor or None")
     if isinstance(seed, Tensor):
@@ -515,10 +518,10 @@ def _seed(
     if isinstance(seed, Tensor):
         return seed
     if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64)
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
     if not -(2**63) <= seed < 2**63:
         fail_value(function, "seed", seed, "an int of 64 bits")
-    return torch.full((), seed, dtype=torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

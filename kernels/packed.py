@@ -6,7 +6,7 @@ import functools
 import operator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, TypeVar, overload
+from typing import Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ def attention_varlen(
     sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor: ...
 
 
@@ -63,6 +66,8 @@ def attention_varlen(
     *,
     return_lse: Literal[True],
     backend: str = "auto",
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -81,6 +86,9 @@ def attention_varlen(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` on each of n sequences that stand one after another in packed tensors.
 
@@ -90,6 +98,11 @@ def attention_varlen(
             flash-attention. Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1].
         mask, bias: `Causal`, `Window` and `ALiBi`, with "upper_left", "lower_right" or int
             alignments, apply within each sequence.
+        max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths, both or neither. With them
+            nothing of cu_seqlens on a GPU is read: the call does not wait for the device, and a CUDA
+            graph may record it. What is not read is not checked: there starts are cut to [0, total],
+            rows of out beyond a bound that is too small, or in no sequence, are undefined, and no
+            memory outside of the tensors is touched.
         The rest: as in `attention`; dropout counts sequence b as batch element b.
 
     Returns:
@@ -106,14 +119,17 @@ def attention_varlen(
             got = f"shape {shape_text(tensor.shape)}"
             fail_value("attention_varlen", name, got, "shape (total, H, D)")
     _check_positional(mask, bias)
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    starts_k = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    if len(starts_q) != len(starts_k):
+    if (max_seqlen_q is None) != (max_seqlen_k is None):
+        missing = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
+        fail_value("attention_varlen", missing, "None beside the other", "both or neither")
+    queries = _sequences("q", cu_seqlens_q, q.shape[0], max_seqlen_q, q)
+    keys = _sequences("k", cu_seqlens_k, k.shape[0], max_seqlen_k, q)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
         fail_value(
             "attention_varlen",
             "cu_seqlens_k",
-            f"{len(starts_k)} entries",
-            f"{len(starts_q)}, as `cu_seqlens_q`",
+            f"{cu_seqlens_k.shape[0]} entries",
+            f"{cu_seqlens_q.shape[0]}, as `cu_seqlens_q`",
         )
     if v.shape[0] != k.shape[0]:
         fail_value("attention_varlen", "v", f"{v.shape[0]} rows", f"{k.shape[0]}, as `k`")
@@ -131,23 +147,21 @@ def attention_varlen(
         sinks,
         draw_seed=True,
     )
-    lengths_q, lengths_k = (
-        [end - start for start, end in pairwise(starts)] for starts in (starts_q, starts_k)
-    )
-    shape = (len(lengths_q), q.shape[1], max(lengths_q, default=0), max(lengths_k, default=0))
+    shape = (queries.starts.shape[0] - 1, q.shape[1], queries.longest, keys.longest)
     like = problem.query
-    parts = [_aligned(part, lengths_q, lengths_k, like) for part in _parts(mask)]
+    same = cu_seqlens_q is cu_seqlens_k
+    parts = [_aligned(part, queries, keys, same) for part in _parts(mask)]
     structure = structure_of(functools.reduce(operator.and_, parts) if parts else None, shape, like)
     slopes = slope_offset = None
     if bias is not None:
-        slopes, slope_offset = _aligned(bias, lengths_q, lengths_k, like).parameters(shape, like)
+        slopes, slope_offset = _aligned(bias, queries, keys, same).parameters(shape, like)
     out, lse = ops.attention(
         problem._replace(
             mask=structure,
             alibi_slopes=slopes,
             alibi_offset=slope_offset,
-            query_starts=torch.tensor(starts_q, dtype=torch.int64, device=like.device),
-            key_starts=torch.tensor(starts_k, dtype=torch.int64, device=like.device),
+            query_starts=queries.starts,
+            key_starts=keys.starts,
             longest_query=shape[2],
             longest_key=shape[3],
         ),
@@ -184,17 +198,26 @@ def _parts(mask: Mask | None) -> tuple[Mask, ...]:
     return () if mask is None else mask.parts()
 
 
-def _aligned(part: _T, lengths_q: list[int], lengths_k: list[int], like: Tensor) -> _T:
-    """`part` with an `align` that says of each sequence where its query 0 stands."""
+def _aligned(part: _T, queries: _Sequences, keys: _Sequences, same: bool) -> _T:
+    """`part` with an `align` that says of each sequence where its query 0 stands.
+
+    `same`: queries and keys have the same lengths, whatever these are.
+    """
     align = part.align  # type: ignore[attr-defined]
+    if align is None and not same:
+        if queries.lengths is None or keys.lengths is None:
+            raise ValueError(
+                "attention_varlen: `align` is needed where lengths are not read (cu_seqlens on a "
+                "GPU, beside `max_seqlen_q`) and `cu_seqlens_q` and `cu_seqlens_k` are two tensors: "
+                'expected "upper_left", "lower_right" or an int'
+            )
+        for query_len, key_len in zip(queries.lengths, keys.lengths, strict=True):
+            offset_of("attention_varlen", None, (1, 1, query_len, key_len), queries.starts)
     if align is None:
-        for query_len, key_len in zip(lengths_q, lengths_k, strict=True):
-            offset_of("attention_varlen", None, (1, 1, query_len, key_len), like)
+        return replace(part, align="upper_left")  # type: ignore[type-var]
     if align != "lower_right":
         return part
-    offsets = [key_len - query_len for query_len, key_len in zip(lengths_q, lengths_k, strict=True)]
-    lower_right = torch.tensor(offsets, dtype=torch.int64, device=like.device)
-    return replace(part, align=lower_right)  # type: ignore[type-var]
+    return replace(part, align=keys.starts.diff() - queries.starts.diff())  # type: ignore[type-var]
 
 
 def _check_align(argument: str, align: Align) -> None:
@@ -203,15 +226,50 @@ def _check_align(argument: str, align: Align) -> None:
         fail_type("attention_varlen", argument, "a tensor as `align`", expected)
 
 
-def _starts(argument: str, cu_seqlens: Tensor, total: int) -> list[int]:
+class _Sequences(NamedTuple):
+    starts: Tensor  # (n + 1,) int64
+    lengths: list[int] | None  # None where they are not read
+    longest: int
+
+
+def _sequences(
+    name: str, cu_seqlens: Tensor, total: int, longest: int | None, like: Tensor
+) -> _Sequences:
+    """The sequences of `cu_seqlens_{name}` on the device of `like`."""
+    argument = f"cu_seqlens_{name}"
     require_tensor("attention_varlen", argument, cu_seqlens)
     expected = f"(n + 1,) ints that begin with 0, never fall, and end with {total}"
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         fail_type("attention_varlen", argument, cu_seqlens.dtype, expected)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail_value("attention_varlen", argument, f"shape {shape_text(cu_seqlens.shape)}", expected)
-    starts: list[int] = cu_seqlens.tolist()
-    falls = any(a > b for a, b in pairwise(starts))
-    if starts[0] != 0 or starts[-1] != total or falls:
-        fail_value("attention_varlen", argument, starts, expected)
-    return starts
+    if longest is not None:
+        if not isinstance(longest, int | torch.SymInt) or isinstance(longest, bool):
+            kind = type(longest).__name__
+            fail_type("attention_varlen", f"max_seqlen_{name}", kind, "an int >= 0, or None")
+        if longest < 0:
+            fail_value("attention_varlen", f"max_seqlen_{name}", longest, "an int >= 0, or None")
+        if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+            starts = cu_seqlens.to(like.device, torch.int64)
+            if like.device.type == "cpu":  # kernels there rely on what is said here
+                _assert_later(starts, total, longest, argument)
+            return _Sequences(starts.clamp(0, total), None, min(longest, total))
+    values: list[int] = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(values)]
+    if values[0] != 0 or values[-1] != total or any(length < 0 for length in lengths):
+        fail_value("attention_varlen", argument, values, expected)
+    needed = max(lengths, default=0)
+    if longest is not None and longest < needed:
+        bound = f"at least {needed}, the length of a sequence of `{argument}`"
+        fail_value("attention_varlen", f"max_seqlen_{name}", longest, bound)
+    starts = torch.tensor(values, dtype=torch.int64, device=like.device)
+    return _Sequences(starts, lengths, needed)
+
+
+def _assert_later(starts: Tensor, total: int, longest: int, argument: str) -> None:
+    """Records the checks of a graph's CPU tensor, which has no values yet."""
+    lengths = starts.diff()
+    right = (starts[0] == 0) & (starts[-1] == total) & ((lengths >= 0) & (lengths <= longest)).all()
+    torch._assert_async(
+        right, f"attention_varlen: `{argument}`: falls, does not end with {total}, or passes its bound"
+    )

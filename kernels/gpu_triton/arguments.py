@@ -17,7 +17,9 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor | int | None]:
+def dropout(
+    dropout_p: float, seed: Tensor | None, like: Tensor
+) -> tuple[int, float, Tensor | None]:
     """The least word kept, the factor of what is kept, and the key: None without dropout."""
     if dropout_p == 0.0 or seed is None:
         return 0, 1.0, None
@@ -25,4 +27,6 @@ def dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor |
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
     keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
     # A seed on the GPU is read there: asking for its value would wait for all work before it.
-    return threshold, keep_scale, seed if seed.is_cuda else int(seed)
+    if seed.device != like.device:
+        seed = torch.full((), int(seed), dtype=torch.int64, device=like.device)
+    return threshold, keep_scale, seed

@@ -323,7 +323,7 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
         slopes, offset = problem.alibi_slopes, problem.alibi_offset
         alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
     cap = problem.softcap
-    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed)
+    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed, problem.query)
     return {
         "mask": (
             _NO_BOUND * -1 if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),

@@ -153,6 +153,36 @@ def test_opcheck_of_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch)
     torch.library.opcheck(backward, arguments, test_utils=tests)
 
 
+def test_bounds_too_small_touch_no_other_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what a GPU can't check: rows in reach are right, and so is all of sequences within bounds."""
+    seen: list[AttentionProblem] = []
+    monkeypatch.setattr(ops, "attention", lambda problem, *_: (seen.append(problem), problem[:2])[1])
+    lengths_q, lengths_k = [3, 70, 5], [30, 90, 2]
+    starts_q, starts_k = (
+        torch.tensor([0, *n], device=DEVICE).cumsum(0) for n in (lengths_q, lengths_k)
+    )
+    q, k, v = draw(sum(lengths_q), H, D), draw(sum(lengths_k), 2, D), draw(sum(lengths_k), 2, DV)
+    attention_varlen(q, k, v, starts_q, starts_k, backend="triton")
+    query, key, value = (tensor.detach() for tensor in seen[0][:3])
+    problem = seen[0]._replace(query=query, key=key, value=value)
+    grad_out = torch.ones(1, H, sum(lengths_q), DV, device=DEVICE, dtype=q.dtype)
+    bounded = problem._replace(longest_query=33, longest_key=33)
+    results = []
+    for one in (problem, bounded):
+        out, lse = attention_launch.attention(one)
+        gradients = attention_launch.attention_backward(
+            one, grad_out, None, out, lse, False, False
+        )
+        results.append((out, *gradients[:3]))
+    reached = int(starts_q[1]) + 33
+    assert torch.equal(results[1][0][:, :, :reached], results[0][0][:, :, :reached])
+    for (got, wanted), ends in zip(
+        zip(*results, strict=True), (starts_q, starts_q, starts_k, starts_k), strict=True
+    ):
+        for part in (slice(0, int(ends[1])), slice(int(ends[2]), None)):
+            torch.testing.assert_close(got[:, :, part], wanted[:, :, part], rtol=0, atol=0)
+
+
 def test_split_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass after a forward pass in chunks, of 32 keys here."""
     for module in (attention_decode, attention_launch):

@@ -75,7 +75,7 @@ def cast(options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> d
     if "bias" in options:
         options["bias"] = ALiBi(SLOPES.to(device), options["bias"].align)
     if "sinks" in options:
-        options["sinks"] = options["sinks"].to(device, dtype).requires_grad_()
+        options["sinks"] = options["sinks"].detach().to(device, dtype).requires_grad_()
     return options
 
 
@@ -170,8 +170,75 @@ def test_one_seed_is_drawn_for_all(backend: str) -> None:
         torch.manual_seed(12 if seed is None else 0)
         results.append(attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, backend=backend))
     torch.manual_seed(12)
-    drawn = int(torch.randint(2**63 - 1, ()))
+    drawn = int(torch.randint(2**63 - 1, (), device=q.device))
     given = attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, seed=drawn, backend=backend)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], given)
     assert not torch.equal(results[0], results[2])
+
+
+# --- bounds of the lengths, given by the caller ---------------------------------------------------
+
+
+@pytest.mark.parametrize("bounds", [(17, 30), (20, 64), (1000, 1000)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "causal_lower_right", "alibi"])
+def test_bounds_change_nothing(name: str, bounds: tuple[int, int], backend: str) -> None:
+    q, k, v = packed(torch.float64, device_of(backend))
+    options = cast(OPTIONS[name], q.device, q.dtype)
+    cu_q, cu_k = (starts(n).to(q.device) for n in (QUERY_LENGTHS, KEY_LENGTHS))
+    expected = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options)
+    given = {"max_seqlen_q": bounds[0], "max_seqlen_k": bounds[1]}
+    out = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options, **given)
+    assert torch.equal(out, expected)
+    weights = torch.linspace(-1, 1, out.numel(), device=q.device, dtype=q.dtype).view(out.shape)
+    gradients = (torch.autograd.grad((o * weights).sum(), (q, k, v)) for o in (out, expected))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_value_is_read_beside_bounds(name: str) -> None:
+    """Tensors on "meta" have none: what a call asked of them would fail."""
+    q, k, v = packed(torch.float32, torch.device("meta"))
+    options = cast(OPTIONS[name], q.device, q.dtype)
+    cu_q, cu_k = (starts(n).to("meta") for n in (QUERY_LENGTHS, KEY_LENGTHS))
+    with pytest.raises(RuntimeError, match="meta"):
+        attention_varlen(q, k, v, cu_q, cu_k, **options)
+    out = attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=17, max_seqlen_k=30, **options)
+    assert out.shape == (sum(QUERY_LENGTHS), HEADS, DV)
+    out.sum().backward()
+    assert q.grad is not None
+
+
+def test_an_alignment_is_named_where_lengths_are_not_read() -> None:
+    q, k, v = packed(torch.float32, torch.device("meta"))
+    cu_q, cu_k = (starts(n).to("meta") for n in (QUERY_LENGTHS, KEY_LENGTHS))
+    bounds = {"max_seqlen_q": 17, "max_seqlen_k": 30}
+    with pytest.raises(ValueError, match="`align` is needed where lengths are not read"):
+        attention_varlen(q, k, v, cu_q, cu_k, Causal(), **bounds)
+    attention_varlen(q, q, q, cu_q, cu_q, Causal(), **bounds)
+
+
+def compiled(mask: Causal | None) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(
+        lambda q, k, v, cu_q, cu_k, bound: attention_varlen(
+            q, k, v, cu_q, cu_k, mask, max_seqlen_q=bound, max_seqlen_k=30
+        ),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+
+
+@pytest.mark.parametrize("mask", [None, Causal("lower_right")], ids=str)
+def test_one_graph_beside_bounds(mask: Causal | None) -> None:
+    q, k, v = packed(torch.float64, torch.device("cpu"))
+    cu_q, cu_k = starts(QUERY_LENGTHS), starts(KEY_LENGTHS)
+    function = compiled(mask)
+    expected = attention_varlen(q, k, v, cu_q, cu_k, mask)
+    torch.testing.assert_close(function(q, k, v, cu_q, cu_k, 17), expected, rtol=1e-12, atol=1e-13)
+    for wrong in (cu_q.flip(0), cu_q + 1, cu_q - 1):
+        with pytest.raises(RuntimeError, match="cu_seqlens_q"):
+            function(q, k, v, wrong, cu_k, 17)
+    with pytest.raises(RuntimeError, match="cu_seqlens_q"):
+        function(q, k, v, cu_q, cu_k, 16)
