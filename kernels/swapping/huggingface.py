@@ -16,6 +16,7 @@ from ..functional import attention
 from ..masks import Causal, Mask, Window
 from ..packed import attention_varlen
 from ..tracing import untraced
+from . import huggingface_masks
 from .instances import Options
 from .packing import Packing
 from .tensor_masks import is_zero, mask_of, mask_of_forbidden
@@ -70,8 +71,11 @@ def rowmax_mask(**arguments: Any) -> Tensor | None:
     from transformers import masking_utils
 
     plain = getattr(masking_utils, "bidirectional_mask_function", None)
+    mask: Tensor | None
     if plain is None or arguments.get("mask_function") is not plain:
-        mask: Tensor | None = masking_utils.sdpa_mask(**arguments)
+        mask = masking_utils.sdpa_mask(**arguments)
+        if mask is not None:
+            huggingface_masks.note(mask, arguments)
         return mask
     if "cache_position" in arguments:  # transformers 4
         queries = arguments["cache_position"].shape[0]
@@ -79,7 +83,11 @@ def rowmax_mask(**arguments: Any) -> Tensor | None:
     else:
         queries, one = arguments["q_length"], {"q_length": 1}
     mask = masking_utils.sdpa_mask(**{**arguments, **one})
-    return None if mask is None else mask.expand(-1, -1, queries, -1)
+    if mask is None:
+        return None
+    mask = mask.expand(-1, -1, queries, -1)
+    huggingface_masks.note(mask, arguments)
+    return mask
 
 
 def rowmax_attention(
@@ -134,8 +142,9 @@ def rowmax_attention(
     weights: Tensor | None = None
     if isinstance(attention_mask, Packing):
         q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        starts = attention_mask.cu_seqlens
-        joined = attention_varlen(q, k, v, starts, starts, **same).unsqueeze(0)
+        starts, bound = attention_mask.cu_seqlens, attention_mask.length
+        bounds: dict[str, Any] = {"max_seqlen_q": bound, "max_seqlen_k": bound}
+        joined = attention_varlen(q, k, v, starts, starts, **same, **bounds).unsqueeze(0)
     else:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)

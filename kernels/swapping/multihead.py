@@ -95,6 +95,8 @@ class SwappedMultihead(Swapped, nn.MultiheadAttention):
             mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.rowmax_options.backend,
+            max_seqlen_q=packing.length,
+            max_seqlen_k=packing.length,
         )
         return self._out(out.flatten(1))
 

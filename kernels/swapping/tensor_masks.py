@@ -1,20 +1,26 @@
 """Mask tensors as other libraries pass them, in terms of rowmax's masks.
 
 A dense mask that is padding, a causal triangle or a window in disguise is recognised by its values,
-so that kernels skip what it rules out. What a tensor means is a function of its values and of the
-sizes of the problem that it broadcasts to, and of nothing else. Its values are read at every call,
-for nothing in torch tells that a tensor is unchanged: a write through `.data` or numpy leaves its
-version as it was. What small values mean is remembered by these values themselves.
+so that kernels skip what it rules out: on the CPU, for a look at values on a GPU waits for all work
+before it, and ends the recording of a CUDA graph. There a mask is taken as it is, unless the
+function that made it says what it made (`remember`).
+
+On the CPU, what a tensor means is a function of its values and of the sizes of the problem that it
+broadcasts to, and of nothing else. Its values are read at every call, for nothing in torch tells
+that a tensor is unchanged: a write through `.data` or numpy leaves its version as it was. What
+small values mean is remembered by these values themselves.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..masks import Causal, Dense, KeyLengths, Mask, Window
+from ..masks import Causal, Dense, KeyLengths, Mask, MaskStructure, Window, structure_of
 from ..tracing import is_recorded
 
 Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
@@ -27,9 +33,12 @@ _SMALL = 1 << 16
 def mask_of(allowed: Tensor, sizes: Sizes) -> Mask | None:
     """The mask that a bool tensor (B | 1, Hq | 1, Lq | 1, Lk | 1), True = may attend, stands for.
 
-    None where everything is allowed. While a graph is traced values can't be looked at, and the
-    tensor is taken as it is.
+    None where everything is allowed. On a GPU, and while a graph is traced, values are not looked
+    at, and the tensor is taken as it is.
     """
+    known = _remembered(allowed, sizes)
+    if known is not None:
+        return known
     found, mask = _read(allowed, sizes)
     return mask if found else Dense(allowed)
 
@@ -46,6 +55,50 @@ def mask_of_forbidden(forbidden: Tensor, sizes: Sizes) -> Mask | Tensor | None:
     return mask if found else forbidden
 
 
+class _Remembered(NamedTuple):
+    structure: MaskStructure
+    version: int  # of the tensor: one that was written to since means something else
+
+
+@dataclass(frozen=True, eq=False)
+class _Known(Mask):
+    """A mask whose structure is there already."""
+
+    structure: MaskStructure
+
+    def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
+        tensors = (field for field in self.structure if isinstance(field, Tensor))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        allowed = self.structure.allowed(Lq, Lk, device)
+        allowed = torch.ones((), dtype=torch.bool) if allowed is None else allowed
+        return allowed.expand(B, Hq, Lq, Lk)
+
+    def _structure(self, shape: Sizes, like: Tensor) -> MaskStructure:  # noqa: ARG002
+        return self.structure
+
+
+def remember(allowed: Tensor, mask: Mask) -> None:
+    """Notes at a bool tensor (B, 1, Lq, Lk) that is not to be read what mask it was made from.
+
+    It counts until torch sees a write to the tensor; a write through `.data` goes unseen.
+    """
+    if allowed.is_cpu or allowed.is_inference() or torch.compiler.is_compiling():
+        return
+    batch, heads, query_len, key_len = allowed.shape
+    structure = structure_of(mask, (batch, heads, query_len, key_len), allowed)
+    allowed._rowmax_made_from = _Remembered(  # type: ignore[attr-defined]
+        structure, allowed._version
+    )
+
+
+def _remembered(allowed: Tensor, sizes: Sizes) -> Mask | None:
+    note: _Remembered | None = getattr(allowed, "_rowmax_made_from", None)
+    if note is None or torch.compiler.is_compiling() or note.version != allowed._version:
+        return None
+    batch, _, query_len, key_len = sizes
+    return _Known(note.structure) if allowed.shape == (batch, 1, query_len, key_len) else None
+
+
 def is_zero(bias: Tensor) -> bool:
     """Whether the bias is nothing but the zeros that stand for none (T5's cross-attention)."""
     if bias.requires_grad or not _is_readable(bias):
@@ -54,7 +107,7 @@ def is_zero(bias: Tensor) -> bool:
 
 
 def _is_readable(mask: Tensor) -> bool:
-    """Whether a decision may depend on the values: not while tracing, nor inside a transform.
+    """Whether a decision may depend on the values: on the CPU, but in no trace or transform.
 
     A subclass says for itself what its values are, perhaps on several machines (DTensor).
     """
@@ -63,8 +116,7 @@ def _is_readable(mask: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or type(mask) not in (Tensor, nn.Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(mask)
-        or mask.is_meta
-        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+        or not mask.is_cpu
     )
 
 
@@ -75,7 +127,7 @@ def _read(mask: Tensor, sizes: Sizes) -> tuple[bool, Mask | None]:
     for dim in range(4):
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
-    if mask.is_cpu and mask.numel() * mask.itemsize <= _SMALL:
+    if mask.numel() * mask.itemsize <= _SMALL:
         values = mask.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         # a tensor made in inference mode can't be saved for backward outside of it
         return _recognise_values(
