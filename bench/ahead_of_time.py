@@ -23,8 +23,9 @@ from triton.runtime.jit import JITFunction
 from ..kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
 from ..kernels.functional import attention_problem
 from ..kernels.gpu_triton.attention_decode import CHUNK, MOST_ROWS
-from ..kernels.gpu_triton.attention_launch import attention, attention_backward, compiled_form
+from ..kernels.gpu_triton.attention_launch import attention, attention_backward
 from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
+from ..kernels.gpu_triton.plans import compiled_form
 from ..kernels.problem import AttentionProblem
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT

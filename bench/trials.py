@@ -19,10 +19,10 @@ from ..kernels.gpu_triton.attention_decode import CHUNK
 from ..kernels.gpu_triton.attention_launch import (
     attention,
     attention_backward,
-    compiled_form,
     launch_kernel,
 )
 from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
+from ..kernels.gpu_triton.plans import compiled_form
 from ..kernels.problem import AttentionProblem
 from .ahead_of_time import products_in
 from .timing import Budget, Timer, geometric_mean, interleave

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import dispatch
 from .batching import vmap_rule
@@ -90,16 +91,55 @@ def attention(
     """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`; lse perhaps, if not asked for."""
     # as `call` would decide, without taking the problem apart and together again
     result: tuple[Tensor, Tensor | None]
-    if not (
-        nothing_watches() and are_plain(problem[:3] if _has_heads_only(problem) else problem.flat())
-    ):
+    heads_only = _has_heads_only(problem)
+    if not (nothing_watches() and are_plain(problem[:3] if heads_only else problem.flat())):
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
+        if heads_only and not with_lse:
+            return _of_heads.apply(problem[3:], backend, *problem[:3]), None
         result = _AUTOGRAD["attention"](_attention, (*problem.flat(), backend))
     else:
         chosen = dispatch.choose(backend, problem)
         result = chosen.attention(problem) if with_lse else (chosen.attention_out(problem), None)
     return result
+
+
+class _OfHeads(_SingleLevelFunction):
+    """What `derivatives.py` makes of attention, for query, key and value alone and out alone.
+
+    The general one takes 22 arguments apart and together again, twice, which costs more than all
+    the rest of a small call.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rest: tuple[Any, ...], backend: str, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        problem = AttentionProblem(query, key, value, *rest)
+        out, lse = dispatch.choose(backend, problem).attention(problem)
+        ctx.rest, ctx.backend = rest, backend
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        problem = AttentionProblem(query, key, value, *ctx.rest)
+        if (
+            torch.is_grad_enabled()
+            or not nothing_watches()
+            or not are_plain((query, key, value, out, lse, grad_out))
+        ):
+            outputs = (grad_out, None, out, lse, False, False)
+            gradients = call("attention_backward", *outputs, *problem.flat(), ctx.backend)
+        else:
+            gradients = dispatch.choose(ctx.backend, problem).attention_backward(
+                problem, grad_out, None, out, lse, False, False
+            )
+        return None, None, *gradients[:3]
+
+
+_of_heads: Any = _OfHeads  # torch's stubs know of no `apply` in its base
 
 
 def plain_attention(

@@ -99,10 +99,10 @@ def attention_varlen(
         mask, bias: `Causal`, `Window` and `ALiBi`, with "upper_left", "lower_right" or int
             alignments, apply within each sequence.
         max_seqlen_q, max_seqlen_k: bounds of the sequences' lengths, both or neither. With them
-            nothing of cu_seqlens on a GPU is read: the call does not wait for the device, and a CUDA
-            graph may record it. What is not read is not checked: there starts are cut to [0, total],
-            rows of out beyond a bound that is too small, or in no sequence, are undefined, and no
-            memory outside of the tensors is touched.
+            nothing of cu_seqlens on a GPU is read: the call does not wait for the device, and a
+            CUDA graph may record it. What is not read is not checked: there starts are cut to
+            [0, total], rows of out beyond a bound that is too small, or in no sequence, are
+            undefined, and no memory outside of the tensors is touched.
         The rest: as in `attention`; dropout counts sequence b as batch element b.
 
     Returns:
@@ -208,7 +208,7 @@ def _aligned(part: _T, queries: _Sequences, keys: _Sequences, same: bool) -> _T:
         if queries.lengths is None or keys.lengths is None:
             raise ValueError(
                 "attention_varlen: `align` is needed where lengths are not read (cu_seqlens on a "
-                "GPU, beside `max_seqlen_q`) and `cu_seqlens_q` and `cu_seqlens_k` are two tensors: "
+                "GPU, beside `max_seqlen_q`) and `cu_seqlens_q` and `cu_seqlens_k` are two: "
                 'expected "upper_left", "lower_right" or an int'
             )
         for query_len, key_len in zip(queries.lengths, keys.lengths, strict=True):
@@ -270,6 +270,5 @@ def _assert_later(starts: Tensor, total: int, longest: int, argument: str) -> No
     """Records the checks of a graph's CPU tensor, which has no values yet."""
     lengths = starts.diff()
     right = (starts[0] == 0) & (starts[-1] == total) & ((lengths >= 0) & (lengths <= longest)).all()
-    torch._assert_async(
-        right, f"attention_varlen: `{argument}`: falls, does not end with {total}, or passes its bound"
-    )
+    message = f"`{argument}`: falls, does not end with {total}, or passes the bound beside it"
+    torch._assert_async(right, f"attention_varlen: {message}")

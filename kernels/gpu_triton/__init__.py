@@ -6,6 +6,7 @@ before Triton is imported, the same kernels run on the CPU in Triton's interpret
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -53,9 +54,21 @@ def declines(problem: Problem) -> str | None:
         return f"tensors on {first.device}, not on {expected}"
     if first.dtype not in _DTYPES:
         return f"{first.dtype} is not done"
+    if first.dtype == torch.bfloat16 and expected == "cuda" and _capability(first.device) < 80:
+        major, minor = divmod(_capability(first.device), 10)
+        return f"bfloat16 needs compute capability 8.0, and {first.device} has {major}.{minor}"
     if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
         return "sequences of 2**30 and more are not done (positions are 32-bit)"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """The compute capability as 80, of AMD's GPUs one that is enough for everything."""
+    if torch.version.hip is not None:
+        return 1000
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def __getattr__(name: str) -> Any:

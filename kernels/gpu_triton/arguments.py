@@ -7,6 +7,13 @@ import contextlib
 import torch
 from torch import Tensor
 
+from . import interpreting
+
+if interpreting():  # every module that launches a kernel comes by here
+    from .interpreter import repair
+
+    repair()
+
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device; on the CPU, in the interpreter, there is none."""
@@ -17,16 +24,17 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def dropout(
-    dropout_p: float, seed: Tensor | None, like: Tensor
-) -> tuple[int, float, Tensor | None]:
+def beside(seed: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """The seed where the tensor lies: there kernels read it, and nobody waits for its value."""
+    if seed is None or seed.device == tensor.device:
+        return seed
+    return torch.full((), int(seed), dtype=torch.int64, device=tensor.device)
+
+
+def dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor | None]:
     """The least word kept, the factor of what is kept, and the key: None without dropout."""
     if dropout_p == 0.0 or seed is None:
         return 0, 1.0, None
     # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
     threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    # A seed on the GPU is read there: asking for its value would wait for all work before it.
-    if seed.device != like.device:
-        seed = torch.full((), int(seed), dtype=torch.int64, device=like.device)
-    return threshold, keep_scale, seed
+    return threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0, seed

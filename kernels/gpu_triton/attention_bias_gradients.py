@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from .attention_gradients import load_statistics, score_gradients
-from .attention_tiles import head_of, key_blocks, limits, load_rows
+from .attention_tiles import CHANGING, head_of, key_blocks, limits, load_rows
 from .philox import load_seed
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+@triton.jit(do_not_specialize=CHANGING)
 def bias_gradients(
     query,
     key,
@@ -26,11 +26,13 @@ def bias_gradients(
     shift,
     rest,
     delta,
+    band_lower,
+    band_upper,
     mask,
     bias,
     alibi,
     seed,
-    threshold,
+    threshold: tl.uint32,
     batch_start,
     keep_scale: tl.float64,
     scale: tl.float64,
@@ -86,7 +88,7 @@ def bias_gradients(
     total = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for batch in range(b_first, b_end):
         b = tl.full((), batch, tl.int64)
-        bounds = limits(given[0], b, query_len, key_len)
+        bounds = limits(band_lower, band_upper, given[0], b, query_len, key_len)
         lower, upper, queries, keys = bounds
         terms = (given[0], given[1], given[2], score_factor, cap_factor, bounds)
         for h in range(h_first, h_end):

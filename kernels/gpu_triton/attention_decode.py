@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .attention_forward import attend
-from .attention_tiles import LN_2, LOG2_E, head_of, key_blocks, limits, sequence_of
+from .attention_tiles import CHANGING, LN_2, LOG2_E, head_of, key_blocks, limits, sequence_of
 from .philox import load_seed
 
 # Keys of a chunk. A context of 8,192 keys and 8 key heads then fills an H100's 132 multiprocessors
@@ -40,7 +40,7 @@ def _load_queries(query, place, head, i, inside, BLOCK_D: tl.constexpr, HEAD_DIM
     return tl.load(query[0] + row + column, mask=inside & (column < HEAD_DIM), other=0.0)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "batch_start", "chunks"])
+@triton.jit(do_not_specialize=CHANGING)
 def decode(
     query,
     key,
@@ -48,12 +48,14 @@ def decode(
     partial,
     maxima,
     sums,
+    band_lower,
+    band_upper,
     mask,
     bias,
     alibi,
     packed,
     seed,
-    threshold,
+    threshold: tl.uint32,
     batch_start,
     score_factor: tl.float64,
     cap_factor: tl.float64,
@@ -94,7 +96,7 @@ def decode(
     i = (row % query_len)[:, None]
 
     place, first_query, first_key, own_queries, key_len = sequence_of(packed, b, query_len, key_len)
-    bounds = limits(mask, b, own_queries, key_len)
+    bounds = limits(band_lower, band_upper, mask, b, own_queries, key_len)
     lower, upper, queries, keys = bounds
     # rows of no query lie behind all queries, where nothing is attended
     i = tl.where((row < rows)[:, None], i, own_queries)
@@ -142,7 +144,7 @@ def decode(
     tl.store(at, out_tile, mask=attending & (column < VALUE_DIM))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=[*CHANGING, "query_rows"])
 def combine(
     partial,
     maxima,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    CHANGING,
     LN_2,
     LOG2_E,
     accumulate,
@@ -86,20 +87,22 @@ def attend(
     return out_tile, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+@triton.jit(do_not_specialize=[*CHANGING, "query_rows"])
 def forward(
     query,
     key,
     value,
     out,
     lse,
+    band_lower,
+    band_upper,
     mask,
     bias,
     alibi,
     sinks,
     packed,
     seed,
-    threshold,
+    threshold: tl.uint32,
     batch_start,
     keep_scale: tl.float64,
     score_factor: tl.float64,
@@ -140,7 +143,7 @@ def forward(
     key_head = h // (heads // key_heads)
 
     place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
-    bounds = limits(mask, b, query_len, key_len)
+    bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
     lower, upper, queries, keys = bounds
     first, end, begin, full_begin, full_end = key_blocks(
         i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N

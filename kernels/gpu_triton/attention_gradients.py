@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
+    CHANGING,
     LOG2_E,
     accumulate,
     attended_keys,
@@ -32,7 +33,7 @@ from .attention_tiles import (
 from .philox import load_seed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*CHANGING, "query_rows"])
 def prepare(
     grad_out,
     out,
@@ -199,7 +200,7 @@ def _add_queries(
     return d_key_tile, d_value_tile
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+@triton.jit(do_not_specialize=CHANGING)
 def key_gradients(
     query,
     key,
@@ -210,12 +211,14 @@ def key_gradients(
     shift,
     rest,
     delta,
+    band_lower,
+    band_upper,
     mask,
     bias,
     alibi,
     packed,
     seed,
-    threshold,
+    threshold: tl.uint32,
     batch_start,
     keep_scale: tl.float64,
     scale: tl.float64,
@@ -253,7 +256,7 @@ def key_gradients(
     b = (program // tiles // key_heads).to(tl.int64)
 
     place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
-    bounds = limits(mask, b, query_len, key_len)
+    bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
     lower, upper, queries, keys = bounds
     first, end, begin, full_begin, full_end = query_blocks(
         j0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
@@ -372,7 +375,7 @@ def _add_keys(
     return accumulate(d_query_tile, d_product, key_tile, PRECISION)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "batch_start"])
+@triton.jit(do_not_specialize=CHANGING)
 def query_gradients(
     query,
     key,
@@ -383,12 +386,14 @@ def query_gradients(
     shift,
     rest,
     delta,
+    band_lower,
+    band_upper,
     mask,
     bias,
     alibi,
     packed,
     seed,
-    threshold,
+    threshold: tl.uint32,
     batch_start,
     keep_scale: tl.float64,
     scale: tl.float64,
@@ -425,7 +430,7 @@ def query_gradients(
     wide_head, key_head = h.to(tl.int64), (h // (heads // key_heads)).to(tl.int64)
 
     place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
-    bounds = limits(mask, b, query_len, key_len)
+    bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
     lower, upper, queries, keys = bounds
     first, end, begin, full_begin, full_end = key_blocks(
         i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
@@ -12,30 +12,19 @@ from torch import Tensor
 
 from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..problem import AttentionProblem
-from .arguments import contiguous, dropout, on_device
+from . import interpreting, plans
+from .arguments import beside, contiguous, dropout, on_device
 from .attention_bias_gradients import bias_gradients
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
-from .configurations import Configuration, configuration, may_be_dead, precision
+from .configurations import configuration, may_be_dead, precision
+from .plans import Launch, compiled_form
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
 # What divides the strides of a tensor's rows: the kernels are compiled for it.
 _ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
-
-
-class Launch(Protocol):
-    """Runs `kernel` once for each tile of (queries, keys, planes)."""
-
-    def __call__(
-        self,
-        kernel: Any,
-        problem: AttentionProblem,
-        extent: tuple[int, int, int],
-        arguments: dict[str, Any],
-        /,
-    ) -> None: ...
 
 
 def launch_kernel(
@@ -44,33 +33,24 @@ def launch_kernel(
     extent: tuple[int, int, int],
     arguments: dict[str, Any],
 ) -> None:
-    """A dimension of `extent` that is 1 is not divided."""
-    programs, form = compiled_form(kernel, extent, configuration(kernel.fn.__name__, problem))
+    """At once. A dimension of `extent` that is 1 is not divided."""
+    config = configuration(kernel.fn.__name__, problem)
+    programs, form = compiled_form(kernel, extent, config)
     if programs == 0:
         return
     with on_device(problem.query):
         kernel[(programs,)](**arguments, **form)
 
 
-def compiled_form(
-    kernel: Any, extent: tuple[int, int, int], config: Configuration
-) -> tuple[int, dict[str, int]]:
-    """How many programs there are, and the arguments of `kernel` that `config` decides."""
-    rows, columns, planes = extent
-    block_m = config.block_m
-    if kernel is decode:  # often a single row: its tile is as small as a product may be
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": config.block_n}
-    programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, config.block_n) * planes
-    return programs, {
-        **{name: size for name, size in sizes.items() if name in kernel.arg_names},
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def attention(problem: AttentionProblem, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse; `launch`, if given, takes every kernel in the place of this module."""
+    if launch is None and not interpreting():
+        out, lse = plans.run(_attention, _prepared, problem)
+        return out, lse
+    return _attention(_prepared(problem), launch=launch or launch_kernel)
 
 
-def attention(problem: AttentionProblem, launch: Launch = launch_kernel) -> tuple[Tensor, Tensor]:
-    problem = _prepared(problem)
+def _attention(problem: AttentionProblem, *, launch: Launch) -> tuple[Tensor, Tensor]:
     query, value = problem.query, problem.value
     out = empty_heads(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
@@ -156,21 +136,43 @@ def attention_backward(
     lse: Tensor,
     bias_grad: bool,
     sinks_grad: bool,
-    launch: Launch = launch_kernel,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = _prepared(problem)
-    query, key, value, bias = problem.query, problem.key, problem.value, problem.bias
+    bias = problem.bias
+    d_bias = None
+    if bias_grad and bias is not None:
+        d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    others = (_readable(grad_out), contiguous(grad_lse), _readable(out), lse.contiguous(), d_bias)
+    if launch is None and not interpreting():
+        results = plans.run(_attention_backward, _prepared, problem, *others)
+    else:
+        results = _attention_backward(_prepared(problem), *others, launch=launch or launch_kernel)
+    d_query, d_key, d_value, delta = results
+    return (
+        *(d_query, d_key, d_value),
+        problem.query.new_empty(0) if d_bias is None else d_bias,
+        _sinks_gradient(problem, others[3], delta, sinks_grad),
+    )
+
+
+def _attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_bias: Tensor | None,
+    *,
+    launch: Launch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_query, d_key, d_value and delta; d_bias, zeros, is written where it is given."""
+    query, key, value = problem.query, problem.key, problem.value
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
-    grad_out, out, lse = _readable(grad_out), _readable(out), lse.contiguous()
-    grad_lse = contiguous(grad_lse)
     dtype = statistics_dtype(query.dtype)
     shift = torch.empty_like(lse, dtype=dtype)
     rest = None if lse.dtype == dtype else torch.empty_like(shift)
     delta = torch.empty_like(shift)
-    d_bias, shared = query.new_empty(0), False
-    if bias_grad and bias is not None:
-        d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-        shared = tuple(bias.shape) != problem.shape
+    shared = d_bias is not None and tuple(d_bias.shape) != problem.shape
 
     batch, heads, query_len, key_len = problem.shape
     constants = _constants(problem)
@@ -217,7 +219,7 @@ def attention_backward(
             **arguments,
         },
     )
-    whole = d_bias if bias_grad and not shared else None
+    whole = None if shared else d_bias
     launch(
         query_gradients,
         problem,
@@ -229,7 +231,7 @@ def attention_backward(
             **arguments,
         },
     )
-    if shared:
+    if shared and d_bias is not None:
         each = [size > 1 for size in d_bias.shape]
         launch(
             bias_gradients,
@@ -244,7 +246,7 @@ def attention_backward(
                 **arguments,
             },
         )
-    return d_query, d_key, d_value, d_bias, _sinks_gradient(problem, lse, delta, sinks_grad)
+    return d_query, d_key, d_value, delta
 
 
 def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wanted: bool) -> Tensor:
@@ -267,7 +269,11 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
             band=contiguous(mask.band),
             key_lengths=contiguous(mask.key_lengths),
             query_lengths=contiguous(mask.query_lengths),
+            query_documents=_in_rows(mask.query_documents),
+            key_documents=_in_rows(mask.key_documents),
         ),
+        sinks=contiguous(problem.sinks),
+        seed=beside(problem.seed, problem.query),
     )
 
 
@@ -275,6 +281,10 @@ def _readable(tensor: Tensor) -> Tensor:
     """The tensor itself where its rows are contiguous and 32-bit offsets reach all; or a copy."""
     near = tensor.shape[2] * abs(tensor.stride(2)) < 2**31
     return tensor if tensor.stride(3) == 1 and near else tensor.contiguous()
+
+
+def _in_rows(ids: Tensor | None) -> Tensor | None:
+    return ids if ids is None or ids.stride(1) == 1 else ids.contiguous()
 
 
 def _rows(tensor: Tensor) -> tuple[Any, ...]:
@@ -323,11 +333,11 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
         slopes, offset = problem.alibi_slopes, problem.alibi_offset
         alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
     cap = problem.softcap
-    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed, problem.query)
+    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed)
     return {
+        "band_lower": -_NO_BOUND if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),
+        "band_upper": _NO_BOUND if mask.band_upper is None else min(mask.band_upper, _NO_BOUND),
         "mask": (
-            _NO_BOUND * -1 if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),
-            _NO_BOUND if mask.band_upper is None else min(mask.band_upper, _NO_BOUND),
             mask.band,
             mask.key_lengths,
             mask.query_lengths,

@@ -7,9 +7,9 @@ an absent part is None, decided when the kernel is compiled:
 
     tensor  (pointer, batch stride, head stride, row stride, what divides the strides), in elements;
             columns are contiguous
-    mask    (band lower, band upper, band (B, 2) int64, key lengths (B,) int64, query lengths (B,)
-            int64, query documents (B, Lq) int64, key documents (B, Lk) int64, dense), the last
-            None or (bool pointer, four strides)
+    mask    (band (B, 2) int64, key lengths (B,) int64, query lengths (B,) int64, query documents
+            (B, Lq) int64, key documents (B, Lk) int64, dense), the last None or (bool pointer, four
+            strides)
     bias    None or (pointer, four strides), a broadcast dimension with stride 0
     alibi   None or (slopes, batch stride, head stride, offsets (B | 1,) int64, stride)
 
@@ -28,14 +28,21 @@ from .philox import philox4x32
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 NO_BOUND = tl.constexpr(2**30)  # a band bound that no position reaches
+# What may change from one step of a loop to the next, and so must not be compiled for: Triton knows
+# multiples of 16 and 1 of any other int. Of a tuple it looks at every element, so that band_lower
+# and band_upper stand apart from the mask.
+CHANGING = [
+    *("query_len", "key_len", "chunks", "batches", "band_lower", "band_upper"),
+    *("seed", "threshold", "batch_start"),
+]
 
 
 @triton.jit
-def limits(mask, b, query_len, key_len):
+def limits(band_lower, band_upper, mask, b, query_len, key_len):
     """Of batch element b: lower and upper bound of j - i, and how many queries and keys count."""
-    lower, upper, band, key_lengths, query_lengths = mask[0], mask[1], mask[2], mask[3], mask[4]
-    lower = tl.full((), lower, tl.int32)
-    upper = tl.full((), upper, tl.int32)
+    band, key_lengths, query_lengths = mask[0], mask[1], mask[2]
+    lower = tl.full((), band_lower, tl.int32)
+    upper = tl.full((), band_upper, tl.int32)
     queries = tl.full((), query_len, tl.int32)
     keys = tl.full((), key_len, tl.int32)
     if band is not None:
@@ -192,12 +199,12 @@ def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         # both bounds at once: what lies below the lower one is huge without a sign
         allowed = allowed & ((j - (i + lower)).to(tl.uint32) <= (upper - lower).to(tl.uint32))
-    if mask[5] is not None:
-        left = tl.load(mask[5][0] + b * mask[5][1] + i, mask=i < queries, other=0)
-        right = tl.load(mask[6][0] + b * mask[6][1] + j, mask=j < keys, other=0)
+    if mask[3] is not None:
+        left = tl.load(mask[3][0] + b * mask[3][1] + i, mask=i < queries, other=0)
+        right = tl.load(mask[4][0] + b * mask[4][1] + j, mask=j < keys, other=0)
         allowed = allowed & (left == right)
-    if mask[7] is not None:
-        dense, dense_batch, dense_head, dense_row, dense_column = mask[7]
+    if mask[5] is not None:
+        dense, dense_batch, dense_head, dense_row, dense_column = mask[5]
         at = dense + b * dense_batch + h * dense_head
         at = at + i.to(tl.int64) * dense_row + j.to(tl.int64) * dense_column
         marks = tl.load(at, mask=allowed, other=0)

@@ -51,19 +51,25 @@ EVERYTHING = "rich_dropout"
 TF32_BITS = 19
 # Small tiles: several of them even at the lengths of the tests.
 INTERPRETED = Configuration(32, 32, 4, 1)
-# GPUs with 163 KiB of shared memory a program and more. All others, unknown ones too, take forms
-# made for SMALL, with 99 KiB.
+# GPUs with 163 KiB of shared memory a program and more; and those with 99 KiB, which take the forms
+# made for SMALL.
 LARGE = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_103", "sm_110")
 SMALL = "sm_89"
+LITTLE = ("sm_86", SMALL, "sm_120", "sm_121")
 SAFE = Configuration(16, 16, 4, 1)
 _SAFE_NARROW = Configuration(32, 32, 4, 1)  # half types and TF32, heads of 128 at most
 
 
 def configuration(kernel: str, problem: AttentionProblem) -> Configuration:
     """The form of `kernel` for this problem on its device."""
+    return candidates(kernel, problem)[0]
+
+
+def candidates(kernel: str, problem: AttentionProblem) -> tuple[Configuration, ...]:
+    """The forms of `kernel` for this problem on its device, in the order in which to try them."""
     if interpreting():
-        return INTERPRETED
-    return lookup(key_of(kernel, problem, architecture(problem.query.device)))
+        return (INTERPRETED,)
+    return in_order(key_of(kernel, problem, architecture(problem.query.device)))
 
 
 def key_of(kernel: str, problem: AttentionProblem, arch: str) -> Key:
@@ -109,26 +115,37 @@ def architecture(device: torch.device) -> str:
     return f"sm_{10 * major + minor}"
 
 
-@functools.cache
 def lookup(key: Key) -> Configuration:
     """The table's entry for `key`, or the nearest one that is safe for it."""
+    return in_order(key)[0]
+
+
+@functools.cache
+def in_order(key: Key) -> tuple[Configuration, ...]:
+    """The entries of the table that may serve `key`, the nearest first, then the safe forms."""
     entries = table()
-    for arch in serving(key.arch):
-        for dim in (key.dim, *(2 * key.dim, 4 * key.dim)):
-            for features in (key.features, EVERYTHING):
-                found = entries.get(key._replace(arch=arch, dim=dim, features=features))
-                if found is not None:
-                    return found
-    return SAFE if key.bits > TF32_BITS or key.dim >= 256 else _SAFE_NARROW
+    near = (
+        entries.get(key._replace(arch=arch, dim=dim, features=features))
+        for arch in serving(key.arch)
+        for dim in (key.dim, 2 * key.dim, 4 * key.dim)
+        for features in (key.features, EVERYTHING)
+    )
+    wide = key.bits > TF32_BITS or key.dim >= 256
+    safe = (SAFE,) if wide else (_SAFE_NARROW, SAFE)
+    return tuple(dict.fromkeys((*filter(None, near), *safe)))
 
 
 def serving(arch: str) -> list[str]:
-    """The architectures whose forms this one may take, the nearest first."""
+    """The architectures whose forms this one may take, the nearest first.
+
+    One that nobody has heard of yet is served as the nearest lower one that is known.
+    """
     if not arch.startswith("sm_") or _number(arch) < 80:
         return [arch]
-    if arch not in LARGE:
+    known = max((name for name in (*LARGE, *LITTLE) if _number(name) <= _number(arch)), key=_number)
+    if known in LITTLE:
         return [arch, SMALL]
-    return [known for known in reversed(LARGE) if _number(known) <= _number(arch)]
+    return [arch, *(name for name in reversed(LARGE) if _number(name) <= _number(known))]
 
 
 def _number(arch: str) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..fused_norms import FusedNorms
 from ..layout import count_rows, rows_of, statistics_dtype
-from .arguments import contiguous, dropout, on_device
+from .arguments import beside, contiguous, dropout, on_device
 from .norms_backward import average_rows, differentiate, sum_chunks
 from .norms_forward import normalise, normalise_blocks
 from .rows import backward_tile, chunk_rows, forward_tile, stages
@@ -41,7 +41,7 @@ def _forward(
     arguments = (
         *(x, x_row, residual, residual_row, contiguous(weight), contiguous(bias)),
         *(y, None if residual is None else total, mean if centred else None, rstd),
-        *(rows, columns, eps, *dropout(dropout_p, seed, x)),
+        *(rows, columns, eps, *dropout(dropout_p, beside(seed, x))),
     )
     tile = forward_tile(columns, x.dtype)
     with on_device(x):
@@ -100,7 +100,7 @@ def _backward(
         differentiate[(chunks * blocks,)](
             *(*inputs, grad_total, grad_total_row, mean, rstd, scale, means),
             *(d_total, d_x if dropout_p > 0.0 else None, weight_partials, bias_partials),
-            *(rows, columns, chunk, *dropout(dropout_p, seed, x), tile.rows, tile.columns),
+            *(rows, columns, chunk, *dropout(dropout_p, beside(seed, x)), tile.rows, tile.columns),
             stages(tile, x.dtype, 2 if grad_total is None else 3),
             num_warps=tile.warps,
         )

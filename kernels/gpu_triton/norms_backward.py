@@ -96,7 +96,7 @@ def differentiate(
     rows,
     columns,
     chunk_rows,
-    threshold,
+    threshold: tl.uint32,
     keep_scale: tl.float64,
     seed,
     ROWS: tl.constexpr,

@@ -20,7 +20,6 @@ from rowmax.kernels.functional import attention_problem
 from rowmax.kernels.gpu_triton.attention_launch import (
     attention,
     attention_backward,
-    compiled_form,
 )
 from rowmax.kernels.gpu_triton.configurations import (
     TF32_BITS,
@@ -30,6 +29,7 @@ from rowmax.kernels.gpu_triton.configurations import (
     lookup,
     table,
 )
+from rowmax.kernels.gpu_triton.plans import compiled_form
 from rowmax.kernels.problem import AttentionProblem
 
 ARCHS = sorted({key.arch for key in table()})

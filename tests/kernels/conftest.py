@@ -6,9 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from . import backends, interpreter
-
-interpreter.repair()
+from . import backends
 
 # Of a test's cases that Triton's interpreter runs, every so many-th is taken unless
 # ROWMAX_INTERPRET_ALL is set (`make test-interpreted` sets it): all of them take a quarter of an

@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
 import torch
 
-from .interpreter import to_bfloat16, to_float32
+pytest.importorskip("triton")
+
+from rowmax.kernels.gpu_triton import interpreting
+
+if not interpreting():
+    pytest.skip("Triton compiles here", allow_module_level=True)
+
+from rowmax.kernels.gpu_triton.interpreter import to_bfloat16, to_float32
+
+OUTSIDE_THE_TESTS = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from rowmax.kernels import attention
+q, k, v = (torch.linspace(-2, 2, 640).cos().add(n).view(1, 2, 20, 16) for n in range(3))
+halves = [tensor.to(torch.bfloat16) for tensor in (q, k, v)]
+out = attention(*halves, backend="triton")
+expected = attention(*(tensor.double() for tensor in halves), backend="reference")
+print(float((out - expected).abs().max() / expected.abs().max()))
+"""
+
+
+def test_bfloat16_is_right_for_whoever_sets_the_variable() -> None:
+    """In a process that loads nothing of the tests."""
+    command = [sys.executable, "-c", OUTSIDE_THE_TESTS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(printed) < 0.02
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:

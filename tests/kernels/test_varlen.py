@@ -187,7 +187,7 @@ def test_bounds_change_nothing(name: str, bounds: tuple[int, int], backend: str)
     options = cast(OPTIONS[name], q.device, q.dtype)
     cu_q, cu_k = (starts(n).to(q.device) for n in (QUERY_LENGTHS, KEY_LENGTHS))
     expected = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options)
-    given = {"max_seqlen_q": bounds[0], "max_seqlen_k": bounds[1]}
+    given: dict[str, Any] = {"max_seqlen_q": bounds[0], "max_seqlen_k": bounds[1]}
     out = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options, **given)
     assert torch.equal(out, expected)
     weights = torch.linspace(-1, 1, out.numel(), device=q.device, dtype=q.dtype).view(out.shape)
@@ -213,7 +213,7 @@ def test_no_value_is_read_beside_bounds(name: str) -> None:
 def test_an_alignment_is_named_where_lengths_are_not_read() -> None:
     q, k, v = packed(torch.float32, torch.device("meta"))
     cu_q, cu_k = (starts(n).to("meta") for n in (QUERY_LENGTHS, KEY_LENGTHS))
-    bounds = {"max_seqlen_q": 17, "max_seqlen_k": 30}
+    bounds: dict[str, Any] = {"max_seqlen_q": 17, "max_seqlen_k": 30}
     with pytest.raises(ValueError, match="`align` is needed where lengths are not read"):
         attention_varlen(q, k, v, cu_q, cu_k, Causal(), **bounds)
     attention_varlen(q, q, q, cu_q, cu_q, Causal(), **bounds)

@@ -1,7 +1,9 @@
 """Repairs of Triton's interpreter (3.6 to 3.9), where it computes something else than a GPU does.
 
-bfloat16 is kept as bit patterns in uint16: `tl.dot` multiplies the patterns, and the conversion
-from float32 cuts bits off where a GPU rounds to nearest even.
+They are part of the package, not of its tests alone: whoever sets TRITON_INTERPRET=1 would get
+numbers of the order of 1e8, without a word. bfloat16 is kept as bit patterns in uint16: `tl.dot`
+multiplies the patterns, and the conversion from float32 cuts bits off where a GPU rounds to nearest
+even.
 
 It spends a third of its time on replacing the functions of triton.language by its own at every
 call of a device function. Here they are replaced once: a process that interprets never compiles.
@@ -10,18 +12,17 @@ call of a device function. Here they are replaced once: a process that interpret
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
+@functools.cache
 def repair() -> None:
-    if importlib.util.find_spec("triton") is None:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
+    """For the whole process, at the first call."""
     original_dot, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def widened(handle: Any) -> Any:
@@ -46,9 +47,6 @@ def repair() -> None:
 
 
 def _replace_once() -> None:
-    import triton.language as tl
-    from triton.runtime import interpreter
-
     original, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
     dtype_of_number = functools.cache(dtype_of)
     replaced: set[int] = set()
