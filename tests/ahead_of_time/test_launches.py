@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,7 +47,7 @@ def binding(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launched]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     """Kernels are not compiled but noted, with addresses for tensors, as a launcher gets them."""
     ahead_of_time.pretend("sm_90")
     noted: Launched = []

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -125,6 +126,127 @@ def test_cuda_graphs(name: str) -> None:
                 leaf.copy_(other)
         graph.replay()
         assert_equal(recorded, both_passes(function, others))
+
+
+def recorded(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`function` in a graph, and what it returned there, after a call on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function()
+    return graph, out
+
+
+def test_a_graph_draws_a_seed_at_each_replay() -> None:
+    """Both passes of one replay drop the same weights, those of the next replay others."""
+    q, k, v = heads(2, 300)
+    v = torch.ones_like(v).requires_grad_()
+
+    def call() -> list[Tensor]:
+        out = attention(q, k, v, dropout_p=0.5, backend="triton")
+        return [out.detach(), torch.autograd.grad(out.sum(), v)[0]]
+
+    graph, held = recorded(call)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append([tensor.clone() for tensor in held])
+    for one, other in zip(*results, strict=True):
+        assert not torch.equal(one, other)
+    for out, gradient in results:
+        # v is all ones: the sum of out is that of the weights kept, and so is that of its gradient
+        kept, again = out.double().sum() / out.shape[3], gradient.double().sum() / out.shape[3]
+        torch.testing.assert_close(kept, again, rtol=1e-2, atol=0)
+
+
+def test_a_seed_is_reproduced_by_torchs_own() -> None:
+    q, k, v = heads(2, 300)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(attention(q, k, v, dropout_p=0.5, backend="triton"))
+    assert torch.equal(results[0], results[1])
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """An error for whatever waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bounds_of_packed_lengths() -> None:
+    """With them a call neither waits nor breaks a recording, and other lengths may be replayed."""
+    q, k, v = (
+        draw(700, count, 64, seed=index).requires_grad_() for index, count in enumerate((8, 2, 2))
+    )
+    starts = torch.tensor([0, 5, 300, 300, 700], device=DEVICE)
+
+    def call(**bounds: Any) -> list[Tensor]:
+        out = attention_varlen(
+            q, k, v, starts, starts, Causal("lower_right"), backend="triton", **bounds
+        )
+        return [out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    bounds = {"max_seqlen_q": 512, "max_seqlen_k": 512}
+    expected = call()
+    with nothing_waits():
+        got = call(**bounds)
+    assert_equal(got, expected)
+    graph, held = recorded(lambda: call(**bounds))
+    for lengths in ([0, 5, 300, 300, 700], [0, 100, 200, 699, 700]):
+        starts.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert_equal(held, call())
+
+
+@EVERY_CALL
+def test_nothing_waits(name: str) -> None:
+    function, make = CALLS[name]
+    tensors = make()
+    both_passes(function, tensors)
+    with nothing_waits():
+        both_passes(function, tensors)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@EVERY_CALL
+def test_another_device_than_the_current_one(name: str) -> None:
+    function, make = CALLS[name]
+    tensors = make()
+    expected = both_passes(function, tensors)
+    other = [tensor.to("cuda:1") for tensor in tensors]
+    if name == "padded_causal":  # its lengths lie on the first device
+        other, function = other, lambda q, k, v: attention(q, k, v, Causal(), backend="triton")
+        expected = both_passes(function, tensors)
+    for _ in range(2):
+        leaves = [tensor.detach().requires_grad_() for tensor in other]
+        out = function(*leaves)
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+        got = [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
+        assert all(tensor.device == other[0].device for tensor in got)
+        assert_equal([tensor.to(DEVICE) for tensor in got], expected)
+
+
+@EVERY_CALL
+def test_reduced_overhead(name: str) -> None:
+    """torch.compile's own CUDA graphs."""
+    function, make = CALLS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for factor in (1.0, -0.5, 2.0):  # warms up, records, replays
+        tensors = [tensor * factor for tensor in make()]
+        got = [tensor.clone() for tensor in both_passes(compiled, tensors)]
+        for one, other in zip(got, both_passes(function, tensors), strict=True):
+            scale = float(other.abs().max())
+            torch.testing.assert_close(one, other, rtol=0.02, atol=0.01 * scale)
 
 
 @EVERY_CALL
