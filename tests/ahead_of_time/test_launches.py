@@ -6,6 +6,7 @@ to step may ask for another compiled kernel.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -160,6 +161,35 @@ def test_a_plan_launches_what_the_first_call_did(name: str, launched: Launched) 
     for key, tensor in tensors.items():
         assert (replayed[key].shape, replayed[key].stride()) == (tensor.shape, tensor.stride())
         assert replayed[key].dtype == tensor.dtype
+
+
+def steps_of(call: Callable[[], Any]) -> int:
+    """How many functions the backend calls: a measure of its own cost, the same everywhere."""
+    counted: list[str] = []
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event in ("call", "c_call") and "gpu_triton" in frame.f_code.co_filename:
+            counted.append(event)
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return len(counted)
+
+
+def test_a_call_that_has_a_plan_takes_few_steps(launched: Launched) -> None:
+    problem = problem_of()
+    out, lse = attention_launch.attention(problem)
+    arguments = (problem, torch.zeros_like(out), None, out, lse, False, False)
+    calls: dict[int, Callable[[], Any]] = {
+        35: lambda: attention_launch.attention(problem),
+        75: lambda: attention_launch.attention_backward(*arguments),
+    }
+    for bound, call in calls.items():
+        call()
+        assert 10 < steps_of(call) <= bound
 
 
 def test_what_is_copied_first_keeps_no_plan(launched: Launched) -> None:
