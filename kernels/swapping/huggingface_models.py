@@ -18,7 +18,7 @@ from ..tracing import untraced
 from .huggingface import NAME
 from .huggingface_configs import is_alias
 from .instances import Form, Swapped
-from .packing import Packing
+from .packing import Packing, may_count
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION_NAME = re.compile(r"(Attention|Attn)(V\d)?$")
@@ -187,6 +187,8 @@ def _with_last(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _real_tokens(attention_mask: Tensor, hidden_states: Tensor) -> Tensor | None:
     """(B, L) bool, from a mask that is the same for all heads and queries; else None."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
+        return None
+    if not may_count(attention_mask):
         return None
     batch, length = hidden_states.shape[:2]
     heads, queries = (untraced(attention_mask.size, at) for at in (1, 2))

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 
+def may_count(mask: Tensor) -> bool:
+    """Whether real tokens may be counted, which reads values: no trace, no recording of a graph."""
+    recording = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or recording)
+
+
 @dataclass(frozen=True, eq=False)
 class Packing:
     """A batch (B, L, ...) whose real tokens lie one after another: (total, ...).

@@ -16,7 +16,7 @@ from ..tracing import is_recorded, same_sizes
 from .instances import Form, Swapped, as_torch_does, has_own, is_plain_call
 from .multihead import SwappedMultihead, packs
 from .norms import SwappedLayerNorm, fits
-from .packing import Packing
+from .packing import Packing, may_count
 from .tensor_masks import mask_of_forbidden
 
 _BLOCKS = ("_sa_block", "_ff_block")
@@ -161,7 +161,7 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
 
     def _packing(self, padding_mask: Tensor, mask: Tensor | None) -> Packing | None:
         """Which tokens are real; None where this call has no packed form."""
-        if why_not_packed(self) is not None:
+        if not may_count(padding_mask) or why_not_packed(self) is not None:
             return None
         if mask is not None and not _is_causal(mask):
             return None

@@ -12,11 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="needs rowmax[huggingface]")
 
-from rowmax.kernels import Dense, register_huggingface, scaled_dot_product_attention  # noqa: E402
+from rowmax.kernels import (  # noqa: E402
+    Dense,
+    register_huggingface,
+    scaled_dot_product_attention,
+    swapped,
+)
 from rowmax.kernels.swapping import huggingface, tensor_masks  # noqa: E402
 
 from . import architectures as zoo  # noqa: E402
@@ -143,3 +148,34 @@ def test_other_masks_are_taken_as_they_are(elsewhere: None) -> None:
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     assert not waits(lambda: scaled_dot_product_attention(q, q, q, mask))
     assert not waits(lambda: scaled_dot_product_attention(q, q, q, mask.float()))
+
+
+@pytest.mark.parametrize("kind", ["torch", "BERT"])
+def test_packed_encoders_stay_padded_in_a_recording(
+    kind: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """To count the real tokens would end the recording of a CUDA graph."""
+    real = torch.arange(7) < torch.tensor([[7], [4]])
+    if kind == "torch":
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        model: Any = nn.TransformerEncoder(layer, 2).eval()
+        x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(2))
+
+        def call() -> Tensor:
+            return model(x, src_key_padding_mask=~real)
+    else:
+        model = zoo.model_of(kind)
+        ids = torch.arange(3, 17).view(2, 7)
+
+        def call() -> Tensor:
+            return model(ids, attention_mask=real.long()).last_hidden_state
+
+    if kind in zoo.ONLY_FROM_5 and zoo.VERSION < (5, 0):
+        pytest.skip(f"{kind} does not go through the interface in transformers 4")
+    with torch.no_grad(), swapped(model, pack=True):
+        packed = call()
+        request.getfixturevalue("elsewhere")
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not waits(call)
+        torch.testing.assert_close(call()[real], packed[real], rtol=1e-5, atol=1e-5)
