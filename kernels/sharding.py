@@ -148,6 +148,8 @@ def _rows(
 ) -> Callable[[Values], Iterator[Way]]:
     """The ways of a norm: the arguments at `rows` hold rows, those at `parameters` (N,) or None.
 
+    The last of `rows` is (..., N), others may be statistics (...).
+
     Of the outputs, 0 is one of rows, None one that is empty without dropout, and a negative number
     -n the gradient of parameter n - 1. `drops` is where dropout_p stands.
     """
@@ -176,7 +178,7 @@ _WAYS: dict[str, Callable[[Values], Iterator[Way]]] = {
     "layer_norm": _rows((0,), (1, 2), (0, 0, 0), None),
     "layer_norm_backward": _rows((0, 1, 2, 3), (4, 5), (0, -1, -2), None),
     "add_layer_norm": _rows((0, 1), (2, 3), (0, 0, 0, 0), 5),
-    "add_layer_norm_backward": _rows(range(7), (7, 8), (None, 0, -1, -2), 10),
+    "add_layer_norm_backward": _rows((0, 1, 3, 4, 2), (5, 6), (None, 0, -1, -2), 8),
     "rms_norm": _rows((0,), (1,), (0, 0), None),
     "rms_norm_backward": _rows((0, 1, 2), (3,), (0, -1), None),
 }

@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # NumPy's products in Triton's interpreter are too small for threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Inductor keeps compiled graphs on disk, without the schemas of the operators in them.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import hypothesis
 import torch

@@ -255,7 +255,7 @@ def scores_of(product, pairs, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: 
 @triton.jit
 def attended_keys(allowed, terms):
     """Which columns of `allowed` (M, N), of `pairs_of`, are true in some row: (N,)."""
-    if terms[0][7] is None and terms[1] is None:
+    if terms[0][5] is None and terms[1] is None:
         return tl.max(allowed.to(tl.int32), 0) > 0
     # a thread has 8 or 16 marks or biases of a row, as it read them: they are the bits of one word
     # when threads exchange them

@@ -200,7 +200,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 def heads_together(query: Tensor, key: Tensor) -> int:
     """How many query heads share a head of the keys."""
     heads, key_heads = untraced(query.size, 1), untraced(key.size, 1)
-    return max(1, heads // max(1, key_heads))
+    return heads // key_heads if key_heads else 1
 
 
 def _of_tensor(tensor: Tensor, gradient: Tensor) -> Tensor:
