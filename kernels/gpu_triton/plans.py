@@ -165,16 +165,7 @@ def run(
     if device.index is not None and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton compiles for, and launches on, the current one
             return run(build, prepared, problem, *others)
-    given: list[Tensor | None] = [*problem[:3], *others]
-    rest: tuple[Any, ...] = problem[3:]
-    mask = problem.mask
-    if not (
-        _NO_TENSORS.issuperset(map(type, rest))
-        and (mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask)))
-    ):
-        fields = problem.flat()[3:]
-        given += [field for field in fields if isinstance(field, Tensor)]
-        rest = tuple([_Address(0) if isinstance(field, Tensor) else field for field in fields])
+    given, rest = _taken_apart(problem, others)
     signature = (
         *(build, device, query.dtype, rest),
         torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None,
@@ -187,8 +178,32 @@ def run(
     )
     plan = _plans.get(signature)
     if plan is None:
+        # objects of their own: one tensor that is key and value now may be two at the next call
+        fields = tuple(map(_alias, problem.flat()))
+        problem, others = AttentionProblem.from_flat(fields), tuple(map(_alias, others))
+        given, _ = _taken_apart(problem, others)
         return _first(signature, given, build, prepared(problem), others)
     return plan.run(given, device)
+
+
+def _taken_apart(
+    problem: AttentionProblem, others: tuple[Tensor | None, ...]
+) -> tuple[list[Tensor | None], tuple[Any, ...]]:
+    """The tensors of a call in a fixed order, and the rest of the problem without them."""
+    given: list[Tensor | None] = [*problem[:3], *others]
+    rest: tuple[Any, ...] = problem[3:]
+    mask = problem.mask
+    if _NO_TENSORS.issuperset(map(type, rest)) and (
+        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
+    ):
+        return given, rest
+    fields = problem.flat()[3:]
+    given += [field for field in fields if isinstance(field, Tensor)]
+    return given, tuple([_Address(0) if isinstance(field, Tensor) else field for field in fields])
+
+
+def _alias(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _first(

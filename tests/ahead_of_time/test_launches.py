@@ -163,6 +163,20 @@ def test_a_plan_launches_what_the_first_call_did(name: str, launched: Launched) 
         assert replayed[key].dtype == tensor.dtype
 
 
+def test_a_plan_of_shared_tensors_serves_separate_ones(launched: Launched) -> None:
+    """Tensors that were one object at the first call have places of their own."""
+    shared, mask = heads(1, 2, 96), KeyLengths(torch.tensor([50]))
+    plain = (None, None, 0.0, None, None)  # scale, softcap, dropout_p, seed, sinks
+    attention_launch.attention(
+        attention_problem(shared, shared, shared, mask, None, *plain, draw_seed=True)
+    )
+    q, k, v = (heads(1, 2, 96) for _ in range(3))
+    attention_launch.attention(attention_problem(q, k, v, mask, None, *plain, draw_seed=True))
+    assert len(plans._plans) == 1
+    _, _, arguments = launched[-1]
+    assert [part[0] for part in arguments[:3]] == [x.data_ptr() for x in (q, k, v)]
+
+
 def steps_of(call: Callable[[], Any]) -> int:
     """How many functions the backend calls: a measure of its own cost, the same everywhere."""
     counted: list[str] = []
