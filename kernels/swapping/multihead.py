@@ -234,7 +234,8 @@ def _masks(
     As torch does, the hint `is_causal` replaces the mask where there is no other and no weights are
     asked for.
     """
-    if is_causal and key_padding_mask is None and not need_weights:
+    is_traced = torch._C._get_tracing_state() is not None  # the graph will be given other masks
+    if is_causal and key_padding_mask is None and not (need_weights or is_traced):
         return Causal(align="upper_left"), None
     mask: Mask | None = None
     bias: Tensor | None = None

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..eager import are_plain
 from ..masks import Causal, Dense, KeyLengths, Mask, MaskStructure, Window, structure_of
 from ..tracing import is_recorded
 
@@ -109,13 +110,13 @@ def is_zero(bias: Tensor) -> bool:
 def _is_readable(mask: Tensor) -> bool:
     """Whether a decision may depend on the values: on the CPU, but in no trace or transform.
 
-    A subclass says for itself what its values are, perhaps on several machines (DTensor).
+    Only an ordinary tensor has its values in its memory: a subclass says for itself what they are,
+    perhaps on several machines (DTensor), and zeros or a negated view have others or none.
     """
     return not (
         is_recorded()
         or torch._C._len_torch_dispatch_stack()
-        or type(mask) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(mask)
+        or not are_plain((mask,))
         or not mask.is_cpu
     )
 
@@ -128,12 +129,19 @@ def _read(mask: Tensor, sizes: Sizes) -> tuple[bool, Mask | None]:
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     if mask.numel() * mask.itemsize <= _SMALL:
-        values = mask.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        values = _bytes_of(mask.detach())
         # a tensor made in inference mode can't be saved for backward outside of it
         return _recognise_values(
             values, mask.dtype, tuple(mask.shape), sizes, torch.is_inference_mode_enabled()
         )
     return _recognise(mask, sizes)
+
+
+def _bytes_of(mask: Tensor) -> bytes:
+    flat = mask.reshape(-1)
+    if flat.stride(0) != 1:  # also that of a single element
+        flat = flat.clone(memory_format=torch.contiguous_format).as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 @functools.lru_cache(maxsize=64)

@@ -160,6 +160,24 @@ def test_a_packed_encoder_traced(mask: str) -> None:
         torch.testing.assert_close(graph(*given), call(encoder, *given))
 
 
+def test_a_decoder_traced_with_a_causal_mask() -> None:
+    """torch's decoder looks at its mask and hands on a hint that holds for that mask alone."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+    decoder = nn.TransformerDecoder(layer, 2).eval()
+    tokens, memory = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    triangle = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    other = triangle.clone()
+    other[3, 1] = True
+    with torch.no_grad():
+        expected = decoder(tokens, memory, other)
+        swap(decoder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its look
+            graph = torch.jit.trace(decoder, (tokens, memory, triangle))
+        torch.testing.assert_close(graph(tokens, memory, other), expected)
+
+
 SDPA: dict[str, Callable[..., Tensor]] = {
     "padding": lambda call, q, p: call(q, q, q, ~p[:, None, None]),
     "causal": lambda call, q, p: call(q, q[:, :, 1:], q[:, :, 1:], is_causal=True),

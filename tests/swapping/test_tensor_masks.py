@@ -405,3 +405,32 @@ def test_structure_is_found(kind: str, expected: list[str], additive: bool, leng
     else:
         assert named(tensor_masks.mask_of(allowed, sizes)) == expected
         assert named(tensor_masks.mask_of_forbidden(~allowed, sizes)) == expected
+
+
+def zeros_without_memory() -> Tensor:
+    """As autograd makes them: the gradient of `sgn`."""
+    a = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(torch.sgn(a).sum(), a)[0]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.zeros(1).double().expand(4, 4),
+        torch.zeros(()).double().expand(4, 4),
+        torch.zeros(4, 3).double()[:, ::3].expand(4, 4),
+        torch.zeros(4, 8).double()[:, ::2],
+        zeros_without_memory(),
+        torch._neg_view(torch.zeros(4, 4).double()),
+    ],
+    ids=["one", "scalar", "column", "steps", "no memory", "negated"],
+)
+def test_masks_of_any_memory(mask: Tensor) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8).double()
+    module = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    assert_swapped_as_before(module, lambda own: own(x, x, x, attn_mask=mask)[0])
+    q, k, v = qkv((1, 2, 4, 4))
+    with attention_as_sdpa():
+        got = F.scaled_dot_product_attention(q, k, v, mask)
+    assert_close([got], [naive(q, k, v, mask)])
