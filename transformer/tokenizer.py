@@ -8,8 +8,9 @@ languages, as in section 5.1 of the paper.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..console import from_extra
 from .config import LARGEST_VOCABULARY, ConfigError
@@ -19,6 +20,16 @@ if TYPE_CHECKING:  # loaded where a tokenizer is made
 
 PAD, BOS, EOS = 0, 1, 2
 _SPECIAL = ("<pad>", "<s>", "</s>")
+# What `train` makes: the kind of each part of a tokenizer's file, None where it has no such part.
+_PARTS = {
+    "normalizer": "NFC",
+    "pre_tokenizer": "ByteLevel",
+    "decoder": "ByteLevel",
+    "model": "BPE",
+    "truncation": None,
+    "padding": None,
+    "post_processor": None,
+}
 # Three special tokens and 256 bytes.
 SMALLEST_VOCABULARY = len(_SPECIAL) + 256
 
@@ -61,6 +72,40 @@ def _shown(character: bytes) -> str:
     except UnicodeDecodeError:
         return f"<{character.hex()}>"
     return text if text.isprintable() else f"<{character.hex()}>"
+
+
+def _checked(text: str) -> str:
+    """The JSON of a tokenizer of these parts alone; ValueError for any other.
+
+    Further parts, as padding, put ids into sentences that no vocabulary tells of, and some of their
+    settings end the process within the library. What is read here is written anew, so that the
+    library reads no more than was checked.
+    """
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a tokenizer: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"not a tokenizer: expected a JSON object, got {type(content).__name__}")
+    for name, expected in _PARTS.items():
+        part = content.get(name)
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind != expected or (expected is None and part is not None):
+            raise ValueError(
+                f"not a tokenizer of rowmax.transformer: its {name} is {_cut(kind or part)}, "
+                f"expected {expected}"
+            )
+    for name, value in content["model"].items():
+        if name not in ("type", "vocab", "merges") and value:
+            raise ValueError(
+                f"not a tokenizer of rowmax.transformer: its model has {_cut(name)} {_cut(value)}"
+            )
+    return json.dumps(content)
+
+
+def _cut(value: object, most: int = 60) -> str:
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 class Tokenizer:
@@ -123,8 +168,9 @@ class Tokenizer:
         """The tokenizer that ``to_json`` wrote; ValueError where the text is not one."""
         with from_extra("transformer"):
             import tokenizers
+        checked = _checked(text)
         try:
-            bpe = tokenizers.Tokenizer.from_str(text)
+            bpe = tokenizers.Tokenizer.from_str(checked)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"not a tokenizer: {error}") from error
         return cls(bpe)

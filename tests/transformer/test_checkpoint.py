@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
 
 from rowmax.transformer import (
@@ -442,12 +441,18 @@ def test_files_that_are_endless_or_far_too_large(run):
 
 
 def test_a_tokenizer_of_another_kind(run):
-    """Ids that fit are not enough: its tokens are no bytes."""
+    """Ids that fit are not enough: its tokens are no bytes, or it has a part that adds ids."""
+    path = checkpoints.newest(run)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "東京": 3}
-    foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    rewrite(checkpoints.newest(run), "tokenizer.json", foreign.to_str().encode())
+    foreign = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    foreign["model"].update(vocab=words, merges=[])
+    rewrite(path, "tokenizer.json", json.dumps(foreign).encode())
     with pytest.raises(CheckpointError, match="token '東京' is not of bytes"):
-        checkpoints.load(checkpoints.newest(run))
+        checkpoints.load(path)
+    foreign["padding"] = {"strategy": {"Fixed": 10**13}}
+    rewrite(path, "tokenizer.json", json.dumps(foreign).encode())
+    with pytest.raises(CheckpointError, match="of rowmax.transformer: its padding is "):
+        checkpoints.load(path)
 
 
 def test_one_training_process_at_a_time(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -72,6 +74,59 @@ def test_a_foreign_tokenizer(tokenizer):
     foreign = tokenizer.to_json().replace("<pad>", "<unk>")
     with pytest.raises(ValueError, match="not a tokenizer of rowmax.transformer: <pad>"):
         Tokenizer.from_json(foreign)
+
+
+_PADDING = {
+    "strategy": {"Fixed": 10**13},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 77_777,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+_TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "X", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"X": {"id": "X", "ids": [999_999], "tokens": ["X"]}},
+}
+_TRUNCATION = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
+
+
+@pytest.mark.parametrize(
+    "part, value",
+    [
+        ("padding", _PADDING),
+        ("padding", {**_PADDING, "strategy": "BatchLongest"}),
+        ("padding", {"type": None}),
+        ("post_processor", _TEMPLATE),
+        ("truncation", _TRUNCATION),
+        ("pre_tokenizer", None),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("decoder", None),
+        ("normalizer", None),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}),
+        ("model", {"type": "WordLevel", "vocab": {}, "unk_token": "<pad>"}),
+        ("model", None),
+    ],
+)
+def test_parts_of_other_tokenizers(part: str, value: Any):
+    """Refused before the library builds it: padding to a length of 10**13 would abort the process,
+    and ids from a template or of padding lie beyond the vocabulary."""
+    content = {**json.loads(_TRAINED.to_json()), part: value}
+    with pytest.raises(ValueError, match=f"of rowmax.transformer: its {part} is ") as caught:
+        Tokenizer.from_json(json.dumps(content))
+    assert len(str(caught.value)) < 200
+
+
+def test_a_model_with_other_settings():
+    content = json.loads(_TRAINED.to_json())
+    content["model"]["dropout"] = 0.5
+    with pytest.raises(ValueError, match=r"its model has 'dropout' 0\.5"):
+        Tokenizer.from_json(json.dumps(content))
 
 
 def test_vocabulary_too_small():
