@@ -36,7 +36,7 @@ from .noise import Watch, complaints, keep_freed_memory, pinned
 from .options import (
     UsageError,
     check_backend,
-    check_writable,
+    check_outputs,
     listed,
     names_of,
     seconds_of,
@@ -184,12 +184,9 @@ def speed(options: argparse.Namespace) -> int:
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     set_threads(options.threads)
-    for option, path in (("--json", options.json), ("--html", options.html)):
-        if path is not None:
-            check_writable(option, path)
     if options.csv is not None:
         history.check(options.csv)
-        check_writable("--csv", options.csv)
+    check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
         return _measure(options, suites, peers, cases, budget, stop_after, cpus)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..console import UsageError, check_writable, set_threads
+from ..console import UsageError, check_outputs, check_writable, set_threads
 from ..kernels import dispatch
 
 __all__ = [
     "UsageError",
     "check_backend",
+    "check_outputs",
     "check_writable",
     "listed",
     "names_of",

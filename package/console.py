@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,41 @@ def check_writable(option: str, path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise UsageError(f"{option}: can't write {path}: {error.strerror}") from error
+
+
+def check_outputs(
+    outputs: Mapping[str, Path | None],
+    inputs: Mapping[str, Path | None] | None = None,
+    folders: Mapping[str, Iterable[Path]] | None = None,
+) -> None:
+    """UsageError where a file, by its option, can't be written or is one that the command reads.
+
+    `folders` are those whose files are read. No two outputs may be one file either. Devices and
+    pipes, as /dev/null, may be named more than once.
+    """
+    others = dict(inputs or {})
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        for name, other in others.items():
+            if other is not None and _one_file(path, other):
+                raise UsageError(f"{option}: {path} is the file that {name} names; give another")
+        for name, within in (folders or {}).items():
+            for folder in within:
+                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+                    raise UsageError(
+                        f"{option}: {path} lies in {folder}, which {name} reads; give another"
+                    )
+        check_writable(option, path)
+        others[option] = path
+
+
+def _one_file(path: Path, other: Path) -> bool:
+    """Whether both are, or when written will be, one regular file."""
+    try:
+        return path.samefile(other) and path.is_file()
+    except OSError:  # one of them is not there yet
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 def set_threads(threads: int | None) -> None:

@@ -115,6 +115,11 @@ def newest(location: Path) -> Path:
     return found[-1]
 
 
+def folders(location: Path) -> list[Path]:
+    """The directories that are read for the model at this path."""
+    return checkpoints(location) or [location]
+
+
 def remove_all(run: Path) -> None:
     """Remove every checkpoint of a run, the newest last."""
     for path in _removable(run):

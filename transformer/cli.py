@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from .. import console
-from ..console import UsageError, check_text, check_writable, set_threads
+from ..console import UsageError, check_outputs, check_text, set_threads
 from . import checkpoint as checkpoints
 from . import commands as drawing
 from . import corpus, demo
@@ -250,8 +250,11 @@ def _lines(stream: TextIO) -> Iterator[list[str]]:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    if args.translations is not None:
-        check_writable("--translations", args.translations)
+    check_outputs(
+        {"--translations": args.translations},
+        {"--source": args.source, "--target": args.target, "--tsv": args.tsv},
+        {"--model": checkpoints.folders(args.model)},
+    )
     text = _pairs(args.source, args.target, args.tsv)
     if args.built_in:
         if text is not None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..console import check_text, check_writable
+from ..console import UsageError, check_outputs, check_text
 from . import attention_page, pictures
+from . import checkpoint as checkpoints
 from .attend import KINDS, AttendError, Attention, look
 from .interface import TranslationModel
 from .tokenizer import Tokenizer
@@ -73,6 +76,8 @@ def add_positions(commands: Any, positive: Callable[[str], int]) -> argparse.Arg
 def attend(args: argparse.Namespace, load: Loader) -> int:
     """What can be wrong is checked first, and the file appears whole or not at all."""
     suffix = _output(args.out, (*pictures.FORMATS, *_PAGE))
+    read = {"MODEL": checkpoints.folders(args.model)}
+    check_outputs({"--out": args.out}, {"--font": args.font}, read)
     check_text("the sentence", args.sentence)
     if not args.sentence.strip():
         raise AttendError("the sentence is empty")
@@ -122,23 +127,34 @@ def _output(path: Path, endings: tuple[str, ...]) -> str:
         raise AttendError(f"--out {path}: {path.parent} is no directory")
     if path.is_dir():
         raise AttendError(f"--out {path}: is a directory")
-    check_writable("--out", _beside(path))
+    try:
+        with _beside(path):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out: can't write {path}: {error.strerror}") from error
     if suffix in pictures.FORMATS:
         pictures.require_matplotlib()
     return suffix
 
 
-def _beside(path: Path) -> Path:
-    """Where the file is written until it is whole."""
-    return path.with_name(f".{path.name}.incomplete")
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new file next to this one, where it is written until it is whole; removed at the end."""
+    for number in itertools.count(1):
+        temporary = path.with_name(f".{path.name}.incomplete-{number}")
+        with contextlib.suppress(FileExistsError):
+            temporary.touch(exist_ok=False)
+            break
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = _beside(path)
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with _beside(path) as temporary:
+            temporary.write_bytes(content)
+            temporary.replace(path)
     except OSError as error:
         raise AttendError(f"--out {path}: can't be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

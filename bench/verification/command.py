@@ -13,7 +13,7 @@ import torch
 
 from ...console import from_extra
 from ...kernels import dispatch
-from ..options import UsageError, check_writable, listed, names_of, set_threads
+from ..options import UsageError, check_outputs, listed, names_of, set_threads
 from . import suite
 from .attention_cases import Sizes
 from .questions import Verdict
@@ -69,9 +69,7 @@ def run(options: argparse.Namespace) -> int:
         if not settings.ops:
             raise UsageError("--op: with --function, attention is all that is judged")
     set_threads(options.threads)
-    for option, path in (("--json", options.json), ("--html", options.html)):
-        if path is not None:
-            check_writable(option, path)
+    check_outputs({"--json": options.json, "--html": options.html})
     if options.verbose:
         print(VERBOSE_HEADING)
     with _Progress(verbose=options.verbose) as progress:

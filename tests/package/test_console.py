@@ -85,6 +85,32 @@ def test_a_place_to_write_to(tmp_path: Path) -> None:
             console.check_writable("--json", path)
 
 
+def test_outputs_that_are_read_or_written_twice(tmp_path: Path) -> None:
+    """By whatever name: a link of either kind, or a way around; and before any is written."""
+    source, folder, new = tmp_path / "source", tmp_path / "folder", tmp_path / "new"
+    source.write_text("precious")
+    folder.mkdir()
+    (folder / "part").write_text("precious")
+    (tmp_path / "soft").symlink_to(source)
+    (tmp_path / "hard").hardlink_to(source)
+    (tmp_path / "around").symlink_to(folder)
+    for name in ("source", "soft", "hard", "folder/../source"):
+        with pytest.raises(UsageError, match="--out: .* is the file that --source names; give"):
+            console.check_outputs({"--out": tmp_path / name}, {"--tsv": None, "--source": source})
+    for name in ("folder/part", "around/new", "folder/deeper/new"):
+        with pytest.raises(UsageError, match="--out: .* lies in .*folder, which --model reads"):
+            console.check_outputs({"--out": tmp_path / name}, {}, {"--model": [folder]})
+    for path in (new, source):
+        with pytest.raises(UsageError, match="--html: .* is the file that --json names; give"):
+            console.check_outputs(
+                {"--json": path, "--html": tmp_path / "folder" / ".." / path.name}
+            )
+    null = Path("/dev/null")
+    console.check_outputs({"--json": null, "--html": null, "--csv": new}, {"--source": source})
+    assert source.read_text() == (folder / "part").read_text() == "precious"
+    assert not new.exists()
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1025, 10**30])
 def test_numbers_of_threads(threads: int) -> None:
     before = torch.get_num_threads()

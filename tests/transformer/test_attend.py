@@ -253,3 +253,14 @@ def test_page_in_a_browser(tokenizer, tmp_path):
     shares = [float(text) for text in re.findall(r'class="share">([\d.]+)<', body)]
     expected = [value for value in rows.mean(0).tolist() if value >= 0.005]
     assert shares == pytest.approx(expected, abs=0.006)
+
+
+def test_a_file_of_somebody_else_beside_the_picture_stays(tmp_path):
+    """The name that a picture has until it is whole may be taken."""
+    for number in ("", "-1"):
+        (tmp_path / f".a.svg.incomplete{number}").write_text("precious")
+    command = ["positions", "--length", "4", "--d-model", "4", "--out", str(tmp_path / "a.svg")]
+    assert cli.main(command) == 0
+    names = [".a.svg.incomplete", ".a.svg.incomplete-1", "a.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert {(tmp_path / name).read_text() for name in names[:2]} == {"precious"}

@@ -194,3 +194,24 @@ def test_outputs_are_opened_before_the_work(trained, tmp_path, capsys, monkeypat
             cli.main([*evaluate, str(path)])
     assert kept.read_text() == "earlier"
     assert not (tmp_path / "new").exists()
+
+
+def test_outputs_are_no_inputs(trained, tmp_path, capsys, monkeypatch):
+    """Found out before the model is loaded, and nothing is overwritten."""
+    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("the work has begun"))
+    text = write_pairs(tmp_path, 10)
+    source, part = tmp_path / "text.ko", checkpoints.newest(trained) / "model.html"
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    before = source.read_bytes()
+    evaluate = ("evaluate", "--model", str(trained), *text, "--translations")
+    for path in (source, link):
+        error = fails(capsys, *evaluate, str(path))
+        assert f"--translations: {path} is the file that --source names" in error
+    for path in (part, part.with_name("model.json")):
+        error = fails(capsys, *evaluate, str(path))
+        assert f"--translations: {path} lies in {part.parent}, which --model reads" in error
+    error = fails(capsys, "attend", str(trained), "구", "--out", str(part))
+    assert f"--out: {part} lies in {part.parent}, which MODEL reads" in error
+    assert source.read_bytes() == before
+    assert checkpoints.load(part.parent)
