@@ -112,6 +112,9 @@ def _train(args: argparse.Namespace) -> int:
             fit(trainer, tokenizer, args.output, validation, args.save_every, args.keep)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(_interrupted(args.output)) from error
+        except TrainingError as error:
+            _say(f"error: {error}")
+            return 1
     _say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
     return 0
 

@@ -116,12 +116,21 @@ class Trainer:
         result = StepResult(loss.item(), batch.tokens)
         if not (math.isfinite(result.loss) and math.isfinite(norm.item())):
             raise TrainingError(
-                f"step {self.steps_done}: loss {result.loss}, gradient norm {norm.item()}; the "
-                "weights are as they were before it. A lower --learning-rate or a longer --warmup "
-                "may help"
+                f"step {self.steps_done}: loss {result.loss}, gradient norm {norm.item()}; this "
+                "step is not taken. A lower --learning-rate or a longer --warmup may help"
             )
         self.optimizer.step()
         return result
+
+    def require_finite(self) -> None:
+        """TrainingError where a weight or a moment is not: no model nor resumed run takes that."""
+        tensors = {**dict(self.model.named_parameters()), **self.optimizer_tensors()}
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise TrainingError(
+                    f"step {self.steps_done}: {name} is no longer finite, and nothing is "
+                    "saved. A lower --learning-rate or a longer --warmup may help"
+                )
 
     @torch.inference_mode()
     def validate(self, dataset: Dataset) -> float:
@@ -216,8 +225,8 @@ def fit(
 ) -> Throughput:
     """Train to the configured number of steps, with its progress on ``stream`` (stderr).
 
-    Validates and writes a checkpoint every ``save_every`` steps and at the end. ``extra`` is
-    put into the checkpoints' training.json.
+    Validates and writes a checkpoint every ``save_every`` steps and at the end, of what is finite
+    alone. ``extra`` is put into the checkpoints' training.json.
     """
     stream = sys.stderr if stream is None else stream
     config = trainer.config
@@ -236,6 +245,7 @@ def fit(
             )
             bar.update()
             if trainer.steps_done % save_every == 0 or trainer.steps_done == config.steps:
+                trainer.require_finite()
                 if validation is not None:
                     bar.write(
                         f"step {trainer.steps_done}: training loss {loss:.4f}, validation loss "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,17 @@ def test_outputs_are_no_inputs(trained, tmp_path, capsys, monkeypatch):
     assert f"--out: {part} lies in {part.parent}, which MODEL reads" in error
     assert source.read_bytes() == before
     assert checkpoints.load(part.parent)
+
+
+@pytest.mark.parametrize(
+    "every, said", [(1, "step 1: .* finite, and nothing"), (2, "step 2: loss")]
+)
+def test_training_that_diverges(every, said, tmp_path, capsys):
+    """It ends with what went wrong, and no checkpoint is left that nothing could read."""
+    run = tmp_path / "run"
+    train = ["train", *write_pairs(tmp_path, 20), "--output", str(run), *TINY]
+    assert cli.main([*train, "--learning-rate", "1e308", "--save-every", str(every)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"error: {said}", last)
+    assert "A lower --learning-rate" in last
+    assert checkpoints.checkpoints(run) == []
