@@ -14,7 +14,8 @@ renamed. So a kill or a full disk at any moment leaves the earlier checkpoints a
 
 The run's directory may hold more than checkpoints of rowmax, and other programs call theirs alike.
 What is no real directory with a manifest of this format is never removed, nor taken for a
-checkpoint; where it has the name of a checkpoint that is to be saved, that gets one more zero.
+checkpoint, whatever its name; where it has the name of a checkpoint that is to be saved, that gets
+one more zero.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ from .tokenizer import Tokenizer
 FORMAT, VERSION = "rowmax.transformer checkpoint", 1
 _MANIFEST, _WHOLE = "checkpoint.json", "checkpoint.json.whole"
 _PREFIX, _TEMPORARY = "checkpoint-", ".incomplete-"
+_BEGUN = re.compile(rf"{re.escape(_TEMPORARY)}((old-)?{_PREFIX}\d+|probe)(-\d+)?")
 _DIGITS = 8
 # Bytes of a file that is read whole: of JSON, and of safetensors beyond the tensors themselves.
 _MOST_JSON, _MOST_HEADER = 2**26, 2**22
@@ -87,7 +90,7 @@ def save(
     try:
         run.mkdir(parents=True, exist_ok=True)
         _write_directory(path, files)
-        for old in _removable(run)[:-keep]:
+        for old in checkpoints(run)[:-keep]:
             _remove(old)
     except OSError as error:
         raise CheckpointError(
@@ -97,19 +100,21 @@ def save(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; those that are damaged among them."""
+    """The complete checkpoints of a run, oldest first; those with damage inside among them."""
     if not run.is_dir():
         return []
     found = ((_step_of(path), len(path.name), path) for path in run.iterdir())
-    return [path for step, _, path in sorted(found) if step >= 0 and _is_ours(path) is not False]
+    return [path for step, _, path in sorted(found) if step >= 0 and _is_ours(path)]
 
 
 def newest(location: Path) -> Path:
     """The checkpoint at this path, or the newest one of the run at this path."""
-    if (location / _MANIFEST).exists() or _step_of(location) >= 0:
+    if _has_manifest(location):
         return location
     found = checkpoints(location)
     if not found:
+        if (location / _MANIFEST).exists():
+            _manifest(location)  # says what it is instead
         what = "no checkpoint in this directory" if location.is_dir() else "no such directory"
         raise CheckpointError(f"{location}: {what}")
     return found[-1]
@@ -122,7 +127,7 @@ def folders(location: Path) -> list[Path]:
 
 def remove_all(run: Path) -> None:
     """Remove every checkpoint of a run, the newest last."""
-    for path in _removable(run):
+    for path in checkpoints(run):
         _remove(path)
 
 
@@ -284,27 +289,28 @@ def _step_of(path: Path) -> int:
     return int(digits) if named else -1
 
 
-def _is_ours(path: Path) -> bool | None:
-    """Whether this is a directory, no link to one, with rowmax's manifest; None: a damaged one."""
+def _is_ours(path: Path) -> bool:
+    """Whether this is a directory, no link to one, with rowmax's manifest."""
+    return not path.is_symlink() and _has_manifest(path)
+
+
+def _has_manifest(path: Path) -> bool:
     manifest = path / _MANIFEST
-    if path.is_symlink() or not path.is_dir() or not manifest.is_file():
-        return False
     try:
-        return bool(_object(_limited(manifest, _MOST_JSON)).get("format") == FORMAT)
+        return manifest.is_file() and (
+            _object(_limited(manifest, _MOST_JSON)).get("format") == FORMAT
+        )
     except (OSError, ValueError):
-        return None
+        return False
 
 
 def _is_begun(path: Path) -> bool:
-    """Whether this is a directory in which nothing is but, at most, an empty manifest: what a kill
-    leaves between the first steps of a save and the last ones of a removal."""
-    if path.is_symlink() or not path.is_dir():
+    """Whether this is a directory of a name that is given here, with nothing in it but, at most, an
+    empty manifest: what a kill leaves between the first steps of a save and the last ones of a
+    removal."""
+    if not _BEGUN.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
     return all(each.name == _MANIFEST and not each.stat().st_size for each in path.iterdir())
-
-
-def _removable(run: Path) -> list[Path]:
-    return [path for path in checkpoints(run) if _is_ours(path)]
 
 
 def _place(run: Path, step: int) -> Path:
