@@ -134,7 +134,6 @@ def remove_all(run: Path) -> None:
 def load(path: Path) -> Checkpoint:
     """Read and check one checkpoint."""
     with from_extra("transformer"):
-        import safetensors.torch
         from safetensors import SafetensorError
     digests = _manifest(path)
 
@@ -157,10 +156,10 @@ def load(path: Path) -> Checkpoint:
                 f"vocabulary of {model.vocab_size}"
             )
         # Files as large as the model's own tensors, and Adam's two moments of each.
-        weights = safetensors.torch.load(content("model.safetensors", size + _MOST_HEADER))
+        weights = _tensors(content("model.safetensors", size + _MOST_HEADER))
         check_tensors(weights, expected, path)
         moments = content("optimizer.safetensors", 2 * size + _MOST_HEADER)
-        optimizer = safetensors.torch.load(moments)
+        optimizer = _tensors(moments)
     except (ConfigError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     return Checkpoint(path, model, weights, optimizer, training, tokenizer)
@@ -264,6 +263,15 @@ def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
     with from_extra("transformer"):
         import safetensors.torch
     return safetensors.torch.save({name: tensor.cpu() for name, tensor in tensors.items()})
+
+
+def _tensors(content: bytes) -> dict[str, Tensor]:
+    with from_extra("transformer"):
+        import safetensors.torch
+    try:
+        return safetensors.torch.load(content)
+    except KeyError as error:  # of a type that the library knows and torch does not
+        raise ValueError(f"tensors of type {error}") from error
 
 
 def _object(content: bytes) -> dict[str, Any]:

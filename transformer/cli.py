@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from .config import (
     preset_config,
 )
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
-from .decoding import SentenceTooLongError, translate
+from .decoding import MOST_ALPHA, SentenceTooLongError, translate
 from .evaluation import require_sacrebleu, score
 from .interface import TranslationModel
 from .options import Handler, parser
@@ -174,10 +173,8 @@ def _require_same(saved: Checkpoint, model: AnyModelConfig, training: TrainingCo
 
 def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
-    if not 0 <= args.length_penalty < math.inf:
-        raise UsageError(
-            f"--length-penalty must not be negative, nor infinite or NaN, got {args.length_penalty}"
-        )
+    if not 0 <= args.length_penalty <= MOST_ALPHA:
+        raise UsageError(f"--length-penalty: expected 0 to {MOST_ALPHA}, got {args.length_penalty}")
     saved = checkpoints.load_average(args.model, args.average)
     if args.beam > saved.model.vocab_size:
         raise UsageError(
@@ -199,6 +196,8 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
 def _translate(args: argparse.Namespace) -> int:
     for number, sentence in enumerate(args.sentences, start=1):
         check_text(f"sentence {number}", sentence)
+    if not args.sentences and sys.stdin is None:
+        raise UsageError("no sentence is given, and standard input is closed")
     model, tokenizer = _load(args)
     what = "sentence" if args.sentences else "line"
     done = left = 0
@@ -208,7 +207,7 @@ def _translate(args: argparse.Namespace) -> int:
             model, tokenizer, sentences, args.beam, args.length_penalty, too_long=too_long
         )
         for output in outputs:
-            print(_one_line(output), flush=sys.stdin.isatty())
+            print(_one_line(output), flush=sys.stdin is not None and sys.stdin.isatty())
         done += len(sentences)
         left += too_long.count
     return _IN_PART if left else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +13,8 @@ from .tokenizer import BOS, EOS, Tokenizer
 
 # A translation may be this much longer than its source (section 6.1).
 EXTRA_LENGTH = 50
+# Of the length penalty, whose power of any length is then a number in float32.
+MOST_ALPHA = 5
 
 
 class SentenceTooLongError(ValueError):
@@ -76,8 +77,8 @@ def beam_search(
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must not be negative, nor infinite or NaN, got {alpha}")
+    if not 0 <= alpha <= MOST_ALPHA:
+        raise ValueError(f"alpha: expected 0 to {MOST_ALPHA}, got {alpha}")
     if len(source) == 0:
         return []
     model.eval()

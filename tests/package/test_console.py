@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +111,19 @@ def test_outputs_that_are_read_or_written_twice(tmp_path: Path) -> None:
     console.check_outputs({"--json": null, "--html": null, "--csv": new}, {"--source": source})
     assert source.read_text() == (folder / "part").read_text() == "precious"
     assert not new.exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_closed_streams(number: int) -> None:
+    """As by a shell's `<&-`: no traceback, and no error among the output."""
+    call = [sys.executable, "-m", "rowmax.transformer", "translate", "--model", "/none"]
+    call += ["x"] if number else []
+    shell = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *call]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    words = "/none: no such directory" if number else "no sentence is given, and standard input is"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {words}")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 10**30])

@@ -360,6 +360,16 @@ def test_a_manifest_that_is_nested_too_deeply(run):
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize("kind, size", [("F4", 4), ("F8_E8M0", 8)])
+def test_types_of_tensors_that_torch_has_not(run, kind, size):
+    entry = {"dtype": kind, "shape": [8], "data_offsets": [0, size]}
+    header = json.dumps({"embedding.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(size)
+    rewrite(checkpoints.newest(run), "model.safetensors", content)
+    with pytest.raises(CheckpointError, match=f"tensors of type '{kind}'|{kind}"):
+        checkpoints.load(checkpoints.newest(run))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(run, value):
     path = checkpoints.newest(run)

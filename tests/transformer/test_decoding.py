@@ -222,9 +222,10 @@ def test_empty_batch():
     "arguments, message",
     [
         ({"beam": 0}, "beam must be at least 1"),
-        ({"alpha": -0.1}, "alpha must not be negative"),
-        ({"alpha": float("nan")}, "alpha must not be negative, nor infinite or NaN, got nan"),
-        ({"alpha": float("inf")}, "nor infinite or NaN, got inf"),
+        ({"alpha": -0.1}, r"alpha: expected 0 to 5, got -0\.1"),
+        ({"alpha": float("nan")}, "alpha: expected 0 to 5, got nan"),
+        ({"alpha": float("inf")}, "alpha: expected 0 to 5, got inf"),
+        ({"alpha": 400.0}, "alpha: expected 0 to 5, got 400"),
     ],
 )
 def test_bad_arguments(arguments, message):
