@@ -191,11 +191,12 @@ def test_bad_models(trained, tmp_path, capsys):
     assert "none: no such directory" in translate(tmp_path / "none")
     assert "no checkpoint in this directory" in translate(tmp_path)
     assert "there are only 2" in translate(trained, "--average", "3")
-    assert "--length-penalty: expected 0 to 5, got -1.0" in translate(trained, "--length-penalty", "-1")
-    damaged = tmp_path / "checkpoint-00000001"
-    damaged.mkdir()
-    (damaged / "checkpoint.json").write_text("{")
-    assert "checkpoint.json is damaged" in translate(tmp_path)
+    refused = translate(trained, "--length-penalty", "-1")
+    assert "--length-penalty: expected 0 to 5, got -1.0" in refused
+    foreign = tmp_path / "checkpoint-00000001"
+    foreign.mkdir()
+    (foreign / "checkpoint.json").write_text("{")
+    assert "no checkpoint in this directory" in translate(tmp_path)
 
 
 def test_interrupted(tmp_path, capsys, monkeypatch):
