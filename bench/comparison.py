@@ -28,6 +28,35 @@ Key = tuple[str, str, str, tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
+class Timed:
+    """The median of a candidate's times in seconds, and its 95 % interval."""
+
+    median: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case of a run: what each candidate took, and why others have no time."""
+
+    key: Key
+    seconds: Mapping[str, Timed]
+    faults: Mapping[str, str]
+    fastest_peer: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is read of a file: nothing of it is left to fail later."""
+
+    source: str
+    machine: Mapping[str, str]  # what times depend on
+    memory: str
+    complaints: Sequence[str]
+    cases: Sequence[Measured]
+
+
+@dataclass(frozen=True)
 class Change:
     """One case in both runs: its time, or its time over the fastest peer's."""
 
@@ -94,15 +123,14 @@ def run(options: argparse.Namespace) -> int:
     if options.by == "ratio" and options.candidate != SUBJECT:
         raise UsageError(f"--candidate: --by ratio is {SUBJECT}'s, got {options.candidate}")
     changes = changes_between(before, after, options.candidate, options.by)
-    if not changes:
-        raise UsageError(f"the two files have no case of {options.candidate} in common")
-    print("\n".join(lines(before, after, changes, threshold, options.by)))
     alone = alone_lines(before, after, options.candidate, options.by)
-    print("\n".join(alone), end="\n" if alone else "")
+    if not changes and not alone:
+        raise UsageError(f"neither file has a case of {options.candidate}")
+    print("\n".join([*lines(before, after, changes, threshold, options.by), *alone]))
     return 1 if alone or any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Run:
     """A JSON that `speed --json` wrote. Raises UsageError for anything else."""
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -114,31 +142,52 @@ def load(path: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise UsageError(
             f"{path}: expected results of `speed --json` with schema {SCHEMA}, "
-            f"got schema {schema!r}"
+            f"got schema {schema!a}"
         )
     try:
-        _check(document)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return _parsed(document)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    return dict(document)
 
 
-def _check(document: Mapping[str, Any]) -> None:
-    """Reads all that is read of a document; any error says that it is none of `speed --json`."""
-    _source(document), _memory(document), list(document["noise"]["complaints"])
-    for row in document["rows"]:
-        _key(row), dict(row["faults"])
-        for timing in row["seconds"].values():
-            numbers = (timing["median"], *timing["interval"])
-            if len(numbers) != 3 or not all(0 < number < math.inf for number in numbers):
-                raise ValueError(f"{_case(_key(row))}: times of {numbers}")
-        if row["fastest_peer"] is not None and not isinstance(row["fastest_peer"], str):
-            raise ValueError(f"{_case(_key(row))}: fastest peer {row['fastest_peer']!r}")
+def _parsed(document: Mapping[str, Any]) -> Run:
+    machine, packages = document["machine"], document["machine"]["packages"]
+    source = (
+        f"{document['settings']['started']}, {machine['cpu']}, {machine['torch_threads']} threads, "
+        f"rowmax {packages['rowmax']}, torch {packages['torch']}"
+    )
+    return Run(
+        _text(source),
+        {name: _text(machine.get(name)) for name in ("cpu", "torch_threads", "instruction_set")},
+        _text(document["settings"].get("memory", "fresh")),
+        [_text(complaint) for complaint in document["noise"]["complaints"]],
+        [_measured(row) for row in document["rows"]],
+    )
 
 
-def _key(row: Mapping[str, Any]) -> Key:
-    names = (str(row["suite"]), str(row["dtype"]), str(row["kind"]))
-    return (*names, tuple(int(size) for size in row["shape"]), str(row["pass"]))
+def _measured(row: Mapping[str, Any]) -> Measured:
+    names = (_text(row["suite"]), _text(row["dtype"]), _text(row["kind"]))
+    key = (*names, tuple(int(size) for size in row["shape"]), _text(row["pass"]))
+    peer = row["fastest_peer"]
+    if peer is not None and peer not in row["seconds"]:
+        raise ValueError(f"{_case(key)}: fastest peer {peer!a}")
+    seconds = {name: _timed(timing, key) for name, timing in row["seconds"].items()}
+    faults = {_text(name): _text(fault) for name, fault in row["faults"].items()}
+    return Measured(key, seconds, faults, peer)
+
+
+def _timed(timing: Mapping[str, Any], key: Key) -> Timed:
+    median, low, high = map(float, (timing["median"], *timing["interval"]))
+    if not (0 < low <= median <= high < math.inf):
+        raise ValueError(f"{_case(key)}: a median of {median} in [{low}, {high}]")
+    return Timed(median, (low, high))
+
+
+def _text(value: object) -> str:
+    """As text that any stream can print: JSON may hold halves of characters."""
+    text = str(value)
+    text.encode()
+    return text
 
 
 def _case(key: Key) -> str:
@@ -146,98 +195,69 @@ def _case(key: Key) -> str:
     return f"{suite} {dtype} {kind} ({','.join(map(str, shape))}) {_STEPS.get(step, step)}"
 
 
-def alone_lines(
-    before: Mapping[str, Any], after: Mapping[str, Any], candidate: str, by: str
-) -> list[str]:
+def alone_lines(before: Run, after: Run, candidate: str, by: str) -> list[str]:
     """The cases that one of the runs has and the other has not, with what it says of them."""
     found: list[str] = []
-    for name, document, other, others in (("A", before, "B", after), ("B", after, "A", before)):
+    for name, these, other, others in (("A", before, "B", after), ("B", after, "A", before)):
         missing = _measures(others, candidate, by)
-        said = {_key(row): row["faults"].get(candidate) for row in others["rows"]}
-        for key in _measures(document, candidate, by):
+        said = {case.key: case.faults.get(candidate) for case in others.cases}
+        for key in _measures(these, candidate, by):
             if key not in missing:
                 why = f", where {candidate} failed: {said[key]}" if said.get(key) else ""
                 found.append(f"only in {name}, not in {other}: {_case(key)}{why}")
     return found
 
 
-def changes_between(
-    before: Mapping[str, Any], after: Mapping[str, Any], candidate: str, by: str
-) -> list[Change]:
+def changes_between(before: Run, after: Run, candidate: str, by: str) -> list[Change]:
     """For the cases that both have, in the order of the second."""
-    old, new = (_measures(document, candidate, by) for document in (before, after))
+    old, new = (_measures(one, candidate, by) for one in (before, after))
     return [
-        Change(key, old[key][0], value, old[key][1], interval)
-        for key, (value, interval) in new.items()
+        Change(key, old[key].median, value.median, old[key].interval, value.interval)
+        for key, value in new.items()
         if key in old
     ]
 
 
-def _measures(
-    document: Mapping[str, Any], candidate: str, by: str
-) -> dict[Key, tuple[float, Interval]]:
-    found: dict[Key, tuple[float, Interval]] = {}
-    for row in document["rows"]:
-        timing = row["seconds"].get(candidate)
-        if timing is None:
+def _measures(one: Run, candidate: str, by: str) -> dict[Key, Timed]:
+    found: dict[Key, Timed] = {}
+    for case in one.cases:
+        value = case.seconds.get(candidate)
+        if value is None:
             continue
-        value, interval = timing["median"], tuple(timing["interval"])
         if by == "ratio":
-            peer = row["seconds"].get(row["fastest_peer"])
-            if peer is None:
+            if case.fastest_peer is None:
                 continue
-            value, interval = (
-                value / peer["median"],
-                ratio_interval(interval, tuple(peer["interval"])),
-            )
-        found[_key(row)] = value, interval
+            peer = case.seconds[case.fastest_peer]
+            value = Timed(value.median / peer.median, ratio_interval(value.interval, peer.interval))
+        found[case.key] = value
     return found
 
 
 def lines(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    changes: Sequence[Change],
-    threshold: float,
-    by: str,
+    before: Run, after: Run, changes: Sequence[Change], threshold: float, by: str
 ) -> list[str]:
-    found = [f"A: {_source(before)}", f"B: {_source(after)}"]
-    differing = [
-        name
-        for name in ("cpu", "torch_threads", "instruction_set")
-        if before["machine"].get(name) != after["machine"].get(name)
-    ]
+    found = [f"A: {before.source}", f"B: {after.source}"]
+    differing = [name for name in before.machine if before.machine[name] != after.machine[name]]
     if differing and by == "time":
         found.append(f"other machines ({listed(differing)}): --by ratio compares what is in common")
-    memory = [_memory(document) for document in (before, after)]
-    if memory[0] != memory[1]:
-        found.append(f"other conditions: A has {memory[0]} memory for results, B {memory[1]}")
-    for name, document in (("A", before), ("B", after)):
-        for complaint in document["noise"]["complaints"]:
-            found.append(f"{name} was noisy: {complaint}")
+    if before.memory != after.memory:
+        memory = f"A has {before.memory} memory for results, B {after.memory}"
+        found.append(f"other conditions: {memory}")
+    for name, one in (("A", before), ("B", after)):
+        found += [f"{name} was noisy: {complaint}" for complaint in one.complaints]
+    if not changes:
+        return [*found, "", "no case in common"]
     unit = "ms" if by == "time" else "of the fastest peer's time"
     factor = 1e3 if by == "time" else 1.0
     found += ["", f" {'case, ' + unit:<55}{'A':>9}{'B':>9}{'B/A':>7}  verdict"]
-    for one in changes:
+    for change in changes:
         found.append(
-            f" {_case(one.key)[:54]:<55}{factor * one.before:>9.4g}{factor * one.after:>9.4g}"
-            f"{one.factor:>7.2f}  {one.verdict(threshold)}"
+            f" {_case(change.key)[:54]:<55}{factor * change.before:>9.4g}"
+            f"{factor * change.after:>9.4g}{change.factor:>7.2f}  {change.verdict(threshold)}"
         )
-    verdicts = [one.verdict(threshold) for one in changes]
-    mean = geometric_mean(one.factor for one in changes)
+    verdicts = [change.verdict(threshold) for change in changes]
+    mean = geometric_mean(change.factor for change in changes)
     counts = f"{verdicts.count('SLOWER')} slower, {verdicts.count('faster')} faster"
     means = f"{len(changes)} cases, geometric mean of B/A {mean:.3f}"
     found += ["", f"{means}: {counts} by more than {100 * threshold:g}%, the rest level or within"]
     return found
-
-
-def _memory(document: Mapping[str, Any]) -> str:
-    return str(document["settings"].get("memory", "fresh"))
-
-
-def _source(document: Mapping[str, Any]) -> str:
-    machine, packages = document["machine"], document["machine"]["packages"]
-    return (
-        f"{document['settings']['started']}, {machine['cpu']}, {machine['torch_threads']} threads, "
-        f"rowmax {packages['rowmax']}, torch {packages['torch']}"
-    )

@@ -82,8 +82,8 @@ def test_wrong_calls(save: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ([good, save("list.json", [1])], "got schema None"),
         ([save("old.json", {**document(), "schema": 2}), good], "with schema 3, got schema 2"),
         ([good, save("verify.json", {"schema": "rowmax-verify-1"})], "'rowmax-verify-1'"),
-        ([good, empty], "no case of rowmax in common"),
-        ([good, good, "--candidate", "flex"], "no case of flex in common"),
+        ([empty, empty], "neither file has a case of rowmax"),
+        ([good, good, "--candidate", "flex"], "neither file has a case of flex"),
         ([good, good, "--threshold", "-1"], "--threshold: expected a number >= 0"),
         ([good, good, "--threshold", "nan"], "--threshold: expected a number >= 0"),
         ([good, good, "--by", "ratio", "--candidate", "sdpa"], "--candidate: --by ratio is"),
@@ -116,6 +116,14 @@ def test_cases_of_one_run_alone_are_named(
     ]
 
 
+def test_runs_with_nothing_in_common(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [save("all.json", document()), save("none.json", {**document(), "rows": []})]
+    assert cli.main(["compare", *files]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[-5] == "no case in common"
+    assert all(line.startswith("only in A, not in B: cpu-") for line in told[-4:])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -132,6 +140,15 @@ def test_cases_of_one_run_alone_are_named(
         lambda found: found["rows"][0]["seconds"]["rowmax"].update(median=float("nan")),
         lambda found: found["rows"][0]["seconds"]["rowmax"].update(median="fast"),
         lambda found: found["rows"][0]["seconds"]["rowmax"].update(interval=[1.0]),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(interval=[3.0, 4.0]),
+        lambda found: found["rows"][0]["seconds"]["rowmax"].update(median=10**400),
+        lambda found: found["rows"][0].update(shape=[float("inf")]),
+        lambda found: found["rows"][0].update(faults=[]),
+        lambda found: found["rows"][0].update(kind="\ud800"),
+        lambda found: found["machine"].update(cpu="\ud800"),
+        lambda found: found["machine"].update(packages=[]),
+        lambda found: found["noise"].update(complaints=["\udfff"]),
+        lambda found: found["rows"][0].update(fastest_peer="\udfff"),
     ],
 )
 def test_a_damaged_file(damage: Any, save: Any, capsys: pytest.CaptureFixture[str]) -> None:
