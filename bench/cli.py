@@ -42,7 +42,7 @@ from .options import (
     seconds_of,
     set_threads,
 )
-from .peers import ONLY_BY_NAME, SLOW_TO_START, peers_of
+from .peers import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
 from .verification import command as verification
@@ -303,10 +303,14 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
 
 
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
-    known = _unique(name for suite in suites for name in peers_of(suite))
+    known = _unique(name for suite in suites for name in suite.peers)
     names = names_of("--peers", options.peers, known)
+    missing = [name for name in names if absent(name)]
     if options.peers is not None:
+        if missing:
+            raise UsageError(f"--peers: not installed here: {listed(missing)}; {HOW_TO_GET_PEERS}")
         return names
+    names = [name for name in names if name not in missing]
     left_out = (*ONLY_BY_NAME, *(SLOW_TO_START if options.quick else ()))
     return [name for name in names if name not in left_out]
 

@@ -257,6 +257,10 @@ PACKAGES = {
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("openvino",),
 }
+HOW_TO_GET_PEERS = (
+    'pip install "rowmax[peers]" brings onnxruntime and openvino, the others have packages of '
+    "their own"
+)
 
 
 def absent(name: str) -> bool:

@@ -56,8 +56,7 @@ def run(command: Callable[[], int], prefix: str, errors: tuple[type[Exception], 
             _prepare_streams()
             return command()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where it can be told that nobody reads it
+            sys.stdout.flush()  # here, where it can be told that nobody reads it
     except BrokenPipeError:
         _say(f"{prefix}the output was closed before all of it was written")
         with contextlib.suppress(OSError, ValueError):  # so that Python's own flush says nothing
@@ -138,7 +137,10 @@ def check_text(what: str, text: str) -> None:
 
 
 def _prepare_streams() -> None:
+    """Of an output that came closed Python makes None, for which `print` takes standard output."""
     for name, settings in _STREAMS.items():
+        if getattr(sys, name) is None and name != "stdin":
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(io.UnsupportedOperation):  # read from before
@@ -146,5 +148,4 @@ def _prepare_streams() -> None:
 
 
 def _say(message: str) -> None:
-    if sys.stderr is not None:
-        print(message, file=sys.stderr)
+    print(message, file=sys.stderr)

@@ -104,11 +104,22 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fault" not in row
 
 
+def test_peers_that_are_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rowmax.bench.peers.find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["speed", "--suite", "cpu-attention", "--peers", "sdpa,onnxruntime,openvino"])
+    assert exit_info.value.code == 2
+    words = '--peers: not installed here: onnxruntime, openvino; pip install "rowmax[peers]" brings'
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--suite", "cpu-atention"], "--suite: expected names of cpu-attention, cpu-norms"),
-        (["--peers", "xformers"], "--peers: expected names of sdpa, sdpa-math"),
+        (["--peers", "xform"], "--peers: expected names of sdpa, sdpa-math"),
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
         (["--kind", "plain,odd"], "got 'odd'"),
         (["--pass", "sideways"], "--pass: expected names of forward, forward+backward, backward"),

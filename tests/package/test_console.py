@@ -113,6 +113,18 @@ def test_outputs_that_are_read_or_written_twice(tmp_path: Path) -> None:
     assert not new.exists()
 
 
+def test_what_is_said_to_a_closed_error_stream_is_lost(tmp_path: Path) -> None:
+    """It came among the output, and a bar of progress raised an AttributeError."""
+    (tmp_path / "text.tsv").write_text("one\teins\n")
+    options = ["--tsv", "text.tsv", "--output", "run", "--steps", "1"]
+    options += ["--encoder-layers", "1", "--decoder-layers", "1", "--d-model", "8", "--heads", "1"]
+    call = [sys.executable, "-m", "rowmax.transformer", "train", *options]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *call]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "run" / "checkpoint-00000001").is_dir()
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_closed_streams(number: int) -> None:
     """As by a shell's `<&-`: no traceback, and no error among the output."""
