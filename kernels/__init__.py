@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from .biases import ALiBi
-from .functional import (
-    add_layer_norm,
-    attention,
-    explain,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
-from .masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
-from .packed import attention_varlen
-from .swapping import (
-    attention_as_sdpa,
-    compare,
-    register_huggingface,
-    scaled_dot_product_attention,
-    swap,
-    swapped,
-)
+from typing import Any
+
+if __name__ == "kernels":
+    # Python was started in the checkout, and transformers has looked for Hugging Face's package
+    # of this name. It sees that this is none by the missing version.
+    def __getattr__(name: str) -> Any:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}: import rowmax.kernels")
+else:
+    from .biases import ALiBi
+    from .functional import (
+        add_layer_norm,
+        attention,
+        explain,
+        layer_norm,
+        masked_softmax,
+        rms_norm,
+    )
+    from .masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+    from .packed import attention_varlen
+    from .swapping import (
+        attention_as_sdpa,
+        compare,
+        register_huggingface,
+        scaled_dot_product_attention,
+        swap,
+        swapped,
+    )
 
 __all__ = [
     "ALiBi",

@@ -86,3 +86,28 @@ runpy.run_module("rowmax", run_name="__main__")
     extras = run("-c", script, cwd=tmp_path).stdout.partition("\nextras\n")[2].splitlines()
     assert 'needs tokenizers (pip install "rowmax[transformer]")' in extras[0]
     assert 'needs mpmath (pip install "rowmax[bench]")' in extras[2]
+
+
+def test_transformers_in_the_checkout() -> None:
+    """Its folder `kernels` is not the package of that name that transformers looks for."""
+    script = """
+from transformers import BertConfig, BertModel
+from transformers.utils.import_utils import is_kernels_available
+import rowmax.kernels
+sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+print(is_kernels_available(), rowmax.kernels.swap(BertModel(BertConfig(vocab_size=9, **sizes))))
+import kernels
+try:
+    kernels.attention
+except AttributeError as error:
+    print(error)
+"""
+    checkout = Path(kernels.__file__).parents[1]
+    if checkout.name == "rowmax":
+        pytest.skip("rowmax is installed from a wheel, and there is no checkout")
+    done = run("-c", script, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False BertModel: 4 of 4 sites swapped")
+    assert done.stdout.endswith(
+        "module 'kernels' has no attribute 'attention': import rowmax.kernels\n"
+    )
