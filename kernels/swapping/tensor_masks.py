@@ -8,12 +8,14 @@ function that made it says what it made (`remember`).
 On the CPU, what a tensor means is a function of its values and of the sizes of the problem that it
 broadcasts to, and of nothing else. Its values are read at every call, for nothing in torch tells
 that a tensor is unchanged: a write through `.data` or numpy leaves its version as it was. What
-small values mean is remembered by these values themselves.
+values mean is remembered by these values themselves, of larger masks that of the last few alone: a
+model's layers share theirs.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +31,8 @@ Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
 _NOT_FOUND = (False, None)
 # To look up this many bytes takes less time than to recognise them again.
 _SMALL = 1 << 16
+# Up to this many, a comparison with a copy of what was recognised takes a fifth of the time.
+_LARGE = 1 << 24
 
 
 def mask_of(allowed: Tensor, sizes: Sizes) -> Mask | None:
@@ -128,13 +132,38 @@ def _read(mask: Tensor, sizes: Sizes) -> tuple[bool, Mask | None]:
     for dim in range(4):
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
+    mask = mask.detach()
+    # a tensor made in inference mode can't be saved for backward outside of it
+    key = (mask.dtype, tuple(mask.shape), sizes, torch.is_inference_mode_enabled())
     if mask.numel() * mask.itemsize <= _SMALL:
-        values = _bytes_of(mask.detach())
-        # a tensor made in inference mode can't be saved for backward outside of it
-        return _recognise_values(
-            values, mask.dtype, tuple(mask.shape), sizes, torch.is_inference_mode_enabled()
-        )
-    return _recognise(mask, sizes)
+        return _recognise_values(_bytes_of(mask), *key)
+    words = _words_of(mask)
+    if words is None:
+        return _recognise(mask, sizes)
+    for known in tuple(_recent):
+        if known.key == key and torch.equal(known.words, words):
+            return known.result
+    result = _recognise(mask, sizes)
+    _recent.append(_Recognised(key, words.clone(), result))
+    return result
+
+
+class _Recognised(NamedTuple):
+    key: tuple[object, ...]
+    words: Tensor  # a copy of the mask's values
+    result: tuple[bool, Mask | None]
+
+
+_recent: deque[_Recognised] = deque(maxlen=4)
+
+
+def _words_of(mask: Tensor) -> Tensor | None:
+    """The values as int64, which are compared fastest; None where that can't be, or is too much."""
+    size = mask.numel() * mask.itemsize
+    if size > _LARGE or not mask.is_contiguous():
+        return None
+    aligned = size % 8 == 0 and mask.storage_offset() * mask.itemsize % 8 == 0
+    return mask.view(-1).view(torch.int64) if aligned else None
 
 
 def _bytes_of(mask: Tensor) -> bytes:

@@ -342,13 +342,36 @@ def test_zeros_that_stand_for_no_bias_are_read_again() -> None:
         assert_close([got.transpose(1, 2)], [naive(q, k, v, bias)])
 
 
-def test_what_is_remembered_in_inference_mode_serves_training() -> None:
-    mask = torch.arange(9) < torch.tensor([[7], [4]]).view(2, 1, 1, 1)
-    q, k, v = leaves = qkv((2, 2, 3, 9))
+@pytest.mark.parametrize("key_len", [9, 40_000], ids=["small", "large"])
+def test_what_is_remembered_in_inference_mode_serves_training(key_len: int) -> None:
+    mask = torch.arange(key_len) < torch.tensor([[7], [4]]).view(2, 1, 1, 1)
+    q, k, v = leaves = qkv((2, 2, 3, key_len))
     with torch.inference_mode():
         scaled_dot_product_attention(q, k, v, mask)
     got = with_gradients(lambda q, k, v: scaled_dot_product_attention(q, k, v, mask), *leaves)
     assert_close(got, with_gradients(lambda q, k, v: naive(q, k, v, mask), *leaves))
+
+
+@pytest.mark.parametrize("length", [64, 512], ids=["small", "large"])
+def test_the_layers_of_a_model_share_what_a_mask_means(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    recognise = tensor_masks._recognise
+    monkeypatch.setattr(
+        tensor_masks, "_recognise", lambda mask, sizes: seen.append(mask) or recognise(mask, sizes)
+    )
+    tensor_masks._recognise_values.cache_clear()
+    tensor_masks._recent.clear()
+    sizes = (1, 2, length, length)
+    allowed = torch.ones(1, 1, length, length, dtype=torch.bool).tril_()
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    for _layer in range(3):
+        assert named(tensor_masks.mask_of(allowed.clone(), sizes)) == ["Causal"]
+        assert named(tensor_masks.mask_of_forbidden(bias.clone(), sizes)) == ["Causal"]
+    assert len(seen) == 2
+    tensor_masks.mask_of(allowed, (3, *sizes[1:]))
+    assert len(seen) == 3
 
 
 # --- what is recognised, so that kernels skip it --------------------------------------------------
