@@ -6,8 +6,8 @@ multiplies the patterns, and the conversion from float32 cuts bits off where a G
 even.
 
 It spends a third of its time on replacing the functions of triton.language by its own at every
-call of a device function. Here they are replaced once: a process that interprets never compiles. And
-it spends half of the rest on looking whether integers overflow, to report it in debug mode alone.
+call of a device function. Here they are replaced once: a process that interprets never compiles.
+Half of the rest it spends on looking whether integers overflow, to report it in debug mode alone.
 """
 
 from __future__ import annotations
