@@ -56,6 +56,6 @@ def test_overflows_are_not_looked_for_where_nobody_is_told() -> None:
     from triton.runtime.interpreter import interpreter_builder
 
     zeros = torch.zeros(1, 1, 1, 16)
-    attention(*[zeros] * 3, backend="triton")
+    attention(zeros, zeros, zeros, backend="triton")
     options = interpreter_builder.options
     assert options.sanitize_overflow == options.debug
