@@ -12,8 +12,8 @@
 // so that the bits do not depend on the threads. Half types are widened in registers; what is summed is
 // float or wider.
 
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/dispatch.h"
+#include "kernels/rows.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

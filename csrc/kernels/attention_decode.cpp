@@ -13,8 +13,8 @@
 //
 // and lse = (m + log2 l) * ln 2. K and V of half types are widened as they are loaded.
 
-#include "attention_tiles.h"
-#include "kernels.h"
+#include "kernels/attention_tiles.h"
+#include "kernels/dispatch.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "launch.h"
+#include "binding/launch.h"
 
 namespace rowmax {
 

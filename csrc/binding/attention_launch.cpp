@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "attention_launch.h"
+#include "binding/attention_launch.h"
 #include "constants.h"
 
 namespace rowmax {

@@ -1,4 +1,4 @@
-// A plain call straight from Python, and what such calls share: see plain_attention.cpp, plain_norm.cpp.
+// A plain call straight from Python, and what such calls share: see fast_path_attention.cpp, fast_path_norm.cpp.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <new>
 #include <string>
 
-#include "launch.h"
+#include "binding/launch.h"
 
 namespace rowmax {
 

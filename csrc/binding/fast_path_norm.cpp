@@ -6,8 +6,8 @@
 #include <optional>
 
 #include "constants.h"
-#include "plain_call.h"
-#include "rows_launch.h"
+#include "binding/fast_path.h"
+#include "binding/rows_launch.h"
 
 namespace rowmax {
 namespace {

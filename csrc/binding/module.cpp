@@ -1,7 +1,7 @@
 // The importable module rowmax.kernels._C. Loading it registers the operators torch.ops.rowmax_native.*
 // of the *_launch.cpp files; its functions leave them out.
 
-#include "plain_call.h"
+#include "binding/fast_path.h"
 
 using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 

@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-#include "attention_call.h"
-#include "row_calls.h"
+#include "kernels/attention_call.h"
+#include "kernels/row_calls.h"
 
 namespace rowmax {
 

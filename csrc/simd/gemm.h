@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "transposition.h"
+#include "simd/transpose.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -9,7 +9,7 @@
 //     dQ^T += scale * K^T dS^T                              queries in the lanes
 //
 // (Dao et al. 2022, algorithm 4; a softcap multiplies dS by its derivative after d_bias.) lse * log2 e
-// comes as a rounded value and the rest of it. `attention_gradient_products.h` has the products, in float
+// comes as a rounded value and the rest of it. `attention_backward_products.h` has the products, in float
 // or in pairs of bfloat16.
 //
 // A task is one head of K and V, with all query heads that share it, the last tile first. Where there
@@ -19,9 +19,9 @@
 
 #include <sched.h>
 
-#include "attention_gradient_blocks.h"
-#include "attention_gradient_products.h"
-#include "kernels.h"
+#include "kernels/attention_backward_blocks.h"
+#include "kernels/attention_backward_products.h"
+#include "kernels/dispatch.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -1,4 +1,4 @@
-#include "threads.h"
+#include "binding/threads.h"
 
 #include <pthread.h>
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,7 +1,7 @@
 // The two products of the attention forward, S^T = K Q^T and O^T += V^T P^T, in two ways.
 //
 // `Floats` widens half types and multiplies in the type computed in. `Pairs` multiplies bfloat16 as it
-// is, where the processor has instructions for it (`dot_products.h`): K is read as it lies in memory,
+// is, where the processor has instructions for it (`gemm_bfloat16.h`): K is read as it lies in memory,
 // Q^T is transposed by words, two rows of V are interleaved, and so are two rows of P^T, rounded.
 //
 // Both ways keep matrices transposed, `width` queries a row; Pairs has Q^T and P^T in half as many rows,
@@ -9,8 +9,8 @@
 
 #pragma once
 
-#include "attention_tiles.h"
-#include "dot_products.h"
+#include "kernels/attention_tiles.h"
+#include "simd/gemm_bfloat16.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -2,7 +2,8 @@
 
 #pragma once
 
-#include "elementwise.h"
+#include "simd/math.h"
+#include "simd/philox.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

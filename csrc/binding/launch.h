@@ -13,8 +13,8 @@
 #include <cstring>
 #include <optional>
 
-#include "kernels.h"
-#include "threads.h"
+#include "kernels/dispatch.h"
+#include "binding/threads.h"
 
 namespace rowmax {
 

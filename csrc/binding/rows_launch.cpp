@@ -1,7 +1,7 @@
 // From norms and masked softmax to their kernels: addresses, strides, and how rows are divided. What
 // is copied, and why, is settled before, in kernels/cpu_native/norms.py and softmax.py.
 
-#include "rows_launch.h"
+#include "binding/rows_launch.h"
 
 #include "constants.h"
 

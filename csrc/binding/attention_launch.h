@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "launch.h"
+#include "binding/launch.h"
 
 namespace rowmax {
 

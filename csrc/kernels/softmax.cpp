@@ -8,8 +8,8 @@
 // keys, and only that is read; within it documents and a dense mask turn what they forbid into -inf.
 // A row of a half type is worked on in float scratch.
 
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/dispatch.h"
+#include "kernels/rows.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

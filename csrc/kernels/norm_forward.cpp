@@ -16,8 +16,8 @@
 // A sum ends in a chain of dependent instructions in which memory would stand still. Short rows are
 // therefore written while a later one is summed, and long rows taken GROUP at a time.
 
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/dispatch.h"
+#include "kernels/rows.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -1,8 +1,8 @@
-// What plain calls share: reading Python's tensors past torch's dispatcher. See plain_call.h.
+// What plain calls share: reading Python's tensors past torch's dispatcher. See fast_path.h.
 
-#include "plain_call.h"
+#include "binding/fast_path.h"
 
-#include "dlpack.h"
+#include "binding/dlpack.h"
 
 namespace rowmax {
 namespace {

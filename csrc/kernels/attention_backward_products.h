@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "attention_products.h"
+#include "kernels/attention_products.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

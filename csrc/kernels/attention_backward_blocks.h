@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attention_tiles.h"
+#include "kernels/attention_tiles.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-#include "attention_launch.h"
-#include "plain_call.h"
+#include "binding/attention_launch.h"
+#include "binding/fast_path.h"
 
 namespace rowmax {
 namespace {

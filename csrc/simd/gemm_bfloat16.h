@@ -12,7 +12,7 @@
 
 #pragma once
 
-#include "microkernel.h"
+#include "simd/gemm.h"
 
 #if defined(__AVX512BF16__)
 

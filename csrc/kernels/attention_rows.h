@@ -9,8 +9,8 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "attention_call.h"
-#include "microkernel.h"
+#include "kernels/attention_call.h"
+#include "simd/gemm.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

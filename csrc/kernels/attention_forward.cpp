@@ -10,8 +10,8 @@
 // key of weight 2^(sink - m) without a value: it starts m and l. `attention_products.h` has the two
 // products, in float or in pairs of bfloat16.
 
-#include "attention_products.h"
-#include "kernels.h"
+#include "kernels/attention_products.h"
+#include "kernels/dispatch.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "kernels/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -12,7 +12,7 @@ namespace {
    isa::attention_backward, isa::attention_decode, isa::norm_forward,                        \
    isa::norm_backward,      isa::softmax_forward,  isa::softmax_backward}
 
-// The widest first; vectors as VECTORS in microkernel.h.
+// The widest first; vectors as VECTORS in gemm.h.
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
     ROWMAX_KERNELS(avx512, 64, 4),

@@ -5,8 +5,9 @@
 
 #pragma once
 
-#include "attention_rows.h"
-#include "elementwise.h"
+#include "kernels/attention_rows.h"
+#include "simd/math.h"
+#include "simd/philox.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {
