@@ -1,11 +1,12 @@
 // From an attention problem to its kernels: addresses and strides, and how work is divided. What is
 // copied, and why, is settled before, in kernels/cpu_preparation.py.
 
+#include "binding/attention_launch.h"
+
 #include <algorithm>
 #include <optional>
 #include <string>
 
-#include "binding/attention_launch.h"
 #include "constants.h"
 
 namespace rowmax {
@@ -46,7 +47,8 @@ struct Types {};
 using ProblemTypes = Types<
     Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
     MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeInt, MaybeInt, double,
-    std::optional<double>, double, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, int64_t, int64_t>;
+    std::optional<double>, double, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, int64_t,
+    int64_t>;
 
 int64_t half_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? kBfloat16 : dtype == ScalarType::Half ? kFloat16 : kWhole;
@@ -168,7 +170,6 @@ struct Launch {
     const bool is_short = std::max(call.query_len, call.key_len) <= SHORT_HEAD;
     return is_short ? std::min<int64_t>(8, heads / (8 * thread_count(heads))) : 0;
   }
-
 };
 
 // The kernel of few queries: out and lse of a problem of at most call.few queries, or of the packed
@@ -215,7 +216,8 @@ void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
   // result do not depend on it.)
   const int64_t lanes = launch.lanes;
   const int64_t threads = thread_count(planes * divide_up(call.query_len, lanes));
-  int64_t tile = std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
+  int64_t tile =
+      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
   while (tile > lanes && planes * divide_up(call.query_len, tile) < threads) {
     tile -= lanes;
   }
@@ -246,8 +248,7 @@ void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row
       even ? blocks : std::min<int64_t>(4, std::max<int64_t>(1, tasks * blocks / (4 * threads)));
   const int64_t block_bytes = BLOCK_KEYS * row_bytes;
   if (blocks * block_bytes > 3 * CACHE_BYTES) {
-    chunk_blocks =
-        std::min<int64_t>(chunk_blocks, std::max<int64_t>(1, CACHE_BYTES / block_bytes));
+    chunk_blocks = std::min<int64_t>(chunk_blocks, std::max<int64_t>(1, CACHE_BYTES / block_bytes));
   }
   if (blocks < 2 || chunk_blocks == blocks || (d_bias && d_bias->size(3) == 1)) {
     call.chunk_tasks = 1;
@@ -309,7 +310,8 @@ void backward(
     return;
   }
   const int64_t lanes = launch.lanes;
-  call.tile = std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
+  call.tile =
+      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
   divide_backward(call, d_bias, (call.head_dim + call.value_dim) * launch.element);
   const bool chunked = call.chunk_tasks > 1;
   const int64_t turns =
@@ -370,7 +372,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
   m.def(("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem).c_str());
   m.def(("attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
          " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"
-         " Tensor(e!)? delta, " + problem).c_str());
+         " Tensor(e!)? delta, " +
+         problem)
+            .c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {

@@ -109,8 +109,8 @@ bool find_torch() {
   Py_DECREF(format);
   PyObject* capsule = PyObject_GetAttrString(torch_.tensor, "__dlpack_c_exchange_api__");
   if (capsule != nullptr) {
-    const auto* api = static_cast<const dlpack::ExchangeApi*>(
-        PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
     if (api != nullptr && api->major == dlpack::kMajorVersion && api->view != nullptr) {
       api_ = api;
     }

@@ -5,9 +5,9 @@
 #include <numeric>
 #include <optional>
 
-#include "constants.h"
 #include "binding/fast_path.h"
 #include "binding/rows_launch.h"
+#include "constants.h"
 
 namespace rowmax {
 namespace {

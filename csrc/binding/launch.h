@@ -13,8 +13,8 @@
 #include <cstring>
 #include <optional>
 
-#include "kernels/dispatch.h"
 #include "binding/threads.h"
+#include "kernels/dispatch.h"
 
 namespace rowmax {
 

@@ -13,7 +13,8 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"plain_attention", function(rowmax::plain_attention_call), METH_FASTCALL,
        "plain_attention(query, key, value, align, scale) -> Tensor | None\n\n"
-       "Attention without bias, dropout or gradient; None where the call is not plain. align: 0 no\n"
+       "Attention without bias, dropout or gradient; None where the call is not plain. align: 0 "
+       "no\n"
        "mask, 1 causal with as many queries as keys, 2 causal aligned upper left, 3 lower right."},
       {"plain_norm", function(rowmax::plain_norm_call), METH_FASTCALL,
        "plain_norm(x, weight, bias, eps, centred) -> Tensor | None\n\n"

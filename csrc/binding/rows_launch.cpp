@@ -11,13 +11,16 @@ namespace {
 // The index of a dtype in the tables of row-wise kernels.
 int item_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return 0;
-    case ScalarType::Double: return 1;
-    case ScalarType::BFloat16: return 2;
-    case ScalarType::Half: return 3;
+    case ScalarType::Float:
+      return 0;
+    case ScalarType::Double:
+      return 1;
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Half:
+      return 3;
     default:
-      STD_TORCH_CHECK(
-          false, "expected a float dtype, got ", torch::headeronly::toString(dtype));
+      STD_TORCH_CHECK(false, "expected a float dtype, got ", torch::headeronly::toString(dtype));
   }
 }
 
@@ -58,7 +61,8 @@ NormCall norm_call(
 int64_t computed_bytes(int item) { return item == 1 ? 8 : 4; }
 
 // The parameter's address, or `memory` filled with what an absent one means.
-const void* parameter(const MaybeTensor& given, double absent, char* memory, int item, int64_t columns) {
+const void* parameter(
+    const MaybeTensor& given, double absent, char* memory, int item, int64_t columns) {
   if (given) {
     return given->data_ptr();
   }
@@ -74,15 +78,21 @@ const void* parameter(const MaybeTensor& given, double absent, char* memory, int
 template <typename T>
 const void* widened(const View& given, T* memory, int64_t columns) {
   const auto fill = [&](const auto* elements) {
-    std::transform(elements, elements + columns, memory, [](auto element) {
-      return static_cast<T>(element);
-    });
+    std::transform(
+        elements, elements + columns, memory, [](auto element) { return static_cast<T>(element); });
   };
   switch (given.dtype) {
-    case ScalarType::Float: fill(static_cast<const float*>(given.data)); break;
-    case ScalarType::Double: fill(static_cast<const double*>(given.data)); break;
-    case ScalarType::BFloat16: fill(static_cast<const torch::headeronly::BFloat16*>(given.data)); break;
-    default: fill(static_cast<const torch::headeronly::Half*>(given.data));
+    case ScalarType::Float:
+      fill(static_cast<const float*>(given.data));
+      break;
+    case ScalarType::Double:
+      fill(static_cast<const double*>(given.data));
+      break;
+    case ScalarType::BFloat16:
+      fill(static_cast<const torch::headeronly::BFloat16*>(given.data));
+      break;
+    default:
+      fill(static_cast<const torch::headeronly::Half*>(given.data));
   }
   return memory;
 }
@@ -106,7 +116,8 @@ const void* parameter(
 // Runs the kernel of the forward pass. weight and bias are what `parameter` takes; with `statistics`
 // bytes each, mean and rstd lie in memory that ends with the call.
 template <typename Given>
-void run_forward(NormCall& call, int item, const Given& weight, const Given& bias, int64_t statistics) {
+void run_forward(
+    NormCall& call, int item, const Given& weight, const Given& bias, int64_t statistics) {
   const int64_t bytes = round_up(call.columns * computed_bytes(item), 64);
   const int64_t tasks = divide_up(call.rows, call.task_rows);
   const auto& kernel = chosen_kernels().norm_forward[item];
@@ -214,8 +225,8 @@ void softmax_forward(
 
 // (rows, keys), weights and grad with a row stride of their own; d_scores like them, contiguous.
 void softmax_backward(
-    Tensor weights, int64_t weights_row, Tensor grad, int64_t grad_row, Tensor d_scores, int64_t rows,
-    int64_t keys, double scale) {
+    Tensor weights, int64_t weights_row, Tensor grad, int64_t grad_row, Tensor d_scores,
+    int64_t rows, int64_t keys, double scale) {
   SoftmaxCall call{};
   call.given = weights.data_ptr();
   call.given_row = weights_row;
@@ -237,8 +248,8 @@ bool bfloat16_dots() { return pair_kernels() != nullptr; }
 }  // namespace
 
 void plain_norm(
-    const View& x, const std::optional<View>& weight, const std::optional<View>& bias, const View& y,
-    int64_t rows, double eps, bool centred) {
+    const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
+    const View& y, int64_t rows, double eps, bool centred) {
   const int item = item_of(x.dtype);
   const int64_t columns = x.sizes[x.dimensions - 1];
   NormCall call = norm_call(x.data, columns, rows, columns, 0.0, std::nullopt);

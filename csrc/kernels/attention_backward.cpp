@@ -62,18 +62,18 @@ struct BackwardScratch {
     }
   }
 
-  int64_t head_columns, value_columns;   // D and Dv in whole vectors
-  T *d_key, *d_value;                    // (chunk_keys, head_columns | value_columns)
-  T *query_t, *grad_out_t;               // (D | Dv, width), or half as many rows of pairs
-  T* d_query_t;                          // (D, width)
-  T *scores, *d_weights;                 // (BLOCK_KEYS, width)
-  T *query_rows, *grad_out_rows;         // (width, head_columns | value_columns)
-  QueryTerms<T> terms;                   // (width,) each
-  T* parts = nullptr;                    // (blocks of a chunk, D, width): their parts of dQ^T
-  T* slopes = nullptr;                   // (BLOCK_KEYS, width): the derivative of the softcap
-  T* ones;                               // (VECTORS * LANES,)
-  T* key_rows = nullptr;                 // BLOCK_KEYS rows of K and V, widened or in pairs
-  T* spare = nullptr;                    // (BLOCK_KEYS, width)
+  int64_t head_columns, value_columns;  // D and Dv in whole vectors
+  T *d_key, *d_value;                   // (chunk_keys, head_columns | value_columns)
+  T *query_t, *grad_out_t;              // (D | Dv, width), or half as many rows of pairs
+  T* d_query_t;                         // (D, width)
+  T *scores, *d_weights;                // (BLOCK_KEYS, width)
+  T *query_rows, *grad_out_rows;        // (width, head_columns | value_columns)
+  QueryTerms<T> terms;                  // (width,) each
+  T* parts = nullptr;                   // (blocks of a chunk, D, width): their parts of dQ^T
+  T* slopes = nullptr;                  // (BLOCK_KEYS, width): the derivative of the softcap
+  T* ones;                              // (VECTORS * LANES,)
+  T* key_rows = nullptr;                // BLOCK_KEYS rows of K and V, widened or in pairs
+  T* spare = nullptr;                   // (BLOCK_KEYS, width)
 };
 
 // lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing. Such a row
@@ -229,8 +229,8 @@ void backward_tile(
     prefetch_part<T>(call, following, kQuery);
   }
   fill(with.d_query_t, call.head_dim * width, T(0));
-  TileParts<T> parts{with.query_t,   with.grad_out_t, with.query_rows, with.grad_out_rows, {}, {},
-                     terms.lse2, terms.delta};
+  TileParts<T> parts{with.query_t, with.grad_out_t, with.query_rows, with.grad_out_rows, {},
+                     {},           terms.lse2,      terms.delta};
   if (begin < end) {
     if (rows < width) {
       fill(terms.lse2, width, T(0));
@@ -322,8 +322,7 @@ void backward_chunk(
   for (int64_t h = head * groups; h < (head + 1) * groups; ++h) {
     for (int64_t tile = (sequence.query_len + call.tile - 1) / call.tile - 1; tile >= 0; --tile) {
       const bool is_last = tile == 0 && h == (head + 1) * groups - 1;
-      backward_tile<Products>(
-          call, b, h, tile * call.tile, chunk, is_last ? following : -1, with);
+      backward_tile<Products>(call, b, h, tile * call.tile, chunk, is_last ? following : -1, with);
     }
   }
   const int64_t first_key = sequence.first_key + begin;

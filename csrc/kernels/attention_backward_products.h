@@ -63,8 +63,7 @@ struct GradientFloats {
     }
     const T scale = static_cast<T>(call.scale);
     transpose<T>(parts.query, {parts.query_t, tile.width}, tile.rows, call.head_dim, scale);
-    transpose<T>(
-        parts.grad_out, {parts.grad_out_t, tile.width}, tile.rows, call.value_dim, T(1));
+    transpose<T>(parts.grad_out, {parts.grad_out_t, tile.width}, tile.rows, call.value_dim, T(1));
     dot_rows<T>(
         call.half, call.out, at.out, call.out_row, parts.grad_out, tile.rows, call.value_dim,
         parts.delta);
@@ -116,9 +115,8 @@ struct GradientFloats {
     multiply_wide<T>(
         d_key.row, block.keys, tile.rows, {d_scores, width, 1}, parts.query, d_key, true);
     // as `score_products` left it
-    const Matrix<const T> key = call.half == kWhole
-                                    ? key_rows(call, block)
-                                    : Matrix<const T>{block.rows, call.head_dim};
+    const Matrix<const T> key =
+        call.half == kWhole ? key_rows(call, block) : Matrix<const T>{block.rows, call.head_dim};
     multiply<T>(
         width / LANES<T>, call.head_dim, block.keys, {key.at, 1, key.row}, {d_scores, width},
         {d_query_t, width}, add);
@@ -145,7 +143,8 @@ struct GradientPairs {
         parts.grad_out_rows, parts.grad_out);
     dot_rows<float>(
         call.half, call.out, at.out, call.out_row,
-        Matrix<const Bfloat16>{grad_out, call.grad_out_row}, tile.rows, call.value_dim, parts.delta);
+        Matrix<const Bfloat16>{grad_out, call.grad_out_row}, tile.rows, call.value_dim,
+        parts.delta);
   }
 
   // The rows transposed, in pairs along the head, and in pairs of rows.
@@ -157,8 +156,8 @@ struct GradientPairs {
     };
     transpose_words(
         from, row, dim, {reinterpret_cast<uint32_t*>(transposed), tile.width}, tile.width, count);
-    const int64_t words = interleave_rows(
-        from, row, tile.rows, dim, reinterpret_cast<uint32_t*>(interleaved), count);
+    const int64_t words =
+        interleave_rows(from, row, tile.rows, dim, reinterpret_cast<uint32_t*>(interleaved), count);
     rows = {interleaved, words};
   }
 

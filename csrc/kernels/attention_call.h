@@ -19,38 +19,39 @@ struct AttentionCall {
   const void* key;    // (B, Hkv, Lk, D)
   const void* value;  // (B, Hkv, Lk, Dv)
   void* out;          // (B, Hq, Lq, Dv)
-  void* lse;  // (B, Hq, query_rows), contiguous, double; float where the tensors are half; or absent
+  void*
+      lse;  // (B, Hq, query_rows), contiguous, double; float where the tensors are half; or absent
   int64_t query_batch, query_head, query_row;
   int64_t key_batch, key_head, key_row;
   int64_t value_batch, value_head, value_row;
   int64_t out_batch, out_head, out_row;
   int64_t half;  // of q, k, v, out and their gradients
   int64_t batch, heads, key_heads, query_len, key_len, head_dim, value_dim;
-  int64_t tile;                       // queries a tile has: a multiple of the lanes
-  int64_t few;  // sequences of at most so many queries are for the decoding kernel, not for tiles
-  int64_t query_rows;                 // rows of q in memory a head
-  const int64_t* query_starts;        // packed: (batch + 1,)
-  const int64_t* key_starts;          // packed: (batch + 1,)
-  int64_t band_lower, band_upper;     // bounds on j - i
-  const int64_t* band;                // (B, 2), as well
-  const int64_t* key_lengths;         // (B,)
-  const int64_t* query_lengths;       // (B,)
-  const int64_t* query_documents;     // (B, Lq)
-  const int64_t* key_documents;       // (B, Lk)
+  int64_t tile;  // queries a tile has: a multiple of the lanes
+  int64_t few;   // sequences of at most so many queries are for the decoding kernel, not for tiles
+  int64_t query_rows;              // rows of q in memory a head
+  const int64_t* query_starts;     // packed: (batch + 1,)
+  const int64_t* key_starts;       // packed: (batch + 1,)
+  int64_t band_lower, band_upper;  // bounds on j - i
+  const int64_t* band;             // (B, 2), as well
+  const int64_t* key_lengths;      // (B,)
+  const int64_t* query_lengths;    // (B,)
+  const int64_t* query_documents;  // (B, Lq)
+  const int64_t* key_documents;    // (B, Lk)
   int64_t query_documents_batch, key_documents_batch;
-  const void* bias;                   // (B, Hq, Lq, Lk)
+  const void* bias;  // (B, Hq, Lq, Lk)
   int64_t bias_batch, bias_head, bias_row, bias_column, bias_half;
-  const uint8_t* dense;               // (B, Hq, Lq, Lk)
+  const uint8_t* dense;  // (B, Hq, Lq, Lk)
   int64_t dense_batch, dense_head, dense_row, dense_column;
-  const double* alibi;                // (B, Hq)
+  const double* alibi;  // (B, Hq)
   int64_t alibi_batch;
-  const int64_t* alibi_offset;        // (B,)
+  const int64_t* alibi_offset;  // (B,)
   int64_t alibi_offset_batch;
-  const double* sinks;                // (Hq,)
+  const double* sinks;  // (Hq,)
   bool dropout;
-  int64_t threshold;                  // words below it drop
+  int64_t threshold;  // words below it drop
   uint64_t seed;
-  int64_t batch_start;                // dropout counts batch elements from here
+  int64_t batch_start;  // dropout counts batch elements from here
   // scale is the scores' factor times log2 e; with a softcap c > 0 it is the factor / c, and cap
   // is c * log2 e. Without one cap is 0.
   double scale, keep_scale, cap;
@@ -77,7 +78,7 @@ struct AttentionCall {
   void* d_bias;  // zeros, as bias
   int64_t d_bias_batch, d_bias_head, d_bias_row, d_bias_column;
   int64_t d_bias_sum, d_bias_half;
-  double* delta;     // (B, Hq, query_rows): written where the sinks' gradient needs it, or absent
+  double* delta;  // (B, Hq, query_rows): written where the sinks' gradient needs it, or absent
   int64_t batch_tasks, head_tasks;  // 1 where one task takes all batch elements, or all heads
   int64_t chunk_tasks, chunk_keys;  // chunks of keys, a multiple of BLOCK_KEYS; 1 and all keys
   // Where there are several chunks: the turns, (B, Hq, tiles) zeros, and the sums of dQ until the

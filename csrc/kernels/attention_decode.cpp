@@ -58,7 +58,8 @@ struct DecodeScratch {
 // sums[n][r] = the lane-wise sums over c of Q[r, c] * k[c], each row of K read once.
 template <int rows, typename T, typename Item>
 ROWMAX_INLINE void dot_key(
-    int64_t columns, Matrix<const T> query, const Item* key, Vec<T> (&sums)[rows][LANES<T>], int at) {
+    int64_t columns, Matrix<const T> query, const Item* key, Vec<T> (&sums)[rows][LANES<T>],
+    int at) {
   Vec<T> total[rows] = {};
   for (int64_t c = 0; c < columns; c += LANES<T>) {
     const Vec<T> of_key = load(key + c);
@@ -76,7 +77,8 @@ ROWMAX_INLINE void dot_key(
 // scores[r, k] = sum_c query[r, c] * key[k, c] of `rows` rows; whole vectors are stored.
 template <int rows, typename T, typename Item>
 __attribute__((noinline)) void score_rows(
-    Matrix<const Item> key, int64_t keys, Matrix<const T> query, int64_t columns, Matrix<T> scores) {
+    Matrix<const Item> key, int64_t keys, Matrix<const T> query, int64_t columns,
+    Matrix<T> scores) {
   constexpr int lanes = LANES<T>;
   Vec<T> sums[rows][lanes] = {};
   for (int64_t k = 0; k < keys; k += lanes) {
@@ -108,8 +110,8 @@ void add_terms_to_row(
     }
   }
   if (call.bias != nullptr) {
-    const int64_t offset = b * call.bias_batch + h * call.bias_head + i * call.bias_row +
-                           k0 * call.bias_column;
+    const int64_t offset =
+        b * call.bias_batch + h * call.bias_head + i * call.bias_row + k0 * call.bias_column;
     const bool same = call.bias_column == 0;
     const T* source =
         readable<T>(call.bias_half, call.bias, offset, 0, 1, same ? 1 : keys, scratch).at;
@@ -153,7 +155,8 @@ struct RowSum {
 template <typename T>
 RowSum<T> weigh_row(T* scores, int64_t first, int64_t last, int64_t keys) {
   const Vec<T> nothing = splat(-INFINITE<T>);
-  const Ints<T> low = splat(static_cast<IntOf<T>>(first)), high = splat(static_cast<IntOf<T>>(last));
+  const Ints<T> low = splat(static_cast<IntOf<T>>(first)),
+                high = splat(static_cast<IntOf<T>>(last));
   Vec<T> largest = nothing;
   for (int64_t v = 0; v < keys; v += LANES<T>) {
     const Ints<T> k = lane_numbers<IntOf<T>>() + static_cast<IntOf<T>>(v);
@@ -248,8 +251,8 @@ void decode_chunk(
     copy_rows<T>(call.half, call.query, at, call.query_row, to, queries, call.head_dim, with.alive);
   }
   const int64_t counted = end - begin, skipped = begin - k0;
-  const int64_t key = place * call.key_batch + head * call.key_head +
-                      (sequence.first_key + begin) * call.key_row;
+  const int64_t key =
+      place * call.key_batch + head * call.key_head + (sequence.first_key + begin) * call.key_row;
   with_rows(
       call, call.key, key, call.key_row, counted, call.head_dim, with.head_columns, with,
       [&](auto keys) {

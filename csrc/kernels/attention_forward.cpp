@@ -203,8 +203,8 @@ void forward_tile(
   }
   const int64_t width = tile.width;
   const int64_t head = h / (call.heads / call.key_heads);
-  const int64_t key = sequence.place * call.key_batch + head * call.key_head +
-                      sequence.first_key * call.key_row;
+  const int64_t key =
+      sequence.place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
   const int64_t value = sequence.place * call.value_batch + head * call.value_head +
                         sequence.first_key * call.value_row;
 

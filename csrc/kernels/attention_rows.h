@@ -16,8 +16,8 @@ namespace rowmax {
 namespace ROWMAX_ISA {
 
 template <typename Item, typename Address>
-using PointerLike = std::conditional_t<
-    std::is_const_v<std::remove_pointer_t<Address>>, const Item*, Item*>;
+using PointerLike =
+    std::conditional_t<std::is_const_v<std::remove_pointer_t<Address>>, const Item*, Item*>;
 
 // visit(pointer to items of the type that `half` names)
 template <typename T, typename Address, typename Visit>

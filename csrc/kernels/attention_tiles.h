@@ -33,7 +33,8 @@ struct Tile {
 };
 
 template <typename T>
-inline Tile tile_of(const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t length) {
+inline Tile tile_of(
+    const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t length) {
   const int64_t rows = min(call.tile, length - start);
   return {b, h, start, rows, min<int64_t>(VECTORS * LANES<T>, round_up(rows, LANES<T>))};
 }
@@ -251,8 +252,8 @@ inline void add_matrix(
     const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, T* scores, T* block) {
   constexpr int lanes = LANES<T>;
   const T factor = static_cast<T>(LOG2_E);
-  const int64_t offset = tile.b * call.bias_batch + tile.h * call.bias_head +
-                         tile.start * call.bias_row + k0;
+  const int64_t offset =
+      tile.b * call.bias_batch + tile.h * call.bias_head + tile.start * call.bias_row + k0;
   const bool bias = bias_is_matrix(call), dense = dense_is_matrix(call);
   const uint8_t* allowed = dense ? dense_at(call, tile, k0) : nullptr;
   if (bias) {
@@ -346,7 +347,8 @@ inline void forbid(
     }
   }
   if (call.query_documents != nullptr && !same_document(call, tile, k0, keys).every) {
-    const int64_t* queries = call.query_documents + tile.b * call.query_documents_batch + tile.start;
+    const int64_t* queries =
+        call.query_documents + tile.b * call.query_documents_batch + tile.start;
     const int64_t* ids = call.key_documents + tile.b * call.key_documents_batch + k0;
     for (int64_t k = 0; k < keys; ++k) {
       for (int64_t r = 0; r < tile.rows; ++r) {

@@ -7,10 +7,16 @@
 namespace rowmax {
 namespace {
 
-#define ROWMAX_KERNELS(isa, bytes, vectors)                                                  \
-  {bytes,                   vectors,               isa::attention_forward,                   \
-   isa::attention_backward, isa::attention_decode, isa::norm_forward,                        \
-   isa::norm_backward,      isa::softmax_forward,  isa::softmax_backward}
+#define ROWMAX_KERNELS(isa, bytes, vectors) \
+  {bytes,                                   \
+   vectors,                                 \
+   isa::attention_forward,                  \
+   isa::attention_backward,                 \
+   isa::attention_decode,                   \
+   isa::norm_forward,                       \
+   isa::norm_backward,                      \
+   isa::softmax_forward,                    \
+   isa::softmax_backward}
 
 // The widest first; vectors as VECTORS in gemm.h.
 constexpr Kernels kAll[] = {

@@ -55,7 +55,7 @@ ROWMAX_DECLARE_KERNELS(portable)
 namespace avx512_bf16 {
 extern const AttentionKernel attention_forward_pairs;
 extern const AttentionKernel attention_backward_pairs;
-}
+}  // namespace avx512_bf16
 #endif
 
 // Forward and backward of bfloat16 tensors that multiply them as they are.

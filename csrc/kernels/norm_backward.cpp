@@ -29,15 +29,13 @@ struct RowTerms {
 template <typename Item, typename T = Computed<Item>>
 struct Backward {
   const NormCall& call;
-  T* factors;          // FACTOR_BLOCK: what dropout multiplies by
-  T* block;            // (GROUP, FACTOR_BLOCK): d_total before it is rounded
+  T* factors;            // FACTOR_BLOCK: what dropout multiplies by
+  T* block;              // (GROUP, FACTOR_BLOCK): d_total before it is rounded
   T *d_weight, *d_bias;  // of the chunk, in whole vectors
   const int64_t columns = call.columns;
   const T* weight = static_cast<const T*>(call.weight);
 
-  const Item* x(int64_t row) const {
-    return static_cast<const Item*>(call.x) + row * call.x_row;
-  }
+  const Item* x(int64_t row) const { return static_cast<const Item*>(call.x) + row * call.x_row; }
   const Item* grad_y(int64_t row) const {
     return static_cast<const Item*>(call.grad_y) + row * call.grad_y_row;
   }
@@ -110,8 +108,7 @@ struct Backward {
         const Vec<T> x_of = load_first(x_at + r * x_row + c, count);
         hat[r] = multiply_add(x_of - mean[r], rstd[r], shift[r]);
         const Vec<T> level = d_y[r] * w * rstd[r] - g_mean[r];
-        store_first(
-            target + r * target_row + c, multiply_add(hat[r], gx_mean[r], level), count);
+        store_first(target + r * target_row + c, multiply_add(hat[r], gx_mean[r], level), count);
       }
       if constexpr (group == 1) {
         store(to_weight + c, multiply_add(d_y[0], hat[0], load(to_weight + c)));
@@ -147,9 +144,8 @@ struct Backward {
       }
     }
     Item* d_total = static_cast<Item*>(call.d_total) + at;
-    for_vectors<T>(width, [&](int64_t c, int64_t count) {
-      store_first(d_total + c, load(of + c), count);
-    });
+    for_vectors<T>(
+        width, [&](int64_t c, int64_t count) { store_first(d_total + c, load(of + c), count); });
     if (call.d_x != nullptr) {
       Item* d_x = static_cast<Item*>(call.d_x) + at;
       const T keep_scale = static_cast<T>(call.keep_scale);

@@ -38,7 +38,8 @@ ROWMAX_INLINE Counters philox_rounds(Counters c, uint64_t seed) {
   for (int round = 0; round < PHILOX_ROUNDS; ++round) {
     const Wide product0 = multiply_low(c.word[0], Wide{} + PHILOX_MULTIPLIERS[0]);
     const Wide product1 = multiply_low(c.word[2], Wide{} + PHILOX_MULTIPLIERS[1]);
-    c = {{(product1 >> 32) ^ c.word[1] ^ k0, product1, (product0 >> 32) ^ c.word[3] ^ k1, product0}};
+    c = {
+        {(product1 >> 32) ^ c.word[1] ^ k0, product1, (product0 >> 32) ^ c.word[3] ^ k1, product0}};
     k0 += static_cast<uint32_t>(PHILOX_WEYL[0]);
     k1 += static_cast<uint32_t>(PHILOX_WEYL[1]);
   }

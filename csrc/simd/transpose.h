@@ -68,8 +68,7 @@ __attribute__((noinline)) void turn_block(
 
 // to[c, r] = factor * from[r, c] for r < rows, c < columns.
 template <typename T>
-inline void transpose(
-    Matrix<const T> from, Matrix<T> to, int64_t rows, int64_t columns, T factor) {
+inline void transpose(Matrix<const T> from, Matrix<T> to, int64_t rows, int64_t columns, T factor) {
   constexpr int lanes = LANES<T>;
   const int64_t full_rows = rows - rows % lanes, full_columns = columns - columns % lanes;
   for (int64_t r = 0; r < full_rows; r += lanes) {

@@ -268,8 +268,7 @@ ROWMAX_INLINE Vec<float> widen(HalfBits bits, Float16) {
   const Words<float> sign = (word & 0x8000) << 16, rest = word & 0x7fff;
   // Exponent and mantissa moved into place, and the exponent's bias by a product, which also
   // makes subnormal numbers normal; infinities and NaN have all bits of the exponent.
-  const Vec<float> scaled =
-      reinterpret_cast<Vec<float>>(rest << 13) * splat(0x1p112f);
+  const Vec<float> scaled = reinterpret_cast<Vec<float>>(rest << 13) * splat(0x1p112f);
   const Words<float> special = rest << 13 | 0x7f800000;
   const Words<float> value = rest >= 0x7c00 ? special : reinterpret_cast<Words<float>>(scaled);
   return reinterpret_cast<Vec<float>>(value | sign);
