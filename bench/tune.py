@@ -56,6 +56,7 @@ SHARED_LIMIT = {
 ROWS_OF_WARP = 16
 CHAINED = ("forward", "key_gradients", "query_gradients")
 ENOUGH = 3  # of the forms that fit, so many are compared
+LIMIT = 300.0  # seconds that the forms of one key are timed
 BITS = {"bfloat16": 16, "float16": 16, "tf32": 19, "float32": 32, "float64": 64}
 TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
 
@@ -313,6 +314,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
     command.add_argument("--seconds", type=float, help="begin no further key after this")
     command.add_argument(
+        "--limit", type=float, metavar="SECONDS", help=f"for timing a key; default: {LIMIT:g}"
+    )
+    command.add_argument(
         "--missing", action="store_true", help="only what the table does not hold yet"
     )
     command.add_argument(
@@ -335,6 +339,7 @@ def run(options: argparse.Namespace) -> int:
     dtypes = names_of("--dtype", options.dtype, BITS)
     features = names_of("--features", options.features, FEATURES)
     seconds = seconds_of("--seconds", options.seconds)
+    limit = seconds_of("--limit", options.limit) or LIMIT
     if options.arch is not None and not options.compile:
         raise UsageError("--arch: only with --compile; otherwise it is that of the GPU here")
     if find_spec("triton") is None:
@@ -352,7 +357,8 @@ def run(options: argparse.Namespace) -> int:
         from ..kernels.gpu_triton.configurations import architecture
 
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
-        choose = _by_timing(getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16)
+        half = getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16
+        choose = _by_timing(half, limit)
     check_writable("--output", options.output)
     present = read(options.output)
     wanted = keys(archs, kernels, dims, dict.fromkeys(BITS[name] for name in dtypes), features)
@@ -367,13 +373,29 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _by_timing(half: torch.dtype) -> Choose:
+def _by_timing(half: torch.dtype, seconds: float) -> Choose:
+    """A key has a process of its own: one that loses the GPU, or never ends, stops no other."""
+    from . import isolated
+
+    def choose(key: Key) -> Choice | None:
+        try:
+            return next(iter(isolated.results(timed, key, half, seconds=seconds)), None)
+        except isolated.LostError as error:
+            _say(f"  {_name(key)}: {error}")
+            return None
+
+    return choose
+
+
+def timed(key: Key, half: torch.dtype) -> list[Choice]:
+    """The fastest form of `key` on the GPU here, if one works."""
     from ..kernels.gpu_triton.configurations import lookup
     from .timing import timer_for
     from .trials import Trials
 
-    trials = Trials(timer_for("cuda"), torch.device("cuda"), half)
-    return lambda key: fastest(key, trials.time_forms, lookup(key))
+    trials = Trials(timer_for("cuda"), torch.device("cuda"), half, say=_say)
+    choice = fastest(key, trials.time_forms, lookup(key))
+    return [] if choice is None else [choice]
 
 
 def _by_compiling(path: Path) -> Choose:
@@ -402,8 +424,8 @@ def _by_compiling(path: Path) -> Choose:
 
     def complain(form: Configuration, error: Exception) -> None:
         """Whatever stage of the compiler gave up: it may be a fault of the kernel too."""
-        reason = (str(error) or "no reason given").strip().splitlines()[0]
-        _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
+        first = (str(error) or "no reason given").strip().splitlines()[0]
+        _say(f"  {list(form)} does not compile: {type(error).__name__}: {first}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 # OpenMP's threads spin while they wait, and so starve the other test process (or whatever else the
@@ -15,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import hypothesis
+import pytest
 import torch
 
 # `python -m pytest` puts the root first on the path, where `kernels/` would pass for Hugging Face's
@@ -32,3 +34,22 @@ hypothesis.settings.register_profile(
     "rowmax", derandomize=True, deadline=None, max_examples=25, database=None
 )
 hypothesis.settings.load_profile("rowmax")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What read beside its tensors leaves the process without the GPU, and each later test would
+    fail: so the process ends here, with its report, and xdist begins another one.
+    """
+    report = yield
+    if report.failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid}\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+            if hasattr(item.config, "workerinput"):
+                os._exit(1)
+            pytest.exit(f"{item.nodeid} lost the GPU: {error}", returncode=1)
+    return report
