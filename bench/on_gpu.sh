@@ -147,9 +147,9 @@ tests() {
         ${TESTS[@]+"${TESTS[@]}"}
 }
 
-# The project's own options may be newer than the pytest here.
+# The project's own options may be newer than the pytest here. Ends by itself before it is stopped.
 check() {
-    within "$limit" ${SANITIZER[@]+"${SANITIZER[@]}"} "$PYTHON" -m pytest "$@" -q -ra \
+    ROWMAX_STOP_AT=$(($(date +%s) + limit - 15)) within "$limit" ${SANITIZER[@]+"${SANITIZER[@]}"} "$PYTHON" -m pytest "$@" -q -ra \
         -o addopts=--import-mode=importlib -p no:cacheprovider
 }
 
@@ -193,8 +193,9 @@ link() {
 run_part() {
     local name=$1 limit=$2 log=$3 started=$SECONDS status
     echo "=== $name, at most $limit s" | tee -a "$log"
-    # in a subshell of its own, because of the pipe: what it exports stays there
-    "part_$name" 2>&1 | tee -a "$log"
+    # In a subshell of its own, because of the pipe: what it exports stays there. The pipe does not
+    # wait for what a part that was killed has left behind.
+    "part_$name" 2>&1 | timeout "$((limit + 8))" tee -a "$log"
     status=${PIPESTATUS[0]}
     case $status in
     0) summary+=("$name: ok, $((SECONDS - started)) s") ;;

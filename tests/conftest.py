@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
+from time import time
 
 # OpenMP's threads spin while they wait, and so starve the other test process (or whatever else the
 # machine does). The runtime reads this when torch loads it.
@@ -30,10 +32,24 @@ if not torch.cuda.is_available():
 # What compiles Triton kernels for absent GPUs needs a process of its own: `make compile`.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "0" else ["ahead_of_time"]
 
+# Seconds since the epoch after which no test is begun, for runs that are ended soon after.
+STOP_AT = float(os.environ.get("ROWMAX_STOP_AT", "inf"))
+
 hypothesis.settings.register_profile(
     "rowmax", derandomize=True, deadline=None, max_examples=25, database=None
 )
 hypothesis.settings.load_profile("rowmax")
+
+
+def pytest_runtest_setup() -> None:
+    if time() > STOP_AT:
+        pytest.skip("no time is left")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A run that may be ended tells of each failure at once; else they come at the end."""
+    if report.failed and math.isfinite(STOP_AT):
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -38,15 +38,16 @@ def test_number(number):
 """
 
 
-def run(folder: Path, *options: str) -> str:
+def run(folder: Path, *options: str, stop_at: str = "inf", status: int = 1) -> str:
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_numbers.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     environment = {key: value for key, value in os.environ.items() if "PYTEST" not in key}
+    environment["ROWMAX_STOP_AT"] = stop_at
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment
     )
-    assert result.returncode == 1
+    assert result.returncode == status
     return result.stdout + result.stderr
 
 
@@ -64,3 +65,15 @@ def test_alone_it_is_the_last(tmp_path: Path) -> None:
     assert "1 passed" in said
     assert "test_number[1] lost the GPU: CUDA error: an illegal memory access" in said
     assert "the first error" in said
+
+
+def test_failures_are_told_at_once(tmp_path: Path) -> None:
+    said = run(tmp_path, "-p", "no:xdist", "-k", "4", stop_at="1e12")
+    assert said.count("an ordinary error") > 1
+    assert said.index("AssertionError: an ordinary error") < said.index("= FAILURES =")
+
+
+def test_no_time_is_left(tmp_path: Path) -> None:
+    said = run(tmp_path, "-p", "no:xdist", "-rs", stop_at="1", status=0)
+    assert "6 skipped" in said
+    assert "no time is left" in said
