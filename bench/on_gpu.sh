@@ -36,7 +36,7 @@
 #   LIMIT           seconds that each part may take, in place of its own
 #   SECONDS_A_LINE  to spend on timing each line of a table (0.4)
 #   SAMPLE          how many cases of parity (300)
-#   WORKERS         how many processes run tests (12)
+#   WORKERS         how many processes run tests (16)
 #   TEST_ARGS, SPEED_ARGS, TUNE_ARGS  more options for the commands
 
 set -uo pipefail
@@ -44,13 +44,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # part:seconds
 CONTACT="smoke:55 forms:95 speed:60 kinds:60 decode:30 flex:40 norms:45 host:25"
-PROVE="gpu:100 parity:100 sanitize:75"
+PROVE="gpu:90 parity:115 sanitize:70"
 MORE="tests:530 tune:530 attention:530 all_norms:530"
 TABLE=kernels/gpu_triton/configurations.json
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
-WORKERS=${WORKERS:-12}
+WORKERS=${WORKERS:-16}
 read -r -a TUNE <<<"${TUNE_ARGS:-}"
 read -r -a SPEED <<<"${SPEED_ARGS:-}"
 read -r -a TESTS <<<"${TEST_ARGS:-}"

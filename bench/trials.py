@@ -95,6 +95,12 @@ class Trials:
                 times = {form: [*times[form], seconds] for form, seconds in measured.items()}
         return {form: geometric_mean(seconds) for form, seconds in times.items()}
 
+    def compile(self, key: Key, forms: Sequence[Configuration]) -> None:
+        """All that `time_forms` would compile."""
+        with products_in(key.bits):
+            for problem in self.problems(key):
+                _compile_all(_launched(problem, key.kernel), forms)
+
     def problems(self, key: Key) -> Iterator[AttentionProblem]:
         """Problems of the key's features, one with all pairs and one that leaves some out."""
         batch, length = self._sizes[key.bits]

@@ -7,9 +7,10 @@ from time import perf_counter
 
 import pytest
 
-from rowmax.bench import smoke
+from rowmax.bench import isolated, smoke
 from rowmax.bench.cli import main
 from rowmax.bench.isolated import LostError
+from rowmax.bench.verification.suite import DTYPES, Settings, cases_of
 from rowmax.kernels import gpu_triton
 
 
@@ -26,8 +27,8 @@ def test_a_feature_is_held_to_float64(name: str, lines: int) -> None:
 def test_every_feature_has_cases() -> None:
     for feature in smoke.FEATURES.values():
         shapes = () if feature.sizes is None else (feature.sizes,)
-        settings = smoke.Settings(feature.ops, feature.kinds, shapes=shapes, quick=True)
-        cases = list(smoke.cases_of(settings, smoke.DTYPES["float32"]))
+        settings = Settings(feature.ops, feature.kinds, shapes=shapes, quick=True)
+        cases = list(cases_of(settings, DTYPES["float32"]))
         assert {case.op for case in cases} == set(feature.ops)
         assert {case.kind for case in cases} == set(feature.kinds)
 
@@ -41,7 +42,7 @@ def test_what_is_said_of_a_feature(verdict: str, monkeypatch: pytest.MonkeyPatch
             raise LostError("its process ended with status -11")
         yield verdict == "right", "the second case"
 
-    monkeypatch.setattr(smoke.isolated, "results", results)
+    monkeypatch.setattr(isolated, "results", results)
     passed, lines = smoke._lines("bias", "float32", perf_counter() + 60)
     assert passed == (verdict == "right")
     assert lines[0].endswith(" the first case")
