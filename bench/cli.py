@@ -223,7 +223,9 @@ def _measure(
         "memory": memory,
     }
     watch = Watch()
-    watch.probe()
+    probed = not all(suite.on_gpu for suite in suites)  # a GPU's events know no host
+    if probed:
+        watch.probe()
     machine = describe()
     if any(suite.on_gpu for suite in suites):
         machine["gpu"] = gpu.describe()
@@ -234,7 +236,8 @@ def _measure(
 
     def complained() -> list[str]:
         noisy = sum(map(report.is_noisy, rows))
-        return complaints(watch, noisy, len(rows), machine["load_average"])
+        load = machine["load_average"] if probed else None
+        return complaints(watch, noisy, len(rows), load)
 
     def document() -> dict[str, Any]:
         noise = {**watch.as_json(), "complaints": complained()}
@@ -260,7 +263,8 @@ def _measure(
             for row in (
                 isolated_rows(*measured, options.limit) if suite.on_gpu else rows_of(*measured)
             ):
-                watch.probe()
+                if probed:
+                    watch.probe()
                 rows.append(row)
                 _print(report.row_lines(row, columns, told))
                 if options.json is not None:
