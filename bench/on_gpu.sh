@@ -143,7 +143,7 @@ tests() {
     local workers=()
     # a process that loses the GPU is replaced by another one
     "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$WORKERS" --max-worker-restart 40)
-    OMP_NUM_THREADS=1 check "$@" --durations=5 --maxfail=40 ${workers[@]+"${workers[@]}"} \
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 check "$@" --durations=5 --maxfail=40 ${workers[@]+"${workers[@]}"} \
         ${TESTS[@]+"${TESTS[@]}"}
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -203,6 +204,8 @@ def _run_case(
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
             failed |= is_subject
+            if is_subject and case.suite.on_gpu:  # where it can't be run again to see more
+                traceback.print_exc()
         if fault is not None:
             faults[name] = fault
             release_memory()
