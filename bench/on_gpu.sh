@@ -37,6 +37,7 @@
 #   SECONDS_A_LINE  to spend on timing each line of a table (0.4)
 #   SAMPLE          how many cases of parity (300)
 #   WORKERS         how many processes run tests (16)
+#   TABLE           the table of forms that tuning begins with and ends in (the kernels' own)
 #   TEST_ARGS, SPEED_ARGS, TUNE_ARGS  more options for the commands
 
 set -uo pipefail
@@ -46,7 +47,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 CONTACT="smoke:55 forms:95 speed:60 kinds:60 decode:30 flex:40 norms:45 host:25"
 PROVE="gpu:90 parity:115 sanitize:70"
 MORE="tests:530 tune:530 attention:530 all_norms:530"
-TABLE=kernels/gpu_triton/configurations.json
+TABLE=${TABLE:-kernels/gpu_triton/configurations.json}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
