@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.peak_memory import peak_bytes
+from ..kernels.testing.memory import peak_bytes
 from .cases import (
     Case,
     attention_bytes,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
-from .arguments import Arguments
+from ...kernels.testing.oracle import Arguments
 from .attention_cases import Draw, Kind, Sizes, attention_arguments
 from .questions import AttentionQuestion, Case, Question
 from .row_cases import NORMS, RowQuestion, norm_question

@@ -20,7 +20,7 @@ from ...kernels import (
     QueryLengths,
     Window,
 )
-from .arguments import Arguments, random_gradients
+from ...kernels.testing.oracle import Arguments, random_gradients
 from .questions import AttentionQuestion, Case, PackedQuestion, Question
 
 

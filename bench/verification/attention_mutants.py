@@ -16,7 +16,7 @@ from torch import Tensor
 from ...kernels import ALiBi, Causal, Mask
 from ...kernels.problem import AttentionProblem
 from ...kernels.reference import attention_keep
-from .arguments import Arguments, naive_problem
+from ...kernels.testing.oracle import Arguments, naive_problem
 from .subjects import DeclinedError
 
 TILE = 16

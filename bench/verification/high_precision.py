@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
 from ...kernels.reference import attention_keep
-from .arguments import Arguments, Results, naive_problem, oracle
+from ...kernels.testing.oracle import Arguments, Results, naive_problem, oracle
 from .attention_cases import Draw, Kind, Sizes, attention_arguments
 from .row_cases import RowQuestion, norm_question
 

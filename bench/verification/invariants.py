@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
-from .arguments import Arguments, Results
+from ...kernels.testing.oracle import Arguments, Results
 from .attention_cases import Draw, Kind, Sizes, attention_arguments
 from .questions import AttentionQuestion, attention_results, dtype_text, judged
 from .row_cases import RowQuestion, norm_question

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS, Judgement
 from .invariants import Invariant
 from .mutation import Mutation
 from .questions import Verdict, dtype_text
-from .tolerance import FACTOR, SUMMATION, ULP_BINS, Judgement
 
 if TYPE_CHECKING:  # it needs mpmath
     from .high_precision import OracleCheck

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS
 from .. import document
 from ..charts import columns, strips
 from .outcome import Judged, Report
 from .questions import dtype_text
-from .tolerance import FACTOR, SUMMATION, ULP_BINS
 
 MOST_FAILURES = 100
 

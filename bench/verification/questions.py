@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .arguments import Arguments, Results, gradients_of, magnitudes, naive, oracle
+from ...kernels.testing.oracle import Arguments, Results, gradients_of, magnitudes, naive, oracle
+from ...kernels.testing.tolerance import SUMMATION, Judgement, judge
 from .subjects import DeclinedError, Subject
-from .tolerance import SUMMATION, Judgement, judge
 
 
 class Answer(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels import Causal, Dense, KeyLengths, Mask
 from ...kernels.reference import rows_keep
-from .arguments import Results, mask_on
+from ...kernels.testing.oracle import Results, mask_on
 from .attention_cases import Draw
 from .questions import Answer, Case, Question, answers_of
 from .subjects import Subject

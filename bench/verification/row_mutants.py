@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels import Mask
 from ...kernels.reference import rows_keep
-from .arguments import Arguments
+from ...kernels.testing.oracle import Arguments
 from .row_cases import EPS, norm_equation, softmax_equation
 from .subjects import DeclinedError
 

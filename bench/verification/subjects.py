@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import kernels
 from ...kernels import ALiBi, Causal, Mask
 from ...kernels.dispatch import PREFERENCE
-from .arguments import Arguments
+from ...kernels.testing.oracle import Arguments
 
 ATTENTION_OPS = ("attention", "attention_varlen")
 ROW_OPS = ("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax")

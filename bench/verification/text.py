@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ...kernels.testing.tolerance import FACTOR, ULP_BINS
 from ..options import listed
 from .mutation import Mutation
 from .outcome import Judged, Report
 from .questions import Verdict, dtype_text
-from .tolerance import FACTOR, ULP_BINS
 
 WIDTH = 100
 MOST_FAILURES = 20  # of a subject that are told; the JSON holds all

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail_type, fail_value
-from ..peak_memory import peak_bytes
+from ..testing.memory import peak_bytes
 from .differences import PARAMETER, ROUNDINGS, LayerDifference, Run, differences_of
 from .instances import Form
 from .models import Filter, swap

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowmax.bench.verification.arguments import Arguments, random_gradients
 from rowmax.bench.verification.attention_cases import Draw, Sizes
 from rowmax.bench.verification.questions import (
     AttentionQuestion,
@@ -47,6 +46,7 @@ from rowmax.kernels import (
     Window,
     dispatch,
 )
+from rowmax.kernels.testing.oracle import Arguments, random_gradients
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FAR = (2**40, 2**61)  # beyond every position, and near what could overflow

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.bench.verification.arguments import Arguments
 from rowmax.bench.verification.subjects import Backend
+from rowmax.kernels.testing.oracle import Arguments
 
 from . import fuzz
 

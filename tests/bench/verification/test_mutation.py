@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rowmax.bench import verify
-from rowmax.bench.verification import mutation, suite, tolerance
+from rowmax.bench.verification import mutation, suite
 from rowmax.bench.verification.attention_mutants import FAULTS as ATTENTION_FAULTS
 from rowmax.bench.verification.row_mutants import FAULTS as ROW_FAULTS
 from rowmax.bench.verification.subjects import OPS
+from rowmax.kernels.testing import tolerance
 
 # What the check was made for, by the names it gives them.
 ASKED_FOR = (

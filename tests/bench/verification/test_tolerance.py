@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rowmax.bench.verification.tolerance import ULP_BINS, Judgement, histogram, in_ulps, judge
+from rowmax.kernels.testing.tolerance import ULP_BINS, Judgement, histogram, in_ulps, judge
 
 
 def normal(count: int = 256) -> torch.Tensor:

@@ -14,10 +14,10 @@ from torch import Tensor
 from rowmax import kernels
 from rowmax.bench import cli, verify
 from rowmax.bench.verification import high_precision, suite
-from rowmax.bench.verification.arguments import oracle
 from rowmax.bench.verification.attention_cases import KINDS, SHAPES
 from rowmax.bench.verification.outcome import SCHEMA
 from rowmax.bench.verification.text import WIDTH
+from rowmax.kernels.testing.oracle import oracle
 
 FEW: dict[str, Any] = {"kinds": ["causal", "key-lengths", "bias"], "dtypes": ["float32"]}
 ONE_SHAPE = [(2, 4, 2, 9, 9, 8, 8)]

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import ALiBi, Dense, Mask
-from ...kernels.functional import attention_problem
-from ...kernels.problem import AttentionProblem
-from ...kernels.reference import naive_attention
+from ..biases import ALiBi
+from ..functional import attention_problem
+from ..masks import Dense, Mask
+from ..problem import AttentionProblem
+from ..reference import naive_attention
 
 Results = dict[str, Tensor]
 
