@@ -38,13 +38,14 @@ class Shape(NamedTuple):
 class Draw:
     """Seeded tensors, the same in every dtype but for rounding."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
+        self.device = device  # of `normal`; masks are made on the CPU
 
     def normal(self, *size: int) -> Tensor:
         wide = torch.randn(size, generator=self.generator, dtype=torch.float64)
-        return wide.to(self.dtype)
+        return wide.to(self.device, self.dtype)
 
     def coins(self, share: float, *size: int) -> Tensor:
         """bool, True with probability `share`."""

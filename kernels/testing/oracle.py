@@ -304,10 +304,13 @@ def outputs_of(returned: Any) -> tuple[Tensor, ...]:
 def gradients_of(
     results: Results, received: Iterable[Tensor | None], leaves: dict[str, Tensor]
 ) -> Results:
-    """`results`, detached, and with `received` by each of them the gradient of each leaf."""
+    """`results`, detached, and with `received` by each of them the gradients of the leaves.
+
+    A leaf that no result depends on has none.
+    """
     outputs, gradients = [], []
     for output, gradient in zip(results.values(), received, strict=False):
-        if gradient is not None:
+        if gradient is not None and output.requires_grad:
             # a shape that is wrong is told with the outputs, and has no gradients
             if gradient.shape != output.shape:
                 return _detached(results)
@@ -315,9 +318,9 @@ def gradients_of(
             gradients.append(gradient.to(output))
     if not outputs:
         return _detached(results)
-    found = torch.autograd.grad(outputs, tuple(leaves.values()), gradients)
-    named = {f"d_{name}": grad for name, grad in zip(leaves, found, strict=True)}
-    return _detached(results) | named
+    found = torch.autograd.grad(outputs, tuple(leaves.values()), gradients, allow_unused=True)
+    named = zip(leaves, found, strict=True)
+    return _detached(results) | {f"d_{name}": grad for name, grad in named if grad is not None}
 
 
 def on_device(results: Results, device: torch.device) -> Results:
