@@ -85,6 +85,7 @@ class AttentionCase:
     grad_out: Tensor | None = None
     grad_lse: Tensor | None = None
     with_lse: bool = True  # whether lse is compared
+    kept: Tensor | None = None  # bool (B, Hq, Lq, Lk): what dropout keeps; None: by the seed
 
     op = "attention"
 
@@ -168,7 +169,7 @@ class AttentionCase:
             name: value.detach().contiguous() for name, value in self.differentiable().items()
         }
         leaves = replace(self, **contiguous).leaves()
-        result = naive_attention(leaves.naive_problem())
+        result = naive_attention(leaves.naive_problem(), self.kept)
         out = result.out.to(self.q.dtype)
         if self.grad_out is not None:
             rounded = ((out - result.out) * self.grad_out).sum(-1).detach()
@@ -354,7 +355,7 @@ def _magnitudes(case: AttentionCase, stored: float) -> Results:
     """`magnitudes` of a case that is float64 already; `stored` is eps of what it was before."""
     in_half = stored > torch.finfo(torch.float32).eps
     problem = case.naive_problem()
-    result = naive_attention(problem)
+    result = naive_attention(problem, case.kept)
     query, key, value = result.query.abs(), result.key.abs(), result.value.abs()
     score = abs(problem.scale) * (query @ key.transpose(-1, -2))
     if problem.bias is not None:

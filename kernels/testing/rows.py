@@ -156,7 +156,7 @@ class RowCase:
         """
         if self.op == "masked_softmax":
             return self._softmax_magnitudes(exact)
-        wide = {name: tensor.double() for name, tensor in self.inputs.items()}
+        wide = {name: tensor.detach().double() for name, tensor in self.inputs.items()}
         total = exact.get("sum", wide["x"])
         centred = total if self.op == "rms_norm" else total - total.mean(-1, keepdim=True)
         rstd = (centred.square().mean(-1, keepdim=True) + self._eps["eps"]).rsqrt()
@@ -174,14 +174,15 @@ class RowCase:
         row = rstd * (
             d_hat + d_hat.mean(-1, keepdim=True) + size * (d_hat * size).mean(-1, keepdim=True)
         )
-        if "sum" in exact:
+        if len(self.grads) > 1:
             row = row + self.grads[1].double().abs()
         rows = tuple(range(total.dim() - 1))
         found |= {"d_x": row * kept, "d_residual": row}
         return found | {"d_weight": (d_y * size).sum(rows), "d_bias": d_y.sum(rows)}
 
     def _softmax_magnitudes(self, exact: Results) -> Results:
-        scores, weights = self.x.double().abs() * abs(self._scale), exact["out"]
+        scores = self.x.detach().double().abs() * abs(self._scale)
+        weights = exact["out"]
         seen = torch.where(weights > 0, scores, 0.0)
         most = seen.amax(-1, keepdim=True) if scores.shape[-1] else seen.sum(-1, keepdim=True)
         size = weights * (1 + most)

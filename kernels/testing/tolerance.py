@@ -101,8 +101,14 @@ def faults_of(
     return [f"{one.tensor}: {one.fault}" for one in found if one.fault is not None]
 
 
-def measure(name: str, actual: Tensor, expected: Expected, sum_dtype: torch.dtype) -> Accuracy:
-    """The rule for one tensor, whose sums are in `sum_dtype`.
+def measure(
+    name: str,
+    actual: Tensor,
+    expected: Expected,
+    sum_dtype: torch.dtype,
+    factor: float | None = None,
+) -> Accuracy:
+    """The rule for one tensor, whose sums are in `sum_dtype`; `factor` stands in for FACTOR.
 
     The printed `ratio` is error / naive error, the worse of both norms. A naive error that is
     luckily below an eighth of the rounding allowed counts as that eighth; in float64, where the
@@ -135,7 +141,7 @@ def measure(name: str, actual: Tensor, expected: Expected, sum_dtype: torch.dtyp
     for norm, of in _NORMS:
         size, naive_size, allowance = of(error), of(naive_error), of(rounding)
         measured[norm] = size, naive_size
-        limit = FACTOR * naive_size + allowance
+        limit = (FACTOR if factor is None else factor) * naive_size + allowance
         floor = allowance / (2 if actual.dtype == torch.float64 else 8)
         ratio = max(ratio, size / max(naive_size, floor))
         of_limit = max(of_limit, size / limit)
