@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.testing.tolerance import Expected, measure
+from ..kernels.testing.tolerance import Expected, expected_of_model, measure
 from .inputs import AttentionInputs, Index, Inputs, NormInputs, Outputs, to_float64
 from .models import ModelInputs
 from .peers import Function, run_pass
@@ -90,10 +90,7 @@ class Gate:
             return tuple(piece.test_case(self._kind, backward=self._backward).expected.values())
         if isinstance(piece, ModelInputs):
             pairs = zip(self._run(to_float64(piece)), self._run(piece), strict=True)
-            # the terms of a model's sums are not at hand: each is as large as the largest value
-            return tuple(
-                Expected(exact, naive, exact.abs().max().expand_as(exact)) for exact, naive in pairs
-            )
+            return tuple(expected_of_model(exact, naive) for exact, naive in pairs)
         found = [
             tuple(some.test_case(backward=self._backward).expected.values())
             for some in piece.split()

@@ -64,6 +64,7 @@ class Accuracy:
     histogram: tuple[int, ...] = (0,) * len(ULP_BINS)  # elements by error in ulps, see ULP_BINS
     ratio: float = 0.0
     of_limit: float = 0.0  # error / what is allowed: at most 1 passes
+    limit: float = 0.0  # largest error that is allowed
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -137,11 +138,11 @@ def measure(
     rounding = stored.eps * exact.abs() + stored.tiny
     rounding = rounding + SUMMATION * torch.finfo(sum_dtype).eps * magnitude[finite]
     fault, ratio, of_limit = None, 0.0, 0.0
-    measured: dict[str, tuple[float, float]] = {}
+    measured: dict[str, tuple[float, float, float]] = {}
     for norm, of in _NORMS:
         size, naive_size, allowance = of(error), of(naive_error), of(rounding)
-        measured[norm] = size, naive_size
         limit = (FACTOR if factor is None else factor) * naive_size + allowance
+        measured[norm] = size, naive_size, limit
         floor = allowance / (2 if actual.dtype == torch.float64 else 8)
         ratio = max(ratio, size / max(naive_size, floor))
         of_limit = max(of_limit, size / limit)
@@ -163,7 +164,21 @@ def measure(
         histogram(ulps),
         ratio,
         of_limit,
+        measured["largest"][2],
     )
+
+
+def expected_of_model(exact: Tensor, naive: Tensor, largest: float | None = None) -> Expected:
+    """What a result of a whole model is held to, the terms of whose sums are not at hand.
+
+    Each term counts as `largest`, by default the largest value of `exact`. In float64, where the
+    naive path's error is not known, a chain of layers is allowed sixteen roundings of that.
+    """
+    finite = exact[exact.isfinite()]
+    if largest is None:
+        largest = _largest(finite) if finite.numel() else 0.0
+    times = (16.0 - 1.0) / SUMMATION if naive.dtype == torch.float64 else 1.0
+    return Expected(exact, naive, torch.full_like(exact, times * largest))
 
 
 def in_ulps(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
