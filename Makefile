@@ -15,7 +15,7 @@
 #   make test-wheel  it, in fresh environments of each of TORCHES and PYTHONS
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there, those for
 #                  sm_90 with the oldest Triton as well
-#   make lint      ruff and mypy
+#   make lint      ruff, clang-format, shellcheck and mypy
 #   make bench     the speed tables
 #   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
 #   make clean     remove build products and caches
@@ -53,6 +53,7 @@ PACKAGE := $(VENV)/.stamp-package
 OLDEST_TRITON := build/triton-3.6.0
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+SCRIPTS := bench/on_gpu.sh .ci/run
 CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
 
@@ -137,6 +138,8 @@ $(OLDEST_TRITON)/.stamp: | $(REQUIREMENTS)
 lint: $(PACKAGE)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/shellcheck $(SCRIPTS)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
 	@for file in package/*.py package/py.typed; do ln -sfn ../../../$$file $(TYPING)/$${file##*/}; done

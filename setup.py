@@ -43,23 +43,23 @@ MISSING = "missing_extension.txt"
 TORCH_TARGET_VERSION = "0x020a000000000000"
 # Compiled once: the binding. Its headers, and the constants that the build writes, are in here.
 SOURCES = [
-    "attention_launch.cpp",
-    "kernels.cpp",
-    "module.cpp",
-    "plain_attention.cpp",
-    "plain_call.cpp",
-    "plain_norm.cpp",
-    "rows_launch.cpp",
-    "threads.cpp",
+    "binding/attention_launch.cpp",
+    "kernels/dispatch.cpp",
+    "binding/module.cpp",
+    "binding/fast_path_attention.cpp",
+    "binding/fast_path.cpp",
+    "binding/fast_path_norm.cpp",
+    "binding/rows_launch.cpp",
+    "binding/threads.cpp",
 ]
-# Compiled once for each instruction set, which is chosen at run time (csrc/kernels.cpp).
+# Compiled once for each instruction set, which is chosen at run time (csrc/kernels/dispatch.cpp).
 KERNEL_SOURCES = [
-    "attention_decode.cpp",
-    "attention_forward.cpp",
-    "attention_gradients.cpp",
-    "norms_forward.cpp",
-    "norms_backward.cpp",
-    "softmax_rows.cpp",
+    "kernels/attention_decode.cpp",
+    "kernels/attention_forward.cpp",
+    "kernels/attention_backward.cpp",
+    "kernels/norm_forward.cpp",
+    "kernels/norm_backward.cpp",
+    "kernels/softmax.cpp",
 ]
 # Name -> its flags, and what is compiled for it.
 INSTRUCTION_SETS: dict[str, tuple[list[str], list[str]]] = {"portable": ([], KERNEL_SOURCES)}
@@ -71,7 +71,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "avx512": (AVX512, KERNEL_SOURCES),
         "avx512_bf16": (
             [*AVX512, "-mavx512bf16"],
-            ["attention_forward.cpp", "attention_gradients.cpp"],
+            ["kernels/attention_forward.cpp", "kernels/attention_backward.cpp"],
         ),
     }
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
@@ -172,12 +172,13 @@ def extension_arguments() -> dict[str, Any]:
             build = Path(self.build_temp).resolve()
             write_constants = runpy.run_path(str(ROOT / "csrc" / "write_constants.py"))["write"]
             write_constants(build / "constants.h")
-            ext.include_dirs.append(str(build))
+            include_dirs = [str(ROOT / "csrc"), str(build)]
+            ext.include_dirs += include_dirs
             for name, (flags, sources) in INSTRUCTION_SETS.items():
                 ext.extra_objects += self.compiler.compile(
                     [f"csrc/{source}" for source in sources],
                     output_dir=str(build / name),
-                    include_dirs=[str(build)],
+                    include_dirs=include_dirs,
                     extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DROWMAX_ISA={name}"],
                 )
             super().build_extension(ext)

@@ -26,6 +26,7 @@ from . import (
     history,
     overhead,
     report,
+    smoke,
     speed_page,
     swap,
     tune,
@@ -43,7 +44,7 @@ from .options import (
     set_threads,
 )
 from .peers import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
-from .runner import Row, candidates, run_cases
+from .runner import Row, isolated_rows, rows_of
 from .timing import Budget, timer_for
 from .verification import command as verification
 
@@ -69,6 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         "compare": comparison.run,
         "verify": verification.run,
         "overhead": overhead.run,
+        "smoke": smoke.run,
         "swap": swap.run,
         "tune": tune.run,
         "forms": forms.run,
@@ -144,6 +146,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop-after", type=float, metavar="SECONDS", help="begin no further shape after this"
     )
     command.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        default=300.0,
+        help="on a GPU, where each shape has a process of its own: end it then; default: 300",
+    )
+    command.add_argument(
         "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
     )
     command.add_argument(
@@ -168,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     comparison.add_command(commands)
     verification.add_command(commands)
     overhead.add_command(commands)
+    smoke.add_command(commands)
     swap.add_command(commands)
     tune.add_command(commands)
     forms.add_command(commands)
@@ -183,6 +193,7 @@ def speed(options: argparse.Namespace) -> int:
     check_backend(options.backend)
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
+    seconds_of("--limit", options.limit)
     set_threads(options.threads)
     if options.csv is not None:
         history.check(options.csv)
@@ -212,7 +223,9 @@ def _measure(
         "memory": memory,
     }
     watch = Watch()
-    watch.probe()
+    probed = not all(suite.on_gpu for suite in suites)  # a GPU's events know no host
+    if probed:
+        watch.probe()
     machine = describe()
     if any(suite.on_gpu for suite in suites):
         machine["gpu"] = gpu.describe()
@@ -223,7 +236,8 @@ def _measure(
 
     def complained() -> list[str]:
         noisy = sum(map(report.is_noisy, rows))
-        return complaints(watch, noisy, len(rows), machine["load_average"])
+        load = machine["load_average"] if probed else None
+        return complaints(watch, noisy, len(rows), load)
 
     def document() -> dict[str, Any]:
         noise = {**watch.as_json(), "complaints": complained()}
@@ -237,7 +251,6 @@ def _measure(
             break
         columns = [name for name in peers_of(suite) if name in peers]
         _print(report.header_lines(suite, dtype, columns))
-        timer = timer_for(suite.device)
         kind = None
         for _, group in itertools.groupby(of_suite, key=lambda case: (case.kind, case.shape)):
             if is_over():
@@ -246,9 +259,12 @@ def _measure(
             if same[0].kind != kind:
                 kind = same[0].kind
                 _print([report.kind_line(same[0])])
-            functions = candidates(same[0], peers, options.backend)
-            for row in run_cases(same, functions, budget, limits[suite.device], timer):
-                watch.probe()
+            measured = (same, peers, options.backend, budget, limits[suite.device])
+            for row in (
+                isolated_rows(*measured, options.limit) if suite.on_gpu else rows_of(*measured)
+            ):
+                if probed:
+                    watch.probe()
                 rows.append(row)
                 _print(report.row_lines(row, columns, told))
                 if options.json is not None:

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .. import __version__
 from ..console import from_extra
 
-PACKAGES = ("rowmax", "torch", "numpy", "numba", "llvmlite")
+PACKAGES = ("torch", "numpy", "numba", "llvmlite")
 PEER_PACKAGES = ("onnxruntime", "openvino")  # told where they are installed
 _LARGE = 2**28  # bytes, beyond any cache
 
@@ -100,6 +101,7 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {
+            "rowmax": __version__,  # installed or not
             **{name: version(name) for name in PACKAGES},
             **{name: here for name in PEER_PACKAGES if (here := version(name)) is not None},
         },

@@ -2,37 +2,56 @@
 #
 # Everything that wants a GPU, on a machine that has one, torch, Triton and Numba, and no network.
 #
-#   bash bench/on_gpu.sh [phase ...]      default: install parity tune attention norms
+#   bash bench/on_gpu.sh contact      in 450 seconds: does it run, which forms, how fast
+#   bash bench/on_gpu.sh prove        in 290 seconds: is it right
+#   bash bench/on_gpu.sh PART ...     some parts of them, or with more time:
 #
-#   install     installs this checkout, without dependencies and without the C++ extension
-#   parity      the tests of the kernels on the GPU's own tensors, attention first
-#   tune        finds the fastest forms of the attention kernels and writes them into the table
-#   attention   times attention, all kinds and shapes, against torch's own kernels
-#   compiled    times attention and norms against FlexAttention and torch.compile, fewer shapes
-#   norms       times the norms
-#   sanitize    small odd shapes of every kernel under compute-sanitizer, where that is installed
+#   contact
+#     smoke      versions, what the GPU can do at most, every feature once against float64
+#     forms      the fastest forms of plain bfloat16 attention, written into the table
+#     speed      plain and causal attention against torch's own kernels
+#     kinds      grouped heads, windows, dropout, padding, masks and biases
+#     decode     one query against a cache
+#     flex       plain and causal attention against FlexAttention
+#     norms      norms and the masked softmax
+#     host       microseconds of a call on the host, and of a CUDA graph's replay
+#   prove
+#     gpu        the tests that only a GPU runs
+#     parity     a sample of the cases of all features in four dtypes, as many as SAMPLE says
+#     sanitize   memcheck and racecheck of small odd shapes, where compute-sanitizer is installed
+#   with more time
+#     tests      all tests of the Triton kernels
+#     tune       the fastest forms of everything
+#     attention  attention, all kinds and shapes, against torch's own kernels
+#     all_norms  norms, all shapes, against torch and torch.compile
 #
-# Each phase can be run alone, once `install` has been; each ends within 9 minutes and writes what
-# it has as it goes. The exit status is 0 where all went well, and 1 otherwise. With half an hour,
-# LIMIT=400 gets through all phases of the default. Tuning comes before what is to be published;
-# where it ran on a copy of the checkout, bring OUT/configurations.json back to kernels/gpu_triton/.
+# Nothing is installed. A part has a time limit of its own, writes what it has as it goes and stops
+# no other; a summary is the end. The exit status is 0 where all went well, and 1 otherwise. What
+# they say is in OUT/contact.log, and so on, results are beside it; where this ran on a copy of the
+# checkout, bring OUT/configurations.json back to kernels/gpu_triton/.
 #
 # Settings, from the environment:
 #   PYTHON          the interpreter that has torch (python3)
 #   OUT             where results go, seen from the checkout (bench/results/gpu)
-#   LIMIT           seconds that a phase may take (530); tables end 50 s before
+#   LIMIT           seconds that each part may take, in place of its own
 #   SECONDS_A_LINE  to spend on timing each line of a table (0.4)
+#   SAMPLE          how many cases of parity (300)
+#   WORKERS         how many processes run tests (16)
+#   TABLE           the table of forms that tuning begins with and ends in (the kernels' own)
 #   TEST_ARGS, SPEED_ARGS, TUNE_ARGS  more options for the commands
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-PHASES="install parity tune attention compiled norms sanitize"
-TABLE=kernels/gpu_triton/configurations.json
+# part:seconds
+CONTACT="smoke:55 forms:95 speed:60 kinds:60 decode:30 flex:40 norms:45 host:25"
+PROVE="gpu:90 parity:115 sanitize:70"
+MORE="tests:530 tune:530 attention:530 all_norms:530"
+TABLE=${TABLE:-kernels/gpu_triton/configurations.json}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
-LIMIT=${LIMIT:-530}
+WORKERS=${WORKERS:-16}
 read -r -a TUNE <<<"${TUNE_ARGS:-}"
 read -r -a SPEED <<<"${SPEED_ARGS:-}"
 read -r -a TESTS <<<"${TEST_ARGS:-}"
@@ -40,126 +59,185 @@ export PYTHONUNBUFFERED=1
 
 usage() { sed -n '3,/^$/{s/^#\{1\} \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
-# A command that may take so many seconds: asked to stop at the end of them, killed 20 s later.
+# A command that may take so many seconds: asked to stop at the end of them, killed 5 s later.
 within() {
     local seconds=$1
     shift
-    timeout --signal=INT --kill-after=20 "$seconds" "$@"
+    timeout --signal=INT --kill-after=5 "$seconds" "$@"
 }
 
+bench() { within "$limit" "$PYTHON" -m rowmax.bench "$@"; }
+
+# Shapes are begun until little time is left; one that never ends takes a third of the time.
 speed() {
-    local suites=$1 json=$2 seconds=$3
-    shift 3
-    within "$seconds" "$PYTHON" -m rowmax.bench speed --suite "$suites" --json "$OUT/$json" \
-        --seconds "$SECONDS_A_LINE" --stop-after "$((seconds - 50))" "$@" ${SPEED[@]+"${SPEED[@]}"}
+    local json=$1 each=$((limit / 3))
+    shift
+    bench speed --json "$OUT/$json.json" --seconds "$SECONDS_A_LINE" --stop-after "$((limit - 15))" \
+        --limit "$((each < 20 ? 20 : each))" "$@" ${SPEED[@]+"${SPEED[@]}"}
 }
 
-phase_install() {
-    export ROWMAX_EXTENSION=skip
-    within "$LIMIT" "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
-        --no-build-isolation -e . || link || return 1
-    within 120 "$PYTHON" -m rowmax.kernels
+# The shapes at which papers on attention measure it, in a model of width 2048.
+LONG=(--shape 4,16,4096,128 --shape 4,32,4096,64)
+LONGEST=(--shape 1,16,16384,128 --shape 1,32,16384,64)
+
+part_smoke() { bench smoke --seconds "$((limit - 8))"; }
+
+part_forms() {
+    tuned --kernel forward,key_gradients,query_gradients,decode --dim 64,128 --dtype bfloat16 \
+        --features plain --limit "$((limit / 3))"
 }
 
-# The same by hand, where pip or its build tools can't: the folders under their import names.
-link() {
-    local folder site
-    echo "on_gpu.sh: pip could not install the checkout; linking it instead"
-    mkdir -p build/links/rowmax
-    for folder in kernels transformer bench; do
-        ln -sfn "../../../$folder" "build/links/rowmax/$folder"
-    done
-    site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') &&
-        [[ -d $site ]] && echo "$PWD/build/links" >"$site/rowmax-links.pth"
+part_speed() {
+    speed speed --suite gpu-attention --kind plain,causal "${LONG[@]}" "${LONGEST[@]}" \
+        --pass forward,backward --peers sdpa-flash,sdpa-cudnn
 }
 
-phase_parity() {
-    local workers=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 12)
-    # the project's own options may be newer than the pytest here
-    OMP_NUM_THREADS=2 within "$LIMIT" "$PYTHON" -m pytest tests/kernels/test_attention_parity.py \
-        tests/kernels/test_triton_*.py tests/kernels -k triton -q -ra \
-        -o addopts="--import-mode=importlib" -p no:cacheprovider --durations=10 --maxfail=40 \
-        ${workers[@]+"${workers[@]}"} ${TESTS[@]+"${TESTS[@]}"}
+part_kinds() {
+    speed kinds --suite gpu-attention --kind gqa,window,dropout,padded,dense,bias "${LONG[@]}" \
+        --pass forward,backward --peers sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn
 }
 
-# Into a file beside the other results, key by key, so that nothing is lost with the phase.
-phase_tune() {
+part_decode() {
+    speed decode --suite gpu-attention --kind decode --shape 16,32/8,1,8192,128 \
+        --shape 1,32/8,1,32768,128 --shape 64,8,1,1024,64 --peers sdpa,sdpa-flash,sdpa-cudnn
+}
+
+# It is compiled anew for each shape, which takes longer than all the rest.
+part_flex() {
+    speed flex --suite gpu-attention --kind plain,causal "${LONG[@]}" --pass forward,backward \
+        --peers flex
+}
+
+part_norms() {
+    speed norms --suite gpu-norms --quick --pass forward,backward --peers torch
+}
+
+part_host() { bench overhead --device cuda --seconds 0.5 --json "$OUT/host.json"; }
+
+part_tune() { tuned --limit "$((limit / 3))"; }
+
+part_attention() {
+    speed attention --suite gpu-attention --peers sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn
+}
+
+part_all_norms() { speed all_norms --suite gpu-norms --peers torch,compile; }
+
+# Into a file beside the other results, key by key, so that nothing is lost with the part.
+tuned() {
     cp "$TABLE" "$OUT/configurations.json" || return 1
-    within "$LIMIT" "$PYTHON" -m rowmax.bench tune --seconds "$((LIMIT - 130))" \
-        --output "$OUT/configurations.json" ${TUNE[@]+"${TUNE[@]}"}
+    bench tune --seconds "$((limit - 15))" --output "$OUT/configurations.json" "$@" \
+        ${TUNE[@]+"${TUNE[@]}"}
     local status=$?
     cmp -s "$OUT/configurations.json" "$TABLE" || cp "$OUT/configurations.json" "$TABLE"
     return "$status"
 }
 
-phase_attention() {
-    speed gpu-attention attention.json "$LIMIT" \
-        --peers sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn,sdpa-math
+part_gpu() { tests tests/kernels/test_triton_gpu.py tests/swapping/test_gpu.py; }
+
+part_parity() {
+    ROWMAX_SAMPLE=${SAMPLE:-300} tests tests/kernels/test_attention_parity.py -k triton
 }
 
-# torch.compile takes longer than what it is to be compared with: so the few shapes of --quick.
-phase_compiled() {
-    local half=$((LIMIT / 2))
-    speed gpu-norms compiled-norms.json "$half" --quick --peers torch,compile
-    local status=$?
-    speed gpu-attention compiled-attention.json "$half" --quick --peers sdpa,flex,compile &&
-        return "$status"
+part_tests() { tests tests/kernels tests/swapping/test_gpu.py -k "triton or test_gpu"; }
+
+tests() {
+    local workers=()
+    # a process that loses the GPU is replaced by another one
+    "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n "$WORKERS" --max-worker-restart 40)
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 check "$@" --durations=5 --maxfail=40 ${workers[@]+"${workers[@]}"} \
+        ${TESTS[@]+"${TESTS[@]}"}
 }
 
-phase_norms() {
-    speed gpu-norms norms.json "$LIMIT" --peers torch
+# The project's own options may be newer than the pytest here. Ends by itself before it is stopped.
+check() {
+    ROWMAX_STOP_AT=$(($(date +%s) + limit - 15)) within "$limit" ${SANITIZER[@]+"${SANITIZER[@]}"} "$PYTHON" -m pytest "$@" -q -ra \
+        -o addopts=--import-mode=importlib -p no:cacheprovider
 }
 
 # memcheck: reads and writes beside a tensor. racecheck: two threads at one place of shared memory.
-phase_sanitize() {
-    local tool status=0
+# Side by side: the CPU is what they wait for.
+part_sanitize() {
+    local tool first second status
     tool=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer) || {
         echo "compute-sanitizer is not installed: nothing was checked"
         return 0
     }
     # torch's cache of memory would hide what is read beside a tensor
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    sanitized "$tool" memcheck "sanitized" || status=$?
-    sanitized "$tool" racecheck "sanitized and bfloat16" || status=$?
-    return "$status"
+    sanitized memcheck sanitized &
+    first=$!
+    sanitized racecheck "sanitized and bfloat16" &
+    second=$!
+    wait "$first"
+    status=$?
+    wait "$second" && return "$status"
 }
 
 sanitized() {
-    within "$((LIMIT / 2))" "$1" --tool "$2" --error-exitcode 9 "$PYTHON" -m pytest \
-        tests/kernels/test_triton_gpu.py -k "$3" -q -o addopts="--import-mode=importlib" \
-        -p no:cacheprovider
+    local SANITIZER=("$tool" --tool "$1" --error-exitcode 9)
+    check tests/kernels/test_triton_gpu.py -k "$2"
+}
+
+# The package by links, under its import name: nothing is installed, nothing can fail to be.
+link() {
+    local at
+    LINKS=$(mktemp -d) || exit 1
+    trap 'rm -rf "$LINKS"' EXIT
+    mkdir "$LINKS/rowmax" || exit 1
+    for at in kernels transformer bench package/*.py; do
+        ln -s "$PWD/$at" "$LINKS/rowmax/" || exit 1
+    done
+    export PYTHONPATH=$LINKS${PYTHONPATH:+:$PYTHONPATH}
+}
+
+# Runs the part of this name within this many seconds; what became of it goes into the summary.
+run_part() {
+    local name=$1 limit=$2 log=$3 started=$SECONDS status
+    echo "=== $name, at most $limit s" | tee -a "$log"
+    # In a subshell of its own, because of the pipe: what it exports stays there. The pipe does not
+    # wait for what a part that was killed has left behind.
+    "part_$name" 2>&1 | timeout "$((limit + 8))" tee -a "$log"
+    status=${PIPESTATUS[0]}
+    case $status in
+    0) summary+=("$name: ok, $((SECONDS - started)) s") ;;
+    124 | 137) summary+=("$name: stopped after $((SECONDS - started)) s") ;;
+    *) summary+=("$name: failed with exit status $status, $((SECONDS - started)) s") ;;
+    esac
+    [[ $status -eq 0 ]] || failed=1
 }
 
 main() {
-    local phase status failed=0 started summary=()
-    [[ $# -gt 0 ]] || set -- install parity tune attention norms
-    for phase in "$@"; do
-        case " $PHASES " in
-        *" $phase "*) ;;
-        *)
-            [[ $phase == -h || $phase == --help ]] && usage && exit 0
-            echo "on_gpu.sh: expected phases of: $PHASES; got '$phase'" >&2
-            exit 2
-            ;;
+    local word part parts limit ends failed=0 summary=()
+    local known="$CONTACT $PROVE $MORE"
+    [[ ${1:-} == -h || ${1:-} == --help ]] && usage && exit 0
+    for word in "${@:-}"; do
+        case " contact prove $known " in
+        *" $word "* | *" $word:"*) [[ -n $word ]] && continue ;;
         esac
+        echo "on_gpu.sh: expected contact, prove, or parts, see --help; got '$word'" >&2
+        exit 2
     done
     mkdir -p "$OUT" || exit 1
-    for phase in "$@"; do
-        echo "=== $phase"
-        started=$SECONDS
-        # in a subshell of its own, because of the pipe: what it exports stays there
-        "phase_$phase" 2>&1 | tee "$OUT/$phase.log"
-        status=${PIPESTATUS[0]}
-        case $status in
-        0) summary+=("$phase: ok, $((SECONDS - started)) s") ;;
-        124 | 137) summary+=("$phase: stopped after $((SECONDS - started)) s") ;;
-        *) summary+=("$phase: failed with exit status $status, $((SECONDS - started)) s") ;;
+    link
+    for word in "$@"; do
+        : >"$OUT/$word.log"
+        case $word in
+        contact) parts=$CONTACT ends=$((SECONDS + 440)) ;;
+        prove) parts=$PROVE ends=$((SECONDS + 282)) ;;
+        *) parts=$(tr ' ' '\n' <<<"$known" | grep "^$word:") ends=$((SECONDS + 3600)) ;;
         esac
-        [[ $status -eq 0 ]] || failed=1
+        for part in $parts; do
+            limit=${LIMIT:-${part#*:}}
+            ((limit <= ends - SECONDS)) || limit=$((ends - SECONDS))
+            if ((limit < 5)); then
+                summary+=("${part%:*}: not begun, no time was left") failed=1
+            else
+                run_part "${part%:*}" "$limit" "$OUT/$word.log"
+            fi
+        done
     done
     echo "=== summary ($OUT)"
-    printf '%s\n' "${summary[@]}"
+    printf '%s\n' "${summary[@]}" | tee -a "$OUT/$word.log"
     exit "$failed"
 }
 

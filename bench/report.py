@@ -156,9 +156,12 @@ def noise_lines(
 ) -> list[str]:
     """What the run had to put up with; it says so itself when it is not to be quoted."""
     where = "not pinned" if cpus is None else f"pinned to CPUs {', '.join(map(str, cpus))}"
-    varied, stolen = f"{100 * watch.drift:.0f}%", f"{100 * watch.stolen:.0f}%"
-    found = [f"{where}, memory {memory}", f"the clock's probe varied by {varied}"]
-    found = [f"{'; '.join(found)}, other programs took {stolen} of its time"]
+    found = [f"{where}, memory {memory}"]
+    if watch.probes:
+        varied, stolen = f"{100 * watch.drift:.0f}%", f"{100 * watch.stolen:.0f}%"
+        found[0] += (
+            f"; the clock's probe varied by {varied}, other programs took {stolen} of its time"
+        )
     found += _wrapped_at(f"NOISY RUN, not to be quoted: {'; '.join(complaints)}", complaints)
     return found
 

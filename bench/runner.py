@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +24,12 @@ from .cases import (
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
+from .isolated import LostError, results
 from .machine import Limits
 from .models import ModelInputs
 from .more_peers import UnsupportedError
 from .peers import SUBJECT, Function, measured_call, naive, peers_of, run_pass, subject
-from .timing import Budget, Timer, Timing, interleave
+from .timing import Budget, Timer, Timing, interleave, timer_for
 
 COPY = "copy"  # the yardstick among the calls that are timed; no candidate
 
@@ -121,6 +123,33 @@ def candidates(case: Case, peers: Iterable[str], backend: str) -> dict[str, Func
     return functions
 
 
+def rows_of(
+    cases: Sequence[Case], peers: Sequence[str], backend: str, budget: Budget, limits: Limits
+) -> Iterator[Row]:
+    """`run_cases` of the candidates for one kind, shape and dtype."""
+    functions = candidates(cases[0], peers, backend)
+    yield from run_cases(cases, functions, budget, limits, timer_for(cases[0].suite.device))
+
+
+def isolated_rows(
+    cases: Sequence[Case],
+    peers: Sequence[str],
+    backend: str,
+    budget: Budget,
+    limits: Limits,
+    seconds: float,
+) -> Iterator[Row]:
+    """`rows_of` in a process of its own: where it is lost, the rest of its rows say so."""
+    done = 0
+    try:
+        for row in results(rows_of, cases, peers, backend, budget, limits, seconds=seconds):
+            done += 1
+            yield row
+    except LostError as error:
+        for case in cases[done:]:
+            yield Row(case, {}, {SUBJECT: str(error)}, {}, True, {}, None, None, None)
+
+
 def run_cases(
     cases: Sequence[Case],
     functions: Mapping[str, Function],
@@ -176,6 +205,8 @@ def _run_case(
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
             failed |= is_subject
+            if is_subject and case.suite.on_gpu:  # where it can't be run again to see more
+                traceback.print_exc()
         if fault is not None:
             faults[name] = fault
             release_memory()

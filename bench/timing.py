@@ -68,6 +68,14 @@ class HostTimer:
         return (self.now() - before) / repeats
 
 
+class LaunchTimer(HostTimer):
+    """How long the host takes to launch a call, on a GPU that has nothing else to do before it."""
+
+    def sample(self, function: Callable[[], object], repeats: int) -> float:
+        torch.cuda.synchronize()
+        return super().sample(function, repeats)
+
+
 class Event(Protocol):
     """What `torch.cuda.Event` offers of use here."""
 

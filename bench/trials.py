@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,11 +79,12 @@ class Trials:
         half: torch.dtype = torch.bfloat16,
         sizes: Mapping[int, tuple[int, int]] = SIZES,
         width: int = WIDTH,
+        say: Callable[[str], None] = print,
     ) -> None:
         self._timer = timer
         self._device = device
         self._dtypes = {16: half, TF32_BITS: torch.float32, 32: torch.float32, 64: torch.float64}
-        self._sizes, self._width = sizes, width
+        self._sizes, self._width, self._say = sizes, width, say
 
     def time_forms(self, key: Key, forms: Sequence[Configuration]) -> dict[Configuration, float]:
         """Seconds of each form that works, the geometric mean over several problems."""
@@ -93,6 +94,12 @@ class Trials:
                 measured = self._time_on(problem, key, list(times))
                 times = {form: [*times[form], seconds] for form, seconds in measured.items()}
         return {form: geometric_mean(seconds) for form, seconds in times.items()}
+
+    def compile(self, key: Key, forms: Sequence[Configuration]) -> None:
+        """All that `time_forms` would compile."""
+        with products_in(key.bits):
+            for problem in self.problems(key):
+                _compile_all(_launched(problem, key.kernel), forms)
 
     def problems(self, key: Key) -> Iterator[AttentionProblem]:
         """Problems of the key's features, one with all pairs and one that leaves some out."""
@@ -133,11 +140,13 @@ class Trials:
         launched = _launched(problem, key.kernel)
         expected = {name: tensor.clone() for name, tensor in launched.outputs().items()}
         _compile_all(launched, forms)
-        runs = {
-            form: partial(launched.run, form)
-            for form in forms
-            if self._works(launched, form, expected, DIFFERENCE[key.bits])
-        }
+        runs = {}
+        for form in forms:
+            fault = self._fault(launched, form, expected, DIFFERENCE[key.bits])
+            if fault is None:
+                runs[form] = partial(launched.run, form)
+            else:
+                self._say(f"  {list(form)} {fault}")
         times = {form: self._timer.sample(run, 1) for form, run in runs.items()}
         limit = HOPELESS * min(times.values(), default=0.0)
         close = {str(list(form)): form for form, seconds in times.items() if seconds <= limit}
@@ -146,30 +155,39 @@ class Trials:
             times[close[name]] = timing.median
         return times
 
-    def _works(
+    def _fault(
         self,
         launched: Launched,
         form: Configuration,
         expected: Mapping[str, Tensor],
         difference: float,
-    ) -> bool:
-        """Whether the form runs and agrees with the one in the table."""
+    ) -> str | None:
+        """Why the form can't be taken; None where it runs and agrees with the one in the table."""
         try:
             for name, tensor in launched.outputs().items():
                 # d_bias is given as zeros, and may keep them where nothing is attended
                 tensor.fill_(0.0 if name == "d_bias" else torch.nan)
             launched.run(form)
             outputs = launched.outputs()
-            return all(
-                float((outputs[name] - right).abs().max()) <= difference * float(right.abs().max())
-                for name, right in expected.items()
-            )
-        except Exception:
+            for name, right in expected.items():
+                found = float((outputs[name] - right).abs().max())
+                largest = float(right.abs().max())
+                if not found <= difference * largest:  # so that NaN is a fault
+                    return (
+                        f"differs from the form in the table: {name} {found:.3g} of {largest:.3g}"
+                    )
+        except Exception as error:
             # Too much shared memory, or a stage of the compiler that gave up: no candidate. Where
-            # the GPU itself was lost, this raises again, and ends the search.
+            # the GPU itself was lost, this raises again, and ends the search for this key.
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
-            return False
+            return f"does not work: {type(error).__name__}: {reason(error)}"
+        return None
+
+
+def reason(error: Exception) -> str:
+    """The error's text on one line, of a reasonable length."""
+    return " ".join((str(error) or "no reason given").split())[:200]
 
 
 def _launched(problem: AttentionProblem, kernel: str) -> Launched:

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,7 @@ from .options import UsageError, check_writable, listed, names_of, seconds_of
 
 if TYPE_CHECKING:  # they need Triton
     from ..kernels.gpu_triton.configurations import Configuration, Key
+    from .trials import Trials
 
 KERNELS = ("forward", "key_gradients", "query_gradients", "decode", "bias_gradients")
 FEATURES = ("plain", "rich", "dropout", "rich_dropout")
@@ -56,6 +58,8 @@ SHARED_LIMIT = {
 ROWS_OF_WARP = 16
 CHAINED = ("forward", "key_gradients", "query_gradients")
 ENOUGH = 3  # of the forms that fit, so many are compared
+LIMIT = 300.0  # seconds that the forms of one key are timed, or compiled
+AT_ONCE = 8  # keys whose forms are compiled side by side
 BITS = {"bfloat16": 16, "float16": 16, "tf32": 19, "float32": 32, "float64": 64}
 TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
 
@@ -234,7 +238,7 @@ def fastest(
     present: Configuration,
 ) -> Choice | None:
     """The fastest candidate, the form in the table among them; `time_forms` leaves out failures."""
-    forms = list(dict.fromkeys((present, *candidates(key))))
+    forms = _competing(key, present)
     times = time_forms(key, forms)
     if not times:
         return None
@@ -242,6 +246,10 @@ def fastest(
     before = times.get(present, math.nan)
     remark = f"{1e3 * times[best]:.3f} ms, was {list(present)} {1e3 * before:.3f} ms"
     return best, f"{remark}, of {len(times)} that work out of {len(forms)}"
+
+
+def _competing(key: Key, present: Configuration) -> list[Configuration]:
+    return list(dict.fromkeys((present, *candidates(key))))
 
 
 def cheapest(
@@ -313,6 +321,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
     command.add_argument("--seconds", type=float, help="begin no further key after this")
     command.add_argument(
+        "--limit", type=float, metavar="SECONDS", help=f"for a key; default: {LIMIT:g}"
+    )
+    command.add_argument(
         "--missing", action="store_true", help="only what the table does not hold yet"
     )
     command.add_argument(
@@ -335,29 +346,29 @@ def run(options: argparse.Namespace) -> int:
     dtypes = names_of("--dtype", options.dtype, BITS)
     features = names_of("--features", options.features, FEATURES)
     seconds = seconds_of("--seconds", options.seconds)
+    limit = seconds_of("--limit", options.limit) or LIMIT
     if options.arch is not None and not options.compile:
         raise UsageError("--arch: only with --compile; otherwise it is that of the GPU here")
     if find_spec("triton") is None:
         raise UsageError('tune: Triton is not installed: pip install "rowmax[triton]"')
     if gpu_triton.interpreting():
         raise UsageError("tune: TRITON_INTERPRET is set; what is interpreted can't be tuned")
-    choose: Choose
     if options.compile:
         text = ",".join(ARCHS) if options.arch is None else options.arch
         archs = names_of("--arch", text, SHARED_LIMIT)
-        choose = _by_compiling(options.output)
     else:
         if not torch.cuda.is_available():
             raise UsageError("tune: torch sees no GPU; --compile does without one")
         from ..kernels.gpu_triton.configurations import architecture
 
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
-        choose = _by_timing(getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16)
     check_writable("--output", options.output)
     present = read(options.output)
     wanted = keys(archs, kernels, dims, dict.fromkeys(BITS[name] for name in dtypes), features)
     if options.missing:
         wanted = [key for key in wanted if _name(key) not in present]
+    half = getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16
+    choose = _by_compiling(options.output) if options.compile else _by_timing(wanted, half, limit)
     found = search(wanted, choose, options.output, seconds, say=_say)
     _say(f"{len(found)} of {len(wanted)} forms written to {options.output}")
     return 1 if wanted and not found else 0
@@ -367,13 +378,59 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _by_timing(half: torch.dtype) -> Choose:
+def _by_timing(wanted: Sequence[Key], half: torch.dtype, seconds: float) -> Choose:
+    """A key has a process of its own: one that loses the GPU, or never ends, stops no other.
+
+    The forms of some keys are compiled side by side before the first of them is timed.
+    """
+    from . import isolated
+
+    ready: set[Key] = set()
+
+    def compile_forms(key: Key) -> None:
+        try:
+            list(isolated.results(compiled, key, half, seconds=seconds))
+        except isolated.LostError as error:
+            _say(f"  {_name(key)}: compiling: {error}")
+
+    def choose(key: Key) -> Choice | None:
+        if key not in ready:
+            at = wanted.index(key)
+            ready.update(wanted[at : at + AT_ONCE])
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                list(pool.map(compile_forms, wanted[at : at + AT_ONCE]))
+        try:
+            return next(iter(isolated.results(timed, key, half, seconds=seconds)), None)
+        except isolated.LostError as error:
+            _say(f"  {_name(key)}: {error}")
+            return None
+
+    return choose
+
+
+def compiled(key: Key, half: torch.dtype) -> tuple[()]:
+    """Leaves the forms of `key` in Triton's cache."""
+    _trials(half).compile(key, _competing(key, _in_table(key)))
+    return ()
+
+
+def timed(key: Key, half: torch.dtype) -> list[Choice]:
+    """The fastest form of `key` on the GPU here, if one works."""
+    choice = fastest(key, _trials(half).time_forms, _in_table(key))
+    return [] if choice is None else [choice]
+
+
+def _in_table(key: Key) -> Configuration:
     from ..kernels.gpu_triton.configurations import lookup
+
+    return lookup(key)
+
+
+def _trials(half: torch.dtype) -> Trials:
     from .timing import timer_for
     from .trials import Trials
 
-    trials = Trials(timer_for("cuda"), torch.device("cuda"), half)
-    return lambda key: fastest(key, trials.time_forms, lookup(key))
+    return Trials(timer_for("cuda"), torch.device("cuda"), half, say=_say)
 
 
 def _by_compiling(path: Path) -> Choose:
@@ -402,8 +459,8 @@ def _by_compiling(path: Path) -> Choose:
 
     def complain(form: Configuration, error: Exception) -> None:
         """Whatever stage of the compiler gave up: it may be a fault of the kernel too."""
-        reason = (str(error) or "no reason given").strip().splitlines()[0]
-        _say(f"  {list(form)} does not compile: {type(error).__name__}: {reason}")
+        first = (str(error) or "no reason given").strip().splitlines()[0]
+        _say(f"  {list(form)} does not compile: {type(error).__name__}: {first}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))

@@ -82,7 +82,7 @@ def run(output: Path, steps: int | None, backend: str, device: torch.device) -> 
         print(f"  {pair.korean}\n    {translation}")
 
     print(f"\nThe same first {comparison.STEPS} steps of training on each path:")
-    print(comparison.table(*comparison.compare(output, ("reference", backend))))
+    print(comparison.table(*comparison.compare(output, ("reference", backend), comparison.STEPS)))
     print(
         f"\nThe demo took {time.perf_counter() - began:.0f} s. Translate with its model:\n"
         f'  python -m rowmax.transformer translate --model {output} "{data.test[0].korean}"'

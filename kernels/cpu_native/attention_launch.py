@@ -1,6 +1,6 @@
 """Attention through torch.ops.rowmax_native, or past torch's dispatcher where a call is plain.
 
-Strides and the division of work are in csrc/attention_launch.cpp.
+Strides and the division of work are in csrc/binding/attention_launch.cpp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ..masks import Causal, Mask
 from ..problem import AttentionProblem
 
-# How `csrc/plain_attention.cpp` is told the alignment of a causal mask; 0 is no mask.
+# How `csrc/binding/fast_path_attention.cpp` is told the alignment of a causal mask; 0 is no mask.
 _ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
 
 

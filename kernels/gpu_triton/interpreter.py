@@ -7,11 +7,13 @@ even.
 
 It spends a third of its time on replacing the functions of triton.language by its own at every
 call of a device function. Here they are replaced once: a process that interprets never compiles.
+Half of the rest it spends on looking whether integers overflow, to report it in debug mode alone.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,8 @@ def repair() -> None:
 
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
     _replace_once()
 
 

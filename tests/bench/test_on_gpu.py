@@ -1,11 +1,15 @@
-"""bench/on_gpu.sh, with an interpreter that only notes what it is asked for."""
+"""bench/on_gpu.sh: with an interpreter that only notes what it is asked for, and dry runs on a GPU
+that isn't there (no_gpu/).
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,10 @@ from rowmax.bench.cases import SUITES
 from rowmax.bench.cli import build_parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
-PHASES = ("install", "parity", "tune", "attention", "compiled", "norms", "sanitize")
+TABLE = SCRIPT.parents[1] / "kernels" / "gpu_triton" / "configurations.json"
+CONTACT = ("smoke", "forms", "speed", "kinds", "decode", "flex", "norms", "host")
+PROVE = ("gpu", "parity", "sanitize")
+MORE = ("tests", "tune", "attention", "all_norms")
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("bash", "timeout"))), reason="needs bash and timeout"
@@ -22,26 +29,30 @@ pytestmark = pytest.mark.skipif(
 
 FAKE = """#!/bin/sh
 echo "$@" >>"{log}"
-case "$*" in *{fails}*) echo broken; exit 3 ;; esac
+case "$*" in *{fails}*) {does} ;; esac
 """
 
 
 def run(
-    folder: Path, *phases: str, fails: str = "nothing-of-this"
+    folder: Path,
+    *words: str,
+    fails: str = "nothing-of-this",
+    does: str = "echo broken; exit 3",
+    **settings: str,
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """The script's result, and the arguments of each call of the interpreter."""
     log = folder / "calls"
     log.touch()
     python = folder / "python"
-    python.write_text(FAKE.format(log=log, fails=fails))
+    python.write_text(FAKE.format(log=log, fails=fails, does=does))
     python.chmod(0o755)
-    settings = {"PYTHON": str(python), "OUT": str(folder / "out")}
+    settings = {"PYTHON": str(python), "OUT": str(folder / "out"), **settings}
     result = subprocess.run(
-        ["bash", str(SCRIPT), *phases],
+        ["bash", str(SCRIPT), *words],
         env=os.environ | settings,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     return result, log.read_text().splitlines()
 
@@ -50,42 +61,59 @@ def test_syntax() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
-def test_help_names_every_phase(tmp_path: Path) -> None:
+def test_help_names_every_part(tmp_path: Path) -> None:
     result, calls = run(tmp_path, "--help")
     assert result.returncode == 0
     assert not calls
-    for phase in PHASES:
-        assert re.search(rf"^  {phase} ", result.stdout, re.M), phase
+    for part in (*CONTACT, *PROVE, *MORE):
+        assert re.search(rf"^    {part} ", result.stdout, re.M), part
 
 
-def test_an_unknown_phase(tmp_path: Path) -> None:
-    result, calls = run(tmp_path, "norms", "nrms")
+@pytest.mark.parametrize("words", [("norms", "nrms"), ("",), ()])
+def test_an_unknown_part(words: tuple[str, ...], tmp_path: Path) -> None:
+    result, calls = run(tmp_path, *words)
     assert result.returncode == 2
-    assert "got 'nrms'" in result.stderr
+    assert f"got '{'nrms' if words and words[0] else ''}'" in result.stderr
     assert not calls
 
 
-def test_by_default(tmp_path: Path) -> None:
-    result, calls = run(tmp_path)
+@pytest.mark.parametrize(
+    "word,parts,seconds",
+    [("contact", CONTACT, 450), ("prove", PROVE, 290)],
+    ids=["contact", "prove"],
+)
+def test_all_fits_its_time(word: str, parts: tuple[str, ...], seconds: int, tmp_path: Path) -> None:
+    result, _ = run(tmp_path, word)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert calls[0].startswith("-m pip install")
-    logs = {path.name for path in (tmp_path / "out").iterdir()}
-    phases = ("install", "parity", "tune", "attention", "norms")
-    assert logs >= {f"{phase}.log" for phase in phases}
-    assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(phases)
+    assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(parts)
+    begun = re.findall(r"^=== (\w+), at most (\d+) s", result.stdout, re.M)
+    assert [name for name, _ in begun] == list(parts)
+    # each may take 5 seconds more to be killed in
+    assert sum(int(limit) for _, limit in begun) + 5 < seconds
+    log = (tmp_path / "out" / f"{word}.log").read_text()
+    assert all(f"=== {part}, " in log and f"\n{part}: ok" in log for part in parts)
 
 
-@pytest.mark.parametrize("failing", ["gpu-attention", "gpu-norms"])
-def test_a_phase_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None:
-    phases = ("attention", "norms", "compiled")
-    result, calls = run(tmp_path, *phases, fails=failing)
+@pytest.mark.parametrize("failing", ["decode", "flex", "smoke"])
+def test_a_part_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None:
+    fails = {"flex": "--peers flex", "decode": "--kind decode"}.get(failing, failing)
+    result, _ = run(tmp_path, "contact", fails=f'"{fails}"')
     assert result.returncode == 1
-    assert len(calls) == 4
-    spoiled = {failing.removeprefix("gpu-"), "compiled"}
-    for phase in phases:
-        words = "failed with exit status 3" if phase in spoiled else "ok"
-        assert f"\n{phase}: {words}" in result.stdout
-        assert (tmp_path / "out" / f"{phase}.log").exists()
+    for part in CONTACT:
+        words = "failed with exit status 3" if part == failing else "ok"
+        assert f"\n{part}: {words}" in result.stdout
+    assert "broken" in (tmp_path / "out" / "contact.log").read_text()
+
+
+def test_a_part_that_never_ends(tmp_path: Path) -> None:
+    """It is stopped at its limit, and the next one begins."""
+    result, calls = run(
+        tmp_path, "decode", "norms", fails='"--kind decode"', does="exec sleep 60", LIMIT="5"
+    )
+    assert result.returncode == 1
+    assert "\ndecode: stopped after 5 s" in result.stdout
+    assert "\nnorms: ok" in result.stdout
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("fails", ["nothing-of-this", "bfloat16"])
@@ -98,7 +126,8 @@ def test_sanitize(tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch) -
     result, calls = run(tmp_path, "sanitize", fails=fails)
     tools = (tmp_path / "tools").read_text()
     assert len(calls) == 2
-    assert re.findall(r"--tool (\w+) --error-exitcode 9", tools) == ["memcheck", "racecheck"]
+    found = re.findall(r"--tool (\w+) --error-exitcode 9", tools)
+    assert sorted(found) == ["memcheck", "racecheck"]
     assert result.returncode == (0 if fails == "nothing-of-this" else 1)
 
 
@@ -112,23 +141,107 @@ def test_sanitize_says_that_nothing_was_checked(tmp_path: Path) -> None:
 
 def test_its_commands_are_understood(tmp_path: Path) -> None:
     """Every option exists, and every peer is one of the suite's."""
-    phases = ["attention", "compiled", "norms", "tune"]
-    _, calls = run(tmp_path, *phases)
+    _, calls = run(tmp_path, "contact", *MORE)
     benches = [call.split()[2:] for call in calls if call.startswith("-m rowmax.bench")]
-    assert len(benches) == 5
+    assert len(benches) == len(CONTACT) + len(MORE) - 1
     for words in benches:
         options = build_parser().parse_args(words)
         if options.command == "speed":
             assert set(options.peers.split(",")) <= set(SUITES[options.suite].peers)
-            assert 60 < options.stop_after < 540
+            assert 10 < options.stop_after < 540
+            assert 20 <= options.limit < 200
+
+
+def test_what_comes_back(tmp_path: Path) -> None:
+    """No more files than a machine that is lent gives back, and a log is one of them."""
+    _, calls = run(tmp_path, "contact")
+    written = {
+        Path(word).name
+        for call in calls
+        for option, word in zip(call.split(), call.split()[1:], strict=False)
+        if option in ("--json", "--output")
+    }
+    assert len(written | {path.name for path in (tmp_path / "out").iterdir()}) <= 8
 
 
 def test_tuning_writes_beside_the_other_results(tmp_path: Path) -> None:
     """What is found lies there key by key, and in the table at the end, whatever became of it."""
-    table = SCRIPT.parents[1] / "kernels" / "gpu_triton" / "configurations.json"
-    before = table.read_text()
+    before = TABLE.read_text()
     for fails in ("nothing-of-this", "tune"):
         result, calls = run(tmp_path, "tune", fails=fails)
         assert result.returncode == (1 if fails == "tune" else 0)
         assert f"--output {tmp_path}/out/configurations.json" in calls[-1]
-        assert (tmp_path / "out" / "configurations.json").read_text() == before == table.read_text()
+        assert (tmp_path / "out" / "configurations.json").read_text() == before == TABLE.read_text()
+
+
+# --- a dry run ------------------------------------------------------------------------------------
+
+
+def dry_run(
+    folder: Path, *words: str, before: str | None = None, **settings: str
+) -> tuple[str, Path]:
+    """What the parts say, all of which must end well, and where results are."""
+    paths = [str(Path(__file__).parent / "no_gpu"), *([] if before is None else [before])]
+    out = folder / "out"
+    environment = {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OUT": str(out),
+        "TABLE": os.devnull,
+        "OMP_NUM_THREADS": "1",
+        "SECONDS_A_LINE": "0.01",
+        "WORKERS": "1",
+        **settings,
+    }
+    result = subprocess.run(
+        ["bash", str(SCRIPT), *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(words)
+    return result.stdout, out
+
+
+def test_features_in_a_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    said, _ = dry_run(tmp_path, "smoke")
+    assert "no GPU at all, capability 9.0" in said
+    assert "measured here: bfloat16 matrix product" in said
+    assert len(re.findall(r"^ +[\d.]+ (attention|masked_softmax).* ok$", said, re.M)) > 4
+    assert "4 of 4 are right" in said
+
+
+def test_tuning_in_a_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    before = TABLE.read_text()
+    said, out = dry_run(tmp_path, "forms", TUNE_ARGS="--kernel forward --dim 64")
+    assert TABLE.read_text() == before
+    assert "1 of 1 forms written" in said
+    table = json.loads((out / "configurations.json").read_text())["forms"]
+    assert f"sm_90/forward/16/64/plain: {table['sm_90/forward/16/64/plain']}" in said
+
+
+def test_tables_in_a_dry_run(tmp_path: Path) -> None:
+    """Beside a NumPy that is too new for its Numba, which the GPU does not want."""
+    pytest.importorskip("triton")
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
+    said, out = dry_run(tmp_path, "decode", "norms", "host", before=str(tmp_path))
+    for part, rows in (("decode", 3), ("norms", 2)):
+        results = json.loads((out / f"{part}.json").read_text())["rows"]
+        assert len(results) == rows
+        assert all(row["seconds"]["rowmax"]["median"] > 0 for row in results)
+    assert "sdpa-cudnn not timed: RuntimeError" in said  # a peer that can't is a line
+    assert set(json.loads((out / "host.json").read_text())) == {"machine", "seconds"}
+    assert "attention, forward and backward, replay" in said
+
+
+def test_tests_in_a_dry_run(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("xdist")
+    said, _ = dry_run(tmp_path, "parity", SAMPLE="2")
+    assert "2 passed" in said
+    said, _ = dry_run(tmp_path, "gpu", TEST_ARGS="--collect-only")
+    assert "test_reduced_overhead" in said

@@ -192,8 +192,18 @@ def test_forms_are_run_and_timed(key: Key, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_interpreter
-@pytest.mark.parametrize("fault", ["wrong", "unwritten", "raises"])
-def test_forms_that_do_not_work_are_left_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "fault,reason",
+    [
+        ("wrong", "differs from the form in the table: d_value"),
+        ("unwritten", "differs from the form in the table: d_key nan"),
+        ("raises", "does not work: RuntimeError: out of resource: shared memory"),
+    ],
+)
+def test_forms_that_do_not_work_are_left_out(
+    fault: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And it is said why."""
     monkeypatch.setattr(trials, "BUDGET", Budget(0.0, 1, 1))
     run = trials.Launched.run
 
@@ -209,6 +219,7 @@ def test_forms_that_do_not_work_are_left_out(fault: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(trials.Launched, "run", faulty)
     key = Key("sm_90", "key_gradients", 32, 16, "plain")
     assert set(small_trials().time_forms(key, [ONE_TILE, SMALL])) == {ONE_TILE}
+    assert f"  {list(SMALL)} {reason}" in capsys.readouterr().out
 
 
 def test_outputs_are_found_by_name() -> None:

@@ -112,7 +112,7 @@ def write_build(build: Path, compiler: str, native: bool) -> None:
         own = [*setup["KERNEL_FLAGS"], *isa_flags, f"-DROWMAX_ISA={isa}"]
         for source in sources:
             compile_source(f"{isa}-{Path(source).stem}", ROOT / "csrc" / source, own)
-    compile_source("kernels", ROOT / "csrc" / "kernels.cpp", [])
+    compile_source("dispatch", ROOT / "csrc" / "kernels" / "dispatch.cpp", [])
     warnings = ["-Wall", "-Wextra", "-Werror", "-O2"]
     compile_source("main", ROOT / "tests" / "csrc" / "parity" / "main.cpp", warnings)
     lines += [f"build parity: link {' '.join(objects)}", "default parity", ""]

@@ -50,8 +50,8 @@ def test_relative_position_table(dtype: torch.dtype, per_batch: bool, backend: s
     magnitude = terms * exact.abs().max()
     assert exact.abs().max() > 1.0  # the table matters
     assert (exact[LENGTH:] == 0).all()  # keys after the query
-    results = ({"d_table": tensor} for tensor in (exact, plain, magnitude / LENGTH))
-    expected = expected_of(*results, LENGTH * BATCH)
+    found = [{"d_table": tensor} for tensor in (exact, plain, magnitude / LENGTH)]
+    expected = expected_of(found[0], found[1], found[2], terms=LENGTH * BATCH)
     assert faults_of({"d_table": got}, expected, dtype) == []
 
 

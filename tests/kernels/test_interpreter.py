@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from rowmax.kernels import attention
 from rowmax.kernels.gpu_triton import interpreting
 
 if not interpreting():
@@ -48,3 +49,13 @@ def test_bfloat16_rounds_as_torch_does() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     widened = torch.from_numpy(to_float32(patterns))
     torch.testing.assert_close(widened, expected.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_overflows_are_not_looked_for_where_nobody_is_told() -> None:
+    """It doubles the time of every integer sum and product, and tells in debug mode alone."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    zeros = torch.zeros(1, 1, 1, 16)
+    attention(zeros, zeros, zeros, backend="triton")
+    options = interpreter_builder.options
+    assert options.sanitize_overflow == options.debug

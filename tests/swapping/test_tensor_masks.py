@@ -358,9 +358,12 @@ def test_the_layers_of_a_model_share_what_a_mask_means(
 ) -> None:
     seen: list[Tensor] = []
     recognise = tensor_masks._recognise
-    monkeypatch.setattr(
-        tensor_masks, "_recognise", lambda mask, sizes: seen.append(mask) or recognise(mask, sizes)
-    )
+
+    def counted(mask: Tensor, sizes: tensor_masks.Sizes) -> tuple[bool, Mask | None]:
+        seen.append(mask)
+        return recognise(mask, sizes)
+
+    monkeypatch.setattr(tensor_masks, "_recognise", counted)
     tensor_masks._recognise_values.cache_clear()
     tensor_masks._recent.clear()
     sizes = (1, 2, length, length)

@@ -7,7 +7,7 @@
 #include <memory>
 #include <thread>
 
-#include "kernels.h"
+#include "kernels/dispatch.h"
 #include "storage.h"
 
 namespace parity {

@@ -1,0 +1,383 @@
+// From an attention problem to its kernels: addresses and strides, and how work is divided. What is
+// copied, and why, is settled before, in kernels/cpu_preparation.py.
+
+#include "binding/attention_launch.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "constants.h"
+
+namespace rowmax {
+namespace {
+
+using MaybeInt = std::optional<int64_t>;
+
+View view_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  return {
+      tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes().data(),
+      tensor.strides().data()};
+}
+
+// The fields of kernels/problem.py's AttentionProblem, flat.
+struct Problem {
+  View query, key, value;
+  MaybeTensor bias, alibi_slopes, alibi_offset, sinks;
+  MaybeTensor dense, key_lengths, query_lengths, query_documents, key_documents, band;
+  MaybeInt band_lower, band_upper;
+  double scale;
+  std::optional<double> softcap;
+  double dropout_p;
+  MaybeTensor seed;
+  int64_t batch_start;
+  MaybeTensor query_starts, key_starts;
+  int64_t longest_query, longest_key;
+};
+constexpr const char* kProblem =
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes,"
+    " Tensor? alibi_offset, Tensor? sinks, Tensor? dense_mask, Tensor? key_lengths,"
+    " Tensor? query_lengths, Tensor? query_documents, Tensor? key_documents, Tensor? band,"
+    " int? band_lower, int? band_upper, float scale, float? softcap, float dropout_p,"
+    " Tensor? seed, int batch_start, Tensor? query_starts, Tensor? key_starts,"
+    " int longest_query, int longest_key) -> ()";
+template <typename... Type>
+struct Types {};
+using ProblemTypes = Types<
+    Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
+    MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeInt, MaybeInt, double,
+    std::optional<double>, double, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, int64_t,
+    int64_t>;
+
+int64_t half_of(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? kBfloat16 : dtype == ScalarType::Half ? kFloat16 : kWhole;
+}
+
+void check(const View& view, const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      view.dtype == dtype, name, ": expected ", torch::headeronly::toString(dtype), ", got ",
+      torch::headeronly::toString(view.dtype));
+  // (torch counts a tensor without elements as contiguous, whatever its strides.)
+  const bool empty = std::find(view.sizes, view.sizes + 4, 0) != view.sizes + 4;
+  STD_TORCH_CHECK(
+      view.sizes[3] <= 1 || view.strides[3] == 1 || empty, name, ": expected contiguous rows");
+}
+
+// A call, the type it is computed in (0 float, 1 double) and what follows from the two.
+struct Launch {
+  AttentionCall call{};
+  const Kernels& kernels = chosen_kernels();
+  int type;
+  int64_t element, lanes;
+
+  Launch(const Problem& problem, const View& out) {
+    const View &query = problem.query, &key = problem.key, &value = problem.value;
+    const ScalarType dtype = query.dtype;
+    type = dtype == ScalarType::Double ? 1 : 0;
+    element = type == 1 ? 8 : 4;
+    lanes = kernels.vector_bytes / element;
+    check(query, "query", dtype);
+    check(key, "key", dtype);
+    check(value, "value", dtype);
+    check(out, "out", dtype);
+    call.query = query.data;
+    call.key = key.data;
+    call.value = value.data;
+    call.out = out.data;
+    const int64_t *q = query.strides, *k = key.strides, *v = value.strides, *o = out.strides;
+    call.query_batch = q[0], call.query_head = q[1], call.query_row = q[2];
+    call.key_batch = k[0], call.key_head = k[1], call.key_row = k[2];
+    call.value_batch = v[0], call.value_head = v[1], call.value_row = v[2];
+    call.out_batch = o[0], call.out_head = o[1], call.out_row = o[2];
+    call.half = half_of(dtype);
+    call.heads = query.sizes[1];
+    call.key_heads = key.sizes[1];
+    call.head_dim = query.sizes[3];
+    call.value_dim = value.sizes[3];
+    call.query_rows = query.sizes[2];
+    if (problem.query_starts) {
+      call.query_starts = address<int64_t>(problem.query_starts);
+      call.key_starts = address<int64_t>(problem.key_starts);
+      call.batch = problem.query_starts->numel() - 1;
+      call.query_len = problem.longest_query;
+      call.key_len = problem.longest_key;
+    } else {
+      call.batch = query.sizes[0];
+      call.query_len = query.sizes[2];
+      call.key_len = key.sizes[2];
+    }
+    set_mask(problem);
+    set_scores(problem);
+  }
+
+  void set_mask(const Problem& problem) {
+    call.band_lower = problem.band_lower.value_or(-NO_BOUND);
+    call.band_upper = problem.band_upper.value_or(NO_BOUND);
+    call.band = address<int64_t>(problem.band);
+    call.key_lengths = address<int64_t>(problem.key_lengths);
+    call.query_lengths = address<int64_t>(problem.query_lengths);
+    if (problem.query_documents) {
+      call.query_documents = address<int64_t>(problem.query_documents);
+      call.key_documents = address<int64_t>(problem.key_documents);
+      call.query_documents_batch = problem.query_documents->stride(0);
+      call.key_documents_batch = problem.key_documents->stride(0);
+    }
+    if (problem.dense) {
+      const Tensor& dense = *problem.dense;
+      call.dense = static_cast<const uint8_t*>(dense.data_ptr());
+      call.dense_batch = broadcast_stride(dense, 0);
+      call.dense_head = broadcast_stride(dense, 1);
+      call.dense_row = broadcast_stride(dense, 2);
+      call.dense_column = broadcast_stride(dense, 3);
+    }
+  }
+
+  void set_scores(const Problem& problem) {
+    if (problem.bias) {
+      const Tensor& bias = *problem.bias;
+      call.bias = bias.data_ptr();
+      call.bias_half = half_of(bias.scalar_type());
+      call.bias_batch = broadcast_stride(bias, 0);
+      call.bias_head = broadcast_stride(bias, 1);
+      call.bias_row = broadcast_stride(bias, 2);
+      call.bias_column = broadcast_stride(bias, 3);
+    }
+    if (problem.alibi_slopes) {
+      call.alibi = address<double>(problem.alibi_slopes);
+      call.alibi_batch = broadcast_stride(*problem.alibi_slopes, 0);
+      call.alibi_offset = address<int64_t>(problem.alibi_offset);
+      call.alibi_offset_batch = broadcast_stride(*problem.alibi_offset, 0);
+    }
+    call.sinks = address<double>(problem.sinks);
+    call.dropout = problem.dropout_p > 0.0;
+    call.keep_scale = 1.0;
+    if (call.dropout) {
+      STD_TORCH_CHECK(problem.seed.has_value(), "seed: expected one with dropout_p > 0");
+      call.seed = static_cast<uint64_t>(*address<int64_t>(problem.seed));
+      call.threshold = dropout_threshold(problem.dropout_p);
+      call.keep_scale = dropout_scale(problem.dropout_p);
+    }
+    call.batch_start = problem.batch_start;
+    call.plain_scale = problem.scale;
+    call.scale = problem.softcap ? problem.scale / *problem.softcap : problem.scale * LOG2_E;
+    call.cap = problem.softcap ? *problem.softcap * LOG2_E : 0.0;
+  }
+
+  // Heads that a thread takes at once: several short ones, so that one can ask memory for the next.
+  // Long heads are tiles that any thread may take.
+  int64_t heads_at_once(int64_t heads) const {
+    const bool is_short = std::max(call.query_len, call.key_len) <= SHORT_HEAD;
+    return is_short ? std::min<int64_t>(8, heads / (8 * thread_count(heads))) : 0;
+  }
+};
+
+// The kernel of few queries: out and lse of a problem of at most call.few queries, or of the packed
+// sequences that have no more. Their bits are those of the same sequence alone.
+void decode(Launch& launch) {
+  AttentionCall& call = launch.call;
+  call.chunks = std::max<int64_t>(1, divide_up(call.key_len, CHUNK_KEYS));
+  const int64_t heads = call.batch * call.key_heads;
+  const int64_t counters = call.chunks > 1 ? heads : 0;
+  const DecodeKernel& kernel = launch.kernels.attention_decode[launch.type];
+  run_kernel(
+      kernel, call, heads * call.chunks, 8 * counters, kernel.partial_bytes(call),
+      [&](char* zeros, char* memory) {
+        call.finished = reinterpret_cast<int64_t*>(zeros);
+        call.partials = memory;
+      });
+}
+
+// out and, unless it is absent, lse (B, Hq, Lq): float64 or, where out is of a half type, float32.
+void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
+  Launch launch(problem, out);
+  AttentionCall& call = launch.call;
+  if (lse) {
+    STD_TORCH_CHECK(
+        lse->is_contiguous() &&
+            lse->scalar_type() == (call.half == kWhole ? ScalarType::Double : ScalarType::Float),
+        "lse: expected a contiguous tensor of float64, float32 beside half types");
+    call.lse = lse->data_ptr();
+  }
+  const int64_t planes = call.batch * call.heads;
+  if (planes == 0 || call.query_len == 0) {
+    return;
+  }
+  const int64_t few = std::min<int64_t>(FEW_QUERIES, FEW_ROWS / (call.heads / call.key_heads));
+  const bool packed = call.query_starts != nullptr;
+  if (packed || call.query_len <= few) {
+    call.few = few;
+    decode(launch);
+  }
+  if (call.query_len <= few) {
+    return;
+  }
+  // As many queries as the registers hold, fewer where threads would stay idle. (The bits of a
+  // result do not depend on it.)
+  const int64_t lanes = launch.lanes;
+  const int64_t threads = thread_count(planes * divide_up(call.query_len, lanes));
+  int64_t tile =
+      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
+  while (tile > lanes && planes * divide_up(call.query_len, tile) < threads) {
+    tile -= lanes;
+  }
+  call.tile = tile;
+  const int64_t tiles = divide_up(call.query_len, tile);
+  call.run = std::max<int64_t>(1, tiles * launch.heads_at_once(planes));
+  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const AttentionKernel& kernel =
+      pairs != nullptr ? pairs->forward : launch.kernels.attention_forward[launch.type];
+  run_kernel(kernel, call, divide_up(planes * tiles, call.run), 0, 0, [](char*, char*) {});
+}
+
+// How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.
+//
+// A bias that several heads or batch elements share has one gradient: the same task takes them all,
+// one after another. Keys are divided where heads alone would leave threads idle, and where the sums of
+// dK and dV, `row_bytes` a key, outgrow a core's cache, but not if all of them share a bias. (The bits of
+// a result do not depend on it.)
+void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row_bytes) {
+  call.batch_tasks = d_bias && d_bias->size(0) == 1 ? 1 : call.batch;
+  call.head_tasks = d_bias && d_bias->size(1) == 1 ? 1 : call.key_heads;
+  const int64_t tasks = call.batch_tasks * call.head_tasks;
+  const int64_t blocks = divide_up(call.key_len, BLOCK_KEYS);
+  const int64_t threads = thread_count(tasks * blocks);
+  const bool even = tasks == 0 || tasks >= 4 * threads || tasks % threads == 0;
+  // A chunk of several blocks reads its queries less often; four tasks a thread even out.
+  int64_t chunk_blocks =
+      even ? blocks : std::min<int64_t>(4, std::max<int64_t>(1, tasks * blocks / (4 * threads)));
+  const int64_t block_bytes = BLOCK_KEYS * row_bytes;
+  if (blocks * block_bytes > 3 * CACHE_BYTES) {
+    chunk_blocks = std::min<int64_t>(chunk_blocks, std::max<int64_t>(1, CACHE_BYTES / block_bytes));
+  }
+  if (blocks < 2 || chunk_blocks == blocks || (d_bias && d_bias->size(3) == 1)) {
+    call.chunk_tasks = 1;
+    call.chunk_keys = std::max<int64_t>(1, blocks) * BLOCK_KEYS;
+    return;
+  }
+  call.chunk_tasks = divide_up(blocks, chunk_blocks);
+  call.chunk_keys = chunk_blocks * BLOCK_KEYS;
+}
+
+// How the gradient of a bias comes about, for kernels/cpu_preparation.py's choice of its type.
+BiasSum bias_sum(const AttentionCall& call, const Tensor& d_bias, int type) {
+  const bool in_tiles = d_bias.size(2) == call.query_len && d_bias.size(3) == call.key_len;
+  if (in_tiles && d_bias.size(0) == call.batch && d_bias.size(1) == call.heads) {
+    return kPut;
+  }
+  const ScalarType computed = type == 1 ? ScalarType::Double : ScalarType::Float;
+  return in_tiles && d_bias.scalar_type() == computed ? kSum : kSumWide;
+}
+
+// d_query, d_key and d_value are written whole; d_bias comes as zeros; delta (B, Hq, Lq) float64 is written where a tile of keys meets the row.
+void backward(
+    const View& out, const Tensor& lse, const View& grad_out, const MaybeTensor& grad_lse,
+    const View& d_query, const View& d_key, const View& d_value, const MaybeTensor& d_bias,
+    const MaybeTensor& delta, const Problem& problem) {
+  Launch launch(problem, out);
+  AttentionCall& call = launch.call;
+  const ScalarType dtype = out.dtype;
+  check(grad_out, "grad_out", dtype);
+  check(d_query, "d_query", dtype);
+  check(d_key, "d_key", dtype);
+  check(d_value, "d_value", dtype);
+  STD_TORCH_CHECK(
+      lse.is_contiguous() && lse.scalar_type() == ScalarType::Double,
+      "lse: expected a contiguous float64 tensor");
+  call.lse = lse.data_ptr();
+  call.grad_out = grad_out.data;
+  call.d_query = d_query.data;
+  call.d_key = d_key.data;
+  call.d_value = d_value.data;
+  const int64_t *g = grad_out.strides, *q = d_query.strides, *k = d_key.strides;
+  const int64_t* v = d_value.strides;
+  call.grad_out_batch = g[0], call.grad_out_head = g[1], call.grad_out_row = g[2];
+  call.d_query_batch = q[0], call.d_query_head = q[1], call.d_query_row = q[2];
+  call.d_key_batch = k[0], call.d_key_head = k[1], call.d_key_row = k[2];
+  call.d_value_batch = v[0], call.d_value_head = v[1], call.d_value_row = v[2];
+  call.grad_lse = address<double>(grad_lse);
+  call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
+  if (d_bias) {
+    call.d_bias = d_bias->data_ptr();
+    call.d_bias_half = half_of(d_bias->scalar_type());
+    call.d_bias_sum = bias_sum(call, *d_bias, launch.type);
+    call.d_bias_batch = broadcast_stride(*d_bias, 0);
+    call.d_bias_head = broadcast_stride(*d_bias, 1);
+    call.d_bias_row = broadcast_stride(*d_bias, 2);
+    call.d_bias_column = broadcast_stride(*d_bias, 3);
+  }
+  if (call.batch == 0 || call.key_heads == 0) {
+    return;
+  }
+  const int64_t lanes = launch.lanes;
+  call.tile =
+      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
+  divide_backward(call, d_bias, (call.head_dim + call.value_dim) * launch.element);
+  const bool chunked = call.chunk_tasks > 1;
+  const int64_t turns =
+      chunked ? call.batch * call.heads * divide_up(call.query_len, call.tile) : 0;
+  const int64_t sums = turns * call.tile * call.head_dim * launch.element;
+  const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
+  const bool whole = !chunked && tasks == call.batch * call.key_heads;  // a task is a head
+  call.run = whole ? std::max<int64_t>(1, launch.heads_at_once(tasks)) : 1;
+  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const AttentionKernel& kernel =
+      pairs != nullptr ? pairs->backward : launch.kernels.attention_backward[launch.type];
+  run_kernel(
+      kernel, call, divide_up(tasks, call.run), 8 * turns, sums, [&](char* zeros, char* memory) {
+        call.turns = reinterpret_cast<int64_t*>(zeros);
+        call.d_query_sums = memory;
+      });
+}
+
+// The arguments of an operator as a problem.
+Problem problem_of(
+    const Tensor& query, const Tensor& key, const Tensor& value, const auto&... others) {
+  return {view_of(query, "query"), view_of(key, "key"), view_of(value, "value"), others...};
+}
+
+template <typename Fields>
+struct Operators;
+template <typename... Field>
+struct Operators<Types<Field...>> {
+  static void attention_forward(Tensor out, MaybeTensor lse, Field... field) {
+    forward(view_of(out, "out"), lse, problem_of(field...));
+  }
+  static void attention_backward(
+      Tensor out, Tensor lse, Tensor grad_out, MaybeTensor grad_lse, Tensor d_query, Tensor d_key,
+      Tensor d_value, MaybeTensor d_bias, MaybeTensor delta, Field... field) {
+    backward(
+        view_of(out, "out"), lse, view_of(grad_out, "grad_out"), grad_lse,
+        view_of(d_query, "d_query"), view_of(d_key, "d_key"), view_of(d_value, "d_value"), d_bias,
+        delta, problem_of(field...));
+  }
+};
+using Attention = Operators<ProblemTypes>;
+
+}  // namespace
+
+void plain_attention(
+    const View& query, const View& key, const View& value, const View& out, double scale,
+    std::optional<int64_t> band_upper) {
+  Problem problem{query, key, value};
+  problem.scale = scale;
+  problem.band_upper = band_upper;
+  forward(out, std::nullopt, problem);
+}
+
+}  // namespace rowmax
+
+STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
+  const std::string problem = rowmax::kProblem;
+  m.def(("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem).c_str());
+  m.def(("attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
+         " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"
+         " Tensor(e!)? delta, " +
+         problem)
+            .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&rowmax::Attention::attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&rowmax::Attention::attention_backward));
+}

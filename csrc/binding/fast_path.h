@@ -1,0 +1,70 @@
+// A plain call straight from Python, and what such calls share: see fast_path_attention.cpp, fast_path_norm.cpp.
+
+#pragma once
+
+#include <Python.h>
+
+#include <exception>
+#include <new>
+#include <string>
+
+#include "binding/launch.h"
+
+namespace rowmax {
+
+// Arguments of a plain call are checked, its result is allocated and its kernel runs in one call of C,
+// which takes a microsecond; torch's dispatcher takes several of them for an operator's arguments. What
+// is not plain, or wrong, is answered by None: the general way knows what to say about it.
+//
+// plain_attention(query, key, value, align, scale) -> Tensor | None
+PyObject* plain_attention_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+// plain_norm(x, weight, bias, eps, centred) -> Tensor | None
+PyObject* plain_norm_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+
+// What is looked up once, when the module is loaded.
+struct Torch {
+  PyObject *tensor, *parameter;       // the types whose instances are taken
+  PyObject *empty_like, *contiguous;  // torch.empty_like and its keywords
+  PyObject* empty_heads;              // kernels/layout.py's
+  PyObject *is_neg, *storage_offset;  // the methods' names
+};
+const Torch& looked_up();
+
+// Looks that up; false with an exception set where it can't be found.
+bool find_torch();
+
+// Whether `object` is a tensor on the CPU, of a float dtype, that a kernel can read as its memory says;
+// with an exception or without.
+bool read(PyObject* object, View& view);
+// The same of a tensor that this call has made, which is one; false with an exception.
+bool read_made(PyObject* made, View& view);
+
+// torch.empty_like(like), contiguous.
+PyObject* empty_like(PyObject* like);
+
+// A plain call's first lines: whether it has `expected` arguments, else with an exception set.
+bool counted(const char* name, Py_ssize_t count, Py_ssize_t expected);
+
+// run() without the interpreter's lock; whether it ended, with an exception where not.
+template <typename Run>
+bool run_unlocked(const Run& run) {
+  std::string failure;
+  bool memory = true;
+  PyThreadState* state = PyEval_SaveThread();
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    memory = false;
+  } catch (const std::exception& error) {
+    failure = error.what();
+  }
+  PyEval_RestoreThread(state);
+  if (!memory) {
+    PyErr_NoMemory();
+  } else if (!failure.empty()) {
+    PyErr_SetString(PyExc_RuntimeError, failure.c_str());
+  }
+  return memory && failure.empty();
+}
+
+}  // namespace rowmax

@@ -1,0 +1,79 @@
+// A plain layer norm or RMS norm straight from Python: contiguous rows, no residual, no gradient.
+
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <optional>
+
+#include "binding/fast_path.h"
+#include "binding/rows_launch.h"
+#include "constants.h"
+
+namespace rowmax {
+namespace {
+
+bool is_contiguous(const View& x) {
+  int64_t stride = 1;
+  for (int64_t dimension = x.dimensions - 1; dimension >= 0; --dimension) {
+    if (x.sizes[dimension] != 1 && x.strides[dimension] != stride) {
+      return false;
+    }
+    stride *= x.sizes[dimension];
+  }
+  return true;
+}
+
+int64_t element_count(const View& x) {
+  return std::accumulate(x.sizes, x.sizes + x.dimensions, int64_t{1}, std::multiplies<int64_t>());
+}
+
+int64_t item_bytes(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// Whether `object` is None, which leaves `parameter` empty, or a contiguous tensor (columns,); with an
+// exception or without.
+bool read_parameter(PyObject* object, int64_t columns, std::optional<View>& parameter) {
+  if (object == Py_None) {
+    return true;
+  }
+  return read(object, parameter.emplace()) && parameter->dimensions == 1 &&
+         parameter->sizes[0] == columns && (parameter->strides[0] == 1 || columns == 1);
+}
+
+}  // namespace
+
+PyObject* plain_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!counted("plain_norm", count, 5)) {
+    return nullptr;
+  }
+  View x, y;
+  std::optional<View> weight, bias;
+  const bool readable = read(arguments[0], x) && x.dimensions > 0 && is_contiguous(x) &&
+                        read_parameter(arguments[1], x.sizes[x.dimensions - 1], weight) &&
+                        read_parameter(arguments[2], x.sizes[x.dimensions - 1], bias);
+  if (!readable || Py_TYPE(arguments[3]) != &PyFloat_Type) {
+    PyErr_Clear();  // the general way says what is wrong
+    return Py_NewRef(Py_None);
+  }
+  const double eps = PyFloat_AsDouble(arguments[3]);
+  const int64_t columns = x.sizes[x.dimensions - 1], elements = element_count(x);
+  // Large results want what kernels/cpu_results.py asks of the system for them.
+  if (!(eps >= 0.0) || !std::isfinite(eps) || elements == 0 ||
+      elements * item_bytes(x.dtype) >= ADVISED_BYTES) {
+    return Py_NewRef(Py_None);
+  }
+  const bool centred = arguments[4] == Py_True;
+  PyObject* made = empty_like(arguments[0]);
+  if (made == nullptr) {
+    return nullptr;
+  }
+  const auto normalise = [&] { plain_norm(x, weight, bias, y, elements / columns, eps, centred); };
+  if (!read_made(made, y) || !run_unlocked(normalise)) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
+}
+
+}  // namespace rowmax

@@ -1,0 +1,78 @@
+// What the launches share: reading torch's tensors, and running a kernel on threads.
+
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include "binding/threads.h"
+#include "kernels/dispatch.h"
+
+namespace rowmax {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return divide_up(value, multiple) * multiple;
+}
+
+// A tensor in memory; sizes and strides, in elements, are its own.
+struct View {
+  void* data;
+  ScalarType dtype;
+  int64_t dimensions;
+  const int64_t *sizes, *strides;
+};
+
+template <typename T>
+const T* address(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
+}
+inline void* mutable_address(const MaybeTensor& tensor) {
+  return tensor ? tensor->data_ptr() : nullptr;
+}
+
+// The stride with 0 for a dimension of size 1.
+inline int64_t broadcast_stride(const Tensor& tensor, int64_t dimension) {
+  return tensor.size(dimension) == 1 ? 0 : tensor.stride(dimension);
+}
+
+// Words below this drop. p = 1 wants 2**32, one more than a word holds; a scale of 0 drops what is left.
+inline int64_t dropout_threshold(double dropout_p) {
+  return std::min<int64_t>(static_cast<int64_t>(std::nearbyint(dropout_p * 0x1p32)), 0xffffffff);
+}
+inline double dropout_scale(double dropout_p) {
+  return dropout_p < 1.0 ? 1.0 / (1.0 - dropout_p) : 0.0;
+}
+
+// Runs a kernel on as many threads as there are tasks. Before it share(zeros, memory) is told where
+// `zeros` bytes of zeros and `shared` bytes of memory lie that all threads share.
+template <typename Call, typename Share>
+void run_kernel(
+    const Kernel<Call>& kernel, Call& call, int64_t tasks, int64_t zeros, int64_t shared,
+    const Share& share) {
+  constexpr int64_t tickets = 64;
+  const int64_t threads = thread_count(tasks);
+  const int64_t scratch = round_up(kernel.scratch_bytes(call), 64);
+  zeros = round_up(zeros, 64);
+  shared = round_up(shared, 64);
+  char* memory = workspace(tickets + zeros + shared + threads * scratch);
+  std::memset(memory, 0, static_cast<size_t>(tickets + zeros));
+  call.tickets = reinterpret_cast<int64_t*>(memory);
+  share(memory + tickets, memory + tickets + zeros);
+  char* own = memory + tickets + zeros + shared;
+  run_on_threads(threads, [&](int64_t thread) { kernel.run(call, own + thread * scratch); });
+}
+
+}  // namespace rowmax

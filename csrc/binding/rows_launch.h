@@ -1,0 +1,17 @@
+// A norm from tensors' views to its kernel, for calls straight from Python.
+
+#pragma once
+
+#include <optional>
+
+#include "binding/launch.h"
+
+namespace rowmax {
+
+// y = (x - mean) * rstd * weight + bias over rows of contiguous x and y; without `centred` mean is 0.
+// weight and bias (columns,) are of any float dtype, contiguous.
+void plain_norm(
+    const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
+    const View& y, int64_t rows, double eps, bool centred);
+
+}  // namespace rowmax

@@ -1,0 +1,304 @@
+// Attention forward: online softmax over blocks of keys, queries in the lanes.
+//
+// For a tile of queries, with scale * log2(e) in the scores, each block of keys adds
+//
+//     S^T = K Q^T;  m' = max(m, max_k S^T);  P^T = 2^(S^T - m');  l = l * 2^(m - m') + sum_k P^T
+//     O^T = O^T * 2^(m - m') + V^T drop(P^T)
+//
+// so that maxima, sums and exponentials are lane-wise, with no reduction across a vector. At the end
+// out = O / l and lse = (m + log2 l) * ln 2 (Milakov & Gimelshein 2018; Dao et al. 2022). A sink is a
+// key of weight 2^(sink - m) without a value: it starts m and l. `attention_products.h` has the two
+// products, in float or in pairs of bfloat16.
+
+#include "kernels/attention_products.h"
+#include "kernels/dispatch.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+namespace {
+
+template <typename T>
+struct ForwardScratch {
+  ForwardScratch(const AttentionCall& call, int64_t query_elements, Scratch& scratch) {
+    const int64_t width = call.tile;
+    query_t = scratch.take<T>(query_elements);
+    out_t = scratch.take<T>(call.value_dim * width);
+    scores = scratch.take<T>(BLOCK_KEYS * width);
+    terms = scratch.take<T>(BLOCK_KEYS * width);
+    row_max = scratch.take<T>(width);
+    row_sum = scratch.take<T>(width);
+    rescale = scratch.take<T>(width);
+    first = scratch.take<IntOf<T>>(width);
+    last = scratch.take<IntOf<T>>(width);
+    if (call.half != kWhole) {
+      const int64_t columns = max(call.head_dim, call.value_dim) + LANES<T>;
+      wide_rows = scratch.take<T>(max<int64_t>(BLOCK_KEYS, width) * columns);
+    }
+  }
+
+  T *query_t, *out_t;    // Q^T, (Dv, width)
+  T *scores, *terms;     // (BLOCK_KEYS, width)
+  T *row_max, *row_sum;  // (width,)
+  T* rescale;
+  IntOf<T>*first, *last;
+  T* wide_rows = nullptr;  // of half types: queries, then a block of keys or values, then out
+};
+
+// Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
+// `rescale` and returns whether any maximum moved. Rows of the block are read one after another, as they
+// lie in memory, with the sums of `vectors` vectors of queries in registers.
+template <int vectors, typename T>
+bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>& to) {
+  constexpr int lanes = LANES<T>, width = vectors * lanes;
+  const Vec<T> nothing = splat(-INFINITE<T>), zero{};
+  Vec<T> after[vectors], shift[vectors], total[vectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    after[v] = load(to.row_max + v * lanes);
+    total[v] = zero;
+  }
+  if (masked) {
+    for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        T* at = to.scores + k * width + v * lanes;
+        const Ints<T> low = load_bits<Ints<T>>(to.first + v * lanes);
+        const Ints<T> high = load_bits<Ints<T>>(to.last + v * lanes);
+        const Vec<T> score = select(in_range<T>(k0 + k, low, high), load(at), nothing);
+        store(at, score);
+        after[v] = maximum(score, after[v]);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        after[v] = maximum(load(to.scores + k * width + v * lanes), after[v]);
+      }
+    }
+  }
+  // a row with no key yet has m' = -inf; 0 in its place keeps the differences -inf
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    shift[v] = after[v] == nothing ? zero : after[v];
+  }
+  for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      T* at = to.scores + k * width + v * lanes;
+      const Vec<T> weight = exp2<T>(load(at) - shift[v]);
+      total[v] = total[v] + weight;
+      store(at, weight);
+    }
+  }
+  bool moved = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    T *row_max = to.row_max + v * lanes, *row_sum = to.row_sum + v * lanes;
+    const Vec<T> before = load(row_max);
+    moved = moved || any_lane(after[v] > before);
+    const Vec<T> factor = exp2<T>(before - shift[v]);
+    store(row_max, after[v]);
+    store(to.rescale + v * lanes, factor);
+    store(row_sum, multiply_add(load(row_sum), factor, total[v]));
+  }
+  return moved;
+}
+
+// The same for any width.
+template <typename T>
+bool softmax_block(
+    bool masked, int64_t k0, int64_t keys, int64_t width, const ForwardScratch<T>& to) {
+  return with_vectors<T>(width, [&](auto vectors) {
+    return softmax_rows<decltype(vectors)::value>(masked, k0, keys, to);
+  });
+}
+
+// out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.
+template <typename T>
+void finish(
+    const AttentionCall& call, const Sequence& sequence, const Tile& tile,
+    const ForwardScratch<T>& from) {
+  const Vec<T> zero{}, keep_scale = splat(static_cast<T>(call.keep_scale));
+  for (int64_t v = 0; v < tile.width; v += LANES<T>) {
+    const Vec<T> total = load(from.row_sum + v);
+    const Ints<T> empty = total == zero;
+    const Vec<T> factor = keep_scale / total;
+    for (int64_t d = 0; d < call.value_dim; ++d) {
+      T* at = from.out_t + d * tile.width + v;
+      store(at, select(empty, zero, load(at) * factor));  // (O may be NaN there)
+    }
+  }
+  const int64_t first_row = sequence.first_query + tile.start;
+  const int64_t offset =
+      sequence.place * call.out_batch + tile.h * call.out_head + first_row * call.out_row;
+  if (call.half == kWhole) {
+    T* out = static_cast<T*>(call.out) + offset;
+    transpose<T>({from.out_t, tile.width}, {out, call.out_row}, call.value_dim, tile.rows, T(1));
+  } else {
+    const int64_t columns = round_up(call.value_dim, LANES<T>);
+    transpose<T>(
+        {from.out_t, tile.width}, {from.wide_rows, columns}, call.value_dim, tile.rows, T(1));
+    write_rows<T>(
+        call.half, call.out, offset, call.out_row, {from.wide_rows, columns}, tile.rows,
+        call.value_dim, T(1));
+  }
+  if (call.lse == nullptr) {
+    return;
+  }
+  const int64_t row = (sequence.place * call.heads + tile.h) * call.query_rows + first_row;
+  for (int64_t v = 0; v < tile.rows; v += LANES<double>) {
+    const Vec<double> largest = load_wide(from.row_max + v);  // -inf where l = 0
+    const Vec<double> total = load_wide(from.row_sum + v);
+    // total - total is 0, or NaN where a score was.
+    const Vec<double> row_lse = (largest + log2(total) + (total - total)) * splat(LN_2);
+    if (call.half == kWhole) {
+      store_first(static_cast<double*>(call.lse) + row + v, row_lse, tile.rows - v);
+    } else {
+      for (int64_t r = 0; r < min<int64_t>(LANES<double>, tile.rows - v); ++r) {
+        static_cast<float*>(call.lse)[row + v + r] = static_cast<float>(row_lse[r]);
+      }
+    }
+  }
+}
+
+enum Part { kQuery, kKey, kValue, kOut };
+
+// Ask for a part of a short head, which would begin by waiting for memory. A tile does so for the head
+// after it, a part before each of its own steps: a core that asks for a whole head at once waits until
+// most of it has come.
+template <typename T>
+void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
+  const int64_t b = plane / call.heads, h = plane % call.heads;
+  const Sequence at = sequence_of(call, b);
+  const int64_t head = h / (call.heads / call.key_heads);
+  if (part == kQuery) {
+    const int64_t query =
+        at.place * call.query_batch + h * call.query_head + at.first_query * call.query_row;
+    prefetch_rows<T>(call.half, call.query, query, call.query_row, at.query_len, call.head_dim);
+  } else if (part == kKey) {
+    const int64_t key =
+        at.place * call.key_batch + head * call.key_head + at.first_key * call.key_row;
+    prefetch_rows<T>(call.half, call.key, key, call.key_row, at.key_len, call.head_dim);
+  } else if (part == kValue) {
+    const int64_t value =
+        at.place * call.value_batch + head * call.value_head + at.first_key * call.value_row;
+    prefetch_rows<T>(call.half, call.value, value, call.value_row, at.key_len, call.value_dim);
+  } else {
+    const int64_t out =
+        at.place * call.out_batch + h * call.out_head + at.first_query * call.out_row;
+    prefetch_target<T>(call.half, call.out, out, call.out_row, at.query_len, call.value_dim);
+  }
+}
+
+// One tile of queries of head (b, h), from `start` on; `following` is the short head after it, or -1.
+template <typename Products, typename T = typename Products::T>
+void forward_tile(
+    const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t following,
+    const ForwardScratch<T>& to) {
+  const Sequence sequence = sequence_of(call, b);
+  const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
+  if (tile.rows <= 0 || sequence.query_len <= call.few) {
+    return;
+  }
+  const int64_t width = tile.width;
+  const int64_t head = h / (call.heads / call.key_heads);
+  const int64_t key =
+      sequence.place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
+  const int64_t value = sequence.place * call.value_batch + head * call.value_head +
+                        sequence.first_key * call.value_row;
+
+  const KeyRange range = key_ranges<T>(call, sequence, tile, to.first, to.last);
+  const bool sink = call.sinks != nullptr;  // a key of weight 1 without a value
+  fill(to.row_max, width, sink ? static_cast<T>(call.sinks[h] * LOG2_E) : -INFINITE<T>);
+  fill(to.row_sum, width, sink ? T(1) : T(0));
+  if (following >= 0) {
+    prefetch_part<T>(call, b * call.heads + h, kOut);
+    prefetch_part<T>(call, following, kQuery);
+  }
+  if (range.begin < range.end) {
+    const int64_t offset = sequence.place * call.query_batch + h * call.query_head +
+                           (sequence.first_query + start) * call.query_row;
+    Products::load_query(call, offset, tile, to.query_t, to.wide_rows);
+  }
+  bool started = false;
+  for (int64_t k0 = range.begin, keys; k0 < range.end; k0 += keys) {
+    keys = block_end(k0, range.end) - k0;
+    if (attends_none(call, tile, k0, keys)) {
+      continue;
+    }
+    Products::score_product(
+        call, key + k0 * call.key_row, keys, width, to.query_t, to.scores, to.wide_rows);
+    if (following >= 0 && !started) {
+      prefetch_part<T>(call, following, kKey);
+    }
+    if (call.cap != 0.0) {
+      cap_scores(static_cast<T>(call.cap), to.scores, to.terms, keys * width);
+    }
+    if (has_terms(call)) {
+      add_terms(call, tile, k0, keys, to.scores, to.terms);
+    }
+    const bool masked = k0 < range.common_first || k0 + keys - 1 > range.common_last;
+    const bool moved = softmax_block(masked, k0, keys, width, to);
+    if (following >= 0 && !started) {
+      prefetch_part<T>(call, following, kValue);
+    }
+    if (call.dropout) {
+      drop_weights(call, tile, k0, keys, to.scores);
+    }
+    Products::value_product(
+        call, value + k0 * call.value_row, keys, width, to.scores, to.out_t, to.rescale, moved,
+        started, to.wide_rows);
+    started = true;
+  }
+  if (!started) {
+    fill(to.out_t, call.value_dim * width, T(0));
+  }
+  finish(call, sequence, tile, to);
+}
+
+// All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask) first.
+template <typename Products>
+void forward(const AttentionCall& call, void* memory) {
+  using T = typename Products::T;
+  Scratch scratch(memory);
+  const ForwardScratch<T> parts(call, Products::query_elements(call), scratch);
+  const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
+  const int64_t tasks = call.batch * call.heads * tiles;
+  while (true) {
+    const int64_t first = take_ticket(call.tickets) * call.run;
+    if (first >= tasks) {
+      break;
+    }
+    const int64_t end = min(first + call.run, tasks);
+    for (int64_t task = first; task < end; ++task) {
+      const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
+      const int64_t following = next_head ? (task + 1) / tiles : -1;
+      const int64_t plane = task / tiles, tile = tiles - 1 - task % tiles;
+      forward_tile<Products>(
+          call, plane / call.heads, plane % call.heads, tile * call.tile, following, parts);
+    }
+  }
+}
+
+template <typename Products>
+int64_t forward_scratch(const AttentionCall& call) {
+  Scratch scratch(nullptr);
+  ForwardScratch<typename Products::T>(call, Products::query_elements(call), scratch);
+  return scratch.bytes();
+}
+
+template <typename Products>
+constexpr AttentionKernel KERNEL{forward<Products>, forward_scratch<Products>};
+
+}  // namespace
+
+// This file is compiled for AVX512-BF16 as well, and then has but the products of pairs.
+#if defined(__AVX512BF16__)
+const AttentionKernel attention_forward_pairs = KERNEL<Pairs>;
+#else
+const AttentionKernel attention_forward[2] = {KERNEL<Floats<float>>, KERNEL<Floats<double>>};
+#endif
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

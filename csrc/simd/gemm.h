@@ -1,0 +1,140 @@
+// The one product behind every matrix multiplication here.
+//
+//     C[r, :] (+)= sum over k of A[r, k] * B[k, :]        r < rows, k < depth
+//
+// A's elements are broadcast, B's and C's rows are vectors: a tile of up to 4 x VECTORS registers of
+// C stays in registers for the whole depth, with no packing of A or B. The old C is added at the end:
+// a sum over many blocks is then one of short sums, whose rounding error grows with the root of the
+// block's depth, not of the whole length. Strides are in elements; only the columns of B and C are
+// contiguous. Which way a matrix is read is a matter of strides alone:
+//
+//     S^T = K Q^T         A = K,    rows = keys, depth = D        B = Q^T, columns = queries
+//     O^T += V^T P^T      A = V,    rows = Dv,   depth = keys     B = P^T, columns = queries
+//     dV += P^T dO        A = P^T,  rows = keys, depth = queries  B = dO,  columns = Dv
+
+#pragma once
+
+#include "simd/transpose.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+
+// Registers of C: 16 of AVX-512's 32, and 8 of the 16 of AVX2; SSE and NEON as AVX2.
+#if defined(ROWMAX_AVX512)
+inline constexpr int VECTORS = 4;
+inline constexpr bool TALL_TILES = true;  // 8 x 2 registers
+#else
+inline constexpr int VECTORS = 2;
+inline constexpr bool TALL_TILES = false;
+#endif
+
+// A matrix whose element (r, k) lies at at[r * row + k * depth].
+template <typename T>
+struct Left {
+  const T* at;
+  int64_t row, depth;
+};
+
+// The same number, of which the compiler knows nothing: so that it does not prepare the addresses of a
+// tile's rows before the loop over tiles, in registers that the sums need.
+ROWMAX_INLINE int64_t computed_here(int64_t number) {
+  __asm__("" : "+r"(number));
+  return number;
+}
+
+// `tiles` tiles of C, one below the other: a call for each would cost a twentieth of its time.
+template <typename T, int rows, int vectors, typename Item>
+__attribute__((noinline)) void multiply_tiles(
+    int64_t tiles, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
+    bool add) {
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    Vec<T> sums[rows][vectors] = {};
+    const T* a = left.at;
+    const Item* b = right.at;
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<T> columns[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        columns[v] = load(b + v * LANES<T>);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const Vec<T> element = splat(a[r * left.row]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+          sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+        }
+      }
+      a += left.depth;
+      b += right.row;
+    }
+    const int64_t row = computed_here(result.row);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        T* to = result.at + r * row + v * LANES<T>;
+        store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+      }
+    }
+    left.at += rows * left.row;
+    result.at += rows * result.row;
+  }
+}
+
+template <typename T, int vectors, typename Item>
+inline void multiply_columns(
+    int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
+    bool add) {
+  constexpr int tall = vectors == 1 || (vectors == 2 && TALL_TILES) ? 8 : 4;
+  const auto step = [&](auto height) {
+    const int64_t tiles = rows / height;
+    if (tiles > 0) {
+      multiply_tiles<T, decltype(height)::value, vectors, Item>(
+          tiles, depth, left, right, result, add);
+      left.at += tiles * height * left.row;
+      result.at += tiles * height * result.row;
+      rows -= tiles * height;
+    }
+  };
+  step(std::integral_constant<int, tall>{});
+  if constexpr (tall == 8) {
+    step(std::integral_constant<int, 4>{});
+  }
+  step(std::integral_constant<int, 1>{});
+}
+
+// C (+)= A B over `vectors` (1 to VECTORS) vectors of columns: added to C with `add`, else in its
+// place. B's items may be of a half type.
+template <typename T, typename Item = T>
+inline void multiply(
+    int64_t vectors, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
+    Matrix<T> result, bool add) {
+  if constexpr (VECTORS == 4) {
+    if (vectors == 4) {
+      return multiply_columns<T, 4, Item>(rows, depth, left, right, result, add);
+    }
+    if (vectors == 3) {
+      return multiply_columns<T, 3, Item>(rows, depth, left, right, result, add);
+    }
+  }
+  if (vectors == 2) {
+    return multiply_columns<T, 2, Item>(rows, depth, left, right, result, add);
+  }
+  multiply_columns<T, 1, Item>(rows, depth, left, right, result, add);
+}
+
+// The same for any number of columns, a multiple of the lanes.
+template <typename T, typename Item = T>
+inline void multiply_wide(
+    int64_t columns, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
+    Matrix<T> result, bool add) {
+  for (int64_t at = 0; at < columns; at += VECTORS * LANES<T>) {
+    const int64_t vectors = min<int64_t>(VECTORS, (columns - at) / LANES<T>);
+    multiply<T, Item>(
+        vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, add);
+  }
+}
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax

@@ -1,0 +1,85 @@
+// Functions of single vectors: the exponential of the softmax, tanh and log2.
+
+#pragma once
+
+#include "constants.h"
+#include "simd/vector.h"
+
+namespace rowmax {
+namespace ROWMAX_ISA {
+
+// Mantissa bits, the exponent's bias, the number whose addition leaves round(x) in the low bits, and
+// the coefficients of the series.
+template <typename T>
+struct Format;
+template <>
+struct Format<float> {
+  static constexpr int mantissa_bits = 23, bias = 127;
+  static constexpr float rounder = 0x1.8p23f;
+  static constexpr auto& exp2 = EXP2_FLOAT;
+  static constexpr auto& tanh = TANH_FLOAT;
+};
+template <>
+struct Format<double> {
+  static constexpr int mantissa_bits = 52, bias = 1023;
+  static constexpr double rounder = 0x1.8p52;
+  static constexpr auto& exp2 = EXP2_DOUBLE;
+  static constexpr auto& tanh = TANH_DOUBLE;
+};
+
+// sum over n of coefficients[n] * x^n
+template <typename T, int count>
+ROWMAX_INLINE Vec<T> polynomial(const double (&coefficients)[count], Vec<T> x) {
+  Vec<T> value = splat(static_cast<T>(coefficients[count - 1]));
+#pragma GCC unroll 16
+  for (int n = count - 2; n >= 0; --n) {
+    value = multiply_add(value, x, splat(static_cast<T>(coefficients[n])));
+  }
+  return value;
+}
+
+// 2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
+// 2^x = 2^n * 2^f with n = round(x): a polynomial in f, then n added to the exponent's bits.
+template <typename T>
+ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
+  using F = Format<T>;
+  // With x = -bias the exponent's bits come out as 0, and so does the result.
+  const Vec<T> clamped = maximum(splat(static_cast<T>(-F::bias)), x);
+  const Vec<T> shifted = clamped + splat(F::rounder);
+  const Vec<T> fraction = clamped - (shifted - splat(F::rounder));
+  const Words<T> exponent = (reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits) +
+                            (static_cast<WordOf<T>>(F::bias) << F::mantissa_bits);
+  return polynomial<T>(F::exp2, fraction) * reinterpret_cast<Vec<T>>(exponent);
+}
+
+// tanh lane by lane: sign(x) * (1 - e) / (1 + e) with e = exp(-2 |x|); near 0 by its series.
+template <typename T>
+ROWMAX_INLINE Vec<T> tanh(Vec<T> x) {
+  const Vec<T> one = splat(T(1)), zero{};
+  const Vec<T> size = maximum(x, zero - x);
+  const Vec<T> e = exp2<T>(size * splat(static_cast<T>(-2.0 * LOG2_E)));
+  Vec<T> large = (one - e) / (one + e);
+  large = x < zero ? zero - large : large;
+  return size < splat(T(0.25)) ? polynomial<T>(Format<T>::tanh, x * x) * x : large;
+}
+
+// log2(x) of finite x > 0; of 0 anything.
+ROWMAX_INLINE Vec<double> log2(Vec<double> x) {
+  const Ints<double> bits = reinterpret_cast<Ints<double>>(x);
+  // the exponent of x / sqrt(1/2), so that m = x / 2^n lies around 1
+  const Ints<double> exponent = (bits - 0x3FE6A09E667F3BCD) >> 52;
+  const Vec<double> m = reinterpret_cast<Vec<double>>(bits - (exponent << 52));
+  const Vec<double> s = (m - splat(1.0)) / (m + splat(1.0));
+  return multiply_add(
+      polynomial<double>(LOG2_SERIES, s * s), s, __builtin_convertvector(exponent, Vec<double>));
+}
+
+// As many elements as a vector of doubles has lanes, in float64.
+template <typename T>
+ROWMAX_INLINE Vec<double> load_wide(const T* from) {
+  const auto items = load_bits<Lanes<T, LANES<double> * sizeof(T)>>(from);
+  return __builtin_convertvector(items, Vec<double>);
+}
+
+}  // namespace ROWMAX_ISA
+}  // namespace rowmax
