@@ -134,7 +134,7 @@ def naive_attention(inputs: AttentionInputs) -> Outputs:
         scores = scores + inputs.bias
     if inputs.allowed is not None:
         scores = scores.masked_fill(~inputs.allowed, -torch.inf)
-    weights = F.dropout(scores.softmax(-1), inputs.dropout_p)
+    weights = _dropped(scores.softmax(-1), inputs.dropout_p)
     return (weights @ v,)
 
 
@@ -170,7 +170,7 @@ def torch_norm(kind: str, inputs: NormInputs) -> Outputs:
         return (F.rms_norm(inputs.x, columns, inputs.weight, EPS),)
     if inputs.residual is None:
         return (F.layer_norm(inputs.x, columns, inputs.weight, inputs.bias, EPS),)
-    total = inputs.residual + F.dropout(inputs.x, inputs.dropout_p)
+    total = inputs.residual + _dropped(inputs.x, inputs.dropout_p)
     return F.layer_norm(total, columns, inputs.weight, inputs.bias, EPS), total
 
 
@@ -184,7 +184,7 @@ def naive_norm(kind: str, inputs: NormInputs) -> Outputs:
         return (_affine(inputs.x * torch.rsqrt(mean_square + EPS), inputs),)
     total = inputs.x
     if inputs.residual is not None:
-        total = inputs.residual + F.dropout(inputs.x, inputs.dropout_p)
+        total = inputs.residual + _dropped(inputs.x, inputs.dropout_p)
     centred = total - total.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
     y = _affine(centred * torch.rsqrt(variance + EPS), inputs)
@@ -195,6 +195,10 @@ def _affine(tensor: Tensor, inputs: NormInputs) -> Tensor:
     if inputs.weight is not None:
         tensor = tensor * inputs.weight
     return tensor if inputs.bias is None else tensor + inputs.bias
+
+
+def _dropped(tensor: Tensor, dropout_p: float) -> Tensor:
+    return F.dropout(tensor, dropout_p) if dropout_p > 0.0 else tensor
 
 
 # --- the table ------------------------------------------------------------------------------------

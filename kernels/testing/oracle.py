@@ -54,11 +54,12 @@ def expected_of(
     sum of n terms, in whatever order, is then allowed the error that is to be expected of it,
     sqrt(n) * eps / 2 times their magnitudes (Higham & Mary 2019, theorem 2.4).
     """
-    in_float64 = max(1.0, terms**0.5 / (2 * SUMMATION))
     found = {}
     for name, tensor in exact.items():
-        factor = in_float64 if naive[name].dtype == torch.float64 else 1.0
-        found[name] = Expected(tensor, naive[name], magnitudes[name].expand_as(tensor) * factor)
+        magnitude = magnitudes[name].expand_as(tensor)
+        if naive[name].dtype == torch.float64:
+            magnitude = magnitude * max(1.0, terms**0.5 / (2 * SUMMATION))
+        found[name] = Expected(tensor, naive[name], magnitude)
     return found
 
 
