@@ -69,4 +69,5 @@ def assert_as_accurate_as_naive(
         test_case = test_case.without_lse()
     faults = faults_of(results, test_case.expected, test_case.sum_dtype)
     heading = f"{case}: " if isinstance(case, NamedCase) else ""
-    assert not faults, heading + "; ".join(faults)
+    if faults:
+        raise AssertionError(heading + "; ".join(faults))

@@ -188,10 +188,10 @@ class AttentionCase:
         """The problem with its mask and ALiBi written out as dense tensors."""
         mask, bias = self.mask, self.bias
         if isinstance(mask, Mask):
-            mask = Dense(mask.dense(*self.shape))
+            mask = Dense(mask.dense(*self.shape).to(self.q.device))
         if isinstance(bias, ALiBi):
             slopes = bias.slopes.to(self.sum_dtype)
-            bias = replace(bias, slopes=slopes).dense(*self.shape)
+            bias = replace(bias, slopes=slopes).dense(*self.shape).to(self.q.device)
         options = {"scale": None, "softcap": None, "dropout_p": 0.0, "seed": None, **self.options}
         return attention_problem(
             *self.tensors, mask, bias, sinks=self.sinks, draw_seed=True, **options

@@ -126,7 +126,7 @@ class RowCase:
         )
         mask = self.mask
         dense = mask.dense(batch, heads, rows, columns) if isinstance(mask, Mask) else mask
-        return dense.expand(batch, heads, rows, columns).reshape(size)
+        return dense.to(self.x.device).expand(batch, heads, rows, columns).reshape(size)
 
     @cached_property
     def keep(self) -> Tensor | None:
