@@ -77,8 +77,8 @@ speed() {
 }
 
 # The shapes at which papers on attention measure it, in a model of width 2048.
-LONG=(--shape 4,16,4096,128 --shape 4,32,4096,64)
-LONGEST=(--shape 1,16,16384,128 --shape 1,32,16384,64)
+LONG=(--shape "4,16,4096,128" --shape "4,32,4096,64")
+LONGEST=(--shape "1,16,16384,128" --shape "1,32,16384,64")
 
 part_smoke() { bench smoke --seconds "$((limit - 8))"; }
 

@@ -81,7 +81,7 @@ def attend(
     value_tile = load_rows(value, k0, first, end, MASKED, VALUE_DIM)
     if HOLES:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
-        attended = attended_keys(pairs[0], terms)
+        attended = attended_keys(pairs[0], product, terms, value_tile.dtype)
         value_tile = tl.where(attended[:, None], value_tile, 0.0).to(value_tile.dtype)
     out_tile = accumulate(out_tile * rescale[:, None], weights, value_tile, PRECISION)
     return out_tile, new_max, row_sum

@@ -18,7 +18,9 @@ from .attention_tiles import (
     CHANGING,
     LOG2_E,
     accumulate,
+    address_of,
     attended_keys,
+    chunks_within,
     head_of,
     kept_words,
     key_blocks,
@@ -122,7 +124,7 @@ def score_gradients(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(P * M, dS before the softcap, dS after it, allowed) of one tile.
+    """(P * M, dS before the softcap, dS after it, allowed, Q K^T) of one tile.
 
     (left, right, d_left, d_right) are (Q, K, dO, V), or with KEYS_FIRST (K, Q, V, dO): then the
     tile is transposed. `place` is (j0, b, h); `statistics` broadcast against the tile.
@@ -147,7 +149,7 @@ def score_gradients(
     if MASKED:  # a product with a key that may hold NaN is masked, not multiplied by 0
         d_scores = tl.where(pairs[0], d_scores, 0.0)
     d_product = d_scores * slope if SOFTCAP else d_scores
-    return kept, d_scores, d_product, pairs[0]
+    return kept, d_scores, d_product, pairs[0], product
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def _add_queries(
         alive = (high != float("inf"))[:, None]
         query_tile = tl.where(alive, query_tile, 0.0).to(query_tile.dtype)
         grad_tile = tl.where(alive, grad_tile, 0.0).to(grad_tile.dtype)
-    kept, _, d_product, _ = score_gradients(
+    kept, _, d_product, _, _ = score_gradients(
         key_tile,
         query_tile,
         value_tile,
@@ -348,7 +350,7 @@ def _add_keys(
     value_tile = load_rows(value, j0, first, end, MASKED, VALUE_DIM)
     i = (i0 + tl.arange(0, BLOCK_M))[:, None]
     j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-    _, d_scores, d_product, allowed = score_gradients(
+    _, d_scores, d_product, allowed, product = score_gradients(
         query_tile,
         key_tile,
         grad_tile,
@@ -365,12 +367,14 @@ def _add_keys(
         PRECISION,
     )
     if d_bias is not None:
-        target, batch, head, row, column = d_bias
-        at = target + b * batch + h.to(tl.int64) * head + i.to(tl.int64) * row + j * column
-        tl.store(at, d_scores.to(target.dtype.element_ty), mask=allowed)
+        inside = allowed
+        if len(d_bias) == 6:  # gradients of other pairs are 0, as d_bias is before
+            inside = chunks_within(i, j, terms[5])
+        d_scores = d_scores.to(d_bias[0].dtype.element_ty)
+        tl.store(address_of(d_bias, i, j, b, h), d_scores, mask=inside)
     if HOLES:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
-        attended = attended_keys(allowed, terms)
+        attended = attended_keys(allowed, product, terms, key_tile.dtype)
         key_tile = tl.where(attended[:, None], key_tile, 0.0).to(key_tile.dtype)
     return accumulate(d_query_tile, d_product, key_tile, PRECISION)
 

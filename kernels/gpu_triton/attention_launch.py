@@ -18,6 +18,7 @@ from .attention_bias_gradients import bias_gradients
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
+from .attention_tiles import PAIRS_AT_ONCE
 from .configurations import configuration, may_be_dead, precision
 from .plans import Launch, compiled_form
 
@@ -226,7 +227,7 @@ def _attention_backward(
         (query_len, 1, heads * batch),
         {
             "d_query": _rows(d_query),
-            "d_bias": _broadcast(whole),
+            "d_bias": _broadcast(whole, problem),
             **_packed(problem),
             **arguments,
         },
@@ -292,11 +293,18 @@ def _rows(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor, *strides, _ALIGNMENTS[math.gcd(16, *strides)])
 
 
-def _broadcast(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """The tensor and its strides, 0 for every dimension of size 1."""
+def _broadcast(tensor: Tensor | None, problem: AttentionProblem) -> tuple[Any, ...] | None:
+    """The tensor and its strides, 0 for each dimension of size 1; and a 1 if keys are read at once.
+
+    They are in whole chunks, where each starts at a multiple of PAIRS_AT_ONCE and lies within the
+    tensor, no more kinds of tensors than Triton tells apart by itself; and for half types, since
+    the other ones' products fill the registers by themselves.
+    """
     if tensor is None:
         return None
-    return (tensor, *_strides(tensor))
+    strides, size = _strides(tensor), PAIRS_AT_ONCE.value
+    whole = strides[3] == 1 and math.gcd(size, tensor.shape[3], *strides[:3]) == size
+    return (tensor, *strides, 1) if whole and problem.query.itemsize == 2 else (tensor, *strides)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -342,9 +350,9 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
             mask.key_lengths,
             mask.query_lengths,
             *documents,
-            _broadcast(mask.dense),
+            _broadcast(mask.dense, problem),
         ),
-        "bias": _broadcast(problem.bias),
+        "bias": _broadcast(problem.bias, problem),
         "alibi": alibi,
         "seed": seed,
         "threshold": threshold,

@@ -28,6 +28,8 @@ from .philox import philox4x32
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2.0))
 NO_BOUND = tl.constexpr(2**30)  # a band bound that no position reaches
+# Keys that a dense mask or a bias is read for at once, where its rows allow: 16 bytes or more.
+PAIRS_AT_ONCE = tl.constexpr(16)
 # What may change from one step of a loop to the next, and so must not be compiled for: Triton knows
 # multiples of 16 and 1 of any other int. Of a tuple it looks at every element, so that band_lower
 # and band_upper stand apart from the mask.
@@ -182,6 +184,54 @@ def _apart(tile):
 
 
 @triton.jit
+def within(i, j, bounds, MASKED: tl.constexpr):
+    """Which pairs lie within (lower, upper, queries, keys) of `limits`.
+
+    One test a pair: how far it lies behind the first of its row, without a sign, against how many
+    the row has.
+    """
+    lower, upper, queries, keys = bounds
+    if not MASKED:
+        inside = (j < keys) & (i < queries)
+    elif i.shape[0] == 1:  # a row is a key
+        least = tl.maximum(lower, j - (queries - 1))
+        count = tl.where((least > upper) | (j >= keys), 0, upper - least + 1)
+        inside = (i - (j - upper)).to(tl.uint32) < count.to(tl.uint32)
+    else:
+        most = tl.minimum(upper, keys - 1 - i)
+        count = tl.where((lower > most) | (i >= queries), 0, most - lower + 1)
+        inside = (j - (i + lower)).to(tl.uint32) < count.to(tl.uint32)
+    return inside
+
+
+@triton.jit
+def chunks_within(i, j, bounds):
+    """Which chunks of PAIRS_AT_ONCE keys begin within the bounds of queries and keys."""
+    inside = (i < bounds[2]) & (j // PAIRS_AT_ONCE * PAIRS_AT_ONCE < bounds[3])
+    if i.shape[0] == 1:
+        inside = tl.max_constancy(inside, (PAIRS_AT_ONCE, 1))
+    else:
+        inside = tl.max_constancy(inside, (1, PAIRS_AT_ONCE))
+    return inside
+
+
+@triton.jit
+def address_of(pairs, i, j, b, h):
+    """Where `pairs`, as (pointer, four strides, mark), has (b, h, i, j)."""
+    at = pairs[0] + b * pairs[1] + h.to(tl.int64) * pairs[2]
+    return at + i.to(tl.int64) * pairs[3] + j.to(tl.int64) * pairs[4]
+
+
+@triton.jit
+def load_pairs(pairs, i, j, b, h, bounds, allowed):
+    """A dense mask or a bias where `allowed`, and in whole chunks around; else zeros."""
+    inside = allowed
+    if len(pairs) == 6:  # else keys are read one by one
+        inside = chunks_within(i, j, bounds)
+    return tl.load(address_of(pairs, i, j, b, h), mask=inside, other=0)
+
+
+@triton.jit
 def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
     """Which queries and keys are pairs, and the bias of each pair (without one, anything).
 
@@ -194,27 +244,17 @@ def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
     """
     mask, bias, _, _, _, bounds = terms
     h = h.to(tl.int64)  # times a stride it may pass 32 bits
-    lower, upper, queries, keys = bounds
-    allowed = (j < keys) & (i < queries)
-    if MASKED:
-        # both bounds at once: what lies below the lower one is huge without a sign
-        allowed = allowed & ((j - (i + lower)).to(tl.uint32) <= (upper - lower).to(tl.uint32))
+    allowed = within(i, j, bounds, MASKED)
     if mask[3] is not None:
-        left = tl.load(mask[3][0] + b * mask[3][1] + i, mask=i < queries, other=0)
-        right = tl.load(mask[4][0] + b * mask[4][1] + j, mask=j < keys, other=0)
+        left = tl.load(mask[3][0] + b * mask[3][1] + i, mask=i < bounds[2], other=0)
+        right = tl.load(mask[4][0] + b * mask[4][1] + j, mask=j < bounds[3], other=0)
         allowed = allowed & (left == right)
     if mask[5] is not None:
-        dense, dense_batch, dense_head, dense_row, dense_column = mask[5]
-        at = dense + b * dense_batch + h * dense_head
-        at = at + i.to(tl.int64) * dense_row + j.to(tl.int64) * dense_column
-        marks = tl.load(at, mask=allowed, other=0)
+        marks = load_pairs(mask[5], i, j, b, h, bounds, allowed)
         allowed = allowed & ((_apart(marks) if dtype == tl.float64 else marks) != 0)
     added = allowed
     if bias is not None:
-        given, bias_batch, bias_head, bias_row, bias_column = bias
-        at = given + b * bias_batch + h * bias_head
-        at = at + i.to(tl.int64) * bias_row + j.to(tl.int64) * bias_column
-        given = tl.load(at, mask=allowed, other=0.0)
+        given = load_pairs(bias, i, j, b, h, bounds, allowed)
         if dtype == tl.float64 and given.dtype != tl.float64:
             given = _apart(given)
         added = given.to(dtype)
@@ -253,12 +293,18 @@ def scores_of(product, pairs, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: 
 
 
 @triton.jit
-def attended_keys(allowed, terms):
-    """Which columns of `allowed` (M, N), of `pairs_of`, are true in some row: (N,)."""
-    if terms[0][5] is None and terms[1] is None:
+def attended_keys(allowed, product, terms, dtype: tl.constexpr):
+    """Which columns of `allowed` (M, N), of `pairs_of`, are true in some row: (N,).
+
+    The product that `allowed` belongs to, of factors in `dtype`, changes nothing of it. It keeps
+    the test in the layout of the scores, which matrix instructions decide: it would else be
+    computed outside of it as well, in registers of its own. FMAs have another layout, and spilled.
+    """
+    if dtype.primitive_bitwidth == 16:
+        allowed = allowed & ((product.to(tl.int32, bitcast=True) | 1) != 0)
+    elif terms[0][5] is None and terms[1] is None:
         return tl.max(allowed.to(tl.int32), 0) > 0
-    # a thread has 8 or 16 marks or biases of a row, as it read them: they are the bits of one word
-    # when threads exchange them
+    # threads exchange the marks that each has of a row as bits of one word
     M: tl.constexpr = allowed.shape[0]
     N: tl.constexpr = allowed.shape[1]
     bit = tl.arange(0, 16)

@@ -281,6 +281,19 @@ def test_lengths_of_a_training_run(variants: dict[str, set[str]]) -> None:
     assert counted == {"forward": 1, "prepare": 1, "key_gradients": 2, "query_gradients": 2}
 
 
+@pytest.mark.parametrize("kind", ["dense", "bias"])
+def test_masks_and_biases_of_any_length(kind: str, variants: dict[str, set[str]]) -> None:
+    """Rows that are read in chunks and rows that are not: two kernels each, whatever the length."""
+    for length in (92, 96, 97, 100, 112, 120, 122, 256):
+        dense, bias = (
+            torch.ones(96, length, dtype=torch.bool),
+            torch.zeros(8, 96, length, dtype=HALF),
+        )
+        options: dict[str, Any] = {"mask": Dense(dense)} if kind == "dense" else {"bias": bias}
+        take(problem_of(**options, lengths=(96, length)), backward=True)
+    assert {len(found) for found in variants.values() if len(found) > 1} == {2}
+
+
 @pytest.mark.parametrize("op", ["attention", "add_layer_norm"])
 def test_seeds_and_probabilities_compile_once(op: str, variants: dict[str, set[str]]) -> None:
     x = torch.zeros(4, 64)

@@ -222,6 +222,13 @@ def _masks() -> list[Case]:
         Case("dense_0d", mask=lambda s, g: torch.tensor(True)),
         Case("dense_none", mask=lambda s, g: torch.zeros(s.Lq, s.Lk, dtype=torch.bool)),
         Case("dense_strided", mask=lambda s, g: torch.rand(s.Lk, s.Lq, generator=g).T < 0.5),
+        Case(
+            "dense_chunks",  # rows of whole chunks of 16, of which lengths cut off a part
+            Shape(Lq=20, Lk=48),
+            lambda s, g: (
+                Causal(21) & KeyLengths(lengths(37, 5)) & Dense(random_dense(*[True] * 4)(s, g))
+            ),
+        ),
         Case("dense_sparse", mask=lambda s, g: torch.rand(s.scores, generator=g) < 0.05),
         Case("keys_zero_and_beyond", Shape(B=4), always(KeyLengths(lengths(0, 5, 17, 99)))),
         Case("keys_negative", mask=always(KeyLengths(lengths(-4, 1)))),
@@ -312,6 +319,8 @@ def _biases() -> list[Case]:
         Case("bias_nan_where_masked", mask=causal, bias=bias_with(torch.nan, lambda d: d > 0)),
         Case("bias_inf_where_masked", mask=causal, bias=bias_with(torch.inf, lambda d: d > 0)),
         Case("bias_and_lengths", mask=keys, bias=random_bias(True, False, True, True)),
+        Case("bias_chunks", Shape(Lq=32, Lk=32), causal, bias_with(torch.nan, lambda d: d > 0)),
+        Case("bias_chunks_shared", Shape(Lk=32), keys, random_bias(False, True, True, True)),
         Case("bias_strided", bias=lambda s, draw: draw(*s.scores, 2)[..., 1]),
         Case("bias_transposed", bias=lambda s, draw: draw(s.B, s.Hq, s.Lk, s.Lq).mT),
         Case("alibi", bias=alibi(), needs=needs),
