@@ -6,7 +6,7 @@ use it, and so do `rowmax.kernels.compare` and `python -m rowmax.bench verify` a
 
 from __future__ import annotations
 
-from .cases import DTYPES, NamedCase, Shape
+from .cases import DTYPES, NamedCase, Shape, packed_case
 from .judge import assert_as_accurate_as_naive
 from .memory import peak_bytes
 from .oracle import AttentionCase, PackedCase
@@ -27,5 +27,6 @@ __all__ = [
     "assert_as_accurate_as_naive",
     "measure",
     "named_cases",
+    "packed_case",
     "peak_bytes",
 ]

@@ -225,6 +225,20 @@ def test_rowmax_is_held_to_more_than_its_peers() -> None:
     assert gate.fault(inexact, is_peer=True) is None
 
 
+def test_in_half_precision_rowmax_is_not_excused_by_scores_in_half() -> None:
+    """The path that rounds every score is right for a peer, and no measure of a kernel."""
+    inputs = inputs_of("plain", HALF)
+    assert isinstance(inputs, AttentionInputs)
+    inputs = replace(inputs, q=(8 * inputs.q).detach().requires_grad_())  # scores up to 30
+    gate = Gate(inputs, "plain", naive_attention, backward=True)
+    assert gate.fault(naive_attention, backward=True, is_peer=True) is None
+    right = subject(HALF, "plain", "reference")
+    assert gate.fault(right, backward=True, is_peer=False) is None
+    fault = gate.fault(naive_attention, backward=True, is_peer=False)
+    assert fault is not None
+    assert "largest error" in fault
+
+
 def test_missing_results_are_rejected() -> None:
     def one_result(inputs: NormInputs) -> Outputs:
         return naive_norm("add_layer_norm", inputs)[:1]

@@ -21,6 +21,7 @@ from rowmax.kernels.testing import (
     RowCase,
     assert_as_accurate_as_naive,
     named_cases,
+    packed_case,
 )
 from rowmax.kernels.testing.suite import ATTENTION_OPS
 from rowmax.kernels.testing.tolerance import Expected, measure
@@ -84,6 +85,17 @@ def test_norms_of_torch_pass() -> None:
             ),
             case,
         )
+
+
+def test_packed_sequences_of_ones_own() -> None:
+    lengths = torch.tensor([9, 4]), torch.tensor([3, 9])
+    case = attention_case(grad_lse=rand(2, 4, 9))
+    packed = packed_case(case, *lengths)
+    kernel = partial(kernels.attention_varlen, backend="reference")
+    assert_as_accurate_as_naive(partial(kernel, return_lse=True), packed)
+    assert_as_accurate_as_naive(kernel, packed)  # out alone
+    with pytest.raises(AssertionError, match="out: largest error"):
+        assert_as_accurate_as_naive(lambda *t, **o: 1.001 * kernel(*t, **o), packed)
 
 
 def last_row_doubled(out: Tensor) -> Tensor:
