@@ -1,98 +1,108 @@
 """The correctness gate: nothing is timed that is not right.
 
-rowmax.kernels passes where its largest error against float64 is at most twice that of the naive
-path in the same dtype, plus a few roundings of the largest element; outputs and gradients alike.
-It is checked with the very weights dropped that its seed drops.
+rowmax.kernels passes where it is as accurate as the naive path: by the oracle, the tolerance and
+the test cases of `rowmax.kernels.testing`, outputs and gradients alike, with the very weights
+dropped that its seed drops.
 
 Torch's paths are checked for computing the same thing, not for how exactly: some of them round
 more than the naive path (the weight's gradient in `layer_norm`, at 65536 rows), and to leave out
-a fast peer for that would flatter rowmax. They draw dropout from a generator of their own, so they
-are checked with dropout off. In half precision the naive path's own error is so large that a small
-multiple of it is all that tells a right path from a wrong one.
+a fast peer for that would flatter rowmax. The same rule holds for them with another naive path, the
+one that is timed beside them, in the dtype of the inputs throughout, and with a larger factor. They
+draw dropout from a generator of their own, so they are checked with dropout off. In half precision
+that naive path's own error is so large that a small multiple of it is all that tells a right path
+from a wrong one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inputs import Index, Inputs, Outputs, to_float64
+from ..kernels.testing.tolerance import Expected, expected_of_model, measure
+from .inputs import AttentionInputs, Index, Inputs, NormInputs, Outputs, to_float64
+from .models import ModelInputs
 from .peers import Function, run_pass
 
-
-class Tolerance(NamedTuple):
-    """Errors that pass: times the naive path's, plus roundings of the largest element."""
-
-    subject_factor: float
-    peer_factor: float
-    roundings: float
-
-
-_WIDE = Tolerance(subject_factor=2.0, peer_factor=64.0, roundings=16.0)
-_HALF = Tolerance(subject_factor=2.0, peer_factor=4.0, roundings=1.0)
-TOLERANCES = {
-    torch.float64: _WIDE,
-    torch.float32: _WIDE,
-    torch.bfloat16: _HALF,
-    torch.float16: _HALF,
-}
+# Times the error of the naive path that is timed.
+PEER_FACTORS = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is right for a part of the outputs, and how far off the naive path may be."""
+    """What results are held to in a part of the outputs."""
 
     parts: tuple[Index, ...] | None  # of each result; None where it is everything
-    exact: Outputs
-    plain: Outputs
+    expected: tuple[Expected, ...]
 
 
 class Gate:
-    """Judges the candidates of one kind and shape; the oracle runs once and serves all of them.
+    """Checks the candidates of one kind and shape; the oracle runs once and serves all of them.
 
-    With `backward`, the oracle's gradients are there to be compared with.
+    `naive` is the path that is timed as "naive". With `backward`, gradients can be checked.
     """
 
-    def __init__(self, inputs: Inputs, naive: Function, *, backward: bool) -> None:
+    def __init__(self, inputs: Inputs, kind: str, naive: Function, *, backward: bool) -> None:
         self._inputs = inputs
+        self._kind = kind
         self._naive = naive
         self._backward = backward
         self._pieces: dict[bool, list[Piece]] = {}
 
-    def fault(self, function: Function, *, backward: bool, is_subject: bool) -> str | None:
-        """What is wrong with `function`, rowmax's own or a peer's; None when it passes."""
-        inputs: Any = self._inputs if is_subject else replace(self._inputs, dropout_p=0.0)
+    def fault(self, function: Function, *, backward: bool, is_peer: bool) -> str | None:
+        """What is wrong with `function`, a peer or rowmax's own; None when it passes."""
+        inputs: Any = replace(self._inputs, dropout_p=0.0) if is_peer else self._inputs
         outputs = run_pass(function, inputs, backward=backward)
         gradients = len(self._inputs.leaves)
-        for piece in self._pieces_of(is_subject):
-            expected = len(piece.exact) - (gradients if self._backward and not backward else 0)
-            if len(outputs) != expected:
-                return f"expected {expected} results, got {len(outputs)}"
-            for index, got in enumerate(outputs):
-                part = got if piece.parts is None else got[piece.parts[index]]
-                fault = compare(part, piece.plain[index], piece.exact[index], is_subject=is_subject)
+        for piece in self._pieces_for(is_peer):
+            count = len(piece.expected) - (gradients if self._backward and not backward else 0)
+            if len(outputs) != count:
+                return f"expected {count} results, got {len(outputs)}"
+            for index, actual in enumerate(outputs):
+                part = actual if piece.parts is None else actual[piece.parts[index]]
+                fault = fault_of(part, piece.expected[index], is_peer=is_peer)
                 if fault is not None:
                     return f"result {index} of {len(outputs)}: {fault}"
         return None
 
-    def _pieces_of(self, is_subject: bool) -> list[Piece]:
-        with_keep = is_subject and self._inputs.dropout_p > 0.0
-        if with_keep not in self._pieces:
-            self._pieces[with_keep] = list(self._compute(with_keep))
-        return self._pieces[with_keep]
+    def _pieces_for(self, is_peer: bool) -> list[Piece]:
+        if is_peer not in self._pieces:
+            self._pieces[is_peer] = list(self._compute(is_peer))
+        return self._pieces[is_peer]
 
-    def _compute(self, with_keep: bool) -> Iterator[Piece]:
-        for sub_inputs, part in self._inputs.pieces():
-            piece = sub_inputs.with_keep(part) if with_keep else replace(sub_inputs, dropout_p=0.0)
-            exact, plain = self._run(to_float64(piece)), self._run(piece)
-            yield Piece(None if part is None else part.of_results(), exact, plain)
+    def _compute(self, is_peer: bool) -> Iterator[Piece]:
+        """For a peer, dropout is off, and the naive path is the one that is timed."""
+        for whole_piece, part in self._inputs.pieces():
+            piece: Any = replace(whole_piece, dropout_p=0.0) if is_peer else whole_piece
+            if isinstance(piece, AttentionInputs) and part is not None:
+                piece = piece.with_kept(part)
+            expected = self._expected(piece)
+            if is_peer:
+                pairs = zip(expected, self._run(piece), strict=True)
+                expected = tuple(one._replace(naive=naive) for one, naive in pairs)
+            yield Piece(None if part is None else part.of_results(), expected)
+
+    def _expected(self, piece: Inputs) -> tuple[Expected, ...]:
+        if isinstance(piece, NormInputs):
+            return tuple(piece.test_case(self._kind, backward=self._backward).expected.values())
+        if isinstance(piece, ModelInputs):
+            pairs = zip(self._run(to_float64(piece)), self._run(piece), strict=True)
+            return tuple(expected_of_model(exact, naive) for exact, naive in pairs)
+        found = [
+            tuple(some.test_case(backward=self._backward).expected.values())
+            for some in piece.split()
+        ]
+        if len(found) == 1:
+            return found[0]
+        fields = range(len(Expected._fields))
+        joined = [piece.join([tuple(one[at] for one in each) for each in found]) for at in fields]
+        return tuple(map(Expected, *joined))
 
     def _run(self, inputs: Inputs) -> Outputs:
-        """The naive path; without the graph, which holds every score."""
+        """The naive path that is timed; without the graph, which holds every score."""
         results = []
         for some in inputs.split():
             outputs = run_pass(self._naive, some, backward=self._backward)
@@ -100,24 +110,11 @@ class Gate:
         return inputs.join(results) if len(results) > 1 else results[0]
 
 
-def compare(got: Tensor, plain: Tensor, exact: Tensor, *, is_subject: bool) -> str | None:
-    """The rule above, for one tensor."""
-    if got.shape != exact.shape:
-        return f"expected shape {tuple(exact.shape)}, got {tuple(got.shape)}"
-    if is_subject and got.dtype != plain.dtype:
-        return f"expected {plain.dtype}, got {got.dtype}"
-    if exact.numel() == 0:
-        return None
-    tolerance = TOLERANCES[got.dtype]
-    factor = tolerance.subject_factor if is_subject else tolerance.peer_factor
-    error = _largest(got.detach().double() - exact)
-    rounding = tolerance.roundings * torch.finfo(got.dtype).eps * _largest(exact)
-    allowed = factor * _largest(plain.double() - exact) + rounding
-    # written so that a NaN fails
-    if error <= allowed:
-        return None
-    return f"largest error {error:.3g} against float64, at most {allowed:.3g} allowed"
-
-
-def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max())
+def fault_of(actual: Tensor, expected: Expected, *, is_peer: bool) -> str | None:
+    """The rule above, for one tensor; a peer may return a wider dtype than rowmax."""
+    dtype = expected.naive.dtype
+    if is_peer:
+        actual = actual.to(dtype)
+    factor = PEER_FACTORS[dtype] if is_peer else None
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    return measure("", actual.detach(), expected, sum_dtype, factor).fault

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from ..kernels import Causal, Dense, KeyLengths, Mask, Window
-from ..kernels.reference import keep_threshold, philox4x32, rows_keep
+from ..kernels.reference import keep_threshold, philox4x32
+from ..kernels.testing.oracle import AttentionCase
+from ..kernels.testing.rows import RowCase
 from .cases import DROPOUT_P, GROUP, WINDOW, Case
 from .models import ModelInputs, model_inputs
 
 EPS = 1e-5
 SEED = 20170612
-# The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB.
+# The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB,
+# of which the oracle holds nine at its peak.
 MOST_SCORES = 2**27
 
 Outputs = tuple[Tensor, ...]
@@ -47,7 +50,7 @@ class AttentionInputs:
     lengths: Tensor | None  # (B,) int64: how many keys are real
     mask: Mask | None  # the same in the words of rowmax.kernels
     dropout_p: float
-    keep: Tensor | None = None  # what the gate multiplies the weights by, in place of dropout
+    kept: Tensor | None = None  # bool (B, H, Lq, Lk): what dropout keeps, of a piece
     bias: Tensor | None = None  # (1, H, Lq, Lk), added to the scaled scores
     window: int | None = None  # keys before its own that a query attends, and none after it
 
@@ -112,7 +115,7 @@ class AttentionInputs:
             d_out=self.d_out[part.queries],
             allowed=allowed,
             bias=None if bias is None else bias[part.bias].detach().requires_grad_(),
-            keep=None if self.keep is None else self.keep[part.queries],
+            kept=None if self.kept is None else self.kept[part.queries],
         )
 
     def split(self) -> list[AttentionInputs]:
@@ -134,13 +137,24 @@ class AttentionInputs:
             joined[index] = joined[index].unflatten(1, (-1, self.group)).sum(2)
         return tuple(joined)
 
-    def with_keep(self, part: Part | None) -> AttentionInputs:
-        """Dropout made explicit, as `seed=SEED` makes rowmax.kernels drop weights."""
-        if self.dropout_p == 0.0 or part is None:
+    def with_kept(self, part: Part) -> AttentionInputs:
+        """Of heads that are not the first, whose weights the seed alone would not tell."""
+        if self.dropout_p == 0.0:
             return self
         lengths = (self.q.shape[2], self.k.shape[2])
-        kept = _kept_weights(part.queries, lengths, self.dropout_p, self.q.device)
-        return replace(self, dropout_p=0.0, keep=_scaled(kept, self.q.dtype, self.dropout_p))
+        return replace(
+            self, kept=_kept_weights(part.queries, lengths, self.dropout_p, self.q.device)
+        )
+
+    def test_case(self, *, backward: bool) -> AttentionCase:
+        dropout = {"dropout_p": self.dropout_p, "seed": SEED} if self.dropout_p > 0.0 else {}
+        return AttentionCase(
+            *(self.q, self.k, self.v, self.allowed, self.bias),
+            options=dropout,
+            grad_out=self.d_out if backward else None,
+            with_lse=False,
+            kept=self.kept,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,6 @@ class NormInputs:
     allowed: Tensor | None  # bool (batch, 1, 1, columns), for scores
     mask: Mask | None
     dropout_p: float
-    keep: Tensor | None = None
 
     @property
     def leaves(self) -> Outputs:
@@ -173,12 +186,16 @@ class NormInputs:
     def join(self, results: Sequence[Outputs]) -> Outputs:
         return results[0]
 
-    def with_keep(self, part: Part | None) -> NormInputs:  # noqa: ARG002 (one shape of method)
-        if self.dropout_p == 0.0:
-            return self
-        seed = torch.tensor(SEED, device=self.x.device)
-        kept = rows_keep(seed, self.dropout_p, *self.x.shape)
-        return replace(self, dropout_p=0.0, keep=_scaled(kept, self.x.dtype, self.dropout_p))
+    def test_case(self, kind: str, *, backward: bool) -> RowCase:
+        grads = (self.d_out,) if backward else ()
+        if kind == "masked_softmax":
+            return RowCase(kind, {"scores": self.x}, grads, self.mask)
+        given = {"x": self.x, "residual": self.residual, "weight": self.weight, "bias": self.bias}
+        options: dict[str, Any] = {"eps": EPS}
+        if self.dropout_p > 0.0:
+            options |= {"dropout_p": self.dropout_p, "seed": SEED}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        return RowCase(kind, tensors, grads, options=options)
 
 
 Inputs = AttentionInputs | NormInputs | ModelInputs
@@ -303,11 +320,6 @@ def _norm_inputs(case: Case, draw: _Draw) -> NormInputs:
         mask=None,
         dropout_p=DROPOUT_P if adds else 0.0,
     )
-
-
-def _scaled(kept: Tensor, dtype: torch.dtype, dropout_p: float) -> Tensor:
-    """What weights of `dtype` are multiplied by; its own rounding would spoil the oracle."""
-    return kept.to(torch.promote_types(dtype, torch.float32)) / (1 - dropout_p)
 
 
 def _kept_weights(

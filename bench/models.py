@@ -61,9 +61,6 @@ class ModelInputs:
     def join(self, results: Sequence[Outputs]) -> Outputs:
         return results[0]
 
-    def with_keep(self, part: object) -> ModelInputs:  # noqa: ARG002 (one shape of method)
-        return self
-
     def to_copy(self) -> Tensor:
         return self.x.detach()
 

@@ -125,7 +125,7 @@ def unfused(function: Function) -> Function:
 
 
 def naive_attention(inputs: AttentionInputs) -> Outputs:
-    """softmax(q @ k^T / sqrt(D)) @ v as it is written; in float64 the gate's oracle."""
+    """softmax(q @ k^T / sqrt(D)) @ v as it is written, in the dtype of the inputs."""
     k, v = inputs.k, inputs.v
     if inputs.group > 1:
         k, v = (tensor.repeat_interleave(inputs.group, dim=1) for tensor in (k, v))
@@ -134,7 +134,7 @@ def naive_attention(inputs: AttentionInputs) -> Outputs:
         scores = scores + inputs.bias
     if inputs.allowed is not None:
         scores = scores.masked_fill(~inputs.allowed, -torch.inf)
-    weights = _dropped(scores.softmax(-1), inputs.dropout_p, inputs.keep)
+    weights = _dropped(scores.softmax(-1), inputs.dropout_p)
     return (weights @ v,)
 
 
@@ -170,12 +170,12 @@ def torch_norm(kind: str, inputs: NormInputs) -> Outputs:
         return (F.rms_norm(inputs.x, columns, inputs.weight, EPS),)
     if inputs.residual is None:
         return (F.layer_norm(inputs.x, columns, inputs.weight, inputs.bias, EPS),)
-    total = inputs.residual + _dropped(inputs.x, inputs.dropout_p, inputs.keep)
+    total = inputs.residual + _dropped(inputs.x, inputs.dropout_p)
     return F.layer_norm(total, columns, inputs.weight, inputs.bias, EPS), total
 
 
 def naive_norm(kind: str, inputs: NormInputs) -> Outputs:
-    """The equations as they are written; in float64 the gate's oracle."""
+    """The equations as they are written, in the dtype of the inputs."""
     if kind == "masked_softmax":
         assert inputs.allowed is not None  # every masked softmax here is padded
         return (inputs.x.masked_fill(~inputs.allowed, -torch.inf).softmax(-1),)
@@ -184,7 +184,7 @@ def naive_norm(kind: str, inputs: NormInputs) -> Outputs:
         return (_affine(inputs.x * torch.rsqrt(mean_square + EPS), inputs),)
     total = inputs.x
     if inputs.residual is not None:
-        total = inputs.residual + _dropped(inputs.x, inputs.dropout_p, inputs.keep)
+        total = inputs.residual + _dropped(inputs.x, inputs.dropout_p)
     centred = total - total.mean(-1, keepdim=True)
     variance = (centred * centred).mean(-1, keepdim=True)
     y = _affine(centred * torch.rsqrt(variance + EPS), inputs)
@@ -197,9 +197,7 @@ def _affine(tensor: Tensor, inputs: NormInputs) -> Tensor:
     return tensor if inputs.bias is None else tensor + inputs.bias
 
 
-def _dropped(tensor: Tensor, dropout_p: float, keep: Tensor | None) -> Tensor:
-    if keep is not None:
-        return tensor * keep.to(tensor.dtype)
+def _dropped(tensor: Tensor, dropout_p: float) -> Tensor:
     return F.dropout(tensor, dropout_p) if dropout_p > 0.0 else tensor
 
 
@@ -311,8 +309,8 @@ def _fused_backend(run: Callable[[Any, str], Outputs], inputs: Any, device: str)
     raise UnsupportedError("; ".join(refusals))
 
 
-def oracle(suite: Suite, kind: str) -> Function:
-    """The naive path, which is the oracle when its inputs are float64."""
+def naive(suite: Suite, kind: str) -> Function:
+    """The path that writes every score down, in the dtype of the inputs."""
     if suite.model:
         return partial(models.run, models.naive_path())
     return naive_attention if suite.attention else partial(naive_norm, kind)

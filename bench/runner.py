@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.peak_memory import peak_bytes
+from ..kernels.testing.memory import peak_bytes
 from .cases import (
     Case,
     attention_bytes,
@@ -28,7 +28,7 @@ from .isolated import LostError, results
 from .machine import Limits
 from .models import ModelInputs
 from .more_peers import UnsupportedError
-from .peers import SUBJECT, Function, measured_call, oracle, peers_of, run_pass, subject
+from .peers import SUBJECT, Function, measured_call, naive, peers_of, run_pass, subject
 from .timing import Budget, Timer, Timing, interleave, timer_for
 
 COPY = "copy"  # the yardstick among the calls that are timed; no candidate
@@ -159,8 +159,9 @@ def run_cases(
 ) -> Iterator[Row]:
     """The passes of one kind, shape and dtype: they share inputs, oracle and what was compiled."""
     inputs = make_inputs(cases[0])
-    naive = oracle(cases[0].suite, cases[0].kind)
-    gate = Gate(inputs, naive, backward=any(case.backward for case in cases))
+    suite, kind = cases[0].suite, cases[0].kind
+    backward = any(case.backward for case in cases)
+    gate = Gate(inputs, kind, naive(suite, kind), backward=backward)
     for case in cases:
         yield _run_case(case, inputs, gate, functions, budget, limits, timer)
         release_memory()
@@ -191,7 +192,7 @@ def _run_case(
                     warnings.simplefilter("ignore", UserWarning)
                 run_pass(function, inputs, backward=case.backward)
                 first_call[name] = perf_counter() - started
-                fault = gate.fault(function, backward=case.backward, is_subject=is_subject)
+                fault = gate.fault(function, backward=case.backward, is_peer=not is_subject)
             if fault is None:
                 calls[name] = measured_call(function, inputs, case.step)
                 memory[name] = peak_bytes(calls[name], case.suite.device)

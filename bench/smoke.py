@@ -15,19 +15,20 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.testing.cases import Shape
+from ..kernels.testing.tolerance import accuracies
 from . import gpu, isolated, report
 from .cases import SUITES
 from .machine import describe
 from .options import UsageError, names_of, seconds_of
 from .timing import timer_for
-from .verification.attention_cases import Sizes
-from .verification.questions import Verdict, judged
-from .verification.subjects import Backend
+from .verification.implementations import Backend
+from .verification.runs import Run
 from .verification.suite import DTYPES, Settings, cases_of
 from .verification.text import VERBOSE_HEADING, verbose_line
 
-_USUAL = Sizes(2, 4, 4, 200, 200, 64, 64)
-_GROUPED = Sizes(2, 8, 2, 200, 200, 128, 128)
+_USUAL = Shape(2, 4, 4, 200, 200, 64, 64)
+_GROUPED = Shape(2, 8, 2, 200, 200, 128, 128)
 
 
 class Feature(NamedTuple):
@@ -35,10 +36,10 @@ class Feature(NamedTuple):
 
     ops: tuple[str, ...]
     kinds: tuple[str, ...]
-    sizes: Sizes | None = None  # of attention
+    sizes: Shape | None = None  # of attention
 
 
-def _of_attention(kind: str, sizes: Sizes = _USUAL) -> Feature:
+def _of_attention(kind: str, sizes: Shape = _USUAL) -> Feature:
     return Feature(("attention",), (kind,), sizes)
 
 
@@ -47,18 +48,18 @@ FEATURES: dict[str, Feature] = {
     "plain": _of_attention("none"),
     "causal": _of_attention("causal"),
     "grouped": _of_attention("causal", _GROUPED),
-    "decoding": _of_attention("causal", Sizes(2, 8, 2, 1, 2100, 128, 128)),
+    "decoding": _of_attention("causal", Shape(2, 8, 2, 1, 2100, 128, 128)),
     "padded": _of_attention("key-lengths"),
     "dropout": _of_attention("dropout-causal"),
     "window": _of_attention("window"),
     "dense": _of_attention("dense"),
     "bias": _of_attention("bias"),
-    "packed": Feature(("attention_varlen",), ("causal",), Sizes(3, 4, 2, 150, 150, 64, 64)),
+    "packed": Feature(("attention_varlen",), ("causal",), Shape(3, 4, 2, 150, 150, 64, 64)),
     "documents": _of_attention("documents"),
     "alibi": _of_attention("alibi"),
     "softcap": _of_attention("softcap"),
     "sinks": _of_attention("sinks"),
-    "heads of 72": _of_attention("causal", Sizes(2, 4, 4, 100, 100, 72, 72)),
+    "heads of 72": _of_attention("causal", Shape(2, 4, 4, 100, 100, 72, 72)),
     "everything": _of_attention("everything", _GROUPED),
     "norms": Feature(("layer_norm", "add_layer_norm", "rms_norm"), ("weight", "dropout")),
     "masked softmax": Feature(("masked_softmax",), ("key-lengths", "causal", "dense")),
@@ -120,8 +121,8 @@ def _lines(name: str, dtype: str, ends: float) -> tuple[bool, list[str]]:
         return False, [f"{name} {dtype}: not begun, no time was left"]
     passed, lines = True, []
     try:
-        for verdict, line in isolated.results(check, name, dtype, seconds=ends - started):
-            passed &= verdict
+        for right, line in isolated.results(check, name, dtype, seconds=ends - started):
+            passed &= right
             lines.append(f"{perf_counter() - started:7.1f} {line}")
     except isolated.LostError as error:
         passed = False
@@ -135,8 +136,9 @@ def check(name: str, dtype: str) -> Iterator[tuple[bool, str]]:
     feature = FEATURES[name]
     shapes = () if feature.sizes is None else (feature.sizes,)
     settings = Settings(feature.ops, feature.kinds, shapes=shapes, quick=True)
-    subject = Backend("triton")
-    for case in cases_of(settings, DTYPES[dtype]):
-        question = case.question(subject.with_lse)
-        verdict = Verdict(case, judged(question.ask(subject), question))
-        yield verdict.passed, "\n        ".join((verbose_line(verdict), *verdict.faults))
+    backend = Backend("triton")
+    for named in cases_of(settings, DTYPES[dtype]):
+        case = named.case()
+        results = case.run(backend.kernel(named.op), backend.device)
+        found = Run(named, accuracies(results, case.expected, case.sum_dtype))
+        yield found.passed, "\n        ".join((verbose_line(found), *found.faults))

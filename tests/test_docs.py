@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rowmax import kernels
 from rowmax.bench.cli import build_parser as bench_parser
@@ -47,6 +48,26 @@ def test_readme_snippets_print_what_readme_shows(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "".join(output for _, _, output in blocks)
+
+
+def test_the_contracts_example_of_a_test_passes() -> None:
+    """And its kernel is held to something: a wrong one fails."""
+    (code,) = [
+        code
+        for language, code, _ in BLOCK.findall(PAGES_TEXT["contract.md"])
+        if language == "python" and "assert_as_accurate_as_naive" in code
+    ]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    cases = names["named_cases"]("attention", torch.float32, ["causal"], quick=True)
+    for case in cases:
+        names["test_my_attention"](case)
+    torch.manual_seed(0)
+    names["test_my_attention_on_my_tensors"]()
+    right = names["my_attention"]
+    names["my_attention"] = lambda q, k, v, mask=None: right(q, k, v)
+    with pytest.raises(AssertionError, match="largest error"):
+        names["test_my_attention"](cases[0])
 
 
 def test_signatures_in_the_contract() -> None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .. import console
+from ..kernels.testing.memory import forget_peak, resident_bytes
 from . import checkpoint as checkpoints
 from . import corpus
 from .checkpoint import CheckpointError
@@ -65,12 +65,14 @@ def measure(run: Path, backend: str, steps: int) -> Measurement:
     del warm_up
     gc.collect()
 
-    before = _reset_peak_memory()
+    with contextlib.suppress(OSError):
+        forget_peak()
+    before = resident_bytes()
     trainer = new_trainer()
     start = time.perf_counter()
     results = [trainer.step() for _ in range(steps)]
     seconds = time.perf_counter() - start
-    peak = _peak_memory()
+    peak = resident_bytes(at_peak=True)
     return Measurement(
         backend=backend,
         losses=[result.loss for result in results],
@@ -133,28 +135,6 @@ def table(naive: Measurement, fused: Measurement) -> str:
         f"{largest_difference(naive, fused):.2e}"
     )
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _status(field: str) -> int | None:
-    """A size in bytes from Linux's account of this process; None elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _reset_peak_memory() -> int:
-    """Forget the peak so far where the system can; the memory that is in use now."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS") or _peak_memory()
-
-
-def _peak_memory() -> int:
-    """The most memory that was in use since the last reset (else since the start)."""
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
 def main() -> int:

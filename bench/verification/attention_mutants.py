@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import ALiBi, Causal, Mask
+from ...kernels import Causal, Mask
 from ...kernels.problem import AttentionProblem
 from ...kernels.reference import attention_keep
-from .arguments import Arguments, naive_problem
-from .subjects import DeclinedError
+from ...kernels.testing.oracle import AttentionCase, Kernel
 
 TILE = 16
 
@@ -64,7 +63,7 @@ class _Parts(NamedTuple):
 
 
 class Mutant:
-    """`attention` with one fault of FAULTS, or none: a subject like any other."""
+    """`attention` with one fault of FAULTS, or none: an implementation like any other."""
 
     device = torch.device("cpu")
     ops: tuple[str, ...] = ("attention",)
@@ -74,21 +73,14 @@ class Mutant:
         self.name = fault or "tiled, no fault"
         self.fault = fault
 
-    def attention(self, arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-        leaves = [arguments.q, arguments.k, arguments.v]
-        bias = arguments.bias if isinstance(arguments.bias, Tensor) else None
-        out, lse = _Tiled.apply(*leaves, bias, arguments.sinks, arguments, self.fault)
-        return out, lse
+    def kernel(self, op: str) -> Kernel:
+        return self._attention
 
-    def packed(
-        self, arguments: Arguments, starts_q: Tensor, starts_k: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raise DeclinedError("attention only")
-
-    def rows(
-        self, op: str, inputs: dict[str, Tensor], mask: Mask | None, options: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
-        raise DeclinedError("attention only")
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        mask, bias, sinks = (options.pop(name, None) for name in ("mask", "bias", "sinks"))
+        call = AttentionCase(q, k, v, mask, bias, sinks, options)
+        bias = bias if isinstance(bias, Tensor) else None
+        return _Tiled.apply(q, k, v, bias, sinks, call, self.fault)
 
 
 class _Tiled(torch.autograd.Function):
@@ -100,15 +92,13 @@ class _Tiled(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         sinks: Tensor | None,
-        arguments: Arguments,
+        call: AttentionCase,
         fault: str | None,
     ) -> tuple[Tensor, Tensor]:
-        plain = ALiBi if bias is None else Tensor
-        if not isinstance(arguments.bias, plain):
-            arguments = replace(arguments, bias=None)
         if fault == "upper-left":
-            arguments = replace(arguments, mask=_at_upper_left(arguments.mask))
-        problem = naive_problem(replace(arguments, q=q, k=k, v=v, sinks=sinks))
+            call = replace(call, mask=_at_upper_left(call.mask))
+        given = call.bias if bias is None else bias
+        problem = replace(call, q=q, k=k, v=v, bias=given, sinks=sinks).naive_problem()
         parts = _parts_of(problem, fault)
         out, lse = _forward(problem, parts, fault)
         stored = out.to(q.dtype)

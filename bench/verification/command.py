@@ -13,11 +13,12 @@ import torch
 
 from ...console import from_extra
 from ...kernels import dispatch
+from ...kernels.testing.cases import Shape
+from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..options import UsageError, check_outputs, listed, names_of, set_threads
 from . import suite
-from .attention_cases import Sizes
-from .questions import Verdict
-from .subjects import OPS, Backend, Sdpa, Subject
+from .implementations import Backend, Implementation, Sdpa
+from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
 
@@ -38,12 +39,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--function",
         metavar="MODULE:NAME",
-        help="judge this callable with SDPA's signature instead, for example "
+        help="verify this callable with SDPA's signature instead, for example "
         "torch.nn.functional:scaled_dot_product_attention",
     )
     command.add_argument("--device", default="cpu", help="of --function; default: %(default)s")
     command.add_argument("--op", metavar="NAMES", help=f"of {listed(OPS)}")
-    command.add_argument("--kind", metavar="NAMES", help=f"of {listed(suite.ALL_KINDS)}")
+    command.add_argument("--kind", metavar="NAMES", help=f"of {listed(ALL_KINDS)}")
     command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(suite.DTYPES)}")
     command.add_argument("--check", metavar="NAMES", help=f"of {listed(suite.CHECKS)}")
     command.add_argument(
@@ -62,18 +63,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(options: argparse.Namespace) -> int:
-    subjects = _subjects(options)
+    implementations = _implementations(options)
     settings = _settings(options)
     if options.function is not None:
         settings = replace(settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops))
         if not settings.ops:
-            raise UsageError("--op: with --function, attention is all that is judged")
+            raise UsageError("--op: with --function, attention is all that is verified")
     set_threads(options.threads)
     check_outputs({"--json": options.json, "--html": options.html})
     if options.verbose:
         print(VERBOSE_HEADING)
     with _Progress(verbose=options.verbose) as progress:
-        report = suite.run(subjects, settings, progress)
+        report = suite.run(implementations, settings, progress)
     print("\n".join(lines(report)))
     if options.json is not None:
         options.json.write_text(report.as_json(), encoding="utf-8")
@@ -86,7 +87,7 @@ def _settings(options: argparse.Namespace) -> suite.Settings:
     default = listed(suite.QUICK_DTYPES) if options.quick else None
     return suite.Settings(
         ops=tuple(names_of("--op", options.op, OPS)),
-        kinds=tuple(names_of("--kind", options.kind, suite.ALL_KINDS)),
+        kinds=tuple(names_of("--kind", options.kind, ALL_KINDS)),
         dtypes=tuple(names_of("--dtype", options.dtype or default, suite.DTYPES)),
         checks=tuple(names_of("--check", options.check, suite.CHECKS)),
         shapes=tuple(map(_shape, options.shape or ())),
@@ -94,7 +95,7 @@ def _settings(options: argparse.Namespace) -> suite.Settings:
     )
 
 
-def _shape(text: str) -> Sizes:
+def _shape(text: str) -> Shape:
     try:
         return suite.sizes_of([int(size) for size in text.split(",")])
     except ValueError as error:
@@ -104,10 +105,10 @@ def _shape(text: str) -> Sizes:
         ) from error
 
 
-def _subjects(options: argparse.Namespace) -> list[Subject]:
+def _implementations(options: argparse.Namespace) -> list[Implementation]:
     if options.function is not None:
         if options.backend is not None:
-            raise UsageError("--backend: not with --function, which is judged in their place")
+            raise UsageError("--backend: not with --function, which is verified in their place")
         try:
             device = torch.device(options.device)
             torch.empty(0, device=device)
@@ -166,6 +167,6 @@ class _Progress(suite.Listener):
             self._bar.set_description(what, refresh=False)
             self._bar.update()
 
-    def verdict(self, subject: str, verdict: Verdict) -> None:
+    def ran(self, implementation: str, run: Run) -> None:
         if self._verbose:
-            print(verbose_line(verdict), flush=True)
+            print(verbose_line(run), flush=True)

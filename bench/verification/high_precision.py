@@ -18,16 +18,16 @@ from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
 from ...kernels.reference import attention_keep
-from .arguments import Arguments, Results, naive_problem, oracle
-from .attention_cases import Draw, Kind, Sizes, attention_arguments
-from .row_cases import RowQuestion, norm_question
+from ...kernels.testing.cases import Draw, Kind, Shape, attention_case
+from ...kernels.testing.oracle import AttentionCase, Results
+from ...kernels.testing.rows import RowCase, norm_case
 
 DIGITS = 50
 STEP = mpf(10) ** -15  # of the differences, whose own error is about its square
 # Errors of the oracle that pass, relative to the largest element: float64 has eps 2.2e-16.
 WITHIN = 1e-13
 
-SIZES = Sizes(2, 4, 2, 3, 4, 2, 3)
+SIZES = Shape(2, 4, 2, 3, 4, 2, 3)
 ATTENTION = {
     "plain": Kind(),
     "causal, scale": Kind(lambda s, d: Causal("lower_right"), options={"scale": -0.7}),
@@ -70,28 +70,27 @@ def check(ops: tuple[str, ...]) -> Iterator[OracleCheck]:
     with mpmath.workdps(DIGITS):
         if "attention" in ops:
             for name, kind in ATTENTION.items():
-                arguments = attention_arguments(kind, SIZES, Draw(29, torch.float64))
-                yield _attention(f"attention, {name}", arguments)
+                case = attention_case(kind, SIZES, Draw(29, torch.float64))
+                yield _attention(f"attention, {name}", case)
         for op, (parameters, options) in NORMS.items():
             if op in ops:
                 draw = Draw(31, torch.float64)
-                question = norm_question(op, draw.normal(2, 5), draw, parameters, options)
-                yield _rows(op, question)
+                yield _rows(op, norm_case(op, draw.normal(2, 5), draw, parameters, options))
 
 
-def _attention(name: str, arguments: Arguments) -> OracleCheck:
-    leaves = {key: _numbers(tensor) for key, tensor in arguments.differentiable().items()}
-    assert arguments.grad_out is not None  # attention_arguments draws both
-    assert arguments.grad_lse is not None
-    grad_out, grad_lse = _numbers(arguments.grad_out), _numbers(arguments.grad_lse)
-    problem = naive_problem(arguments)
-    batch, heads, rows, keys = arguments.shape
-    allowed = problem.mask.allowed(rows, keys, arguments.q.device)
+def _attention(name: str, case: AttentionCase) -> OracleCheck:
+    leaves = {key: _numbers(tensor) for key, tensor in case.differentiable().items()}
+    assert case.grad_out is not None  # attention_case draws both
+    assert case.grad_lse is not None
+    grad_out, grad_lse = _numbers(case.grad_out), _numbers(case.grad_lse)
+    problem = case.naive_problem()
+    batch, heads, rows, keys = case.shape
+    allowed = problem.mask.allowed(rows, keys, case.q.device)
     may = [True] * (batch * heads * rows * keys)
     if allowed is not None:
-        may = allowed.expand(arguments.shape).flatten().tolist()
-    keep = _keep(arguments)
-    dim, value_dim, key_heads = arguments.q.shape[3], arguments.v.shape[3], arguments.k.shape[1]
+        may = allowed.expand(case.shape).flatten().tolist()
+    keep = _keep(case)
+    dim, value_dim, key_heads = case.q.shape[3], case.v.shape[3], case.k.shape[1]
     scale, softcap = mpf(problem.scale), problem.softcap
 
     def forward(given: dict[str, list[Any]]) -> tuple[list[Any], list[Any]]:
@@ -132,27 +131,27 @@ def _attention(name: str, arguments: Arguments) -> OracleCheck:
 
     out, lse = forward(leaves)
     exact = {"out": out, "lse": [mpf("-inf") if x is None else x for x in lse]}
-    return _compared(name, oracle(arguments), exact | _differences(leaves, received))
+    return _compared(name, case.oracle(), exact | _differences(leaves, received))
 
 
-def _keep(arguments: Arguments) -> list[Any]:
+def _keep(case: AttentionCase) -> list[Any]:
     """What dropout multiplies each weight by, as Philox says."""
-    count = torch.Size(arguments.shape).numel()
-    dropout_p = arguments.options.get("dropout_p", 0.0)
+    count = torch.Size(case.shape).numel()
+    dropout_p = case.options.get("dropout_p", 0.0)
     if dropout_p == 0.0:
         return [mpf(1)] * count
-    kept = attention_keep(torch.tensor(arguments.options["seed"]), dropout_p, arguments.shape)
+    kept = attention_keep(torch.tensor(case.options["seed"]), dropout_p, case.shape)
     factor = 1 / (1 - mpf(dropout_p))
     return [factor if one else mpf(0) for one in kept.flatten().tolist()]
 
 
-def _rows(op: str, question: RowQuestion) -> OracleCheck:
-    leaves = {key: _numbers(tensor) for key, tensor in question.inputs.items()}
-    grads = [_numbers(grad) for grad in question.grads]
-    rows, columns = question.x.shape
-    dropout_p = mpf(question.options.get("dropout_p", 0.0))
+def _rows(op: str, case: RowCase) -> OracleCheck:
+    leaves = {key: _numbers(tensor) for key, tensor in case.inputs.items()}
+    grads = [_numbers(grad) for grad in case.grads]
+    rows, columns = case.x.shape
+    dropout_p = mpf(case.options.get("dropout_p", 0.0))
     eps = mpf(1e-6 if op == "rms_norm" else 1e-5)
-    kept = [True] * (rows * columns) if question.keep is None else question.keep.flatten().tolist()
+    kept = [True] * (rows * columns) if case.keep is None else case.keep.flatten().tolist()
 
     def forward(given: dict[str, list[Any]]) -> list[list[Any]]:
         y, total = [], []
@@ -182,7 +181,7 @@ def _rows(op: str, question: RowQuestion) -> OracleCheck:
         )
 
     exact = dict(zip(("out", "sum"), forward(leaves), strict=False))
-    found = {name: answer.exact for name, answer in question.answers.items()}
+    found = {name: expected.exact for name, expected in case.expected.items()}
     return _compared(op, found, exact | _differences(leaves, received))
 
 

@@ -1,4 +1,4 @@
-"""What must hold whatever the numbers are: each property checked on the subject itself."""
+"""What must hold whatever the numbers are: each property checked on the implementation itself."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
-from .arguments import Arguments, Results
-from .attention_cases import Draw, Kind, Sizes, attention_arguments
-from .questions import AttentionQuestion, attention_results, dtype_text, judged
-from .row_cases import RowQuestion, norm_question
-from .subjects import DeclinedError, Sdpa, Subject
+from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
+from ...kernels.testing.oracle import AttentionCase, Results
+from ...kernels.testing.rows import RowCase, norm_case
+from ...kernels.testing.tolerance import Expected, faults_of
+from .implementations import DeclinedError, Implementation, Sdpa
 
-SIZES = Sizes(4, 4, 2, 33, 70, 16, 16)
-SQUARE = Sizes(4, 4, 2, 70, 70, 16, 16)
-DECODING = Sizes(4, 4, 2, 1, 600, 32, 32)
+SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
+SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
+DECODING = Shape(4, 4, 2, 1, 600, 32, 32)
 ROWS = (257, 96)
 
 
@@ -51,63 +51,59 @@ class Invariant:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def rows_sum_to_one(subject: Subject, dtype: torch.dtype) -> str | None:
+def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """With v all ones, out is the sum of each row's weights."""
-    arguments = _arguments(subject, dtype)
-    arguments = replace(arguments, v=torch.ones_like(arguments.v))
-    question = AttentionQuestion(arguments)
-    exact = question.answers["out"].exact
-    assert bool(((exact - 1).abs() < 1e-12).all())
-    return _faults(attention_results(subject, arguments), question, only="out")
+    case = _case(implementation, dtype)
+    case = replace(case, v=torch.ones_like(case.v))
+    expected = {"out": case.expected["out"]}
+    assert bool(((expected["out"].exact - 1).abs() < 1e-12).all())
+    out = {"out": _results(implementation, case)["out"]}
+    return _fault(out, case, expected)
 
 
-def keys_permuted(subject: Subject, dtype: torch.dtype) -> str | None:
+def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """The order of keys is no part of attention: all results as without, but for their order."""
     kind = Kind(bias=lambda s, draw: draw.normal(1, s.Hq, s.Lq, s.Lk))
-    arguments = _arguments(subject, dtype, kind)
+    case = _case(implementation, dtype, kind)
     order = torch.randperm(SIZES.Lk, generator=torch.Generator().manual_seed(3))
-    bias = arguments.bias
+    bias = case.bias
     assert isinstance(bias, Tensor)  # which the kind makes
-    permuted = replace(
-        arguments, k=arguments.k[:, :, order], v=arguments.v[:, :, order], bias=bias[..., order]
-    )
-    results = attention_results(subject, permuted)
+    permuted = replace(case, k=case.k[:, :, order], v=case.v[:, :, order], bias=bias[..., order])
+    results = _results(implementation, permuted)
     back = order.argsort()
     for name in ("d_k", "d_v"):
         results[name] = results[name][:, :, back]
     results["d_bias"] = results["d_bias"][..., back]
-    return _faults(results, AttentionQuestion(arguments))
+    return _fault(results, case)
 
 
-def scores_shifted(subject: Subject, dtype: torch.dtype) -> str | None:
+def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """A constant added to all scores of a row changes nothing but its lse, by that constant."""
-    arguments = _arguments(subject, dtype)
-    shifted = replace(arguments, bias=torch.full((1, 1, 1, 1), 4.0).to(dtype))
-    results = attention_results(subject, shifted)
+    case = _case(implementation, dtype)
+    shifted = replace(case, bias=torch.full((1, 1, 1, 1), 4.0).to(dtype))
+    results = _results(implementation, shifted)
     del results["d_bias"]
     if "lse" in results:
         results["lse"] = results["lse"] - 4.0
-    question = AttentionQuestion(shifted)
-    plain = AttentionQuestion(arguments)
-    answers = {
-        name: answer._replace(magnitude=question.answers[name].magnitude)
-        for name, answer in plain.answers.items()
+    magnitudes = shifted.expected
+    unshifted = {
+        name: expected._replace(magnitude=magnitudes[name].magnitude)
+        for name, expected in case.expected.items()
     }
-    plain.__dict__["answers"] = answers
-    return _faults(results, plain)
+    return _fault(results, case, unshifted)
 
 
-def padding_unread(subject: Subject, dtype: torch.dtype) -> str | None:
+def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """NaN and infinities in padding give the same bits as zeros there."""
     lengths = torch.tensor([70, 0, 23, 41])
     kind = Kind(lambda s, draw: KeyLengths(lengths))
-    clean = _arguments(subject, dtype, kind)
+    clean = _case(implementation, dtype, kind)
     padding = (torch.arange(SIZES.Lk) >= lengths.view(-1, 1, 1)).unsqueeze(-1)
     k, v = (tensor.masked_fill(padding, 0.0) for tensor in (clean.k, clean.v))
     poison = torch.tensor([torch.nan, torch.inf], dtype=dtype).repeat(SIZES.D // 2)
     poisoned = replace(clean, k=torch.where(padding, poison, k), v=torch.where(padding, -poison, v))
-    expected = attention_results(subject, replace(clean, k=k, v=v))
-    got = attention_results(subject, poisoned)
+    expected = _results(implementation, replace(clean, k=k, v=v))
+    got = _results(implementation, poisoned)
     fault = _difference(got, expected)
     if fault is None:
         for name in ("d_k", "d_v"):
@@ -116,12 +112,12 @@ def padding_unread(subject: Subject, dtype: torch.dtype) -> str | None:
     return fault
 
 
-def empty_rows_are_zero(subject: Subject, dtype: torch.dtype) -> str | None:
+def empty_rows_are_zero(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """A query that may attend nothing gives out = 0, lse = -inf and no gradient."""
     allowed = torch.ones(SIZES.Lq, SIZES.Lk, dtype=torch.bool)
     allowed[5], allowed[-1] = False, False
     kind = Kind(lambda s, draw: allowed)
-    results = attention_results(subject, _arguments(subject, dtype, kind))
+    results = _results(implementation, _case(implementation, dtype, kind))
     for row in (5, SIZES.Lq - 1):
         for name in ("out", "d_q"):
             found = results[name][:, :, row]
@@ -133,61 +129,61 @@ def empty_rows_are_zero(subject: Subject, dtype: torch.dtype) -> str | None:
     return None if finite else "d_k or d_v: not finite beside a row without keys"
 
 
-def same_bits_again(subject: Subject, dtype: torch.dtype) -> str | None:
+def same_bits_again(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """Three runs on the same inputs."""
-    for arguments in _several(subject, dtype):
-        first = attention_results(subject, arguments)
+    for case in _several(implementation, dtype):
+        first = _results(implementation, case)
         for _ in range(2):
-            fault = _difference(attention_results(subject, arguments), first)
+            fault = _difference(_results(implementation, case), first)
             if fault is not None:
                 return fault
     return None
 
 
-def any_threads(subject: Subject, dtype: torch.dtype) -> str | None:
+def any_threads(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
-    for arguments in _several(subject, dtype):
-        fault = _on_threads(partial(attention_results, subject, arguments))
+    for case in _several(implementation, dtype):
+        fault = _on_threads(partial(_results, implementation, case))
         if fault is not None:
             return fault
     return None
 
 
-def batch_invariance(subject: Subject, dtype: torch.dtype) -> str | None:
+def batch_invariance(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """A batch element alone gives the bits that it gives among others."""
-    for arguments in _several(subject, dtype):
-        together = attention_results(subject, arguments)
-        for b in (0, arguments.shape[0] - 1):
+    for case in _several(implementation, dtype):
+        together = _results(implementation, case)
+        for b in (0, case.shape[0] - 1):
             part = slice(b, b + 1)
             changes: dict[str, Any] = {
-                name: getattr(arguments, name)[part]
+                name: getattr(case, name)[part]
                 for name in ("q", "k", "v", "grad_out", "grad_lse")
-                if getattr(arguments, name) is not None
+                if getattr(case, name) is not None
             }
-            if isinstance(arguments.mask, KeyLengths):
-                changes["mask"] = KeyLengths(arguments.mask.lengths[part])
-            alone = attention_results(subject, replace(arguments, **changes))
+            if isinstance(case.mask, KeyLengths):
+                changes["mask"] = KeyLengths(case.mask.lengths[part])
+            alone = _results(implementation, replace(case, **changes))
             fault = _difference(alone, {name: value[part] for name, value in together.items()})
             if fault is not None:
                 return fault
     return None
 
 
-def dropout_scales(subject: Subject, dtype: torch.dtype) -> str | None:
+def dropout_scales(implementation: Implementation, dtype: torch.dtype) -> str | None:
     """A weight is dropped, or grows by 1 / (1 - p); about p of them drop. Of SDPA's signature.
 
     With v the unit matrix, out is the weights themselves. Backends, whose dropout is a function
     of the seed, are held to the oracle's in every weight instead.
     """
-    if not isinstance(subject, Sdpa):
+    if not isinstance(implementation, Sdpa):
         raise DeclinedError("held to the oracle's dropout, weight by weight")
     dropout_p, length = 0.25, 64
     draw = Draw(41, dtype)
-    q, k = (draw.normal(4, 2, length, 16).to(subject.device) for _ in range(2))
-    unit = torch.eye(length, dtype=dtype, device=subject.device).expand(4, 2, length, length)
+    q, k = (draw.normal(4, 2, length, 16).to(implementation.device) for _ in range(2))
+    unit = torch.eye(length, dtype=dtype, device=implementation.device).expand(4, 2, length, length)
     torch.manual_seed(7)
-    dropped = subject.function(q, k, unit, dropout_p=dropout_p).double()
-    whole = subject.function(q, k, unit).double() / (1 - dropout_p)
+    dropped = implementation.function(q, k, unit, dropout_p=dropout_p).double()
+    whole = implementation.function(q, k, unit).double() / (1 - dropout_p)
     zero = dropped == 0.0
     wrong = (dropped - whole).abs() > 8 * torch.finfo(dtype).eps * whole
     if bool((wrong & ~zero).any()):
@@ -216,47 +212,41 @@ ATTENTION = {
 # --- row-wise functions ---------------------------------------------------------------------------
 
 
-def _asked(subject: Subject, question: RowQuestion) -> Results:
-    return question.ask(subject)
+def rows_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
+    case = _row_case(op, dtype)
+    first = _results(implementation, case, op)
+    return _difference(_results(implementation, case, op), first)
 
 
-def rows_again(subject: Subject, op: str, dtype: torch.dtype) -> str | None:
-    question = _row_question(op, dtype)
-    first = _asked(subject, question)
-    return _difference(_asked(subject, question), first)
+def rows_any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
+    case = _row_case(op, dtype)
+    return _on_threads(lambda: _results(implementation, case, op))
 
 
-def rows_any_threads(subject: Subject, op: str, dtype: torch.dtype) -> str | None:
-    question = _row_question(op, dtype)
-    return _on_threads(lambda: _asked(subject, question))
-
-
-def rows_alone(subject: Subject, op: str, dtype: torch.dtype) -> str | None:
+def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A row alone gives the bits that it gives among others."""
-    question = _row_question(op, dtype)
-    together = _asked(subject, question)
+    case = _row_case(op, dtype)
+    together = _results(implementation, case, op)
     row = 100
     inputs, found = {}, {}
-    for name, tensor in question.inputs.items():
+    for name, tensor in case.inputs.items():
         inputs[name] = _row(tensor, row) if name in ("x", "residual", "scores") else tensor
-    alone = replace(
-        question, inputs=inputs, grads=tuple(_row(grad, row) for grad in question.grads)
-    )
+    alone = replace(case, inputs=inputs, grads=tuple(_row(grad, row) for grad in case.grads))
     for name, tensor in together.items():
         if name not in ("d_weight", "d_bias"):
             found[name] = _row(tensor, row)
-    got = _asked(subject, alone)
+    got = _results(implementation, alone, op)
     return _difference({name: got[name] for name in found}, found)
 
 
-def rows_apart(subject: Subject, op: str, dtype: torch.dtype) -> str | None:
+def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """NaN in a row stays in it: all others keep their bits."""
-    question = _row_question(op, dtype)
-    expected = _asked(subject, question)
+    case = _row_case(op, dtype)
+    expected = _results(implementation, case, op)
     name = "scores" if op == "masked_softmax" else "x"
-    poisoned = question.inputs[name].clone()
+    poisoned = case.inputs[name].clone()
     poisoned[..., 100, 3] = torch.nan
-    got = _asked(subject, replace(question, inputs={**question.inputs, name: poisoned}))
+    got = _results(implementation, replace(case, inputs={**case.inputs, name: poisoned}), op)
     others = torch.arange(ROWS[0]) != 100
     kept = [key for key in expected if key not in ("d_weight", "d_bias")]
     if not bool(got["out"][..., 100, :].isnan().any()):
@@ -278,22 +268,24 @@ ROW_WISE = {
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def count(subject: Subject, ops: tuple[str, ...]) -> int:
+def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     """How many `check` finds for each dtype."""
-    here = [op for op in ops if op in subject.ops and op != "attention_varlen"]
+    here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
     return sum(len(ATTENTION if op == "attention" else ROW_WISE) for op in here)
 
 
-def check(subject: Subject, ops: tuple[str, ...], dtype: torch.dtype) -> Iterator[Invariant]:
+def check(
+    implementation: Implementation, ops: tuple[str, ...], dtype: torch.dtype
+) -> Iterator[Invariant]:
     for op in ops:
-        if op not in subject.ops or op == "attention_varlen":
+        if op not in implementation.ops or op == "attention_varlen":
             continue
         if op == "attention":
             for name, attention_check in ATTENTION.items():
-                yield _checked(op, name, dtype, partial(attention_check, subject, dtype))
+                yield _checked(op, name, dtype, partial(attention_check, implementation, dtype))
         else:
             for name, row_check in ROW_WISE.items():
-                yield _checked(op, name, dtype, partial(row_check, subject, op, dtype))
+                yield _checked(op, name, dtype, partial(row_check, implementation, op, dtype))
 
 
 def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]) -> Invariant:
@@ -306,40 +298,49 @@ def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | Non
         return Invariant(op, name, dtype, f"{type(error).__name__}: {first}")
 
 
-def _arguments(
-    subject: Subject, dtype: torch.dtype, kind: Kind | None = None, sizes: Sizes = SIZES
-) -> Arguments:
-    draw = Draw(17, dtype)
-    return attention_arguments(kind or Kind(), sizes, draw, with_lse=subject.with_lse)
+def _case(
+    implementation: Implementation,
+    dtype: torch.dtype,
+    kind: Kind | None = None,
+    sizes: Shape = SIZES,
+) -> AttentionCase:
+    case = attention_case(kind or Kind(), sizes, Draw(17, dtype))
+    return case if implementation.with_lse else case.without_lse()
 
 
-def _several(subject: Subject, dtype: torch.dtype) -> Iterator[Arguments]:
+def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[AttentionCase]:
     lengths = torch.tensor([70, 3, 23, 41])
     for kind, sizes in (
         (Kind(lambda s, draw: Causal()), SQUARE),
         (Kind(lambda s, draw: KeyLengths(lengths)), SIZES),
         (Kind(), DECODING),
     ):
-        yield _arguments(subject, dtype, kind, sizes)
+        yield _case(implementation, dtype, kind, sizes)
 
 
-def _row_question(op: str, dtype: torch.dtype) -> RowQuestion:
+def _row_case(op: str, dtype: torch.dtype) -> RowCase:
     draw = Draw(23, dtype)
     if op == "masked_softmax":
         scores, grad = draw.normal(1, 1, *ROWS), draw.normal(1, 1, *ROWS)
-        return RowQuestion(op, {"scores": scores}, (grad,))
-    return norm_question(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
+        return RowCase(op, {"scores": scores}, (grad,))
+    return norm_case(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
 
 
 def _row(tensor: Tensor, row: int) -> Tensor:
     return tensor[..., row : row + 1, :]
 
 
-def _faults(results: Results, question: AttentionQuestion, only: str | None = None) -> str | None:
-    for found in judged(results, question):
-        if found.fault is not None and only in (None, found.tensor):
-            return f"{found.tensor}: {found.fault}"
-    return None
+def _results(
+    implementation: Implementation, case: AttentionCase | RowCase, op: str = "attention"
+) -> Results:
+    return case.run(implementation.kernel(op), implementation.device)
+
+
+def _fault(
+    results: Results, case: AttentionCase, expected: dict[str, Expected] | None = None
+) -> str | None:
+    found = faults_of(results, expected or case.expected, case.sum_dtype)
+    return found[0] if found else None
 
 
 def _difference(got: Results, expected: Results) -> str | None:

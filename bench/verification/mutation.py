@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from ...kernels.testing.cases import NamedCase, dtype_text
 from . import attention_mutants, row_mutants
-from .questions import Case, dtype_text, put
-from .subjects import Subject
+from .implementations import Implementation
+from .runs import run
 
 CONTROL = attention_mutants.Mutant().name
 
@@ -26,7 +27,7 @@ class Mutation:
     what: str
     dtype: torch.dtype
     rejected_by: str | None  # a case and what it found; None: it lives
-    rejections: int  # cases that reject it, of `cases` that were put
+    rejections: int  # cases that reject it, of `cases` that it was run on
     cases: int
     control: bool = False
 
@@ -66,43 +67,43 @@ def count(ops: Sequence[str], dtype: torch.dtype) -> int:
 
 
 def check(
-    ops: Sequence[str], dtype: torch.dtype, cases: Sequence[Case], *, thorough: bool
+    ops: Sequence[str], dtype: torch.dtype, cases: Sequence[NamedCase], *, thorough: bool
 ) -> Iterator[Mutation]:
     """The unbroken kernel first, then each fault; `thorough` counts all cases that reject it."""
     if "attention" in ops:
         control = attention_mutants.Mutant()
         what = "the kernel that the others are made from, which must pass"
-        yield _judged(control, control.name, what, dtype, cases, "attention", True)
+        yield _mutation(control, control.name, what, dtype, cases, "attention", True)
     for name, (op, what) in faults_of(ops, dtype).items():
-        subject: Subject
+        mutant: Implementation
         if op == "attention":
-            subject = attention_mutants.Mutant(name)
+            mutant = attention_mutants.Mutant(name)
         else:
-            subject = row_mutants.RowMutant(name)
-        yield _judged(subject, name, what, dtype, cases, op, thorough)
+            mutant = row_mutants.RowMutant(name)
+        yield _mutation(mutant, name, what, dtype, cases, op, thorough)
 
 
-def _judged(
-    subject: Subject,
+def _mutation(
+    mutant: Implementation,
     name: str,
     what: str,
     dtype: torch.dtype,
-    cases: Sequence[Case],
+    cases: Sequence[NamedCase],
     op: str,
     thorough: bool,
 ) -> Mutation:
-    by, rejections, asked = None, 0, 0
+    by, rejections, runs = None, 0, 0
     for case in cases:
         if case.op != op or case.dtype != dtype:
             continue
-        verdict = put(case, subject)
-        if verdict.declined is not None:
+        found = run(case, mutant)
+        if found.declined is not None:
             continue
-        asked += 1
-        if not verdict.passed:
+        runs += 1
+        if not found.passed:
             rejections += 1
             if by is None:
-                by = f"{case.kind} {case.shape}: {verdict.faults[0]}"
+                by = f"{case.kind} {case.shape}: {found.faults[0]}"
             if not thorough:
                 break
-    return Mutation(name, what, dtype, by, rejections, asked, name == CONTROL)
+    return Mutation(name, what, dtype, by, rejections, runs, name == CONTROL)

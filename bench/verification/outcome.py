@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.testing.cases import dtype_text
+from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS, Accuracy
 from .invariants import Invariant
 from .mutation import Mutation
-from .questions import Verdict, dtype_text
-from .tolerance import FACTOR, SUMMATION, ULP_BINS, Judgement
+from .runs import Run
 
 if TYPE_CHECKING:  # it needs mpmath
     from .high_precision import OracleCheck
@@ -21,20 +22,16 @@ SCHEMA = "rowmax-verify-1"
 
 
 @dataclass
-class Judged:
-    """All that was found of one subject."""
+class Findings:
+    """All that was found of one implementation."""
 
     name: str
-    verdicts: list[Verdict] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     invariants: list[Invariant] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
-        found = [
-            f"{verdict.case.text()}: {fault}"
-            for verdict in self.verdicts
-            for fault in verdict.faults[:1]
-        ]
+        found = [f"{run.case}: {fault}" for run in self.runs for fault in run.faults[:1]]
         return found + [
             f"{one.op}, {one.name}, {dtype_text(one.dtype)}: {one.fault}"
             for one in self.invariants
@@ -42,26 +39,26 @@ class Judged:
         ]
 
     @property
-    def answered(self) -> int:
+    def done(self) -> int:
         """Cases that it did not decline."""
-        return sum(verdict.declined is None for verdict in self.verdicts)
+        return sum(run.declined is None for run in self.runs)
 
     @property
     def passed(self) -> bool:
-        return not self.failures and (self.answered > 0 or not self.verdicts)
+        return not self.failures and (self.done > 0 or not self.runs)
 
-    def judgements(self) -> Iterator[tuple[Verdict, Judgement]]:
-        for verdict in self.verdicts:
-            for found in verdict.judgements:
-                yield verdict, found
+    def accuracies(self) -> Iterator[tuple[Run, Accuracy]]:
+        for run in self.runs:
+            for found in run.accuracies:
+                yield run, found
 
     def histograms(self) -> dict[tuple[torch.dtype, str], tuple[int, ...]]:
         """(dtype, "outputs" or "gradients") -> elements by error in ulps, see ULP_BINS."""
         found: dict[tuple[torch.dtype, str], list[int]] = {}
-        for verdict, judgement in self.judgements():
-            what = "gradients" if judgement.tensor.startswith("d_") else "outputs"
-            counts = found.setdefault((verdict.case.dtype, what), [0] * len(ULP_BINS))
-            for at, count in enumerate(judgement.histogram):
+        for run, accuracy in self.accuracies():
+            what = "gradients" if accuracy.tensor.startswith("d_") else "outputs"
+            counts = found.setdefault((run.case.dtype, what), [0] * len(ULP_BINS))
+            for at, count in enumerate(accuracy.histogram):
                 counts[at] += count
         return {key: tuple(counts) for key, counts in found.items()}
 
@@ -70,21 +67,21 @@ class Judged:
 class Report:
     """The result of `verify`: print it, or take `passed`, `failures`, `as_json()`, `as_html()`.
 
-    `passed` says that the oracle is right, that every subject passed all it was asked, and that
-    no broken kernel did.
+    `passed` says that the oracle is right, that every implementation passed all of its cases,
+    and that no broken kernel did.
     """
 
     machine: dict[str, Any]
     settings: dict[str, Any]
     oracle: list[OracleCheck] = field(default_factory=list)
-    judged: list[Judged] = field(default_factory=list)
+    findings: list[Findings] = field(default_factory=list)
     mutations: list[Mutation] = field(default_factory=list)
     seconds: float = 0.0
     processor_seconds: float = 0.0  # of all threads: what a busy machine does not change
 
     @property
     def passed(self) -> bool:
-        return not self.failures and all(subject.passed for subject in self.judged)
+        return not self.failures and all(one.passed for one in self.findings)
 
     @property
     def failures(self) -> list[str]:
@@ -93,10 +90,10 @@ class Report:
             for check in self.oracle
             if not check.passed
         ]
-        for subject in self.judged:
-            found += [f"{subject.name}: {failure}" for failure in subject.failures]
-            if subject.verdicts and not subject.answered:
-                found.append(f"{subject.name}: declined every case")
+        for one in self.findings:
+            found += [f"{one.name}: {failure}" for failure in one.failures]
+            if one.runs and not one.done:
+                found.append(f"{one.name}: declined every case")
         for mutation in self.mutations:
             if not mutation.passed:
                 what = f"fails: {mutation.rejected_by}" if mutation.control else "is not noticed"
@@ -116,16 +113,16 @@ class Report:
             "oracle": [check.as_json() for check in self.oracle],
             "subjects": [
                 {
-                    "name": subject.name,
-                    "passed": subject.passed,
-                    "cases": [_case(verdict) for verdict in subject.verdicts],
+                    "name": one.name,
+                    "passed": one.passed,
+                    "cases": [_case(run) for run in one.runs],
                     "ulp_histograms": [
                         {"dtype": dtype_text(dtype), "of": what, "counts": list(counts)}
-                        for (dtype, what), counts in subject.histograms().items()
+                        for (dtype, what), counts in one.histograms().items()
                     ],
-                    "invariants": [found.as_json() for found in subject.invariants],
+                    "invariants": [found.as_json() for found in one.invariants],
                 }
-                for subject in self.judged
+                for one in self.findings
             ],
             "mutations": [mutation.as_json() for mutation in self.mutations],
             "failures": self.failures,
@@ -144,15 +141,15 @@ class Report:
         return "\n".join(lines(self))
 
 
-def _case(verdict: Verdict) -> dict[str, Any]:
-    case = verdict.case
+def _case(run: Run) -> dict[str, Any]:
+    case = run.case
     return {
         "op": case.op,
         "kind": case.kind,
         "shape": list(case.shape),
         "dtype": dtype_text(case.dtype),
-        "passed": verdict.passed,
-        "declined": verdict.declined,
-        "error": verdict.error,
-        "results": [found.as_json() for found in verdict.judgements],
+        "passed": run.passed,
+        "declined": run.declined,
+        "error": run.error,
+        "results": [found.as_json() for found in run.accuracies],
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...kernels.testing.cases import dtype_text
+from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS
 from .. import document
 from ..charts import columns, strips
-from .outcome import Judged, Report
-from .questions import dtype_text
-from .tolerance import FACTOR, SUMMATION, ULP_BINS
+from .outcome import Findings, Report
 
 MOST_FAILURES = 100
 
@@ -36,8 +36,8 @@ def _body(report: Report) -> Iterator[str]:
         f"the largest and the root mean square. It passes up to {FACTOR:g} (the dashed line), plus "
         f"rounding: one eps of the result and {SUMMATION:g} eps of float32 of the terms summed."
     )
-    for subject in report.judged:
-        yield from _subject(subject)
+    for findings in report.findings:
+        yield from _implementation(findings)
     if report.oracle:
         yield document.heading("The oracle against mpmath, 50 digits")
         rows = [
@@ -67,35 +67,35 @@ def _body(report: Report) -> Iterator[str]:
         )
 
 
-def _subject(subject: Judged) -> Iterator[str]:
-    yield document.heading(subject.name)
-    if subject.verdicts:
-        yield document.charts([*_ratios(subject), *_histograms(subject)])
-    if subject.invariants:
+def _implementation(findings: Findings) -> Iterator[str]:
+    yield document.heading(findings.name)
+    if findings.runs:
+        yield document.charts([*_ratios(findings), *_histograms(findings)])
+    if findings.invariants:
         rows = [
             [one.op, one.name, dtype_text(one.dtype), "✓" if one.passed else f"✗ {one.fault}"]
-            for one in subject.invariants
+            for one in findings.invariants
             if one.declined is None
         ]
         yield document.table(["function", "invariant", "dtype", "holds"], rows)
 
 
-def _ratios(subject: Judged) -> Iterator[str]:
+def _ratios(findings: Findings) -> Iterator[str]:
     """A chart a function: a dot for each case, by kind."""
-    dtypes = list(dict.fromkeys(verdict.case.dtype for verdict in subject.verdicts))
-    for op in dict.fromkeys(verdict.case.op for verdict in subject.verdicts):
+    dtypes = list(dict.fromkeys(run.case.dtype for run in findings.runs))
+    for op in dict.fromkeys(run.case.op for run in findings.runs):
         rows: dict[str, list[tuple[float, int, str]]] = {}
-        for verdict in subject.verdicts:
-            if verdict.case.op == op and verdict.declined is None:
-                worst = max(verdict.judgements, key=lambda one: one.ratio, default=None)
-                text = verdict.case.text()
+        for run in findings.runs:
+            if run.case.op == op and run.declined is None:
+                worst = max(run.accuracies, key=lambda one: one.ratio, default=None)
+                text = str(run.case)
                 if worst is not None:
                     text += (
                         f": {worst.tensor} {worst.ratio:.2f}, largest error {worst.largest:.1e}, "
                         f"relative rms {worst.relative_rms:.1e}, {worst.ulps:.1f} ulp"
                     )
-                series = dtypes.index(verdict.case.dtype)
-                rows.setdefault(verdict.case.kind, []).append((verdict.ratio, series, text))
+                series = dtypes.index(run.case.dtype)
+                rows.setdefault(run.case.kind, []).append((run.ratio, series, text))
         if rows:
             names = ", ".join(
                 f"{colour} {dtype_text(dtype)}"
@@ -106,8 +106,8 @@ def _ratios(subject: Judged) -> Iterator[str]:
             yield strips(f"{op}: error / naive error", rows, f"ratio ({names})", FACTOR)
 
 
-def _histograms(subject: Judged) -> Iterator[str]:
-    found = subject.histograms()
+def _histograms(findings: Findings) -> Iterator[str]:
+    found = findings.histograms()
     names = [*(f"{edge:g}" for edge in ULP_BINS[:-1]), "more"]
     for what in ("outputs", "gradients"):
         series = {

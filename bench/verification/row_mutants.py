@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 
 from ...kernels import Mask
 from ...kernels.reference import rows_keep
-from .arguments import Arguments
-from .row_cases import EPS, norm_equation, softmax_equation
-from .subjects import DeclinedError
+from ...kernels.testing.oracle import Kernel
+from ...kernels.testing.rows import EPS, norm_equation, softmax_equation
 
 # name -> (op that it is a fault of, what is wrong)
 FAULTS = {
@@ -34,7 +34,7 @@ WIDE_ONLY = frozenset({"one-pass-variance"})
 
 
 class RowMutant:
-    """The row-wise functions with one fault of FAULTS: a subject like any other."""
+    """The row-wise functions with one fault of FAULTS: an implementation like any other."""
 
     device = torch.device("cpu")
     with_lse = True
@@ -43,31 +43,30 @@ class RowMutant:
         self.name = self.fault = fault
         self.ops: tuple[str, ...] = (FAULTS[fault][0],)
 
-    def attention(self, arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-        raise DeclinedError(f"{self.ops[0]} only")
+    def kernel(self, op: str) -> Kernel:
+        return self._masked_softmax if op == "masked_softmax" else partial(self._norm, op)
 
-    def packed(
-        self, arguments: Arguments, starts_q: Tensor, starts_k: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raise DeclinedError(f"{self.ops[0]} only")
+    def _masked_softmax(
+        self, scores: Tensor, mask: Mask | None = None, scale: float = 1.0
+    ) -> Tensor:
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        allowed = None if mask is None else mask.dense(*scores.shape)
+        return self._softmax(wide, allowed, scale).to(scores.dtype)
 
-    def rows(
-        self, op: str, inputs: dict[str, Tensor], mask: Mask | None, options: dict[str, Any]
+    def _norm(
+        self, op: str, x: Tensor, residual: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, ...]:
-        if op not in self.ops:
-            raise DeclinedError(f"{self.ops[0]} only")
-        stored = next(iter(inputs.values())).dtype
+        stored = x.dtype
+        given = {"x": x, "residual": residual, "weight": more.pop("weight", None)}
+        given["bias"] = more.pop("bias", None)
         wide = {
             name: tensor.to(torch.promote_types(stored, torch.float32))
-            for name, tensor in inputs.items()
+            for name, tensor in given.items()
+            if tensor is not None
         }
-        if op == "masked_softmax":
-            return (self._softmax(wide["scores"], mask, options).to(stored),)
-        return tuple(y.to(stored) for y in self._norm(op, wide, options, stored))
+        return tuple(y.to(stored) for y in self._wide_norm(op, wide, more, stored))
 
-    def _softmax(self, scores: Tensor, mask: Mask | None, options: dict[str, Any]) -> Tensor:
-        allowed = None if mask is None else mask.dense(*scores.shape)
-        scale = options.get("scale", 1.0)
+    def _softmax(self, scores: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
         if self.fault == "softmax-off-by-one" and allowed is not None:
             more = torch.cat((allowed[..., :1], allowed[..., :-1]), dim=-1)
             return softmax_equation(scores, allowed | more, scale)
@@ -79,7 +78,7 @@ class RowMutant:
             return terms / terms.sum(-1, keepdim=True).clamp_min(torch.finfo(terms.dtype).tiny)
         return softmax_equation(scores, allowed, scale)
 
-    def _norm(
+    def _wide_norm(
         self, op: str, inputs: dict[str, Tensor], options: dict[str, Any], stored: torch.dtype
     ) -> tuple[Tensor, ...]:
         eps = options.get("eps", 1e-6 if op == "rms_norm" else EPS)

@@ -1,4 +1,4 @@
-"""`verify`: the whole suite put to the backends here, or to any callable with SDPA's signature."""
+"""`verify`: the whole suite run on the backends here, or on any callable with SDPA's signature."""
 
 from __future__ import annotations
 
@@ -12,28 +12,18 @@ import torch
 
 from ...console import from_extra
 from ...kernels import dispatch
+from ...kernels.testing import DTYPES as ALL_DTYPES
+from ...kernels.testing.cases import NamedCase, Shape, dtype_text
+from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases
 from ..machine import describe
-from . import adversarial, invariants, mutation
-from .attention_cases import (
-    KINDS,
-    PACKED_SHAPES,
-    QUICK_SHAPES,
-    SHAPES,
-    Sizes,
-    attention_cases,
-    packed_cases,
-)
-from .outcome import Judged, Report
-from .questions import Case, Verdict, dtype_text, put
-from .row_cases import NORM_KINDS, SOFTMAX_KINDS, row_cases
-from .subjects import OPS, ROW_OPS, Backend, Sdpa, SdpaLike, Subject
+from . import invariants, mutation
+from .implementations import Backend, Implementation, Sdpa, SdpaLike
+from .outcome import Findings, Report
+from .runs import Run
+from .runs import run as run_case
 
-DTYPES = {
-    dtype_text(dtype): dtype
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
+DTYPES = {dtype_text(dtype): dtype for dtype in ALL_DTYPES}
 QUICK_DTYPES = ("float32", "bfloat16")
-ALL_KINDS = tuple(dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *adversarial.KINDS)))
 CHECKS = ("oracle", "accuracy", "invariants", "mutations")
 
 
@@ -45,7 +35,7 @@ class Settings:
     kinds: tuple[str, ...] = ALL_KINDS
     dtypes: tuple[str, ...] = tuple(DTYPES)
     checks: tuple[str, ...] = CHECKS
-    shapes: tuple[Sizes, ...] = ()  # of attention, in place of the suite's own
+    shapes: tuple[Shape, ...] = ()  # of attention, in place of the suite's own
     quick: bool = False
 
     def as_json(self) -> dict[str, Any]:
@@ -64,7 +54,7 @@ class Listener:
 
     def begin(self, total: int) -> None: ...
     def step(self, what: str) -> None: ...
-    def verdict(self, subject: str, verdict: Verdict) -> None: ...
+    def ran(self, implementation: str, run: Run) -> None: ...
 
 
 def verify(
@@ -116,14 +106,14 @@ def verify(
         shapes=tuple(sizes_of(shape) for shape in shapes),
         quick=quick,
     )
-    subjects: list[Subject]
+    implementations: list[Implementation]
     if function is None:
-        subjects = list(map(Backend, available(backends)))
+        implementations = list(map(Backend, available(backends)))
     else:
-        subjects = [Sdpa(function, name, device)]
+        implementations = [Sdpa(function, name, device)]
         attention = tuple(op for op in settings.ops if op == "attention")
         settings = replace(settings, ops=attention)
-    return run(subjects, settings, listener or Listener())
+    return run(implementations, settings, listener or Listener())
 
 
 def available(names: Sequence[str] | None = None) -> list[str]:
@@ -137,30 +127,34 @@ def available(names: Sequence[str] | None = None) -> list[str]:
     return list(names)
 
 
-def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> Report:
-    """All checks, dtype by dtype, so that each oracle serves all subjects and is then let go."""
+def run(
+    implementations: Sequence[Implementation], settings: Settings, listener: Listener
+) -> Report:
+    """All checks, dtype by dtype, so that each oracle serves all and is then let go."""
     started, began = perf_counter(), process_time()
-    report = Report(describe(), settings.as_json() | {"subjects": [s.name for s in subjects]})
-    report.judged = [Judged(subject.name) for subject in subjects]
+    report = Report(
+        describe(), settings.as_json() | {"subjects": [one.name for one in implementations]}
+    )
+    report.findings = [Findings(implementation.name) for implementation in implementations]
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
-    listener.begin(_steps(subjects, settings, cases))
+    listener.begin(_steps(implementations, settings, cases))
     if "oracle" in settings.checks:
         for check in _high_precision().check(settings.ops):
             report.oracle.append(check)
             listener.step("oracle")
     for name, of_dtype in cases.items():
         dtype = DTYPES[name]
-        for subject, judged in zip(subjects, report.judged, strict=True):
-            what = f"{subject.name}, {name}"
+        for implementation, findings in zip(implementations, report.findings, strict=True):
+            what = f"{implementation.name}, {name}"
             if "accuracy" in settings.checks:
                 for case in of_dtype:
-                    if case.op in subject.ops:
-                        judged.verdicts.append(put(case, subject))
-                        listener.verdict(subject.name, judged.verdicts[-1])
+                    if case.op in implementation.ops:
+                        findings.runs.append(run_case(case, implementation))
+                        listener.ran(implementation.name, findings.runs[-1])
                     listener.step(what)
             if "invariants" in settings.checks:
-                for invariant in invariants.check(subject, settings.ops, dtype):
-                    judged.invariants.append(invariant)
+                for invariant in invariants.check(implementation, settings.ops, dtype):
+                    findings.invariants.append(invariant)
                     listener.step(what)
         if "mutations" in settings.checks:
             full = _mutation_cases(settings, of_dtype, dtype)
@@ -174,24 +168,16 @@ def run(subjects: Sequence[Subject], settings: Settings, listener: Listener) -> 
     return report
 
 
-def cases_of(settings: Settings, dtype: torch.dtype) -> list[Case]:
-    cases: list[Case] = []
-    kinds = settings.kinds
-    of_attention = tuple(kind for kind in kinds if kind in KINDS)
-    if "attention" in settings.ops:
-        shapes = settings.shapes or (QUICK_SHAPES if settings.quick else SHAPES)
-        cases += attention_cases(dtype, shapes, of_attention, empty=not settings.shapes)
-    if "attention_varlen" in settings.ops:
-        cases += packed_cases(dtype, settings.shapes or PACKED_SHAPES, of_attention)
-    cases += row_cases(
-        tuple(op for op in settings.ops if op in ROW_OPS), dtype, kinds, quick=settings.quick
+def cases_of(settings: Settings, dtype: torch.dtype) -> list[NamedCase]:
+    return named_cases(
+        settings.ops, dtype, settings.kinds, shapes=settings.shapes, quick=settings.quick
     )
-    cases += adversarial.adversarial_cases(settings.ops, dtype, kinds)
-    return cases
 
 
-def _mutation_cases(settings: Settings, cases: list[Case], dtype: torch.dtype) -> list[Case]:
-    """What mutants are put to: all kinds, however the run was narrowed, at the quick shapes.
+def _mutation_cases(
+    settings: Settings, cases: list[NamedCase], dtype: torch.dtype
+) -> list[NamedCase]:
+    """What mutants are run on: all kinds, however the run was narrowed, at the quick shapes.
 
     A mutant of dropout is right wherever nothing is dropped: that is no fault of the tolerance.
     """
@@ -200,15 +186,19 @@ def _mutation_cases(settings: Settings, cases: list[Case], dtype: torch.dtype) -
     return [known.get((case.op, case.kind, case.shape), case) for case in cases_of(wanted, dtype)]
 
 
-def _steps(subjects: Sequence[Subject], settings: Settings, cases: dict[str, list[Case]]) -> int:
+def _steps(
+    implementations: Sequence[Implementation],
+    settings: Settings,
+    cases: dict[str, list[NamedCase]],
+) -> int:
     total = 0
     if "oracle" in settings.checks:
         total += _high_precision().count(settings.ops)
     for name, of_dtype in cases.items():
         if "accuracy" in settings.checks:
-            total += len(subjects) * len(of_dtype)
+            total += len(implementations) * len(of_dtype)
         if "invariants" in settings.checks:
-            total += sum(invariants.count(subject, settings.ops) for subject in subjects)
+            total += sum(invariants.count(one, settings.ops) for one in implementations)
         if "mutations" in settings.checks:
             total += mutation.count(settings.ops, DTYPES[name])
     return total
@@ -232,11 +222,11 @@ def _names(argument: str, given: Iterable[str] | None, known: Sequence[str]) -> 
     return tuple(name for name in known if name in asked)
 
 
-def sizes_of(shape: Sequence[int]) -> Sizes:
+def sizes_of(shape: Sequence[int]) -> Shape:
     expected = "7 ints >= 1, (B, Hq, Hkv, Lq, Lk, D, Dv), Hq a multiple of Hkv"
     if len(shape) != 7 or any(not isinstance(size, int) or size < 1 for size in shape):
         raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")
-    sizes = Sizes(*shape)
+    sizes = Shape(*shape)
     if sizes.Hq % sizes.Hkv != 0:
         raise ValueError(f"verify: shapes: expected {expected}, got {tuple(shape)}")
     return sizes

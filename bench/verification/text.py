@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ...kernels.testing.cases import dtype_text
+from ...kernels.testing.tolerance import FACTOR, ULP_BINS
 from ..options import listed
 from .mutation import Mutation
-from .outcome import Judged, Report
-from .questions import Verdict, dtype_text
-from .tolerance import FACTOR, ULP_BINS
+from .outcome import Findings, Report
+from .runs import Run
 
 WIDTH = 100
-MOST_FAILURES = 20  # of a subject that are told; the JSON holds all
+MOST_FAILURES = 20  # of an implementation that are listed; the JSON holds all
 
 
 def lines(report: Report) -> list[str]:
@@ -23,13 +24,13 @@ def lines(report: Report) -> list[str]:
     found = [f"{machine['cpu']}, {machine['torch_threads']} threads, torch {version}"]
     if report.oracle:
         worst = max(report.oracle, key=lambda check: check.error)
-        verdict = "ok" if all(check.passed for check in report.oracle) else "WRONG"
+        run = "ok" if all(check.passed for check in report.oracle) else "WRONG"
         found.append(
             f"the float64 oracle against mpmath, 50 digits, {len(report.oracle)} small cases: "
-            f"largest error {worst.error:.1e}, {verdict}"
+            f"largest error {worst.error:.1e}, {run}"
         )
-    for subject in report.judged:
-        found += subject_lines(subject)
+    for findings in report.findings:
+        found += implementation_lines(findings)
     if report.mutations:
         found += mutation_lines(report.mutations)
     found.append("")
@@ -42,21 +43,21 @@ def lines(report: Report) -> list[str]:
     return found
 
 
-def subject_lines(subject: Judged) -> list[str]:
-    found = ["", subject.name, "=" * len(subject.name)]
-    if subject.verdicts:
+def implementation_lines(findings: Findings) -> list[str]:
+    found = ["", findings.name, "=" * len(findings.name)]
+    if findings.runs:
         found += _wrapped(
             "error / the naive path's error in the same dtype, the worst of all shapes and "
             f"tensors; at most {FACTOR:.0f}, plus rounding, passes  (+: passes by the rounding "
             "allowed; FAIL: too far off; -: declined)",
             "",
         )
-        found += _ratio_table(subject.verdicts)
-        found += _declined(subject.verdicts)
-        found += _histogram_table(subject)
-    if subject.invariants:
-        found += _invariant_table(subject)
-    failures = subject.failures
+        found += _ratio_table(findings.runs)
+        found += _declined(findings.runs)
+        found += _histogram_table(findings)
+    if findings.invariants:
+        found += _invariant_table(findings)
+    failures = findings.failures
     if failures:
         found.append(f"failures: {len(failures)}")
         for failure in failures[:MOST_FAILURES]:
@@ -66,15 +67,15 @@ def subject_lines(subject: Judged) -> list[str]:
     return found
 
 
-def verbose_line(verdict: Verdict) -> str:
+def verbose_line(run: Run) -> str:
     """One case: its worst tensor in all the measures."""
-    head = f"{verdict.case.text():<58.58}"
-    if verdict.declined is not None:
+    head = f"{run.case!s:<58.58}"
+    if run.declined is not None:
         return f"{head} declined"
-    if verdict.error is not None or not verdict.judgements:
-        return f"{head} {verdict.error or 'no results'}"[:WIDTH]
-    worst = max(verdict.judgements, key=lambda found: (found.fault is not None, found.of_limit))
-    mark = "ok" if verdict.passed else "FAIL"
+    if run.error is not None or not run.accuracies:
+        return f"{head} {run.error or 'no results'}"[:WIDTH]
+    worst = max(run.accuracies, key=lambda found: (found.fault is not None, found.of_limit))
+    mark = "ok" if run.passed else "FAIL"
     return (
         f"{head} {worst.tensor:<7.7}{worst.largest:8.1e}{worst.relative_rms:8.1e}"
         f"{min(worst.ulps, 9999):5.0f}{worst.ratio:6.2f} {mark}"
@@ -84,17 +85,17 @@ def verbose_line(verdict: Verdict) -> str:
 VERBOSE_HEADING = f"{'case':<58} {'worst':<7}{'max':>8}{'rel rms':>8}{'ulp':>5}{'ratio':>6}"
 
 
-def _ratio_table(verdicts: Sequence[Verdict]) -> list[str]:
-    dtypes = list(dict.fromkeys(verdict.case.dtype for verdict in verdicts))
+def _ratio_table(runs: Sequence[Run]) -> list[str]:
+    dtypes = list(dict.fromkeys(run.case.dtype for run in runs))
     found = []
-    for op in dict.fromkeys(verdict.case.op for verdict in verdicts):
-        of_op = [verdict for verdict in verdicts if verdict.case.op == op]
-        if all(verdict.declined is not None for verdict in of_op):
+    for op in dict.fromkeys(run.case.op for run in runs):
+        of_op = [run for run in runs if run.case.op == op]
+        if all(run.declined is not None for run in of_op):
             continue
         columns = "".join(f"{dtype_text(dtype):>10}" for dtype in dtypes)
         found += ["", f"{op:<19}{columns}   worst at"]
-        for kind in dict.fromkeys(verdict.case.kind for verdict in of_op):
-            of_kind = [verdict for verdict in of_op if verdict.case.kind == kind]
+        for kind in dict.fromkeys(run.case.kind for run in of_op):
+            of_kind = [run for run in of_op if run.case.kind == kind]
             cells = "".join(
                 f"{_cell([v for v in of_kind if v.case.dtype == dtype]):>10}" for dtype in dtypes
             )
@@ -103,30 +104,30 @@ def _ratio_table(verdicts: Sequence[Verdict]) -> list[str]:
     return found
 
 
-def _cell(verdicts: Iterable[Verdict]) -> str:
-    verdicts = [verdict for verdict in verdicts if verdict.declined is None]
-    if not verdicts:
+def _cell(runs: Iterable[Run]) -> str:
+    runs = [run for run in runs if run.declined is None]
+    if not runs:
         return "-"
-    if not all(verdict.passed for verdict in verdicts):
+    if not all(run.passed for run in runs):
         return "FAIL"
-    ratio = max(verdict.ratio for verdict in verdicts)
+    ratio = max(run.ratio for run in runs)
     return f"{ratio:.2f}" + ("+" if ratio > FACTOR else "")
 
 
-def _worst(verdicts: Iterable[Verdict]) -> str:
-    found = [(v, j) for v in verdicts for j in v.judgements]
+def _worst(runs: Iterable[Run]) -> str:
+    found = [(v, j) for v in runs for j in v.accuracies]
     if not found:
         return ""
-    verdict, judgement = max(found, key=lambda pair: (pair[1].fault is not None, pair[1].ratio))
-    sizes = ",".join(map(str, verdict.case.shape))
-    return f"{judgement.tensor} ({sizes}) {dtype_text(verdict.case.dtype)}"
+    run, accuracy = max(found, key=lambda pair: (pair[1].fault is not None, pair[1].ratio))
+    sizes = ",".join(map(str, run.case.shape))
+    return f"{accuracy.tensor} ({sizes}) {dtype_text(run.case.dtype)}"
 
 
-def _declined(verdicts: Sequence[Verdict]) -> list[str]:
+def _declined(runs: Sequence[Run]) -> list[str]:
     reasons: dict[str, int] = {}
-    for verdict in verdicts:
-        if verdict.declined is not None:
-            reasons[verdict.declined] = reasons.get(verdict.declined, 0) + 1
+    for run in runs:
+        if run.declined is not None:
+            reasons[run.declined] = reasons.get(run.declined, 0) + 1
     found: list[str] = []
     if reasons:
         found.append("")
@@ -135,11 +136,11 @@ def _declined(verdicts: Sequence[Verdict]) -> list[str]:
     return found
 
 
-def _histogram_table(subject: Judged) -> list[str]:
+def _histogram_table(findings: Findings) -> list[str]:
     edges = [f"{edge:g}" for edge in ULP_BINS[:-1]]
     heads = "".join(f"{edge:>6}" for edge in edges) + "  more"
     found = ["", f"{'error in ulp, % up to':<22}{heads}"]
-    for (dtype, what), counts in subject.histograms().items():
+    for (dtype, what), counts in findings.histograms().items():
         total = max(1, sum(counts))
         cells = "".join(f"{_percent(count, total):>6}" for count in counts)
         found.append(f" {dtype_text(dtype) + ', ' + what:<21}{cells}")
@@ -153,10 +154,10 @@ def _percent(count: int, total: int) -> str:
     return "<0.1" if share < 0.1 else f"{share:.1f}"
 
 
-def _invariant_table(subject: Judged) -> list[str]:
-    dtypes = list(dict.fromkeys(found.dtype for found in subject.invariants))
+def _invariant_table(findings: Findings) -> list[str]:
+    dtypes = list(dict.fromkeys(found.dtype for found in findings.invariants))
     cells: dict[tuple[str, str], dict[torch.dtype, str]] = {}
-    for found in subject.invariants:
+    for found in findings.invariants:
         text = "-" if found.declined is not None else "ok" if found.passed else "FAIL"
         cells.setdefault((found.op, found.name), {})[found.dtype] = text
     columns = "".join(f"{dtype_text(dtype):>10}" for dtype in dtypes)
@@ -175,7 +176,7 @@ def mutation_lines(mutations: Sequence[Mutation]) -> list[str]:
     found.append(f" {'':<26}" + "".join(f"{dtype_text(dtype):>10}" for dtype in dtypes))
     for fault in dict.fromkeys(mutation.fault for mutation in mutations):
         same = {mutation.dtype: mutation for mutation in mutations if mutation.fault == fault}
-        cells = "".join(f"{_fate(same.get(dtype)):>10}" for dtype in dtypes)
+        cells = "".join(f"{_status(same.get(dtype)):>10}" for dtype in dtypes)
         what = next(iter(same.values())).what
         room = WIDTH - 29 - 10 * len(dtypes)
         found.append(f" {fault:<26}{cells}  {textwrap.shorten(what, room, placeholder='...')}")
@@ -188,7 +189,7 @@ def mutation_lines(mutations: Sequence[Mutation]) -> list[str]:
     return found
 
 
-def _fate(mutation: Mutation | None) -> str:
+def _status(mutation: Mutation | None) -> str:
     if mutation is None:
         return "no fault"
     if mutation.control:

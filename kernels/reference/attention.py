@@ -81,15 +81,19 @@ def naive_scores(problem: AttentionProblem) -> NaiveScores:
     return NaiveScores(query, key, value, scores, shifted, allowed)
 
 
-def naive_attention(problem: AttentionProblem) -> NaiveAttention:
-    """The forward pass, differentiable by autograd; computes in float32 or float64."""
+def naive_attention(problem: AttentionProblem, kept: Tensor | None = None) -> NaiveAttention:
+    """The forward pass, differentiable by autograd; computes in float32 or float64.
+
+    `kept`, bool (B, Hq, Lq, Lk), stands in for what dropout keeps by the seed.
+    """
     query, key, value, scores, shifted, _ = naive_scores(problem)
     weights, lse = _softmax(shifted, problem.sinks)
     dtype, device = shifted.dtype, shifted.device
     keep = torch.ones((), dtype=dtype, device=device)
     if problem.dropout_p > 0.0 and problem.seed is not None:
-        seed = problem.seed.to(device)
-        kept = attention_keep(seed, problem.dropout_p, problem.shape, problem.batch_start)
+        if kept is None:
+            seed = problem.seed.to(device)
+            kept = attention_keep(seed, problem.dropout_p, problem.shape, problem.batch_start)
         keep = kept.to(dtype) * keep_scale(problem.dropout_p)
     return NaiveAttention(
         query, key, value, scores, weights, keep, lse, out=(weights * keep) @ value

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# As in the tests of the kernels: twice the original's own error, and a few roundings.
-_TIMES, ROUNDINGS = 2.0, 16.0
 PARAMETER = "gradient of the parameter"
 
 # Outputs and gradients by the layer's name, and what they are.
@@ -22,7 +20,9 @@ class LayerDifference:
 
     difference: swapped against original; error_original, error_swapped: each against float64.
     unjudged: the share of the values of which float64 gives NaN or infinity, but the swapped model
-    none; they count in no other number.
+    none; they count in no other number. agrees: whether the swapped model is as close to float64 as
+    the tolerance of rowmax.kernels.testing asks, its naive path being the original; allowed is that
+    of the largest error.
     """
 
     name: str
@@ -31,11 +31,8 @@ class LayerDifference:
     error_original: float
     error_swapped: float
     allowed: float
+    agrees: bool
     unjudged: float = 0.0
-
-    @property
-    def agrees(self) -> bool:
-        return self.error_swapped <= self.allowed  # so that NaN does not
 
     @property
     def shown(self) -> str:
@@ -73,27 +70,34 @@ def _difference(
     name: str, what: str, one: Tensor, other: Tensor, exact: Tensor, *, size: float
 ) -> LayerDifference:
     """One comparison, of errors as shares of `size`."""
-    rounding = ROUNDINGS * torch.finfo(one.dtype).eps
+    # loaded here: no model that is only swapped needs it
+    from ..testing.tolerance import expected_of_model, measure
+
+    rounding = torch.finfo(one.dtype).eps
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         forms = (f"{tuple(each.shape)} {each.dtype}" for each in (other, one))
         what = f"{what}, {' in place of '.join(forms)}"
-        return LayerDifference(name, what, math.inf, 0.0, math.inf, rounding)
+        return LayerDifference(name, what, math.inf, 0.0, math.inf, rounding, agrees=False)
     unknown = ~exact.isfinite() & other.isfinite()
-    a, b, c = (tensor.double()[~unknown] for tensor in (one, other, exact))
+    original, swapped, truth = (tensor[~unknown] for tensor in (one, other, exact.double()))
+    sum_dtype = torch.promote_types(one.dtype, torch.float32)
+    found = measure(what, swapped, expected_of_model(truth, original, size), sum_dtype)
 
-    def largest(errors: Tensor) -> float:
+    def largest_difference(left: Tensor, right: Tensor) -> float:
+        # of equal infinities, which have no difference, none
+        errors = (left.double() - right.double()).abs().masked_fill(left == right, 0.0)
         return float(errors.max()) / size if errors.numel() else 0.0
 
-    def apart(x: Tensor, y: Tensor) -> Tensor:
-        # of equal infinities, which have no difference, none
-        return (x - y).abs().masked_fill(x == y, 0.0)
-
-    errors = apart(a, c)
-    # Where the original itself gives NaN, that allows nothing.
-    allowed = _TIMES * largest(errors[errors.isfinite()]) + rounding
-    share = float(unknown.double().mean()) if unknown.numel() else 0.0
-    measured = (largest(apart(a, b)), largest(errors), largest(apart(b, c)))
-    return LayerDifference(name, what, *measured, allowed, share)
+    return LayerDifference(
+        name,
+        what,
+        difference=largest_difference(original, swapped),
+        error_original=largest_difference(original, truth),
+        error_swapped=largest_difference(swapped, truth),
+        allowed=found.limit / size or rounding,
+        agrees=found.fault is None,
+        unjudged=float(unknown.double().mean()) if unknown.numel() else 0.0,
+    )
 
 
 def _place(name: str, what: str) -> tuple[str, str]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import fail_type, fail_value
-from ..peak_memory import peak_bytes
-from .differences import PARAMETER, ROUNDINGS, LayerDifference, Run, differences_of
+from .differences import PARAMETER, LayerDifference, Run, differences_of
 from .instances import Form
 from .models import Filter, swap
 from .packing import Packing
 from .report import SwapReport, columns
 
 _CHANCES = 4  # runs at most, until one passes; see `_move_weights`
+_MOVED_BY = 16.0  # roundings
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ def _move_weights(models: Sequence[nn.Module], generator: torch.Generator) -> No
             first = same[0]
             if first.is_floating_point():
                 chance = torch.rand(first.shape, generator=generator).to(first.device) - 0.5
-                moved = first * (1 + ROUNDINGS * torch.finfo(first.dtype).eps * chance)
+                moved = first * (1 + _MOVED_BY * torch.finfo(first.dtype).eps * chance)
                 for parameter in same:
                     parameter.copy_(moved)
 
@@ -411,6 +411,9 @@ def _costs(
             assert output is not None
             output.sum().backward()
         model.zero_grad(set_to_none=True)
+
+    # loaded here: no model that is only swapped needs it
+    from ..testing.memory import peak_bytes
 
     device = next((parameter.device.type for parameter in models[0].parameters()), "cpu")
     times: list[dict[int, list[float]]] = []

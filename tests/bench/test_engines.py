@@ -50,8 +50,8 @@ def test_an_engine_computes_the_same(
         with pytest.raises(UnsupportedError, match="no bfloat16 attention"):
             run_pass(engine, inputs, backward=False)
         return
-    gate = Gate(inputs, naive_attention, backward=False)
-    assert gate.fault(engine, backward=False, is_subject=False) is None
+    gate = Gate(inputs, "plain", naive_attention, backward=False)
+    assert gate.fault(engine, backward=False, is_peer=True) is None
 
 
 def test_openvino_has_no_grouped_heads_for_several_queries() -> None:

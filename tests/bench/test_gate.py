@@ -20,7 +20,7 @@ from rowmax.bench.cases import (
     Case,
     Suite,
 )
-from rowmax.bench.gate import Gate, compare
+from rowmax.bench.gate import Gate, fault_of
 from rowmax.bench.inputs import SEED, AttentionInputs, Inputs, NormInputs, Outputs, make_inputs
 from rowmax.bench.machine import CpuLimits
 from rowmax.bench.more_peers import UnsupportedError
@@ -28,9 +28,9 @@ from rowmax.bench.peers import (
     PACKAGES,
     SLOW_TO_START,
     measured_call,
+    naive,
     naive_attention,
     naive_norm,
-    oracle,
     peers_of,
     run_pass,
     subject,
@@ -39,6 +39,7 @@ from rowmax.bench.peers import (
 from rowmax.bench.runner import Row, run_cases
 from rowmax.bench.timing import Budget, HostTimer
 from rowmax.kernels import dispatch
+from rowmax.kernels.testing.tolerance import Expected
 
 ATTENTION, NORMS = SUITES["cpu-attention"], SUITES["cpu-norms"]
 # The GPU's kinds and peers too, on tensors that are here.
@@ -81,10 +82,10 @@ class Judge:
 
     def __init__(self, kind: str, suite: Suite = ATTENTION) -> None:
         self.inputs = inputs_of(kind, suite)
-        self.gate = Gate(self.inputs, oracle(suite, kind), backward=True)
+        self.gate = Gate(self.inputs, kind, naive(suite, kind), backward=True)
 
-    def fault(self, function: Callable[..., Outputs], *, is_subject: bool) -> str | None:
-        return self.gate.fault(function, backward=True, is_subject=is_subject)
+    def fault(self, function: Callable[..., Outputs], *, is_peer: bool) -> str | None:
+        return self.gate.fault(function, backward=True, is_peer=is_peer)
 
 
 def gate_of(kind: str, suite: Suite = ATTENTION) -> Judge:
@@ -101,7 +102,7 @@ def test_the_reference_passes(
     function = subject(suite, kind, "reference")
     gate = gate_of(kind, suite).gate
     for backward in (False, True):
-        assert gate.fault(function, backward=backward, is_subject=True) is None
+        assert gate.fault(function, backward=backward, is_peer=False) is None
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
@@ -110,7 +111,7 @@ def test_torchs_eager_paths_pass(suite: Suite, kind: str) -> None:
     for name, make in peers_of(suite).items():
         if name in (*SLOW_TO_START, *PACKAGES, "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
             continue  # tested by themselves, or on a GPU only
-        assert gate.fault(make(kind), is_subject=False) is None, name
+        assert gate.fault(make(kind), is_peer=True) is None, name
 
 
 def no_mask(inputs: AttentionInputs) -> Outputs:
@@ -179,10 +180,10 @@ def test_a_broken_kernel_is_rejected(
     if suite is HALF and broken in (half_precision, wrong_gradient_only):
         return  # no more wrong than the type itself
     monkeypatch.setattr(bench_inputs, "MOST_SCORES", most_scores)
-    for is_subject in (True, False):
-        fault = gate_of("padded", suite).fault(broken, is_subject=is_subject)
+    for is_peer in (False, True):
+        fault = gate_of("padded", suite).fault(broken, is_peer=is_peer)
         assert fault is not None
-        assert "largest error" in fault
+        assert ("NaN" if broken is not_a_number else "largest error") in fault
 
 
 def test_a_wrong_dropout_is_rejected() -> None:
@@ -200,9 +201,9 @@ def test_a_wrong_dropout_is_rejected() -> None:
             * scale,
         )
 
-    assert gate.fault(with_dropout(DROPOUT_P, SEED, 1.0), is_subject=True) is None
+    assert gate.fault(with_dropout(DROPOUT_P, SEED, 1.0), is_peer=False) is None
     for wrong in [(DROPOUT_P, SEED + 1, 1.0), (0.11, SEED, 1.0), (DROPOUT_P, SEED, 0.9)]:
-        assert gate.fault(with_dropout(*wrong), is_subject=True) is not None, wrong
+        assert gate.fault(with_dropout(*wrong), is_peer=False) is not None, wrong
 
 
 @pytest.mark.parametrize("kind", NORMS.kinds)
@@ -210,7 +211,7 @@ def test_a_broken_norm_is_rejected(kind: str) -> None:
     def broken(inputs: NormInputs) -> Outputs:
         return tuple(1.001 * output for output in naive_norm(kind, inputs))
 
-    assert gate_of(kind, NORMS).fault(broken, is_subject=False) is not None
+    assert gate_of(kind, NORMS).fault(broken, is_peer=True) is not None
 
 
 def test_rowmax_is_held_to_more_than_its_peers() -> None:
@@ -220,29 +221,48 @@ def test_rowmax_is_held_to_more_than_its_peers() -> None:
         return (naive_attention(inputs)[0] * (1 + 5e-6),)
 
     gate = gate_of("plain")
-    assert gate.fault(inexact, is_subject=True) is not None
-    assert gate.fault(inexact, is_subject=False) is None
+    assert gate.fault(inexact, is_peer=False) is not None
+    assert gate.fault(inexact, is_peer=True) is None
+
+
+def test_in_half_precision_rowmax_is_not_excused_by_scores_in_half() -> None:
+    """The path that rounds every score is right for a peer, and no measure of a kernel."""
+    inputs = inputs_of("plain", HALF)
+    assert isinstance(inputs, AttentionInputs)
+    inputs = replace(inputs, q=(8 * inputs.q).detach().requires_grad_())  # scores up to 30
+    gate = Gate(inputs, "plain", naive_attention, backward=True)
+    assert gate.fault(naive_attention, backward=True, is_peer=True) is None
+    right = subject(HALF, "plain", "reference")
+    assert gate.fault(right, backward=True, is_peer=False) is None
+    fault = gate.fault(naive_attention, backward=True, is_peer=False)
+    assert fault is not None
+    assert "largest error" in fault
 
 
 def test_missing_results_are_rejected() -> None:
     def one_result(inputs: NormInputs) -> Outputs:
         return naive_norm("add_layer_norm", inputs)[:1]
 
-    fault = gate_of("add_layer_norm", NORMS).fault(one_result, is_subject=False)
+    fault = gate_of("add_layer_norm", NORMS).fault(one_result, is_peer=True)
     assert fault == "expected 6 results, got 5"
 
 
-def test_compare_names_the_dtype() -> None:
+def expected_zeros(dtype: torch.dtype, *size: int) -> Expected:
+    exact = torch.zeros(*size, dtype=torch.float64)
+    return Expected(exact, exact.to(dtype), exact)
+
+
+def test_another_dtype_is_named() -> None:
     """However exact: rowmax gives what it was given; a peer may be wider."""
-    got, plain, exact = torch.zeros(2), torch.zeros(2).bfloat16(), torch.zeros(2).double()
-    fault = compare(got, plain, exact, is_subject=True)
-    assert fault == "expected torch.bfloat16, got torch.float32"
-    assert compare(got, plain, exact, is_subject=False) is None
+    expected = expected_zeros(torch.bfloat16, 2)
+    fault = fault_of(torch.zeros(2), expected, is_peer=False)
+    assert fault == "torch.float32, expected torch.bfloat16"
+    assert fault_of(torch.zeros(2), expected, is_peer=True) is None
 
 
-def test_compare_names_the_shape() -> None:
-    fault = compare(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4), is_subject=True)
-    assert fault == "expected shape (2, 4), got (2, 3)"
+def test_another_shape_is_named() -> None:
+    fault = fault_of(torch.zeros(2, 3), expected_zeros(torch.float32, 2, 4), is_peer=False)
+    assert fault == "shape (2, 3), expected (2, 4)"
 
 
 def rows_of(functions: dict[str, Callable[..., Outputs]], *cases: Case) -> list[Row]:

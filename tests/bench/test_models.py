@@ -12,7 +12,7 @@ from rowmax.bench import cli, models
 from rowmax.bench.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
 from rowmax.bench.gate import Gate
 from rowmax.bench.inputs import make_inputs
-from rowmax.bench.peers import oracle, peers_of, subject
+from rowmax.bench.peers import naive, peers_of, subject
 
 MODEL = SUITES["model"]
 SDPA = F.scaled_dot_product_attention
@@ -20,7 +20,7 @@ SDPA = F.scaled_dot_product_attention
 
 def gate_of(kind: str) -> Gate:
     inputs = make_inputs(Case(MODEL, torch.float32, kind, (2, 12, 64), FORWARD_BACKWARD))
-    return Gate(inputs, oracle(MODEL, kind), backward=True)
+    return Gate(inputs, kind, naive(MODEL, kind), backward=True)
 
 
 @pytest.mark.parametrize("kind", MODEL_KINDS)
@@ -29,7 +29,7 @@ def test_every_path_passes_the_gate(kind: str) -> None:
     functions = {name: make(kind) for name, make in peers_of(MODEL).items()}
     functions["reference"] = subject(MODEL, kind, "reference")
     for name, function in functions.items():
-        assert gate.fault(function, backward=True, is_subject=name == "reference") is None, name
+        assert gate.fault(function, backward=True, is_peer=name != "reference") is None, name
 
 
 @pytest.mark.parametrize("kind", MODEL_KINDS)
@@ -43,7 +43,7 @@ def test_a_path_with_another_attention_does_not(kind: str) -> None:
     def function(inputs: Any) -> Any:
         return models.run(wrong, inputs)
 
-    assert gate.fault(function, backward=True, is_subject=False) is not None
+    assert gate.fault(function, backward=True, is_peer=True) is not None
 
 
 def test_what_was_replaced_is_put_back() -> None:

@@ -27,7 +27,7 @@ FLOAT = torch.float32
 def gate_of(kind: str, *, backward: bool = True) -> Gate:
     # longer than flex's blocks and than the window
     inputs = make_inputs(Case(SUITE, FLOAT, kind, (2, 8, 300, 16), FORWARD_BACKWARD))
-    return Gate(inputs, peers.oracle(SUITE, kind), backward=backward)
+    return Gate(inputs, kind, peers.naive(SUITE, kind), backward=backward)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_flex_is_asked_for_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) 
     """Forward: the CPU has no backward of it."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     gate = gate_of(kind, backward=False)
-    assert gate.fault(Flex(kind), backward=False, is_subject=False) is None
+    assert gate.fault(Flex(kind), backward=False, is_peer=True) is None
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_attention_packages_are_called_right(name: str, kinds: set[str]) -> None
     for kind in SUITE.kinds:
         function = peers.peers_of(SUITE)[name](kind)
         if kind in kinds:
-            fault = gate_of(kind).fault(function, backward=True, is_subject=False)
+            fault = gate_of(kind).fault(function, backward=True, is_peer=True)
             assert fault is None, kind
         else:
             with pytest.raises(UnsupportedError):
@@ -144,10 +144,10 @@ def test_attention_packages_are_called_right(name: str, kinds: set[str]) -> None
 def test_liger_is_called_right() -> None:
     for kind in NORMS.kinds:
         inputs = make_inputs(Case(NORMS, FLOAT, kind, (16, 24), FORWARD_BACKWARD))
-        gate = Gate(inputs, peers.oracle(NORMS, kind), backward=True)
+        gate = Gate(inputs, kind, peers.naive(NORMS, kind), backward=True)
         function = peers.peers_of(NORMS)["liger"](kind)
         if kind in ("layer_norm", "rms_norm"):
-            assert gate.fault(function, backward=True, is_subject=False) is None
+            assert gate.fault(function, backward=True, is_peer=True) is None
         else:
             with pytest.raises(UnsupportedError, match=kind):
                 function(inputs)

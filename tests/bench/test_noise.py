@@ -12,7 +12,7 @@ import torch
 
 from rowmax.bench import noise
 from rowmax.bench.noise import Watch, complaints, pinned
-from rowmax.kernels.peak_memory import peak_bytes
+from rowmax.kernels.testing.memory import peak_bytes
 
 linux = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system has no choice of CPUs"

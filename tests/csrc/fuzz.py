@@ -1,4 +1,4 @@
-"""Random calls of the backend "native", forward and backward, judged as `bench verify` judges.
+"""Random calls of the backend "native", forward and backward, held to the rule of `bench verify`.
 
     python -m tests.csrc.fuzz --seconds 600                ten minutes, from a random seed on
     python -m tests.csrc.fuzz --first-seed 7 --calls 1     one call again
@@ -25,17 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rowmax.bench.verification.arguments import Arguments, random_gradients
-from rowmax.bench.verification.attention_cases import Draw, Sizes
-from rowmax.bench.verification.questions import (
-    AttentionQuestion,
-    PackedQuestion,
-    Question,
-    attention_results,
-    judged,
-)
-from rowmax.bench.verification.row_cases import RowQuestion, norm_question
-from rowmax.bench.verification.subjects import Backend
+from rowmax.bench.verification.implementations import Backend
 from rowmax.kernels import (
     ALiBi,
     Causal,
@@ -47,6 +37,15 @@ from rowmax.kernels import (
     Window,
     dispatch,
 )
+from rowmax.kernels.testing.cases import Draw, Shape, packed_case
+from rowmax.kernels.testing.oracle import (
+    AttentionCase,
+    Results,
+    TestCase,
+    random_gradients,
+)
+from rowmax.kernels.testing.rows import RowCase, norm_case
+from rowmax.kernels.testing.tolerance import faults_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FAR = (2**40, 2**61)  # beyond every position, and near what could overflow
@@ -55,7 +54,7 @@ MOST_FAILURES = 10
 
 
 class Call:
-    """The call that follows from a seed: a question, and a line that says what it is."""
+    """The call that follows from a seed: a test case, and a line that describes it."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -65,20 +64,20 @@ class Call:
         self.text = f"{self.dtype}, {self.threads} threads"
 
     def faults(self) -> list[str]:
-        """What is wrong with the answer of the backend."""
+        """What is wrong with the backend's results."""
         kind = self.random.choices(("attention", "packed", "norm", "softmax"), (6, 2, 2, 2))[0]
         self.text = f"{kind}, {self.text}"
         torch.set_num_threads(self.threads)
         if kind == "attention":
             return self._attention()
         make = {"packed": self._packed, "norm": self._norm, "softmax": self._softmax}[kind]
-        question = make()
-        return _faults(question.ask(Backend("native")), question)
+        case = make()
+        return _faults(_run(case), case)
 
     # --- attention --------------------------------------------------------------------------------
 
     def _attention(self) -> list[str]:
-        """The question is of clean tensors; the backend gets NaN in keys that nothing attends."""
+        """The oracle sees clean tensors; the backend gets NaN in keys that nothing attends."""
         arguments = self._arguments(self._sizes())
         mask = arguments.mask
         if isinstance(mask, Mask) and self._now_and_then():
@@ -90,13 +89,12 @@ class Call:
             self.text += ", NaN in padding"
         else:
             given = {}
-        results = attention_results(Backend("native"), replace(arguments, **given))
-        return _faults(results, AttentionQuestion(arguments))
+        return _faults(_run(replace(arguments, **given)), arguments)
 
-    def _arguments(self, sizes: Sizes) -> Arguments:
+    def _arguments(self, sizes: Shape) -> AttentionCase:
         factor = self.random.choice((1.0, 1.0, 1e-3, 20.0))
         heads = (sizes.B, sizes.Hq, sizes.Lq), (sizes.B, sizes.Hkv, sizes.Lk)
-        arguments = Arguments(
+        arguments = AttentionCase(
             q=self._laid_out(self.draw.normal(*heads[0], sizes.D) * factor),
             k=self._laid_out(self.draw.normal(*heads[1], sizes.D)),
             v=self._laid_out(self.draw.normal(*heads[1], sizes.Dv)),
@@ -109,10 +107,10 @@ class Call:
         assert arguments.grad_out is not None  # random_gradients draws it
         return replace(arguments, grad_out=self._laid_out(arguments.grad_out))
 
-    def _sizes(self, least_batch: int = 0) -> Sizes:
+    def _sizes(self, least_batch: int = 0) -> Shape:
         pick = self.random
         key_heads = pick.choice((1, 1, 2, 2, 3))
-        sizes = Sizes(
+        sizes = Shape(
             B=max(least_batch, pick.choice((0, 1, 1, 2, 2, 3))),
             Hq=key_heads * pick.choice((1, 1, 2, 3)),
             Hkv=key_heads,
@@ -145,7 +143,7 @@ class Call:
         self.text += "".join(f", {name}={value}" for name, value in options.items())
         return options
 
-    def _bias(self, sizes: Sizes) -> Tensor | ALiBi | None:
+    def _bias(self, sizes: Shape) -> Tensor | ALiBi | None:
         kind = self.random.choices(("none", "tensor", "alibi"), (6, 2, 1))[0]
         if kind == "none":
             return None
@@ -160,7 +158,7 @@ class Call:
             bias = bias.masked_fill(self.draw.coins(0.2, *shape), -torch.inf)
         return self._laid_out(bias)
 
-    def _mask(self, sizes: Sizes) -> Mask:
+    def _mask(self, sizes: Shape) -> Mask:
         classes = Causal, Window, KeyLengths, QueryLengths, Dense, Documents
         kinds = self.random.choices(classes, k=self.random.randint(1, 3))
         self.text += f", {' & '.join(kind.__name__ for kind in kinds)}"
@@ -170,7 +168,7 @@ class Call:
             joined = joined & part
         return joined
 
-    def _one_mask(self, kind: type[Mask], sizes: Sizes) -> Mask:
+    def _one_mask(self, kind: type[Mask], sizes: Shape) -> Mask:
         pick = self.random
         if kind is Causal:
             return Causal(self._align(sizes.B))
@@ -202,7 +200,7 @@ class Call:
             return align
         return torch.randint(-40, 40, (batch,), generator=self.draw.generator)
 
-    def _packed(self) -> Question:
+    def _packed(self) -> TestCase:
         """Sequences of any lengths; the oracle sees them padded, the lengths as masks."""
         sizes = self._sizes(least_batch=1)
         queries, keys = self.draw.lengths(sizes.Lq, sizes.B), self.draw.lengths(sizes.Lk, sizes.B)
@@ -213,7 +211,7 @@ class Call:
             mask = self.random.choice((Causal(shift), Window(left, right, shift)))
         slopes = self.draw.normal(sizes.Hq).abs()
         arguments = random_gradients(
-            Arguments(
+            AttentionCase(
                 q=self.draw.normal(sizes.B, sizes.Hq, sizes.Lq, sizes.D),
                 k=self.draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.D),
                 v=self.draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.Dv),
@@ -225,21 +223,11 @@ class Call:
             self.draw.generator,
         )
         self.text += f", {mask}"
-        lengths = KeyLengths(keys) & QueryLengths(queries)
-        unreal = torch.arange(sizes.Lq) >= queries.view(-1, 1, 1)  # no rows at all when packed
-        assert arguments.grad_out is not None  # random_gradients draws both
-        assert arguments.grad_lse is not None
-        padded = replace(
-            arguments,
-            mask=lengths if mask is None else lengths & mask,
-            grad_out=arguments.grad_out.masked_fill(unreal.unsqueeze(-1), 0.0),
-            grad_lse=arguments.grad_lse.masked_fill(unreal, 0.0),
-        )
-        return PackedQuestion(arguments, padded, (queries, keys))
+        return packed_case(arguments, queries, keys)
 
     # --- rows -------------------------------------------------------------------------------------
 
-    def _norm(self) -> Question:
+    def _norm(self) -> TestCase:
         pick = self.random
         op = pick.choice(("layer_norm", "add_layer_norm", "rms_norm"))
         columns = (pick.randint(1, 70), pick.choice((256, 515, 1536, 1601, 4096)))
@@ -250,16 +238,16 @@ class Call:
         parameters = pick.choice(((), ("weight",), ("weight", "bias")))
         self.text += f", {op} {shape} {parameters} {options}"
         x = self._laid_out(self.draw.normal(*shape) + pick.choice((0.0, 0.0, 30.0)))
-        return norm_question(op, x, self.draw, parameters, options)
+        return norm_case(op, x, self.draw, parameters, options)
 
-    def _softmax(self) -> Question:
+    def _softmax(self) -> TestCase:
         sizes = self._sizes()
         mask = self._mask(sizes) if self._now_and_then(0.8) else None
         options = {"scale": self.random.uniform(-2, 2)} if self._now_and_then() else {}
         self.text += f" {options}"
         scores = self._laid_out(self.draw.normal(*sizes.scores))
         grad = self._laid_out(self.draw.normal(*sizes.scores))
-        return RowQuestion("masked_softmax", {"scores": scores}, (grad,), mask, options)
+        return RowCase("masked_softmax", {"scores": scores}, (grad,), mask, options)
 
     # --- drawing ----------------------------------------------------------------------------------
 
@@ -292,9 +280,12 @@ class Call:
         return storage.permute([order.index(dimension) for dimension in range(len(order))])
 
 
-def _faults(results: dict[str, Tensor], question: Question) -> list[str]:
-    found = judged(results, question)
-    return [f"{one.tensor}: {one.fault}" for one in found if one.fault is not None]
+def _run(case: TestCase) -> Results:
+    return case.run(Backend("native").kernel(case.op))
+
+
+def _faults(results: Results, case: TestCase) -> list[str]:
+    return faults_of(results, case.expected, case.sum_dtype)
 
 
 # --- the child, and the parent that watches it ----------------------------------------------------

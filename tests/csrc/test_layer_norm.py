@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowmax.kernels import layer_norm
+from rowmax.kernels.testing import RowCase, assert_as_accurate_as_naive
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -63,24 +65,9 @@ def run_torch(case: Case, dtype: torch.dtype) -> Result:
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agrees_with_float64(shape: tuple[int, int], offset: float, dtype: torch.dtype) -> None:
-    """At most twice the error of torch's own path, plus a rounding of the largest element."""
-    case = make_case(shape, dtype, offset)
-    oracle = run_torch(case, torch.float64)
-    naive = run_torch(case, dtype)
-    # In float64 the oracle is torch's path itself, so only the rounding term is left. It has
-    # the conditioning of x - mean, which the offset makes worse by offset / deviation.
-    rounding = 32 * torch.finfo(dtype).eps * (1.0 if dtype is torch.float32 else 1.0 + offset)
-    # What dx is a difference of: with a deviation near zero that is far more than dx itself.
-    deviation = (case.x.double().var(1, unbiased=False) + EPS).sqrt().min()
-    terms = (case.dy * case.weight).double().abs().max() / deviation
-    for name, got, plain, exact in zip(
-        Result._fields, run_native(case), naive, oracle, strict=True
-    ):
-        assert got.dtype is dtype
-        error = (got.double() - exact).abs().max()
-        size = 1 + exact.abs().max() + (terms if name == "dx" else 0)
-        allowed = 2 * (plain.double() - exact).abs().max() + rounding * size
-        assert error <= allowed, name
+    x, weight, bias, dy = make_case(shape, dtype, offset)
+    case = RowCase("layer_norm", {"x": x, "weight": weight, "bias": bias}, (dy,))
+    assert_as_accurate_as_naive(partial(layer_norm, backend="native"), case)
 
 
 def test_large_mean_is_more_exact_than_one_float_would_allow() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.bench.verification.arguments import Arguments
-from rowmax.bench.verification.subjects import Backend
+from rowmax.bench.verification.implementations import Backend
+from rowmax.kernels.testing.oracle import Kernel, outputs_of
 
 from . import fuzz
 
@@ -42,9 +42,14 @@ def test_a_hundred_calls_of_the_fuzz() -> None:
 
 
 class Wrong(Backend):
-    def attention(self, arguments: Arguments) -> tuple[Tensor, Tensor | None]:
-        out, lse = super().attention(arguments)
-        return out * 1.5, lse
+    def kernel(self, op: str) -> Kernel:
+        right = super().kernel(op)
+
+        def wrong(*tensors: Tensor, **options: Any) -> tuple[Tensor, ...]:
+            out, *others = outputs_of(right(*tensors, **options))
+            return out * 1.5, *others
+
+        return wrong
 
 
 @pytest.mark.usefixtures("extension", "threads")

@@ -1,6 +1,6 @@
 """What `try_wheel.py` runs in a fresh environment: only what the wheel itself requires is there.
 
-Every function of the backend "native", forward and backward, beside the reference in float64, with
+Every function of the backend "native", forward and backward, on named cases of the judge, with
 vectors of each width that the processor has; and the report of `python -m rowmax.kernels`.
 """
 
@@ -9,77 +9,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from rowmax import kernels
-from rowmax.kernels import Causal, KeyLengths, Window
+from rowmax.kernels.testing import DTYPES, OPS, assert_as_accurate_as_naive, named_cases
+from rowmax.kernels.testing.suite import ATTENTION_OPS
 
-TOLERANCE = {  # relative to the largest element; a few roundings of the type
-    torch.float64: 1e-13,
-    torch.float32: 1e-5,
-    torch.bfloat16: 3e-2,
-    torch.float16: 3e-3,
-}
-
-
-def draw(*size: int) -> Tensor:
-    return torch.randn(size, dtype=torch.float64)
-
-
-def calls() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]:
-    """Name -> function, differentiable inputs, and options."""
-    torch.manual_seed(0)
-    heads = draw(2, 4, 70, 40), draw(2, 2, 133, 40), draw(2, 2, 133, 24)
-    rows, parameters = draw(9, 75), (draw(75), draw(75))
-    padding = {"mask": KeyLengths(torch.tensor([5, 90]))}
-    mask = Causal("lower_right") & Window(90, None, "lower_right")
-    dropout = {"dropout_p": 0.2, "seed": 3}
-    starts = torch.tensor([0, 20, 20, 50]), torch.tensor([0, 31, 35, 80])
-    packed = draw(50, 4, 16), draw(80, 2, 16), draw(80, 2, 16)
-    return {
-        "attention": (kernels.attention, heads, {}),
-        "attention, masked": (kernels.attention, heads, {"mask": mask, **dropout}),
-        "attention, padded": (kernels.attention, heads, padding),
-        "attention_varlen": (
-            lambda q, k, v, **options: kernels.attention_varlen(q, k, v, *starts, **options),
-            packed,
-            {},
-        ),
-        "layer_norm": (kernels.layer_norm, (rows, *parameters), {}),
-        "rms_norm": (kernels.rms_norm, (rows, parameters[0]), {}),
-        "add_layer_norm": (kernels.add_layer_norm, (rows, draw(9, 75), *parameters), dropout),
-        "masked_softmax": (kernels.masked_softmax, (draw(2, 2, 30, 30),), {"mask": Causal()}),
-    }
-
-
-def results(
-    function: Callable[..., Any], inputs: list[Tensor], options: dict[str, Any], backend: str
-) -> list[Tensor]:
-    """Outputs and gradients; of the reference in float64, from the same inputs."""
-    wide = torch.float64 if backend == "reference" else inputs[0].dtype
-    leaves = [tensor.detach().to(wide).requires_grad_() for tensor in inputs]
-    outputs = function(*leaves, backend=backend, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    received = [
-        torch.arange(y.numel()).view(y.shape).double().cos().to(inputs[0].dtype).to(wide)
-        for y in outputs
-    ]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, received)]
+KINDS = ("none", "window", "joined", "key-lengths", "dropout-causal", "causal", "weight", "dropout")
 
 
 def compare() -> None:
-    for name, (function, inputs, options) in calls().items():
-        for dtype, tolerance in TOLERANCE.items():
-            given = [tensor.to(dtype) for tensor in inputs]
-            exact = results(function, given, options, "reference")
-            found = results(function, given, options, "native")
-            for got, expected in zip(found, exact, strict=True):
-                error = (got.double() - expected).abs().max() / expected.abs().max()
-                assert error <= tolerance, f"{name}, {dtype}: {error:.1e}"
+    for op in OPS:
+        more = {"return_lse": True} if op in ATTENTION_OPS else {}
+        kernel = partial(getattr(kernels, op), backend="native", **more)
+        for dtype in DTYPES:
+            for case in named_cases(op, dtype, KINDS, quick=True):
+                assert_as_accurate_as_naive(kernel, case)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ A case says what is special about it; `build` makes its tensors in a dtype and o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -15,25 +15,12 @@ import torch
 from torch import Tensor
 
 from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
-
-from .support import Arguments, random_gradients
+from rowmax.kernels.testing.cases import Draw as Tensors
+from rowmax.kernels.testing.cases import Kind, attention_case, seed_of
+from rowmax.kernels.testing.cases import Shape as Shape
+from rowmax.kernels.testing.oracle import AttentionCase, mask_on
 
 Draw = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int = 2
-    Hq: int = 2
-    Hkv: int = 2
-    Lq: int = 17
-    Lk: int = 17
-    D: int = 8
-    Dv: int = 8
-
-    @property
-    def scores(self) -> tuple[int, int, int, int]:
-        return self.B, self.Hq, self.Lq, self.Lk
 
 
 @dataclass(frozen=True)
@@ -54,23 +41,19 @@ class Case:
             found.add("sinks")
         return found | set(self.options)
 
-    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Arguments:
-        generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
-
-        def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
-
-        shape = self.shape
-        arguments = Arguments(
-            q=lay_out(draw(shape.B, shape.Hq, shape.Lq, shape.D) * self.factor, self.layout),
-            k=lay_out(draw(shape.B, shape.Hkv, shape.Lk, shape.D), self.layout),
-            v=lay_out(draw(shape.B, shape.Hkv, shape.Lk, shape.Dv), self.layout),
-            mask=_on(device, self.mask(shape, generator)) if self.mask is not None else None,
-            bias=self.bias(shape, draw) if self.bias is not None else None,
-            sinks=draw(shape.Hq) if self.sinks else None,
-            options=self.options,
+    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AttentionCase:
+        mask, bias = self.mask, self.bias
+        kind = Kind(
+            None if mask is None else lambda shape, draw: mask(shape, draw.generator),
+            None if bias is None else lambda shape, draw: bias(shape, draw.normal),
+            self.sinks,
+            self.options,
         )
-        return random_gradients(arguments, generator)
+        case = attention_case(kind, self.shape, Tensors(seed_of(self.name), dtype, device))
+        q, k, v = (
+            lay_out(tensor, self.layout) for tensor in (case.q * self.factor, case.k, case.v)
+        )
+        return replace(case, q=q, k=k, v=v, mask=mask_on(device, case.mask))
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
@@ -88,22 +71,6 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "expanded":  # one head for all, stride 0
         return tensor[:, :1].expand(tensor.shape)
     raise ValueError(layout)
-
-
-def _on(device: torch.device | str, mask: Mask | Tensor) -> Mask | Tensor:
-    """`mask` with its tensors on `device`."""
-    if isinstance(mask, Tensor):
-        return mask.to(device)
-    joined: Mask | None = None
-    for part in mask.parts():
-        fields = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(part).items()
-        }
-        moved = type(part)(**fields)
-        joined = moved if joined is None else joined & moved
-    assert joined is not None
-    return joined
 
 
 # --- masks as functions of the shape --------------------------------------------------------------

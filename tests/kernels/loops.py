@@ -10,7 +10,7 @@ import math
 
 from rowmax.kernels import ALiBi, Mask
 
-from .support import Arguments
+from .support import AttentionCase
 
 
 def philox4x32(counter: list[int], key: list[int]) -> list[int]:
@@ -34,7 +34,7 @@ def keeps(seed: int, dropout_p: float, b: int, h: int, i: int, j: int) -> bool:
     return philox4x32([j // 4, i, h, b], key)[j % 4] >= round(dropout_p * 2**32)
 
 
-def attention(arguments: Arguments) -> tuple[list[float], list[float]]:
+def attention(arguments: AttentionCase) -> tuple[list[float], list[float]]:
     """out and lse of `arguments` (float64), flattened."""
     q, k, v = (t.tolist() for t in (arguments.q, arguments.k, arguments.v))
     B, Hq, Lq, Lk = arguments.shape

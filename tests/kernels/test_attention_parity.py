@@ -7,7 +7,7 @@ import torch
 
 from .backends import device_of, doing, dtype_name, is_interpreted, refused
 from .cases import CASES, Case, Shape
-from .support import DTYPES, assert_parity, naive, oracle, run
+from .support import DTYPES, assert_parity, run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -24,7 +24,7 @@ def test_errors_do_not_grow_with_the_length(name: str) -> None:
     device = device_of(name)
     case = Case("rounding", Shape(1, 1, 1, 2048, 2048, 64, 64))
     arguments = case.build(torch.float32, device)
-    got, plain, exact = run(name, arguments), naive(arguments), oracle(arguments)
+    got, plain, exact = run(name, arguments), arguments.naive(), arguments.oracle()
     for key in ("out", "d_q", "d_k", "d_v"):
         error, plain_error = (
             (tensor[key].double() - exact[key]).square().mean().sqrt() for tensor in (got, plain)

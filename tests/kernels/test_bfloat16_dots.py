@@ -10,12 +10,13 @@ from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention, d
 
 from .backends import doing
 from .cases import Case, Shape, always, lengths, random_bias, random_dense
-from .support import SUMMATION, assert_parity, run
+from .support import assert_parity, run
 
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.cpu_numba import attention_launch, host
+from rowmax.kernels.testing.tolerance import SUMMATION
 
 needs_dots = pytest.mark.skipif(
     not host.bfloat16_dots(), reason="no bfloat16 dot-product instructions here"

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from rowmax.kernels import Causal, Dense, attention
+from rowmax.kernels.testing.oracle import expected_of
+from rowmax.kernels.testing.tolerance import faults_of
 
 from .backends import device_of
-from .support import Arguments, assert_close, assert_parity, random_gradients, run
+from .support import AttentionCase, assert_parity, random_gradients, run
 
 LENGTH, HEADS, BATCH = 45, 3, 2
 
@@ -48,7 +50,9 @@ def test_relative_position_table(dtype: torch.dtype, per_batch: bool, backend: s
     magnitude = terms * exact.abs().max()
     assert exact.abs().max() > 1.0  # the table matters
     assert (exact[LENGTH:] == 0).all()  # keys after the query
-    assert_close("d_table", got, exact, plain, magnitude.expand_as(exact) / LENGTH, dtype)
+    found = [{"d_table": tensor} for tensor in (exact, plain, magnitude / LENGTH)]
+    expected = expected_of(found[0], found[1], found[2], terms=LENGTH * BATCH)
+    assert faults_of({"d_table": got}, expected, dtype) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -73,5 +77,5 @@ def test_sums_of_few_and_of_many(
     bias = draw(*shape)
     bias[..., 5] = -torch.inf
     mask = Dense(draw(batch, 1, 37, 77) > -0.5) if dense else None
-    arguments = random_gradients(Arguments(q, k, v, mask, bias), generator)
+    arguments = random_gradients(AttentionCase(q, k, v, mask, bias), generator)
     assert_parity(run(backend, arguments), arguments)

@@ -16,7 +16,7 @@ from rowmax.kernels import Causal, KeyLengths, add_layer_norm, attention, layer_
 
 from .backends import device_of, doing, dtype_name, is_interpreted, refused
 from .cases import BY_NAME, Case, Shape, always, lengths, random_bias
-from .support import Arguments, Results, assert_parity, run
+from .support import AttentionCase, Results, assert_parity, run
 
 POISONED = [
     "shape_odd",
@@ -172,7 +172,7 @@ def test_python_threads_at_once(backend: str) -> None:
         same(results, expected[n])
 
 
-def _send(results: Any, backend: str, arguments: Arguments) -> None:
+def _send(results: Any, backend: str, arguments: AttentionCase) -> None:
     results.put({name: tensor.cpu().numpy() for name, tensor in run(backend, arguments).items()})
 
 

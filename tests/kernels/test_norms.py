@@ -3,52 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rowmax import kernels
 from rowmax.kernels import add_layer_norm, layer_norm, rms_norm
-from rowmax.kernels.reference import rows_keep
+from rowmax.kernels.testing.rows import RowCase, norm_equation
 
 from .backends import device_of, doing, dtype_name, refused
-from .support import DTYPES, assert_close
+from .support import DTYPES, assert_parity
 
 NAMES = ("layer_norm", "add_layer_norm", "rms_norm")
 PAIRS = [(name, backend) for name in NAMES for backend in doing(name)]
 EVERY_NORM = pytest.mark.parametrize("name,backend", PAIRS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-
-
-def expected(
-    name: str,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    **options: Any,
-) -> list[Tensor]:
-    """The norm from its equation, by torch's own operations and autograd, in the dtype of x.
-
-    `stored` is the dtype in which the naive path keeps the sum that it normalises.
-    """
-    eps = options.get("eps", 1e-6 if name == "rms_norm" else 1e-5)
-    outputs: list[Tensor] = []
-    if name == "add_layer_norm":
-        p = options.get("dropout_p", 0.0)
-        if p > 0:
-            columns = x.shape[-1]
-            keep = rows_keep(torch.tensor(options["seed"]), p, x.numel() // columns, columns)
-            x = x * keep.view(x.shape) / (1 - p)
-        x = (residual + x).to(options.get("stored", x.dtype)).to(x.dtype)
-        outputs.append(x)
-    if name != "rms_norm":
-        x = x - x.mean(-1, keepdim=True)
-    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    return [y, *outputs]
 
 
 def called(
@@ -65,74 +37,6 @@ def called(
     if name == "rms_norm":
         return [rms_norm(x, weight, backend=backend, **options)]
     return list(add_layer_norm(x, residual, weight, bias, backend=backend, **options))
-
-
-def results(
-    function: Callable[..., list[Tensor]],
-    inputs: dict[str, Tensor],
-    grads: list[Tensor],
-    **options: Any,
-) -> dict[str, Tensor]:
-    leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-    outputs = function(*positional(leaves), **options)
-    found = {f"output {n}": output.detach() for n, output in enumerate(outputs)}
-    cast = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=False)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cast, allow_unused=True)
-    found |= {f"d_{key}": g for key, g in zip(leaves, gradients, strict=True) if g is not None}
-    return found
-
-
-def check(name: str, backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
-    """Parity with the equation in float64; the plain equation in the same dtype sets the measure.
-
-    Magnitudes: an output's rounding is that of its terms before they cancel, x_hat's is eps times
-    |x| / sigma, and a gradient's is eps times the sum of its terms' magnitudes.
-    """
-    generator = torch.Generator().manual_seed(1)
-    x = inputs["x"]
-    grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in "ab"]
-    got = results(lambda *a, **o: called(name, backend, *a, **o), inputs, grads, **options)
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    wide = {key: value.double().cpu() for key, value in inputs.items()}
-    narrow = {key: value.to(statistics).cpu() for key, value in inputs.items()}
-    cpu_grads = [grad.cpu() for grad in grads]
-
-    def equation(*arguments: Any, **o: Any) -> list[Tensor]:
-        return expected(name, *arguments, **o)
-
-    oracle = results(equation, wide, [grad.double() for grad in cpu_grads], **options)
-    plain = results(equation, narrow, cpu_grads, stored=x.dtype, **options)
-    if not x.numel():
-        assert all(value.numel() == oracle[key].numel() for key, value in got.items())
-        return
-    total = oracle.get("output 1", wide["x"])
-    centred = total if name == "rms_norm" else total - total.mean(-1, keepdim=True)
-    eps = options.get("eps", 1e-6 if name == "rms_norm" else 1e-5)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    kept = 1 / (1 - options.get("dropout_p", 0.0))
-    terms = wide["x"].abs() * kept + wide["residual"].abs() if "output 1" in oracle else total.abs()
-    size = terms * rstd  # |x_hat| before anything cancels
-    weight = wide.get("weight", torch.ones(x.shape[-1], dtype=torch.float64)).abs()
-    d_y, d_total = (grad.double().abs() for grad in cpu_grads)
-    d_hat = d_y * weight
-    row = rstd * (
-        d_hat + d_hat.mean(-1, keepdim=True) + size * (d_hat * size).mean(-1, keepdim=True)
-    )
-    row = row + (d_total if "output 1" in oracle else 0.0)
-    rows = tuple(range(total.dim() - 1))
-    magnitudes = {
-        "output 0": size * weight + wide.get("bias", torch.zeros(1)).abs(),
-        "output 1": terms,
-        "d_x": row * kept,
-        "d_residual": row,
-        "d_weight": (d_y * size).sum(rows),
-        "d_bias": d_y.sum(rows),
-    }
-    for key, value in got.items():
-        expanded = magnitudes[key].expand(oracle[key].shape)
-        stored = plain[key].to(value.dtype)
-        assert value.dtype == inputs.get(key.removeprefix("d_"), x).dtype
-        assert_close(key, value.cpu(), oracle[key], stored, expanded, statistics)
 
 
 def make(
@@ -166,29 +70,36 @@ def for_norm(name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in inputs.items() if key not in dropped}
 
 
-def judge(name: str, backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
+def check(name: str, backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
     inputs = for_norm(name, inputs)
     x = inputs["x"]
     features = {name, dtype_name(x.dtype)}
     if any(value.dtype != x.dtype for value in inputs.values()):
         features.add("mixed_dtypes")
     arguments = positional(inputs)
-    if not refused(backend, features, lambda: called(name, backend, *arguments, **options)):
-        check(name, backend, inputs, **options)
+    if refused(backend, features, lambda: called(name, backend, *arguments, **options)):
+        return
+    generator = torch.Generator().manual_seed(1)
+    outputs = 2 if name == "add_layer_norm" else 1
+    grads = tuple(
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(outputs)
+    )
+    case = RowCase(name, inputs, grads, options=options)
+    assert_parity(case.run(partial(getattr(kernels, name), backend=backend)), case)
 
 
 @EVERY_NORM
 @EVERY_DTYPE
 @pytest.mark.parametrize("columns", [1, 2, 7, 16, 33, 512, 1000, 4096])
 def test_sizes(columns: int, dtype: torch.dtype, name: str, backend: str) -> None:
-    judge(name, backend, make((2, 3, columns), dtype, backend))
+    check(name, backend, make((2, 3, columns), dtype, backend))
 
 
 @EVERY_NORM
 @EVERY_DTYPE
 @pytest.mark.parametrize("parameters", ["both", "weight", "bias", "none"])
 def test_parameters(parameters: str, dtype: torch.dtype, name: str, backend: str) -> None:
-    judge(name, backend, make((5, 24), dtype, backend, parameters))
+    check(name, backend, make((5, 24), dtype, backend, parameters))
 
 
 @EVERY_NORM
@@ -197,7 +108,7 @@ def test_wider_parameters(dtype: torch.dtype, name: str, backend: str) -> None:
     """Half activations with float32 weights, as mixed precision has it; float32 with float64."""
     inputs = make((6, 40), dtype, backend)
     wider = torch.float64 if dtype == torch.float32 else torch.float32
-    judge(name, backend, inputs | {key: inputs[key].to(wider) for key in ("weight", "bias")})
+    check(name, backend, inputs | {key: inputs[key].to(wider) for key in ("weight", "bias")})
 
 
 @EVERY_NORM
@@ -206,7 +117,7 @@ def test_wider_parameters(dtype: torch.dtype, name: str, backend: str) -> None:
 def test_ranks_and_many_rows(
     shape: tuple[int, ...], dtype: torch.dtype, name: str, backend: str
 ) -> None:
-    judge(name, backend, make(shape, dtype, backend))
+    check(name, backend, make(shape, dtype, backend))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -224,14 +135,14 @@ def test_layouts(layout: str, name: str, backend: str) -> None:
     inputs = make((4, 5, 12), torch.float32, backend)
     moved = {key: LAYOUTS[layout](inputs[key]) for key in ("x", "residual")}
     parameters = {key: inputs[key].repeat_interleave(2)[::2] for key in ("weight", "bias")}
-    judge(name, backend, inputs | moved | parameters)
+    check(name, backend, inputs | moved | parameters)
 
 
 @EVERY_NORM
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (3, 0), (0,)], ids=str)
 def test_empty(shape: tuple[int, ...], name: str, backend: str) -> None:
     inputs = make(shape, torch.float32, backend)
-    judge(name, backend, inputs)
+    check(name, backend, inputs)
     leaves = {key: value.requires_grad_() for key, value in for_norm(name, inputs).items()}
     outputs = called(name, backend, *positional(leaves))
     torch.stack([output.sum() for output in outputs]).sum().backward()
@@ -245,7 +156,7 @@ def test_empty(shape: tuple[int, ...], name: str, backend: str) -> None:
 def test_a_mean_far_above_the_deviation(dtype: torch.dtype, name: str, backend: str) -> None:
     """Mean 1e4, deviation 1: E[x^2] - E[x]^2 would have no correct digit left in float32."""
     inputs = make((6, 1000), dtype, backend, mean=1e4)
-    judge(name, backend, inputs)
+    check(name, backend, inputs)
     if name == "layer_norm":
         y = layer_norm(inputs["x"], backend=backend)
         torch.testing.assert_close(
@@ -259,7 +170,7 @@ def test_constant_rows_and_eps(name: str, backend: str) -> None:
     inputs["x"] = torch.full_like(inputs["x"], 3.0)
     inputs["residual"] = torch.zeros_like(inputs["residual"])
     for eps in (1e-12, 0.1, 2.0):
-        judge(name, backend, inputs, eps=eps)
+        check(name, backend, inputs, eps=eps)
 
 
 @EVERY_NORM
@@ -267,14 +178,14 @@ def test_constant_rows_and_eps(name: str, backend: str) -> None:
 def test_half_inputs_beyond_half_squares(dtype: torch.dtype, name: str, backend: str) -> None:
     """Squares that overflow float16, sums that stall in bfloat16: the statistics must be wider."""
     inputs = make((4, 2048), dtype, backend, "none", mean=300.0)
-    judge(name, backend, inputs)
+    check(name, backend, inputs)
 
 
 @pytest.mark.parametrize("backend", doing("add_layer_norm"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("p", [0.1, 0.8])
 def test_dropout(p: float, dtype: torch.dtype, backend: str) -> None:
-    judge("add_layer_norm", backend, make((3, 5, 30), dtype, backend), dropout_p=p, seed=-4)
+    check("add_layer_norm", backend, make((3, 5, 30), dtype, backend), dropout_p=p, seed=-4)
 
 
 @pytest.mark.parametrize("backend", doing("add_layer_norm"))
@@ -282,12 +193,17 @@ def test_dropout(p: float, dtype: torch.dtype, backend: str) -> None:
 def test_one_output_without_the_other(p: float, backend: str) -> None:
     """A gradient through y alone or through the sum alone; and none shared between two leaves."""
     inputs = make((4, 9), torch.float64, backend)
+    keep = RowCase("add_layer_norm", inputs, (), options={"dropout_p": p, "seed": 3}).keep
     for chosen in (0, 1):
         leaves = [value.detach().requires_grad_() for value in inputs.values()]
         outputs = called("add_layer_norm", backend, *leaves, dropout_p=p, seed=3)
         outputs[chosen].square().sum().backward()
         again = [value.detach().requires_grad_() for value in inputs.values()]
-        expected("add_layer_norm", *again, dropout_p=p, seed=3)[chosen].square().sum().backward()
+        named = dict(zip(inputs, again, strict=True))
+        equation = norm_equation(
+            "add_layer_norm", named, keep, torch.float64, eps=1e-5, dropout_p=p
+        )
+        equation[chosen].square().sum().backward()
         for leaf, other in zip(leaves, again, strict=True):
             got = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             wanted = torch.zeros_like(leaf) if other.grad is None else other.grad

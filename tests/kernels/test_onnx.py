@@ -25,7 +25,7 @@ from rowmax.kernels import (
 )
 
 from .onnx_files import EXPORTS, Call, export, operators, run
-from .support import Arguments, assert_parity
+from .support import AttentionCase, assert_parity
 
 EVERY_EXPORT = pytest.mark.parametrize("how", EXPORTS)
 
@@ -78,7 +78,7 @@ def test_attention(how: str, key_heads: int, tmp_path: Path) -> None:
         for case in CASES.values():
             mask, bias, sinks, options = case(*given[3:])
             q, k, v = given[:3]
-            arguments = Arguments(q, k, v, mask, bias, sinks, options)
+            arguments = AttentionCase(q, k, v, mask, bias, sinks, options)
             assert_parity({"out": next(outputs), "lse": next(outputs)}, arguments)
 
 

@@ -27,7 +27,7 @@ from rowmax.kernels.reference import naive_attention
 
 from .backends import device_of, doing, is_interpreted, refused
 from .cases import BY_NAME, lengths
-from .support import naive_problem, run
+from .support import run
 
 Sample = Callable[[torch.device], tuple[Any, ...]]
 
@@ -311,5 +311,5 @@ def test_the_oracle_can_be_differentiated_twice() -> None:
     )
     arguments = type(arguments)(q, k, v)
     assert torch.autograd.gradgradcheck(
-        lambda *t: naive_attention(naive_problem(type(arguments)(*t))).out, (q, k, v)
+        lambda *t: naive_attention(type(arguments)(*t).naive_problem()).out, (q, k, v)
     )

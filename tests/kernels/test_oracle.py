@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rowmax.kernels import ALiBi, Causal, KeyLengths, Window
 from rowmax.kernels.reference import naive_attention
+from rowmax.kernels.testing.tolerance import Expected, measure
 
 from . import loops
-from .support import Arguments, assert_close, naive_problem, oracle
+from .support import AttentionCase
 
 
 def rand(*size: int) -> Tensor:
@@ -23,8 +24,10 @@ def rand(*size: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def tiny(**changes: Any) -> Arguments:
-    return replace(Arguments(q=rand(2, 4, 5, 3), k=rand(2, 2, 7, 3), v=rand(2, 2, 7, 4)), **changes)
+def tiny(**changes: Any) -> AttentionCase:
+    return replace(
+        AttentionCase(q=rand(2, 4, 5, 3), k=rand(2, 2, 7, 3), v=rand(2, 2, 7, 4)), **changes
+    )
 
 
 TINY = {
@@ -52,9 +55,9 @@ TINY = {
 
 
 @pytest.mark.parametrize("arguments", TINY.values(), ids=TINY.keys())
-def test_forward_is_what_plain_python_says(arguments: Arguments) -> None:
+def test_forward_is_what_plain_python_says(arguments: AttentionCase) -> None:
     outs, lses = loops.attention(arguments)
-    results = oracle(arguments)
+    results = arguments.oracle()
     for name, flat in (("out", outs), ("lse", lses)):
         expected = torch.tensor(flat, dtype=torch.float64).view(results[name].shape)
         torch.testing.assert_close(results[name], expected, rtol=1e-13, atol=1e-14)
@@ -69,7 +72,7 @@ def test_gradients_by_finite_differences(name: str) -> None:
 
     def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         changed: dict[str, Any] = dict(zip(leaves, tensors, strict=True))
-        result = naive_attention(naive_problem(replace(arguments, **changed)))
+        result = naive_attention(replace(arguments, **changed).naive_problem())
         return result.out, result.lse.masked_fill(result.lse == -torch.inf, 0.0)
 
     assert torch.autograd.gradcheck(forward, tuple(leaves.values()))
@@ -89,21 +92,20 @@ def test_alibi_is_what_its_paper_says(align: Any) -> None:
 
 def test_the_tolerance_is_a_tolerance() -> None:
     """What passes and what fails: twice the naive error, an element wrong, NaN, a lost -inf."""
-    expected = rand(64)
-    plain = (expected * (1 + 1e-6)).float()
-    limits = (expected, plain, expected.abs(), torch.float32)
-    assert_close("same", plain, *limits)
-    assert_close("twice", (expected * (1 - 1.9e-6)).float(), *limits)
-    with pytest.raises(AssertionError, match="error"):
-        assert_close("thrice too far", (expected * (1 + 6e-6)).float(), *limits)
-    one_wrong = plain.clone()
+    exact = rand(64)
+    naive = (exact * (1 + 1e-6)).float()
+
+    def fault(actual: Tensor, exact: Tensor = exact) -> str | None:
+        return measure("out", actual, Expected(exact, naive, exact.abs()), torch.float32).fault
+
+    assert fault(naive) is None
+    assert fault((exact * (1 - 1.9e-6)).float()) is None
+    assert "error" in str(fault((exact * (1 + 3e-6)).float()))
+    one_wrong = naive.clone()
     one_wrong[5] += 1e-4
-    with pytest.raises(AssertionError, match="largest error"):
-        assert_close("one wrong", one_wrong, *limits)
+    assert "largest error" in str(fault(one_wrong))
     one_wrong[5] = torch.nan
-    with pytest.raises(AssertionError, match="NaN"):
-        assert_close("NaN", one_wrong, *limits)
-    infinite = expected.clone()
+    assert "NaN" in str(fault(one_wrong))
+    infinite = exact.clone()
     infinite[3] = -torch.inf
-    with pytest.raises(AssertionError, match="not finite"):
-        assert_close("finite where it must not be", plain, infinite, *limits[1:])
+    assert "not finite" in str(fault(naive, infinite))

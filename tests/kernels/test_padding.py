@@ -22,7 +22,7 @@ from rowmax.kernels import (
 
 from .backends import device_of, doing, dtype_name, refused
 from .cases import Case, Shape, lengths
-from .support import Arguments, random_gradients, run
+from .support import AttentionCase, random_gradients, run
 
 # a head that fills whole vectors, which a kernel may read in place, and one that does not
 SHAPES = {"whole": Shape(2, 4, 2, 11, 11, 32, 16), "odd": Shape(2, 4, 2, 11, 11, 7, 9)}
@@ -44,8 +44,8 @@ POISONS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 def padded(
     mask: Mask | Tensor, dtype: torch.dtype, backend: str, shape: Shape = SHAPE
-) -> tuple[Arguments, Tensor]:
-    """Arguments of a padded call, and which query may attend which key."""
+) -> tuple[AttentionCase, Tensor]:
+    """AttentionCase of a padded call, and which query may attend which key."""
     case = Case("padded", shape, lambda shape, generator: mask)
     arguments = case.build(dtype, device_of(backend))
     dense = mask.dense(*SHAPE.scores) if isinstance(mask, Mask) else mask.expand(SHAPE.scores)
@@ -93,7 +93,7 @@ def test_what_nobody_uses_may_hold_anything(
     unused = ~allowed.any(2).any(1)[:, None, :, None]
     empty = ~allowed.any(-1, keepdim=True)
 
-    def with_padding(value: float) -> Arguments:
+    def with_padding(value: float) -> AttentionCase:
         assert clean.grad_out is not None
         assert clean.grad_lse is not None
         return replace(
@@ -119,7 +119,7 @@ def test_padding_masked_by_the_bias_alone(dtype: torch.dtype, poison: float, bac
     shape = SHAPE.scores
     bias = torch.zeros(1, 1, 1, 11).masked_fill(COLUMNS >= 7, -torch.inf).to(dtype)
 
-    def arguments(value: float, positions: Tensor | bool) -> Arguments:
+    def arguments(value: float, positions: Tensor | bool) -> AttentionCase:
         built = padded(KeyLengths(lengths(9, 9)), dtype, backend)[0]
         hidden = (COLUMNS >= 7)[:, None].to(built.k.device)
         under_mask = bias.masked_fill((COLUMNS >= 9) & positions, value)
@@ -167,7 +167,7 @@ def test_nan_that_counts_is_seen(queries: int, backend: str) -> None:
     device = device_of(backend)
     q, k, v = (torch.randn(1, 2, n, 16, generator=generator) for n in (queries, 50, 50))
     q[0, 1, 2, 5] = torch.nan
-    arguments = Arguments(q.to(device), k.to(device), v.to(device))
+    arguments = AttentionCase(q.to(device), k.to(device), v.to(device))
     found = run(backend, random_gradients(arguments, generator))
     expected = torch.zeros(1, 2, queries, dtype=torch.bool)
     expected[0, 1, 2] = True
@@ -188,7 +188,7 @@ def test_nan_reaches_only_who_attends_it(queries: int, by: str, backend: str) ->
     forbidden = torch.zeros(queries, 50, dtype=torch.bool)
     forbidden[1::2, 7] = True
     bias = torch.zeros(queries, 50).masked_fill(forbidden, -torch.inf).to(device)
-    arguments = Arguments(
+    arguments = AttentionCase(
         *(q.to(device), k.to(device), v.to(device)),
         mask=~forbidden.to(device) if by == "dense" else None,
         bias=bias if by == "bias" else None,

@@ -16,7 +16,7 @@ from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Qu
 
 from .backends import DECLINES, doing, dtype_name, is_interpreted
 from .cases import Case, Shape
-from .support import Arguments, assert_parity, run
+from .support import AttentionCase, assert_parity, run
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", doing("attention"))
 # 25 examples a property, some of them long, would take an interpreter minutes.
@@ -86,8 +86,8 @@ def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
 @st.composite
 def problems(
     draw: st.DrawFn, dtype: torch.dtype, without: Collection[str] = frozenset()
-) -> Arguments:
-    """Arguments with any mask, and bias, sinks, softcap, scale and dropout each now and then."""
+) -> AttentionCase:
+    """Any mask, and bias, sinks, softcap, scale and dropout each now and then."""
 
     def now_and_then(feature: str) -> bool:
         return feature not in without and draw(st.integers(0, 3)) == 0
@@ -128,7 +128,7 @@ def problems(
 def test_any_combination_agrees_with_the_oracle(backend: str, dtype: torch.dtype) -> None:
     @settings(max_examples=8 if is_interpreted(backend) else 80)
     @given(problems(dtype, without=DECLINES[backend].keys()))
-    def check(arguments: Arguments) -> None:
+    def check(arguments: AttentionCase) -> None:
         assert_parity(run(backend, arguments), arguments)
 
     check()
@@ -147,7 +147,9 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 @BACKENDS
 @given(arguments=simple, seed=st.integers(0, 999))
-def test_the_order_of_keys_does_not_matter(backend: str, arguments: Arguments, seed: int) -> None:
+def test_the_order_of_keys_does_not_matter(
+    backend: str, arguments: AttentionCase, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(arguments.shape[3], generator=generator)
     mask = torch.rand(arguments.shape, generator=generator) < 0.7
@@ -167,7 +169,7 @@ def test_the_order_of_keys_does_not_matter(backend: str, arguments: Arguments, s
 @BACKENDS
 @given(arguments=simple, shift=st.floats(-50, 50))
 def test_a_shift_of_a_row_moves_its_lse_alone(
-    backend: str, arguments: Arguments, shift: float
+    backend: str, arguments: AttentionCase, shift: float
 ) -> None:
     rows = torch.full((*arguments.shape[:3], 1), shift, dtype=torch.float64)
     plain, shifted = run(backend, arguments), run(backend, replace(arguments, bias=rows))
@@ -178,7 +180,7 @@ def test_a_shift_of_a_row_moves_its_lse_alone(
 
 @BACKENDS
 @given(arguments=problems(torch.float32))
-def test_a_batch_element_does_not_know_its_batch(backend: str, arguments: Arguments) -> None:
+def test_a_batch_element_does_not_know_its_batch(backend: str, arguments: AttentionCase) -> None:
     """Bitwise, on fused backends, and without dropout, which counts batch elements."""
     options = {key: value for key, value in arguments.options.items() if key == "scale"}
     arguments = replace(arguments, mask=None, bias=None, sinks=None, options=options)
@@ -207,7 +209,7 @@ def test_a_batch_element_does_not_know_its_batch(backend: str, arguments: Argume
 
 @BACKENDS
 @given(arguments=simple)
-def test_heads_are_separate_and_groups_are_repeats(backend: str, arguments: Arguments) -> None:
+def test_heads_are_separate_and_groups_are_repeats(backend: str, arguments: AttentionCase) -> None:
     together = run(backend, arguments)
     groups = arguments.q.shape[1] // arguments.k.shape[1]
     k, v = (t.repeat_interleave(groups, dim=1) for t in (arguments.k, arguments.v))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from rowmax.kernels import Causal, Dense, Documents, KeyLengths, Mask, Window, masked_softmax
+from rowmax.kernels.testing.rows import RowCase
 
 from .backends import device_of, doing, dtype_name, refused
 from .cases import lengths
-from .support import DTYPES, assert_close
+from .support import DTYPES, assert_parity
 
 
 @pytest.fixture(params=doing("masked_softmax"))
@@ -30,7 +33,7 @@ MASKS: dict[str, Mask | Tensor | None] = {
 }
 
 
-def judge(
+def check(
     backend: str, scores: Tensor, mask: Mask | Tensor | None, scale: float, features: set[str]
 ) -> None:
     scores = scores.to(device_of(backend))
@@ -39,49 +42,15 @@ def judge(
     features = features | {"masked_softmax", dtype_name(scores.dtype)}
     if refused(backend, features, lambda: masked_softmax(scores, mask, scale, backend=backend)):
         return
-    leaf = scores.detach().requires_grad_()
-    weights = masked_softmax(leaf, mask, scale, backend=backend)
-    assert weights.dtype == scores.dtype
-    assert weights.shape == scores.shape
-    (d_scores,) = torch.autograd.grad(weights, leaf, grad)
-
-    def equation(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        leaf = scores.detach().to(dtype).requires_grad_()
-        terms = scale * leaf
-        if mask is not None:
-            shape = (1,) * (4 - scores.dim()) + tuple(scores.shape)
-            if scores.dim() == 3:
-                shape = (scores.shape[0], 1, *scores.shape[1:])
-            dense = mask.dense(*shape) if isinstance(mask, Mask) else mask.expand(shape)
-            terms = terms.masked_fill(~dense.view(scores.shape).to(scores.device), -torch.inf)
-        highest = terms.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        powers = torch.exp(terms - highest)
-        weights = powers / powers.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-        return weights.detach(), torch.autograd.grad(weights, leaf, grad.to(dtype))[0]
-
-    if not scores.numel():
-        return
-    statistics = torch.promote_types(scores.dtype, torch.float32)
-    oracle, plain = equation(torch.float64), equation(statistics)
-    row = 1 + abs(scale) * scores.double().abs().amax(-1, keepdim=True)
-    size = oracle[0] * row
-    product = grad.double().abs() * oracle[0]
-    d_size = abs(scale) * size * (grad.double().abs() + product.sum(-1, keepdim=True))
-    # the backward has the stored weights, in a half dtype with its rounding
-    d_size = d_size * torch.finfo(scores.dtype).eps / torch.finfo(statistics).eps
-    for name, got, index, magnitude in (
-        ("weights", weights, 0, size),
-        ("d_scores", d_scores, 1, d_size),
-    ):
-        stored = plain[index].to(got.dtype)
-        assert_close(name, got.detach(), oracle[index], stored, magnitude, statistics)
+    case = RowCase("masked_softmax", {"scores": scores}, (grad,), mask, {"scale": scale})
+    assert_parity(case.run(partial(masked_softmax, backend=backend)), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", MASKS)
 def test_masks(name: str, dtype: torch.dtype, backend: str) -> None:
     scores = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(2)).to(dtype)
-    judge(backend, scores, MASKS[name], 0.7, {name} & {"documents"})
+    check(backend, scores, MASKS[name], 0.7, {name} & {"documents"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
@@ -92,8 +61,8 @@ def test_masks(name: str, dtype: torch.dtype, backend: str) -> None:
 )
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
-    judge(backend, scores, None, -1.3, set())
-    judge(backend, scores * 100, torch.arange(shape[-1]) % 4 != 1, 1.0, set())
+    check(backend, scores, None, -1.3, set())
+    check(backend, scores * 100, torch.arange(shape[-1]) % 4 != 1, 1.0, set())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +85,7 @@ def test_layouts(layout: str, backend: str) -> None:
         "strided": scores.repeat_interleave(2, -1)[..., ::2],
         "expanded": scores[:, :1].expand(2, 3, 7, 9),
     }[layout]
-    judge(backend, moved, Causal("upper_left"), 1.0, set())
+    check(backend, moved, Causal("upper_left"), 1.0, set())
 
 
 def documents(name: str, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -141,10 +110,10 @@ def test_documents(name: str, queries: int, keys: int, dtype: torch.dtype, backe
     """Ranges of keys that begin and end at any lane, ids of 64 bits, documents without a key."""
     scores = torch.randn(2, 3, queries, keys, generator=torch.Generator().manual_seed(6)).to(dtype)
     ids = Documents(*documents(name, 2, queries, keys))
-    judge(backend, scores, ids, 1.3, {"documents"})
+    check(backend, scores, ids, 1.3, {"documents"})
     dense = Dense(torch.rand(3, 1, keys, generator=torch.Generator().manual_seed(7)) < 0.6)
     lengths = KeyLengths(torch.tensor([keys // 2, keys]))
-    judge(backend, scores, ids & Causal("lower_right") & dense & lengths, -0.7, {"documents"})
+    check(backend, scores, ids & Causal("lower_right") & dense & lengths, -0.7, {"documents"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_name)

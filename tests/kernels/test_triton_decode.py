@@ -38,7 +38,7 @@ from .cases import (
     random_bias,
     random_dense,
 )
-from .support import Arguments, assert_parity, run
+from .support import AttentionCase, assert_parity, run
 
 if dispatch.unavailable("triton") is not None:
     pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
@@ -133,7 +133,7 @@ CASES = list(_cases())
 BY_NAME = {case.name: case for case in CASES}
 
 
-def forward_only(arguments: Arguments) -> Arguments:
+def forward_only(arguments: AttentionCase) -> AttentionCase:
     return replace(arguments, grad_out=None, grad_lse=None)
 
 
@@ -189,7 +189,7 @@ def test_what_nobody_uses_may_hold_anything(name: str, dtype: torch.dtype) -> No
     empty = ~allowed.any(-1, keepdim=True)
     assert unused.any()
 
-    def with_padding(value: float) -> Arguments:
+    def with_padding(value: float) -> AttentionCase:
         q, k, v = clean.q, clean.k, clean.v
         q = q.masked_fill(empty, value)
         return replace(clean, q=q, k=k.masked_fill(unused, value), v=v.masked_fill(unused, value))

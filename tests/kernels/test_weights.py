@@ -11,7 +11,6 @@ from rowmax.kernels import attention
 from rowmax.kernels.reference import naive_attention
 
 from .cases import BY_NAME
-from .support import naive_problem
 
 NAMES = [
     "shape_gqa",
@@ -31,7 +30,7 @@ NAMES = [
 def test_weights_are_those_of_the_naive_path(name: str) -> None:
     arguments = BY_NAME[name].build(torch.float64)
     _, heads, queries, _ = arguments.shape
-    whole = naive_attention(naive_problem(arguments)).weights
+    whole = naive_attention(arguments.naive_problem()).weights
     given: dict[str, Any] = {
         "mask": arguments.mask,
         "bias": arguments.bias,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rowmax.kernels import compare, swap
 from rowmax.kernels.swapping import norms
+from rowmax.kernels.swapping.differences import differences_of
 
 WIDTH, LENGTHS = 16, torch.tensor([[8], [3], [5]])
 PADDING = torch.arange(8) >= LENGTHS
@@ -93,6 +94,27 @@ def test_what_is_wrong_fails(
     failed = {(row.name, row.what) for row in receipt.layers if not row.agrees}
     assert ("", "output") in failed
     assert ("layers.0", "output") not in failed
+
+
+def test_a_model_in_float64_passes(
+    encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]
+) -> None:
+    """Where the truth is the original itself, and its own error is not known."""
+    receipt = compare(encoder.double(), {**inputs, "src": inputs["src"].double()}, seconds=0.01)
+    assert receipt.passed, str(receipt)
+
+
+def test_many_errors_as_large_as_one_of_the_original_fail() -> None:
+    """The mean of the errors counts, as in every other comparison with float64."""
+    exact = torch.randn(400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    original, swapped = exact.float(), (exact + 1e-5).float()
+    original[0] += 1e-5
+    runs = [{("", "output"): tensor} for tensor in (original, swapped, exact)]
+    (row,) = differences_of(*runs)
+    assert row.error_swapped < row.allowed
+    assert not row.agrees
+    (row,) = differences_of(runs[0], runs[0], runs[2])
+    assert row.agrees
 
 
 class Tokens(nn.Module):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from rowmax.bench import verify
-from rowmax.bench.verification import mutation, suite, tolerance
+from rowmax.bench.verification import mutation, suite
 from rowmax.bench.verification.attention_mutants import FAULTS as ATTENTION_FAULTS
 from rowmax.bench.verification.row_mutants import FAULTS as ROW_FAULTS
-from rowmax.bench.verification.subjects import OPS
+from rowmax.kernels.testing import tolerance
+from rowmax.kernels.testing.suite import OPS
 
 # What the check was made for, by the names it gives them.
 ASKED_FOR = (
@@ -47,7 +48,7 @@ def test_a_tolerance_that_lets_one_live_fails(monkeypatch: pytest.MonkeyPatch) -
     assert "LIVES" in str(report)
 
 
-def test_a_control_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing passes, rejecting the mutants says nothing."""
     monkeypatch.setattr(tolerance, "FACTOR", 0.0)
     monkeypatch.setattr(tolerance, "SUMMATION", 0.0)

@@ -14,10 +14,11 @@ from torch import Tensor
 from rowmax import kernels
 from rowmax.bench import cli, verify
 from rowmax.bench.verification import high_precision, suite
-from rowmax.bench.verification.arguments import oracle
-from rowmax.bench.verification.attention_cases import KINDS, SHAPES
 from rowmax.bench.verification.outcome import SCHEMA
 from rowmax.bench.verification.text import WIDTH
+from rowmax.kernels.testing.cases import KINDS, SHAPES
+from rowmax.kernels.testing.oracle import AttentionCase
+from rowmax.kernels.testing.suite import ALL_KINDS
 
 FEW: dict[str, Any] = {"kinds": ["causal", "key-lengths", "bias"], "dtypes": ["float32"]}
 ONE_SHAPE = [(2, 4, 2, 9, 9, 8, 8)]
@@ -65,7 +66,7 @@ def test_another_dtype_than_the_inputs_is_refused(given: str, returned: str) -> 
     report = verify(
         wide, kinds=["none", "causal"], dtypes=[given], checks=["accuracy"], shapes=ONE_SHAPE
     )
-    assert len(report.failures) == len(report.judged[0].verdicts) > 0
+    assert len(report.failures) == len(report.findings[0].runs) > 0
     for failure in report.failures:
         assert failure.endswith(f"out: torch.{returned}, expected torch.{given}")
 
@@ -82,7 +83,7 @@ def test_dropout_of_a_callable() -> None:
 
     def found(function: Any) -> str | None:
         report = verify(function, checks=["invariants"], dtypes=["float32"])
-        (one,) = [x for x in report.judged[0].invariants if x.name == "dropout scales"]
+        (one,) = [x for x in report.findings[0].invariants if x.name == "dropout scales"]
         return one.fault
 
     assert found(sdpa) is None
@@ -119,7 +120,7 @@ def test_numba_passes_what_is_quick_in_float32() -> None:
         quick=True,
     )
     assert report.passed, report.failures
-    ratios = [verdict.ratio for verdict in report.judged[0].verdicts]
+    ratios = [run.ratio for run in report.findings[0].runs]
     assert max(ratios) > 0.5  # a ratio that nothing could raise would be no measure
 
 
@@ -140,8 +141,8 @@ def test_a_broken_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_kind_has_cases_and_every_shape_a_reason() -> None:
     cases = suite.cases_of(suite.Settings(), torch.float32)
     kinds = {case.kind for case in cases}
-    assert kinds >= set(suite.ALL_KINDS)
-    assert len({case.text() for case in cases}) == len(cases)
+    assert kinds >= set(ALL_KINDS)
+    assert len({str(case) for case in cases}) == len(cases)
     of_attention = [case for case in cases if case.op == "attention" and case.kind in KINDS]
     assert {case.shape for case in of_attention} == {tuple(shape) for shape in SHAPES}
 
@@ -154,11 +155,13 @@ def test_the_oracle_is_right_and_a_wrong_one_is_noticed(monkeypatch: pytest.Monk
     assert right.passed
     assert right.error > 0  # it was compared with more digits than it has
 
-    def wrong(arguments: Any) -> Any:
-        results = oracle(arguments)
+    oracle = AttentionCase.oracle
+
+    def wrong(case: AttentionCase) -> Any:
+        results = oracle(case)
         return {**results, "d_k": results["d_k"] * (1 + 1e-9)}
 
-    monkeypatch.setattr(high_precision, "oracle", wrong)
+    monkeypatch.setattr(AttentionCase, "oracle", wrong)
     (found,) = high_precision.check(("attention",))
     assert not found.passed
     assert found.worst == "d_k"
@@ -228,7 +231,7 @@ def test_a_finding_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
         (["--function", "torch"], "--function: expected MODULE:NAME"),
         (["--function", "torch:no_such_function"], "--function: expected MODULE:NAME"),
         (["--function", "torch:float32"], "a dtype"),
-        (["--function", "torch:add", "--op", "rms_norm"], "attention is all that is judged"),
+        (["--function", "torch:add", "--op", "rms_norm"], "attention is all that is verified"),
         (["--function", "torch:add", "--device", "nowhere"], "--device: nowhere does not work"),
         (["--json", "/nonexistent-folder/x.json"], "--json: can't write /nonexistent-folder"),
         (["--html", "/nonexistent-folder/x.html"], "--html: can't write /nonexistent-folder"),

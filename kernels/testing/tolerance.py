@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +42,17 @@ def _rms(values: Tensor) -> float:
 _NORMS: tuple[tuple[str, Callable[[Tensor], float]], ...] = (("largest", _largest), ("rms", _rms))
 
 
+class Expected(NamedTuple):
+    """What one result is held to; all of one shape."""
+
+    exact: Tensor  # the oracle's, float64
+    naive: Tensor  # the naive path's, in the dtype that the result must have
+    magnitude: Tensor  # its sum with every term replaced by its magnitude, float64
+
+
 @dataclass(frozen=True)
-class Judgement:
-    """How far one tensor is from the oracle, and whether that is near enough."""
+class Accuracy:
+    """How far one tensor is from the oracle, and whether that is within the tolerance."""
 
     tensor: str
     fault: str | None  # None: it passes
@@ -56,6 +64,7 @@ class Judgement:
     histogram: tuple[int, ...] = (0,) * len(ULP_BINS)  # elements by error in ulps, see ULP_BINS
     ratio: float = 0.0
     of_limit: float = 0.0  # error / what is allowed: at most 1 passes
+    limit: float = 0.0  # largest error that is allowed
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -71,61 +80,80 @@ class Judgement:
         }
 
 
-def judge(
-    name: str,
-    got: Tensor,
-    expected: Tensor,
-    plain: Tensor,
-    magnitude: Tensor,
-    computed: torch.dtype,
-) -> Judgement:
-    """The rule for one tensor, whose sums are `computed` in that dtype.
+def accuracies(
+    results: dict[str, Tensor], expected: dict[str, Expected], sum_dtype: torch.dtype
+) -> tuple[Accuracy, ...]:
+    """Each result measured; what is missing, or no result of the function, has a fault."""
+    missing = [Accuracy(name, "is missing") for name in expected if name not in results]
+    found = [
+        measure(name, actual, expected[name], sum_dtype)
+        if name in expected
+        else Accuracy(name, "is no result of this function")
+        for name, actual in results.items()
+    ]
+    return (*found, *missing)
 
-    Args:
-        got: what is judged, in its own dtype. expected: the oracle's, float64, same shape.
-        plain: the naive path's, in the dtype that got must have. magnitude: see above, same shape,
-            float64.
+
+def faults_of(
+    results: dict[str, Tensor], expected: dict[str, Expected], sum_dtype: torch.dtype
+) -> list[str]:
+    """One line for each result that is outside the tolerance."""
+    found = accuracies(results, expected, sum_dtype)
+    return [f"{one.tensor}: {one.fault}" for one in found if one.fault is not None]
+
+
+def measure(
+    name: str,
+    actual: Tensor,
+    expected: Expected,
+    sum_dtype: torch.dtype,
+    factor: float | None = None,
+) -> Accuracy:
+    """The rule for one tensor, whose sums are in `sum_dtype`; `factor` stands in for FACTOR.
 
     The printed `ratio` is error / naive error, the worse of both norms. A naive error that is
     luckily below an eighth of the rounding allowed counts as that eighth; in float64, where the
     oracle is no wider than what it judges, half the rounding allowed stands in for it.
     """
-    if got.shape != expected.shape:
-        return Judgement(name, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
-    if got.dtype != plain.dtype:
-        return Judgement(name, f"{got.dtype}, expected {plain.dtype}")
-    wide = got.to(torch.float64)
-    finite = torch.isfinite(expected)
-    if not torch.equal(wide[~finite], expected[~finite]):
-        return Judgement(name, "differs where the oracle is not finite")
+    exact, naive, magnitude = expected
+    if actual.shape != exact.shape:
+        return Accuracy(name, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    if actual.dtype != naive.dtype:
+        return Accuracy(name, f"{actual.dtype}, expected {naive.dtype}")
+    wide = actual.to(torch.float64)
+    finite = torch.isfinite(exact)
+    if not torch.equal(wide[~finite], exact[~finite]):
+        return Accuracy(name, "differs where the oracle is not finite")
     if not torch.isfinite(wide[finite]).all():
-        return Judgement(name, "NaN or infinity where the oracle is finite")
+        return Accuracy(name, "NaN or infinity where the oracle is finite")
     if not finite.any():
-        return Judgement(name, None)
-    exact = expected[finite]
+        return Accuracy(name, None)
+    exact = exact[finite]
     error = wide[finite] - exact
-    naive = plain.to(torch.float64)[finite] - exact
-    stored = torch.finfo(got.dtype)
+    naive_error = naive.to(torch.float64)[finite] - exact
+    # where the naive path itself overflows or gives NaN, that allows nothing
+    naive_error = naive_error.where(naive_error.isfinite(), 0.0)
+    stored = torch.finfo(actual.dtype)
     # `tiny` covers underflow
     rounding = stored.eps * exact.abs() + stored.tiny
-    rounding = rounding + SUMMATION * torch.finfo(computed).eps * magnitude[finite]
+    rounding = rounding + SUMMATION * torch.finfo(sum_dtype).eps * magnitude[finite]
     fault, ratio, of_limit = None, 0.0, 0.0
-    measured: dict[str, tuple[float, float]] = {}
+    measured: dict[str, tuple[float, float, float]] = {}
     for norm, of in _NORMS:
-        size, plain_size, allowance = of(error), of(naive), of(rounding)
-        measured[norm] = size, plain_size
-        limit = FACTOR * plain_size + allowance
-        floor = allowance / (2 if got.dtype == torch.float64 else 8)
-        ratio = max(ratio, size / max(plain_size, floor))
+        size, naive_size, allowance = of(error), of(naive_error), of(rounding)
+        limit = (FACTOR if factor is None else factor) * naive_size + allowance
+        measured[norm] = size, naive_size, limit
+        floor = allowance / (2 if actual.dtype == torch.float64 else 8)
+        ratio = max(ratio, size / max(naive_size, floor))
         of_limit = max(of_limit, size / limit)
         if not size <= limit and fault is None:
             fault = (
-                f"{norm} error {size:.3e} > {limit:.3e}, the naive path's is {plain_size:.3e}, "
+                f"{norm} error {size:.3e} > {limit:.3e}, the naive path's is {naive_size:.3e}, "
                 f"of values up to {_largest(exact):.3e}"
             )
-    ulps = in_ulps(error, exact, got.dtype)
+    ulps = in_ulps(error, exact, actual.dtype)
     scale = max(_rms(exact), stored.tiny)
-    return Judgement(
+    return Accuracy(
         name,
         fault,
         measured["largest"][0],
@@ -136,7 +164,21 @@ def judge(
         histogram(ulps),
         ratio,
         of_limit,
+        measured["largest"][2],
     )
+
+
+def expected_of_model(exact: Tensor, naive: Tensor, largest: float | None = None) -> Expected:
+    """What a result of a whole model is held to, the terms of whose sums are not at hand.
+
+    Each term counts as `largest`, by default the largest value of `exact`. In float64, where the
+    naive path's error is not known, a chain of layers is allowed sixteen roundings of that.
+    """
+    finite = exact[exact.isfinite()]
+    if largest is None:
+        largest = _largest(finite) if finite.numel() else 0.0
+    times = (16.0 - 1.0) / SUMMATION if naive.dtype == torch.float64 else 1.0
+    return Expected(exact, naive, torch.full_like(exact, times * largest))
 
 
 def in_ulps(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,37 +1,30 @@
-"""The attention cases: every kind of mask, bias and option at every shape that suits it."""
+"""The named cases of attention: kinds of mask, bias and option at every shape that suits each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-)
-from .arguments import Arguments, random_gradients
-from .questions import AttentionQuestion, Case, PackedQuestion, Question
+from ..biases import ALiBi
+from ..masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+from .oracle import AttentionCase, PackedCase, TestCase, random_gradients
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Sizes(NamedTuple):
-    B: int
-    Hq: int
-    Hkv: int
-    Lq: int
-    Lk: int
-    D: int
-    Dv: int
+class Shape(NamedTuple):
+    B: int = 2
+    Hq: int = 2
+    Hkv: int = 2
+    Lq: int = 17
+    Lk: int = 17
+    D: int = 8
+    Dv: int = 8
 
     @property
     def scores(self) -> tuple[int, int, int, int]:
@@ -43,15 +36,16 @@ class Sizes(NamedTuple):
 
 
 class Draw:
-    """Seeded tensors."""
+    """Seeded tensors, the same in every dtype but for rounding."""
 
-    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
+        self.device = device  # of `normal`; masks are made on the CPU
 
     def normal(self, *size: int) -> Tensor:
         wide = torch.randn(size, generator=self.generator, dtype=torch.float64)
-        return wide.to(self.dtype)
+        return wide.to(self.device, self.dtype)
 
     def coins(self, share: float, *size: int) -> Tensor:
         """bool, True with probability `share`."""
@@ -65,8 +59,44 @@ class Draw:
         return drawn
 
 
-MakeMask = Callable[[Sizes, Draw], Mask | Tensor]
-MakeBias = Callable[[Sizes, Draw], Tensor | ALiBi]
+@dataclass(frozen=True)
+class NamedCase:
+    """A test case by its name; its tensors are made, and the oracle runs, when they are needed."""
+
+    op: str  # the function of rowmax.kernels that it is a call of
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], TestCase]
+
+    def case(self, *, with_lse: bool = True) -> TestCase:
+        """The same object each time, until `forget`."""
+        if with_lse not in self._made:
+            case = self.make()
+            if not with_lse and isinstance(case, AttentionCase | PackedCase):
+                case = case.without_lse()
+            self._made[with_lse] = case
+        return self._made[with_lse]
+
+    @cached_property
+    def _made(self) -> dict[bool, TestCase]:
+        return {}
+
+    def forget(self) -> None:
+        """Gives back the memory of the tensors and of what the oracle found."""
+        self._made.clear()
+
+    def __str__(self) -> str:
+        sizes = ",".join(map(str, self.shape))
+        return f"{self.op} {self.kind} ({sizes}) {dtype_text(self.dtype)}"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+MakeMask = Callable[[Shape, Draw], Mask | Tensor]
+MakeBias = Callable[[Shape, Draw], Tensor | ALiBi]
 
 
 @dataclass(frozen=True)
@@ -77,43 +107,43 @@ class Kind:
     bias: MakeBias | None = None
     sinks: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    suits: Callable[[Sizes], bool] = lambda sizes: True
+    suits: Callable[[Shape], bool] = lambda sizes: True
 
 
-def _causal(sizes: Sizes, draw: Draw) -> Mask:
+def _causal(sizes: Shape, draw: Draw) -> Mask:
     return Causal() if sizes.square else Causal("lower_right")
 
 
-def _window(sizes: Sizes, draw: Draw) -> Mask:
+def _window(sizes: Shape, draw: Draw) -> Mask:
     return Window(5, 2, None if sizes.square else "lower_right")
 
 
-def _key_lengths(sizes: Sizes, draw: Draw) -> Mask:
+def _key_lengths(sizes: Shape, draw: Draw) -> Mask:
     return KeyLengths(draw.lengths(sizes.Lk, sizes.B))
 
 
-def _query_lengths(sizes: Sizes, draw: Draw) -> Mask:
+def _query_lengths(sizes: Shape, draw: Draw) -> Mask:
     return QueryLengths(draw.lengths(sizes.Lq, sizes.B))
 
 
-def _ids(length: int, sizes: Sizes, draw: Draw) -> Tensor:
+def _ids(length: int, sizes: Shape, draw: Draw) -> Tensor:
     drawn = torch.randint(3, (sizes.B, length), generator=draw.generator)
     return drawn.sort(dim=1).values
 
 
-def _documents(sizes: Sizes, draw: Draw) -> Mask:
+def _documents(sizes: Shape, draw: Draw) -> Mask:
     ids = _ids(sizes.Lq, sizes, draw)
     return Documents(ids) if sizes.square else Documents(ids, _ids(sizes.Lk, sizes, draw))
 
 
 def _dense(share: float, full: tuple[bool, ...]) -> MakeMask:
-    def make(sizes: Sizes, draw: Draw) -> Tensor:
+    def make(sizes: Shape, draw: Draw) -> Tensor:
         return draw.coins(share, *_broadcast(sizes, full))
 
     return make
 
 
-def _joined(sizes: Sizes, draw: Draw) -> Mask:
+def _joined(sizes: Shape, draw: Draw) -> Mask:
     return (
         _causal(sizes, draw)
         & Window(max(1, sizes.Lk // 2), None, "lower_right")
@@ -124,22 +154,22 @@ def _joined(sizes: Sizes, draw: Draw) -> Mask:
 
 
 def _bias(*full: bool) -> MakeBias:
-    def make(sizes: Sizes, draw: Draw) -> Tensor:
+    def make(sizes: Shape, draw: Draw) -> Tensor:
         return draw.normal(*_broadcast(sizes, full))
 
     return make
 
 
-def _bias_with_infinities(sizes: Sizes, draw: Draw) -> Tensor:
+def _bias_with_infinities(sizes: Shape, draw: Draw) -> Tensor:
     masked = ~draw.coins(0.7, 1, sizes.Hq, sizes.Lq, sizes.Lk)
     return draw.normal(1, sizes.Hq, sizes.Lq, sizes.Lk).masked_fill(masked, -torch.inf)
 
 
-def _alibi(sizes: Sizes, draw: Draw) -> ALiBi:
+def _alibi(sizes: Shape, draw: Draw) -> ALiBi:
     return ALiBi(draw.normal(sizes.Hq).abs(), None if sizes.square else "lower_right")
 
 
-def _broadcast(sizes: Sizes, full: tuple[bool, ...]) -> list[int]:
+def _broadcast(sizes: Shape, full: tuple[bool, ...]) -> list[int]:
     return [size if is_full else 1 for size, is_full in zip(sizes.scores, full, strict=True)]
 
 
@@ -179,53 +209,51 @@ KINDS: dict[str, Kind] = {
 
 # Why each is there:
 QUICK_SHAPES = (
-    Sizes(3, 2, 2, 19, 19, 7, 7),  # nothing is a multiple of anything
-    Sizes(2, 6, 2, 33, 33, 16, 16),  # grouped heads; one past a tile's edge
-    Sizes(2, 2, 2, 21, 70, 16, 24),  # more keys than queries; Dv != D
-    Sizes(2, 4, 2, 2, 300, 24, 24),  # decoding: few queries over many keys
+    Shape(3, 2, 2, 19, 19, 7, 7),  # nothing is a multiple of anything
+    Shape(2, 6, 2, 33, 33, 16, 16),  # grouped heads; one past a tile's edge
+    Shape(2, 2, 2, 21, 70, 16, 24),  # more keys than queries; Dv != D
+    Shape(2, 4, 2, 2, 300, 24, 24),  # decoding: few queries over many keys
 )
 SHAPES = (
     *QUICK_SHAPES,
-    Sizes(1, 2, 2, 65, 65, 64, 64),  # the usual head size
-    Sizes(2, 2, 2, 70, 13, 40, 40),  # more queries than keys
-    Sizes(3, 6, 1, 1, 270, 16, 16),  # one key head for all
-    Sizes(1, 1, 1, 20, 70, 256, 256),  # the largest usual head size
-    Sizes(1, 2, 2, 130, 130, 128, 128),
-    Sizes(1, 1, 1, 300, 277, 16, 16),  # several tiles each way
+    Shape(1, 2, 2, 65, 65, 64, 64),  # the usual head size
+    Shape(2, 2, 2, 70, 13, 40, 40),  # more queries than keys
+    Shape(3, 6, 1, 1, 270, 16, 16),  # one key head for all
+    Shape(1, 1, 1, 20, 70, 256, 256),  # the largest usual head size
+    Shape(1, 2, 2, 130, 130, 128, 128),
+    Shape(1, 1, 1, 300, 277, 16, 16),  # several tiles each way
 )
-EMPTY_SHAPES = (Sizes(0, 2, 2, 5, 5, 8, 8), Sizes(2, 2, 2, 0, 5, 8, 8), Sizes(2, 2, 2, 5, 0, 8, 8))
+EMPTY_SHAPES = (Shape(0, 2, 2, 5, 5, 8, 8), Shape(2, 2, 2, 0, 5, 8, 8), Shape(2, 2, 2, 5, 0, 8, 8))
 PACKED_KINDS = ("none", "causal", "window", "alibi", "sinks", "dropout", "softcap")
-PACKED_SHAPES = (Sizes(4, 4, 2, 40, 40, 16, 16), Sizes(3, 2, 2, 20, 70, 24, 8))
+PACKED_SHAPES = (Shape(4, 4, 2, 40, 40, 16, 16), Shape(3, 2, 2, 20, 70, 24, 8))
 
 
 def attention_cases(
-    dtype: torch.dtype, shapes: tuple[Sizes, ...], kinds: tuple[str, ...], *, empty: bool = True
-) -> Iterator[Case]:
+    dtype: torch.dtype, shapes: tuple[Shape, ...], kinds: tuple[str, ...], *, empty: bool = True
+) -> Iterator[NamedCase]:
     """Of the kinds named, at the shapes that suit them; with `empty`, at those of no elements."""
     for name in kinds:
         for sizes in shapes:
             if KINDS[name].suits(sizes):
-                make = partial(_question, name, sizes, dtype)
-                yield Case("attention", name, tuple(sizes), dtype, make)
+                make = partial(_named_case, name, sizes, dtype)
+                yield NamedCase("attention", name, tuple(sizes), dtype, make)
     for sizes in EMPTY_SHAPES if empty and "none" in kinds else ():
-        make = partial(_question, "none", sizes, dtype)
-        yield Case("attention", "empty", tuple(sizes), dtype, make)
+        make = partial(_named_case, "none", sizes, dtype)
+        yield NamedCase("attention", "empty", tuple(sizes), dtype, make)
 
 
 def packed_cases(
-    dtype: torch.dtype, shapes: tuple[Sizes, ...], kinds: tuple[str, ...]
-) -> Iterator[Case]:
+    dtype: torch.dtype, shapes: tuple[Shape, ...], kinds: tuple[str, ...]
+) -> Iterator[NamedCase]:
     for name in PACKED_KINDS:
         for sizes in shapes if name in kinds else ():
-            make = partial(_packed_question, name, sizes, dtype)
-            yield Case("attention_varlen", name, tuple(sizes), dtype, make)
+            make = partial(_packed_case, name, sizes, dtype)
+            yield NamedCase("attention_varlen", name, tuple(sizes), dtype, make)
 
 
-def attention_arguments(
-    kind: Kind, sizes: Sizes, draw: Draw, *, with_lse: bool = True
-) -> Arguments:
+def attention_case(kind: Kind, sizes: Shape, draw: Draw) -> AttentionCase:
     """The call of this kind at this shape, with random gradients."""
-    arguments = Arguments(
+    case = AttentionCase(
         q=draw.normal(sizes.B, sizes.Hq, sizes.Lq, sizes.D),
         k=draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.D),
         v=draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.Dv),
@@ -234,41 +262,41 @@ def attention_arguments(
         sinks=draw.normal(sizes.Hq) if kind.sinks else None,
         options=kind.options,
     )
-    return random_gradients(arguments, draw.generator, with_lse=with_lse)
+    return random_gradients(case, draw.generator)
 
 
-def _question(name: str, sizes: Sizes, dtype: torch.dtype, with_lse: bool) -> Question:
-    draw = Draw(_seed(name), dtype)
-    return AttentionQuestion(attention_arguments(KINDS[name], sizes, draw, with_lse=with_lse))
+def packed_case(case: AttentionCase, queries: Tensor, keys: Tensor) -> PackedCase:
+    """Sequences of these lengths, each (B,), packed; `case` has them padded, and no such masks."""
+    lengths = KeyLengths(keys) & QueryLengths(queries)
+    # rows beyond a sequence's end are no rows at all when packed
+    unreal = torch.arange(case.q.shape[2]) >= queries.view(-1, 1, 1)
+    assert case.grad_out is not None  # random_gradients draws both
+    assert case.grad_lse is not None
+    padded = replace(
+        case,
+        mask=lengths & case.mask if isinstance(case.mask, Mask) else lengths,
+        grad_out=case.grad_out.masked_fill(unreal.unsqueeze(-1), 0.0),
+        grad_lse=case.grad_lse.masked_fill(unreal, 0.0),
+    )
+    return PackedCase(case, padded, (queries, keys))
 
 
-def _packed_question(name: str, sizes: Sizes, dtype: torch.dtype, with_lse: bool) -> Question:
+def _named_case(name: str, sizes: Shape, dtype: torch.dtype) -> TestCase:
+    return attention_case(KINDS[name], sizes, Draw(seed_of(name), dtype))
+
+
+def _packed_case(name: str, sizes: Shape, dtype: torch.dtype) -> TestCase:
     kind = KINDS[name]
     if name == "sinks":  # whose mask of lengths is what packing is instead of
         kind = Kind(sinks=True)
-    draw = Draw(_seed(name), dtype)
+    draw = Draw(seed_of(name), dtype)
     queries = draw.lengths(sizes.Lq, sizes.B)
     keys = queries if sizes.square else draw.lengths(sizes.Lk, sizes.B)
     if not sizes.square and kind.mask is not None:
         kind = Kind(_aligned_left(name), kind.bias, kind.sinks, kind.options)
     if not sizes.square and kind.bias is _alibi:
         kind = Kind(bias=lambda s, d: ALiBi(d.normal(s.Hq).abs(), "upper_left"))
-    arguments = attention_arguments(kind, sizes, draw)
-    lengths = KeyLengths(keys) & QueryLengths(queries)
-    mask = arguments.mask
-    padded = lengths & mask if isinstance(mask, Mask) else lengths
-    # rows beyond a sequence's end are no rows at all when packed
-    real = torch.arange(sizes.Lq) < queries.view(-1, 1, 1)
-    grad_lse = arguments.grad_lse
-    assert arguments.grad_out is not None  # attention_arguments draws it
-    assert grad_lse is not None
-    given = Arguments(
-        *(arguments.q, arguments.k, arguments.v, padded, arguments.bias, arguments.sinks),
-        arguments.options,
-        arguments.grad_out.masked_fill(~real.unsqueeze(-1), 0.0),
-        grad_lse.masked_fill(~real, 0.0),
-    )
-    return PackedQuestion(arguments, given, (queries, keys))
+    return packed_case(attention_case(kind, sizes, draw), queries, keys)
 
 
 def _aligned_left(name: str) -> MakeMask:
@@ -278,5 +306,5 @@ def _aligned_left(name: str) -> MakeMask:
     return lambda s, d: Causal("upper_left")
 
 
-def _seed(name: str) -> int:
+def seed_of(name: str) -> int:
     return sum(map(ord, name))

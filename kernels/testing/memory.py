@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Callable
@@ -31,8 +32,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
         return None
     _give_back()
     try:
-        # Linux resets the mark of the most resident memory when 5 is written here.
-        _MARKS.write_text("5", encoding="ascii")
+        forget_peak()
         before = _resident("VmRSS")
         kept = call()
         peak = _resident("VmHWM") - before
@@ -40,6 +40,25 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
         return None
     del kept
     return max(0, peak)
+
+
+def forget_peak() -> None:
+    """The most resident memory is counted from here on. Raises OSError where that can't be done."""
+    # Linux resets the mark when 5 is written here.
+    _MARKS.write_text("5", encoding="ascii")
+
+
+def resident_bytes(*, at_peak: bool = False) -> int:
+    """The process's resident memory, or the most of it so far (since `forget_peak`).
+
+    Where the system tells only the most of it, that.
+    """
+    with contextlib.suppress(OSError):
+        return _resident("VmHWM" if at_peak else "VmRSS")
+    import resource  # of Unix
+
+    kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
 def _resident(key: str) -> int:

@@ -9,121 +9,120 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...kernels import Causal, KeyLengths
-from .arguments import Arguments
-from .attention_cases import Draw, Kind, Sizes, attention_arguments
-from .questions import AttentionQuestion, Case, Question
-from .row_cases import NORMS, RowQuestion, norm_question
+from ..masks import Causal, KeyLengths
+from .cases import Draw, Kind, NamedCase, Shape, attention_case, seed_of
+from .oracle import AttentionCase, TestCase
+from .rows import NORMS, RowCase, norm_case
 
-SQUARE = Sizes(2, 2, 2, 40, 40, 16, 16)
-LONG = Sizes(1, 2, 2, 3, 4096, 8, 8)
-
-
-def _plain(sizes: Sizes, draw: Draw) -> Arguments:
-    return attention_arguments(Kind(), sizes, draw)
+SQUARE = Shape(2, 2, 2, 40, 40, 16, 16)
+LONG = Shape(1, 2, 2, 3, 4096, 8, 8)
 
 
-def large_scores(draw: Draw) -> Arguments:
+def _plain(sizes: Shape, draw: Draw) -> AttentionCase:
+    return attention_case(Kind(), sizes, draw)
+
+
+def large_scores(draw: Draw) -> AttentionCase:
     """Scores in the hundreds: exp of them overflows in any type but float64."""
-    arguments = _plain(SQUARE, draw)
-    return replace(arguments, q=arguments.q * 200)
+    case = _plain(SQUARE, draw)
+    return replace(case, q=case.q * 200)
 
 
-def very_negative(draw: Draw) -> Arguments:
+def very_negative(draw: Draw) -> AttentionCase:
     """All scores around -1000: exp of them underflows unless the row maximum comes off."""
-    arguments = _plain(SQUARE, draw)
+    case = _plain(SQUARE, draw)
     shared = torch.full((1, 1, 1, SQUARE.Lk), -1000.0).to(draw.dtype)
-    return replace(arguments, bias=shared)
+    return replace(case, bias=shared)
 
 
-def rising_scores(draw: Draw) -> Arguments:
+def rising_scores(draw: Draw) -> AttentionCase:
     """The row maximum moves with every key, and so is rescaled in every tile."""
-    arguments = _plain(Sizes(1, 2, 2, 20, 150, 16, 16), draw)
+    case = _plain(Shape(1, 2, 2, 20, 150, 16, 16), draw)
     rising = torch.linspace(-30.0, 30.0, 150).view(1, 1, 1, -1).to(draw.dtype)
-    return replace(arguments, bias=rising)
+    return replace(case, bias=rising)
 
 
-def falling_scores(draw: Draw) -> Arguments:
+def falling_scores(draw: Draw) -> AttentionCase:
     """The first key has the maximum, and the last ones next to no weight."""
-    arguments = rising_scores(draw)
-    assert isinstance(arguments.bias, Tensor)
-    return replace(arguments, bias=arguments.bias.flip(-1))
+    case = rising_scores(draw)
+    assert isinstance(case.bias, Tensor)
+    return replace(case, bias=case.bias.flip(-1))
 
 
-def tiny_values(draw: Draw) -> Arguments:
+def tiny_values(draw: Draw) -> AttentionCase:
     """q, k, v and the gradients near the smallest normal number's root."""
     factor = torch.finfo(draw.dtype).tiny ** 0.5
-    arguments = _plain(SQUARE, draw)
-    assert arguments.grad_out is not None
+    case = _plain(SQUARE, draw)
+    assert case.grad_out is not None
     return replace(
-        arguments,
-        q=arguments.q * factor,
-        k=arguments.k * factor,
-        v=arguments.v * factor,
-        grad_out=arguments.grad_out * factor,
+        case,
+        q=case.q * factor,
+        k=case.k * factor,
+        v=case.v * factor,
+        grad_out=case.grad_out * factor,
     )
 
 
-def large_values(draw: Draw) -> Arguments:
+def large_values(draw: Draw) -> AttentionCase:
     """Values near the largest number's root, beside scores of order one."""
     factor = torch.finfo(draw.dtype).max ** 0.5 / 8
-    arguments = _plain(SQUARE, draw)
-    return replace(arguments, v=arguments.v * factor)
+    case = _plain(SQUARE, draw)
+    return replace(case, v=case.v * factor)
 
 
-def denormals(draw: Draw) -> Arguments:
+def denormals(draw: Draw) -> AttentionCase:
     """Values below the smallest normal number, which some units flush to zero."""
-    arguments = _plain(SQUARE, draw)
-    v = (arguments.v.double() * torch.finfo(draw.dtype).tiny / 8).to(draw.dtype)
+    case = _plain(SQUARE, draw)
+    v = (case.v.double() * torch.finfo(draw.dtype).tiny / 8).to(draw.dtype)
     assert bool((v.abs() < torch.finfo(draw.dtype).tiny).all())
-    return replace(arguments, v=v)
+    return replace(case, v=v)
 
 
-def near_ties(draw: Draw) -> Arguments:
+def near_ties(draw: Draw) -> AttentionCase:
     """Keys that differ in the last place only: all weights are nearly equal."""
-    arguments = _plain(SQUARE, draw)
-    one = arguments.k[:, :, :1].expand_as(arguments.k)
+    case = _plain(SQUARE, draw)
+    one = case.k[:, :, :1].expand_as(case.k)
     coins = draw.coins(0.5, *one.shape)
     k = torch.where(coins, one * (1 + torch.finfo(draw.dtype).eps), one)
     assert not torch.equal(k, one)
-    return replace(arguments, k=k.to(draw.dtype))
+    return replace(case, k=k.to(draw.dtype))
 
 
-def one_hot_rows(draw: Draw) -> Arguments:
+def one_hot_rows(draw: Draw) -> AttentionCase:
     """Each query has one key that takes all of the weight."""
-    arguments = _plain(SQUARE, draw)
+    case = _plain(SQUARE, draw)
     unit = torch.nn.functional.one_hot(torch.arange(SQUARE.Lk) % SQUARE.D, SQUARE.D)
-    k = unit.to(draw.dtype).expand_as(arguments.k) * 16
+    k = unit.to(draw.dtype).expand_as(case.k) * 16
     bias = torch.full((SQUARE.Lq, SQUARE.Lk), -200.0).fill_diagonal_(200.0)
-    return replace(arguments, q=k.contiguous(), k=k.contiguous(), bias=bias.to(draw.dtype))
+    return replace(case, q=k.contiguous(), k=k.contiguous(), bias=bias.to(draw.dtype))
 
 
-def long_equal_sums(draw: Draw) -> Arguments:
+def long_equal_sums(draw: Draw) -> AttentionCase:
     """4096 keys of the same weight: a sum that loses its small terms, or counts in half, shows."""
-    arguments = _plain(LONG, draw)
-    ones = torch.ones_like(arguments.v) + 0.25 * draw.normal(*arguments.v.shape)
-    return replace(arguments, k=torch.zeros_like(arguments.k), v=ones.to(draw.dtype))
+    case = _plain(LONG, draw)
+    ones = torch.ones_like(case.v) + 0.25 * draw.normal(*case.v.shape)
+    return replace(case, k=torch.zeros_like(case.k), v=ones.to(draw.dtype))
 
 
-def poisoned_padding(draw: Draw) -> Arguments:
+def poisoned_padding(draw: Draw) -> AttentionCase:
     """NaN and infinities in keys and values that nobody may attend."""
     kind = Kind(lambda s, d: KeyLengths(torch.tensor([23, 0])))
-    arguments = attention_arguments(kind, SQUARE, draw)
-    k, v = arguments.k.clone(), arguments.v.clone()
+    case = attention_case(kind, SQUARE, draw)
+    k, v = case.k.clone(), case.v.clone()
     for tensor in (k, v):
         tensor[0, :, 23::2], tensor[0, :, 24::2], tensor[1] = torch.nan, torch.inf, -torch.inf
-    return replace(arguments, k=k, v=v)
+    return replace(case, k=k, v=v)
 
 
-def poisoned_bias(draw: Draw) -> Arguments:
+def poisoned_bias(draw: Draw) -> AttentionCase:
     """NaN in a bias where the mask forbids the position."""
-    arguments = attention_arguments(Kind(lambda s, d: Causal()), SQUARE, draw)
+    case = attention_case(Kind(lambda s, d: Causal()), SQUARE, draw)
     later = torch.ones(SQUARE.Lq, SQUARE.Lk, dtype=torch.bool).triu(1)
     bias = draw.normal(SQUARE.Lq, SQUARE.Lk).masked_fill(later, torch.nan)
-    return replace(arguments, bias=bias)
+    return replace(case, bias=bias)
 
 
-ATTENTION: dict[str, Callable[[Draw], Arguments]] = {
+ATTENTION: dict[str, Callable[[Draw], AttentionCase]] = {
     "large-scores": large_scores,
     "very-negative": very_negative,
     "rising-scores": rising_scores,
@@ -204,37 +203,33 @@ KINDS = (*ATTENTION, *ROWS)
 
 def adversarial_cases(
     ops: tuple[str, ...], dtype: torch.dtype, kinds: tuple[str, ...]
-) -> Iterator[Case]:
+) -> Iterator[NamedCase]:
     for name, make in ATTENTION.items():
         if name in kinds and "attention" in ops:
-            yield _attention_case(name, make, dtype)
+            case = make(Draw(0, dtype))
+            sizes = (*case.q.shape[:2], *case.k.shape[1:2], *case.shape[2:])
+            sizes = (*sizes, case.q.shape[3], case.v.shape[3])
+            yield NamedCase("attention", name, sizes, dtype, partial(_case, name, dtype))
     for op in NORMS:
         for name, rows in ROWS.items():
             if name in kinds and op in ops:
-                yield Case(op, name, (24, 512), dtype, partial(_norm, op, rows, dtype))
+                yield NamedCase(op, name, (24, 512), dtype, partial(_norm, op, rows, dtype))
     for name, scores in SOFTMAX.items():
         if name in kinds and "masked_softmax" in ops:
             shape = tuple(scores(Draw(5, dtype)).shape)
-            yield Case("masked_softmax", name, shape, dtype, partial(_softmax, scores, dtype))
+            yield NamedCase("masked_softmax", name, shape, dtype, partial(_softmax, scores, dtype))
 
 
-def _softmax(make: Callable[[Draw], Tensor], dtype: torch.dtype, _with_lse: bool) -> Question:
+def _case(name: str, dtype: torch.dtype) -> TestCase:
+    return ATTENTION[name](Draw(seed_of(name), dtype))
+
+
+def _norm(op: str, rows: Callable[[Draw], Tensor], dtype: torch.dtype) -> TestCase:
+    draw = Draw(5, dtype)
+    return norm_case(op, rows(draw), draw, ("weight", "bias"), {})
+
+
+def _softmax(make: Callable[[Draw], Tensor], dtype: torch.dtype) -> TestCase:
     draw = Draw(5, dtype)
     scores = make(draw)
-    return RowQuestion("masked_softmax", {"scores": scores}, (draw.normal(*scores.shape),))
-
-
-def _attention_case(name: str, make: Callable[[Draw], Arguments], dtype: torch.dtype) -> Case:
-    def question(with_lse: bool) -> Question:
-        arguments = make(Draw(sum(map(ord, name)), dtype))
-        return AttentionQuestion(arguments if with_lse else replace(arguments, grad_lse=None))
-
-    arguments = make(Draw(0, dtype))
-    sizes = (*arguments.q.shape[:2], *arguments.k.shape[1:2], *arguments.shape[2:])
-    sizes = (*sizes, arguments.q.shape[3], arguments.v.shape[3])
-    return Case("attention", name, sizes, dtype, question)
-
-
-def _norm(op: str, rows: Callable[[Draw], Tensor], dtype: torch.dtype, _with_lse: bool) -> Question:
-    draw = Draw(5, dtype)
-    return norm_question(op, rows(draw), draw, ("weight", "bias"), {})
+    return RowCase("masked_softmax", {"scores": scores}, (draw.normal(*scores.shape),))

@@ -7,24 +7,31 @@ import math
 import pytest
 import torch
 
-from rowmax.bench.verification.tolerance import ULP_BINS, Judgement, histogram, in_ulps, judge
+from rowmax.kernels.testing.tolerance import (
+    ULP_BINS,
+    Accuracy,
+    Expected,
+    histogram,
+    in_ulps,
+    measure,
+)
 
 
 def normal(count: int = 256) -> torch.Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def judged(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-6) -> Judgement:
+def measured(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-6) -> Accuracy:
     plain = (expected * (1 + relative)).float()
-    return judge("out", got, expected, plain, expected.abs(), torch.float32)
+    return measure("out", got, Expected(expected, plain, expected.abs()), torch.float32)
 
 
-def test_a_ratio_up_to_two_passes_and_is_told() -> None:
+def test_a_ratio_up_to_two_passes_and_is_reported() -> None:
     expected = normal()
-    same = judged((expected * (1 - 1e-6)).float(), expected)
+    same = measured((expected * (1 - 1e-6)).float(), expected)
     assert same.fault is None
     assert same.ratio == pytest.approx(1.0, rel=0.1)
-    worse = judged((expected * (1 - 1.9e-6)).float(), expected)
+    worse = measured((expected * (1 - 1.9e-6)).float(), expected)
     assert worse.fault is None
     assert worse.ratio == pytest.approx(1.9, rel=0.1)
     assert worse.of_limit > same.of_limit
@@ -32,7 +39,7 @@ def test_a_ratio_up_to_two_passes_and_is_told() -> None:
 
 def test_three_times_the_error_fails() -> None:
     expected = normal()
-    found = judged((expected * (1 + 3e-6)).float(), expected)
+    found = measured((expected * (1 + 3e-6)).float(), expected)
     assert found.fault is not None
     assert "largest error" in found.fault
     assert found.of_limit > 1
@@ -44,7 +51,7 @@ def test_many_small_errors_fail_by_their_mean() -> None:
     plain = expected.float()
     plain[0] += 1e-4
     got = (expected + 1e-4).float()
-    found = judge("out", got, expected, plain, expected.abs(), torch.float32)
+    found = measure("out", got, Expected(expected, plain, expected.abs()), torch.float32)
     assert found.fault is not None
     assert "rms error" in found.fault
 
@@ -54,23 +61,23 @@ def test_one_wrong_element_fails(value: float) -> None:
     expected = normal()
     got = expected.float()
     got[7] = value
-    assert judged(got, expected).fault is not None
+    assert measured(got, expected).fault is not None
 
 
 def test_where_the_oracle_is_not_finite_the_result_must_be_the_same() -> None:
     expected = normal()
     expected[3] = -math.inf
     plain = expected.float()
-    good = judge("lse", plain, expected, plain, expected.abs(), torch.float32)
+    good = measure("lse", plain, Expected(expected, plain, expected.abs()), torch.float32)
     assert good.fault is None
     lost = plain.clone()
     lost[3] = -1e9
-    found = judge("lse", lost, expected, plain, expected.abs(), torch.float32)
+    found = measure("lse", lost, Expected(expected, plain, expected.abs()), torch.float32)
     assert found.fault == "differs where the oracle is not finite"
 
 
 def test_shapes() -> None:
-    assert judged(normal(4).float(), normal(5)).fault == "shape (4,), expected (5,)"
+    assert measured(normal(4).float(), normal(5)).fault == "shape (4,), expected (5,)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -92,6 +99,6 @@ def test_the_histogram_counts_every_element_once() -> None:
 
 def test_squares_that_underflow_are_no_zero_error() -> None:
     expected = torch.full((4,), 1e-300, dtype=torch.float64)
-    found = judge("out", expected * 2, expected, expected, expected, torch.float64)
+    found = measure("out", expected * 2, Expected(expected, expected, expected), torch.float64)
     assert found.fault is not None
     assert found.relative_rms == pytest.approx(1.0)

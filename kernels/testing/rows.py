@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import Causal, Dense, KeyLengths, Mask
-from ...kernels.reference import rows_keep
-from .arguments import Results, mask_on
-from .attention_cases import Draw
-from .questions import Answer, Case, Question, answers_of
-from .subjects import Subject
+from ..masks import Causal, Dense, KeyLengths, Mask
+from ..reference import rows_keep
+from .cases import Draw, NamedCase
+from .oracle import (
+    Kernel,
+    Results,
+    TestCase,
+    expected_of,
+    gradients_of,
+    mask_on,
+    on_device,
+    outputs_of,
+)
+from .tolerance import Expected
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm")
 EPS = 1e-5
@@ -34,13 +42,23 @@ SOFTMAX_SHAPES = (*QUICK_SOFTMAX_SHAPES, (4, 1, 3, 1), (1, 1, 300, 300), (2, 2, 
 
 
 @dataclass(frozen=True)
-class RowQuestion:
-    """One call of a row-wise function with the gradients that its outputs receive."""
+class RowCase:
+    """One call of a row-wise function with the gradients that its outputs receive.
+
+    `op` is "layer_norm", "add_layer_norm", "rms_norm" or "masked_softmax". inputs: x and residual
+    (..., columns), weight and bias (columns,); or scores, of at most four dimensions. grads: of
+    each output, like it; without them, the forward pass alone is compared. options: eps, dropout_p
+    and seed, or scale.
+
+    `kernel(x, weight=..., bias=..., eps=...)`, `kernel(x, residual, ...)` or `kernel(scores,
+    mask=..., scale=...)` gets those that are given, and returns the output; of add_layer_norm, the
+    output and the sum.
+    """
 
     op: str
-    inputs: dict[str, Tensor]  # x (rows, columns), residual, weight and bias (columns,); or scores
-    grads: tuple[Tensor, ...]  # of each output
-    mask: Mask | None = None
+    inputs: dict[str, Tensor]
+    grads: tuple[Tensor, ...]
+    mask: Mask | Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,27 +66,32 @@ class RowQuestion:
         return self.inputs["scores" if self.op == "masked_softmax" else "x"]
 
     @property
-    def computed(self) -> torch.dtype:
+    def sum_dtype(self) -> torch.dtype:
         return torch.promote_types(self.x.dtype, torch.float32)
 
     @cached_property
-    def answers(self) -> dict[str, Answer]:
-        exact, plain = self._equation(torch.float64), self._equation(self.computed)
-        found, x = self._magnitudes(exact), self.x
-        sizes = {name: found[name].expand(tensor.shape) for name, tensor in exact.items()}
-        stored = {name: tensor.to(x.dtype) for name, tensor in plain.items()}
-        return answers_of(exact, stored, sizes, x.dtype, max(x.shape))
+    def expected(self) -> dict[str, Expected]:
+        exact, naive = self._equation(torch.float64), self._equation(self.sum_dtype)
+        stored = {
+            name: tensor.to(self.inputs.get(name.removeprefix("d_"), self.x).dtype)
+            for name, tensor in naive.items()
+        }
+        return expected_of(exact, stored, self._magnitudes(exact), max(self.x.shape, default=1))
 
-    def ask(self, subject: Subject) -> Results:
-        device = subject.device
+    def run(self, kernel: Kernel, device: torch.device | str | None = None) -> Results:
+        device = torch.device(device or self.x.device)
         leaves = {
             name: tensor.detach().to(device).requires_grad_()
             for name, tensor in self.inputs.items()
         }
-        mask = mask_on(device, self.mask)
-        assert mask is None or isinstance(mask, Mask)  # as it was
-        outputs = subject.rows(self.op, leaves, mask, self.options)
-        return self._with_gradients(leaves, outputs)
+        positional = [leaves[name] for name in ("scores", "x", "residual") if name in leaves]
+        keywords: dict[str, Any] = {
+            name: leaves[name] for name in ("weight", "bias") if name in leaves
+        }
+        if self.mask is not None:
+            keywords["mask"] = mask_on(device, self.mask)
+        outputs = outputs_of(kernel(*positional, **keywords, **self.options))
+        return on_device(self._results(leaves, outputs), self.x.device)
 
     def _equation(self, dtype: torch.dtype) -> Results:
         """The equation by torch's own operations and autograd, computed in `dtype`."""
@@ -82,21 +105,28 @@ class RowQuestion:
             # the naive path keeps the sum that it normalises in the input's dtype
             stored = self.x.dtype if dtype != torch.float64 else dtype
             outputs = norm_equation(self.op, leaves, self.keep, stored, **self._eps)
-        return self._with_gradients(leaves, outputs)
+        return self._results(leaves, outputs)
 
-    def _with_gradients(self, leaves: dict[str, Tensor], outputs: tuple[Tensor, ...]) -> Results:
-        results = {name: y.detach().cpu() for name, y in zip(("out", "sum"), outputs, strict=False)}
-        grads = [g.to(y.device, y.dtype) for g, y in zip(self.grads, outputs, strict=True)]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
-        return results | {
-            f"d_{name}": gradient.cpu() for name, gradient in zip(leaves, gradients, strict=True)
-        }
+    def _results(self, leaves: dict[str, Tensor], outputs: tuple[Tensor, ...]) -> Results:
+        most = 2 if self.op == "add_layer_norm" else 1
+        if len(outputs) > most:
+            raise TypeError(f"a kernel of {self.op}: expected tensors: {most}, got {len(outputs)}")
+        results = dict(zip(("out", "sum"), outputs, strict=False))
+        return gradients_of(results, self.grads, leaves)
 
     @cached_property
     def allowed(self) -> Tensor | None:
         """bool, True = may attend, of the scores' shape."""
-        shape = self.x.shape
-        return None if self.mask is None else self.mask.dense(*shape)
+        if self.mask is None:
+            return None
+        size = self.x.shape
+        # what the mask takes for batch and heads: (L,) -> (1, 1, 1, L), (B, Lq, Lk) -> (B, 1, ...)
+        batch, heads, rows, columns = (
+            (size[0], 1, *size[1:]) if len(size) == 3 else (1,) * (4 - len(size)) + tuple(size)
+        )
+        mask = self.mask
+        dense = mask.dense(batch, heads, rows, columns) if isinstance(mask, Mask) else mask
+        return dense.to(self.x.device).expand(batch, heads, rows, columns).reshape(size)
 
     @cached_property
     def keep(self) -> Tensor | None:
@@ -104,8 +134,10 @@ class RowQuestion:
         dropout_p = self.options.get("dropout_p", 0.0)
         if dropout_p == 0.0:
             return None
-        rows, columns = self.x.shape
-        return rows_keep(torch.tensor(self.options["seed"]), dropout_p, rows, columns)
+        columns = self.x.shape[-1]
+        rows = self.x.numel() // columns if columns else 0
+        seed = torch.tensor(self.options["seed"], device=self.x.device)
+        return rows_keep(seed, dropout_p, rows, columns).view(self.x.shape)
 
     @property
     def _scale(self) -> float:
@@ -124,36 +156,38 @@ class RowQuestion:
         """
         if self.op == "masked_softmax":
             return self._softmax_magnitudes(exact)
-        wide = {name: tensor.double() for name, tensor in self.inputs.items()}
+        wide = {name: tensor.detach().double() for name, tensor in self.inputs.items()}
         total = exact.get("sum", wide["x"])
         centred = total if self.op == "rms_norm" else total - total.mean(-1, keepdim=True)
         rstd = (centred.square().mean(-1, keepdim=True) + self._eps["eps"]).rsqrt()
         kept = 1 / (1 - self._eps["dropout_p"])
-        has_sum = "sum" in exact
-        terms = wide["x"].abs() * kept + wide["residual"].abs() if has_sum else total.abs()
+        terms = wide["x"].abs() * kept + wide["residual"].abs() if "sum" in exact else total.abs()
         size = terms * rstd
-        weight = wide.get("weight", torch.ones(total.shape[-1], dtype=torch.float64)).abs()
+        weight = wide["weight"].abs() if "weight" in wide else torch.ones_like(total)
+        found = {"out": size * weight, "sum": terms}
+        if "bias" in wide:
+            found["out"] = found["out"] + wide["bias"].abs()
+        if not self.grads:
+            return found
         d_y = self.grads[0].double().abs()
         d_hat = d_y * weight
         row = rstd * (
             d_hat + d_hat.mean(-1, keepdim=True) + size * (d_hat * size).mean(-1, keepdim=True)
         )
-        if has_sum:
+        if len(self.grads) > 1:
             row = row + self.grads[1].double().abs()
-        return {
-            "out": size * weight + wide.get("bias", torch.zeros(1)).abs(),
-            "sum": terms,
-            "d_x": row * kept,
-            "d_residual": row,
-            "d_weight": (d_y * size).sum(0),
-            "d_bias": d_y.sum(0),
-        }
+        rows = tuple(range(total.dim() - 1))
+        found |= {"d_x": row * kept, "d_residual": row}
+        return found | {"d_weight": (d_y * size).sum(rows), "d_bias": d_y.sum(rows)}
 
     def _softmax_magnitudes(self, exact: Results) -> Results:
-        scores, weights = self.x.double().abs() * abs(self._scale), exact["out"]
+        scores = self.x.detach().double().abs() * abs(self._scale)
+        weights = exact["out"]
         seen = torch.where(weights > 0, scores, 0.0)
         most = seen.amax(-1, keepdim=True) if scores.shape[-1] else seen.sum(-1, keepdim=True)
         size = weights * (1 + most)
+        if not self.grads:
+            return {"out": size}
         d_w = self.grads[0].double().abs()
         return {
             "out": size,
@@ -200,49 +234,46 @@ def softmax_equation(scores: Tensor, allowed: Tensor | None, scale: float) -> Te
 
 def row_cases(
     ops: tuple[str, ...], dtype: torch.dtype, kinds: tuple[str, ...], *, quick: bool
-) -> Iterator[Case]:
+) -> Iterator[NamedCase]:
     for op in ops:
         if op in NORMS:
             shapes = QUICK_ROW_SHAPES if quick else ROW_SHAPES
             for name in NORM_KINDS:
                 if name in kinds and (name != "dropout" or op == "add_layer_norm"):
                     for shape in shapes:
-                        yield Case(op, name, shape, dtype, partial(_norm, op, name, shape, dtype))
+                        yield NamedCase(
+                            op, name, shape, dtype, partial(_norm, op, name, shape, dtype)
+                        )
         elif op == "masked_softmax":
             for name in SOFTMAX_KINDS:
                 for scores in QUICK_SOFTMAX_SHAPES if quick else SOFTMAX_SHAPES:
                     if name in kinds and (name != "causal" or scores[2] == scores[3]):
                         make = partial(_softmax, name, scores, dtype)
-                        yield Case(op, name, scores, dtype, make)
+                        yield NamedCase(op, name, scores, dtype, make)
 
 
-def norm_question(
+def norm_case(
     op: str, x: Tensor, draw: Draw, parameters: tuple[str, ...], options: dict[str, Any]
-) -> RowQuestion:
-    """A norm of `x` (rows, columns), with random parameters and gradients."""
-    rows, columns = x.shape
+) -> RowCase:
+    """A norm of `x` (..., columns), with random parameters and gradients."""
     inputs = {"x": x}
     if op == "add_layer_norm":
-        inputs["residual"] = draw.normal(rows, columns)
+        inputs["residual"] = draw.normal(*x.shape)
     for name in parameters:
         if name == "weight" or op != "rms_norm":
-            inputs[name] = draw.normal(columns)
+            inputs[name] = draw.normal(x.shape[-1])
     outputs = 2 if op == "add_layer_norm" else 1
-    grads = tuple(draw.normal(rows, columns) for _ in range(outputs))
-    return RowQuestion(op, inputs, grads, options=options)
+    grads = tuple(draw.normal(*x.shape) for _ in range(outputs))
+    return RowCase(op, inputs, grads, options=options)
 
 
-def _norm(
-    op: str, kind: str, shape: tuple[int, int], dtype: torch.dtype, _with_lse: bool
-) -> Question:
+def _norm(op: str, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> TestCase:
     parameters, options = NORM_KINDS[kind]
     draw = Draw(sum(shape), dtype)
-    return norm_question(op, draw.normal(*shape), draw, parameters, options)
+    return norm_case(op, draw.normal(*shape), draw, parameters, options)
 
 
-def _softmax(
-    kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype, _with_lse: bool
-) -> Question:
+def _softmax(kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> TestCase:
     draw = Draw(sum(shape), dtype)
     mask: Mask | None = None
     if kind == "causal":
@@ -253,4 +284,4 @@ def _softmax(
         mask = Dense(draw.coins(0.5, *shape))
     options = {"scale": -0.7} if kind == "scale" else {}
     scores, grad = draw.normal(*shape), draw.normal(*shape)
-    return RowQuestion("masked_softmax", {"scores": scores}, (grad,), mask, options)
+    return RowCase("masked_softmax", {"scores": scores}, (grad,), mask, options)

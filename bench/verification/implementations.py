@@ -1,0 +1,121 @@
+"""What can be verified: a backend of rowmax.kernels, or any callable with SDPA's signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ... import kernels
+from ...kernels import ALiBi, Causal, Mask
+from ...kernels.dispatch import PREFERENCE
+from ...kernels.testing.oracle import AttentionCase, Kernel
+from ...kernels.testing.suite import ATTENTION_OPS, OPS
+
+
+class DeclinedError(Exception):
+    """The implementation has no way to express or compute this; its text says why."""
+
+
+class Implementation(Protocol):
+    """Functions of rowmax.kernels as somebody implements them; results differentiable."""
+
+    name: str
+    device: torch.device
+    ops: tuple[str, ...]
+    with_lse: bool  # whether `attention` returns it
+
+    def kernel(self, op: str) -> Kernel:
+        """The function, called as `assert_as_accurate_as_naive` says. It raises DeclinedError."""
+
+
+class Backend:
+    """A backend of rowmax.kernels, by its name."""
+
+    ops: tuple[str, ...] = OPS
+    with_lse = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        on_gpu = name in PREFERENCE["cuda"] and name not in PREFERENCE["cpu"]
+        self.device = torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+
+    def kernel(self, op: str) -> Kernel:
+        more = {"return_lse": True} if op in ATTENTION_OPS else {}
+
+        def call(*tensors: Tensor, **options: Any) -> Any:
+            with _Refusals():
+                return getattr(kernels, op)(*tensors, **options, **more, backend=self.name)
+
+        return call
+
+
+class _Refusals:
+    """Turns the error by which a named backend declines a problem into DeclinedError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "can't do this: " in text:
+            reason = text.partition("can't do this: ")[2].partition("; backend=")[0]
+            raise DeclinedError(reason) from error
+
+
+SdpaLike = Callable[..., Tensor]
+
+
+class Sdpa:
+    """A callable with the signature of torch.nn.functional.scaled_dot_product_attention.
+
+    Masks are handed over as bool tensors, True = may attend, or as `is_causal=True` where that is
+    all there is; biases, ALiBi among them, as a float `attn_mask` with -inf where masked.
+    """
+
+    ops: tuple[str, ...] = ("attention",)
+    with_lse = False
+
+    def __init__(
+        self, function: SdpaLike, name: str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.function = function
+        self.name = str(name or getattr(function, "__qualname__", type(function).__name__))
+        self.device = torch.device(device)
+
+    def kernel(self, op: str) -> Kernel:
+        return self._attention
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if not {"sinks", "softcap"}.isdisjoint(options):
+            raise DeclinedError("SDPA's signature has neither softcap nor sinks")
+        if options.get("dropout_p", 0.0) > 0.0:
+            raise DeclinedError("SDPA's signature has no seed: its dropout is checked apart")
+        call = AttentionCase(q, k, v, options.get("mask"), options.get("bias"))
+        mask, is_causal = self._masks(call)
+        chosen: dict[str, Any] = {}
+        if options.get("scale") is not None:
+            chosen["scale"] = options["scale"]
+        if q.shape[1] != k.shape[1]:
+            chosen["enable_gqa"] = True
+        return self.function(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, **chosen)
+
+    def _masks(self, call: AttentionCase) -> tuple[Tensor | None, bool]:
+        """attn_mask and is_causal."""
+        q, mask, bias = call.q, call.mask, call.bias
+        square = call.shape[2] == call.shape[3]
+        if bias is None and square and isinstance(mask, Causal) and mask.align is None:
+            return None, True
+        allowed = mask.dense(*call.shape) if isinstance(mask, Mask) else mask
+        if allowed is not None:
+            allowed = allowed.expand(call.shape)
+        if isinstance(bias, ALiBi):
+            if q.dtype.itemsize < 4:
+                raise DeclinedError("ALiBi as an attn_mask in half precision is another bias")
+            bias = bias.dense(*call.shape).to(q.dtype)
+        if bias is None:
+            return allowed, False
+        bias = bias.expand(call.shape)
+        return (bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)), False

@@ -1,0 +1,49 @@
+"""One implementation run on one named case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...kernels.testing.cases import NamedCase
+from ...kernels.testing.tolerance import Accuracy, accuracies
+from .implementations import DeclinedError, Implementation
+
+
+@dataclass(frozen=True)
+class Run:
+    """How accurate each result is, or why there is none."""
+
+    case: NamedCase
+    accuracies: tuple[Accuracy, ...] = ()
+    declined: str | None = None  # the implementation does not do this
+    error: str | None = None  # it raised an error
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and all(found.fault is None for found in self.accuracies)
+
+    @property
+    def ratio(self) -> float:
+        return max((found.ratio for found in self.accuracies), default=0.0)
+
+    @property
+    def of_limit(self) -> float:
+        return max((found.of_limit for found in self.accuracies), default=0.0)
+
+    @property
+    def faults(self) -> list[str]:
+        found = [f"{one.tensor}: {one.fault}" for one in self.accuracies if one.fault is not None]
+        return found if self.error is None else [self.error]
+
+
+def run(case: NamedCase, implementation: Implementation) -> Run:
+    """An error that the implementation raises is a result, not the end of the run."""
+    test_case = case.case(with_lse=implementation.with_lse)
+    try:
+        results = test_case.run(implementation.kernel(case.op), implementation.device)
+    except DeclinedError as error:
+        return Run(case, declined=str(error))
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        return Run(case, error=f"{type(error).__name__}: {lines[0]}")
+    return Run(case, accuracies(results, test_case.expected, test_case.sum_dtype))
