@@ -127,8 +127,6 @@ def differentiate(
         )
         if weight_partials is not None:
             d_weight += d_y * x_hat
-        if bias_partials is not None:
-            d_bias += d_y
         if means is None:
             gx_mean = tl.sum(g * x_hat, axis=1, keep_dims=True) / count
         else:
@@ -139,6 +137,8 @@ def differentiate(
                 d_sum -= tl.sum(g, axis=1, keep_dims=True) / count
             else:
                 d_sum -= tl.load(means + row * 2, mask=row < rows, other=0.0)
+        if bias_partials is not None:
+            d_bias += d_y
         d_sum *= row_rstd
         if grad_total is not None:
             at = grad_total + row * grad_total_row + column
@@ -148,6 +148,10 @@ def differentiate(
         if d_x is not None:
             start = first
             if means is None:
+                # Words that are drawn while the inputs are still needed, as the compiler would
+                # order it, push them out of registers; tiles of two rows have room for both.
+                if ROWS != 2:
+                    tl.debug_barrier()
                 # What follows from the columns alone would be kept in registers from row to row,
                 # and push others out of them: in a whole row it is made to follow from the row.
                 start = tl.where(row < rows, first, 0)

@@ -46,18 +46,8 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], None], set[str]]] = {
     "rms_norm": (rms_norm, {"normalise", "differentiate", "sum_chunks"}),
     "masked_softmax": (masked_softmax, {"weigh", "differentiate_weights"}),
 }
-# The cases that spill: the longest rows that a program holds, with dropout, whose seed is read from
-# memory, and the gradient of the sum as well; and a few in which the compiler is a register short.
-FEW_BYTES = {
-    ("add_layer_norm", 8192, torch.float32, "sm_100"): 24,
-    ("add_layer_norm", 8192, torch.bfloat16, "sm_100"): 20,
-    ("add_layer_norm", 8192, torch.float32, "sm_90"): 16,
-    ("add_layer_norm", 8192, torch.bfloat16, "sm_90"): 8,
-    ("add_layer_norm", 8192, torch.float32, "sm_80"): 8,
-    ("add_layer_norm", 1024, torch.float32, "sm_80"): 4,
-    ("add_layer_norm", 64, torch.float32, "sm_80"): 8,
-    ("rms_norm", 64, torch.float64, "sm_100"): 4,
-}
+# The case that spills: the compiler is a register short.
+FEW_BYTES = {("rms_norm", 64, torch.float64, "sm_100"): 4}
 LONG = {"normalise_blocks", "average_rows", "differentiate", "sum_chunks"}
 
 
