@@ -84,6 +84,17 @@ def test_the_table_is_complete() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("dim", [72, 88, 192, 256])
+@pytest.mark.parametrize("features", tune.FEATURES)
+def test_large_heads_have_forms_of_their_own(features: str, dim: int, arch: str) -> None:
+    """Of half types, none is one of the safe forms, which are for want of any other."""
+    for kernel in tune.KERNELS:
+        problem = ahead_of_time.problem_of(Key(arch, kernel, 16, dim, features))
+        key = key_of(kernel, problem, arch)
+        assert lookup(key) not in (Configuration(32, 32, 4, 1), Configuration(16, 16, 4, 1)), key
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_form_that_spills_is_seen(arch: str) -> None:
     key = Key(arch, "key_gradients", 16, 256, "plain")
