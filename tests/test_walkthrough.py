@@ -11,8 +11,8 @@ import pytest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = (DOCS / "walkthrough.md").read_text("utf-8")
-# [`code`](file#Lnumber): the line holds the code
-LINES = re.findall(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)", PAGE)
+# [`code`](file): a line of the file holds the code. Numbers of lines would be others tomorrow.
+LINKS = re.findall(r"\[`([^`]+)`\]\((\.\./[^)]+\.py)\)", PAGE)
 
 
 def test_the_script_prints_what_the_page_shows():
@@ -29,12 +29,10 @@ def test_the_script_prints_what_the_page_shows():
     assert run.stdout == shown[1]
 
 
-def test_there_is_a_line_for_each_step():
-    assert len(LINES) >= 16
+def test_there_is_a_line_of_code_for_each_step():
+    assert len(LINKS) >= 16
 
 
-@pytest.mark.parametrize("code,file,number", LINES)
-def test_linked_lines_do_what_is_said(code, file, number):
-    lines = (DOCS / file).read_text("utf-8").split("\n")
-    places = [place for place, line in enumerate(lines, start=1) if code in line]
-    assert int(number) in places, f"{file}: {code!r} stands in lines {places}, not {number}"
+@pytest.mark.parametrize("code,file", LINKS)
+def test_linked_files_do_what_is_said(code, file):
+    assert code in (DOCS / file).read_text("utf-8"), f"{file} has no {code!r}"
