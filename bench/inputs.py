@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Causal, Dense, KeyLengths, Mask, Window
-from ..kernels.reference import keep_threshold, philox4x32
+from ..kernels.backends.reference import keep_threshold, philox4x32
 from ..kernels.testing.oracle import AttentionCase
 from ..kernels.testing.rows import RowCase
 from .cases import DROPOUT_P, GROUP, WINDOW, Case

@@ -28,7 +28,7 @@
 # Nothing is installed. A part has a time limit of its own, writes what it has as it goes and stops
 # no other; a summary is the end. The exit status is 0 where all went well, and 1 otherwise. What
 # they say is in OUT/contact.log, and so on, results are beside it; where this ran on a copy of the
-# checkout, bring OUT/configurations.json back to kernels/gpu_triton/.
+# checkout, bring OUT/configurations.json back to kernels/backends/gpu_triton/.
 #
 # Settings, from the environment:
 #   PYTHON          the interpreter that has torch (python3)
@@ -47,7 +47,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 CONTACT="smoke:55 forms:95 speed:60 kinds:60 decode:30 flex:40 norms:45 host:25"
 PROVE="gpu:90 parity:115 sanitize:70"
 MORE="tests:530 tune:530 attention:530 all_norms:530"
-TABLE=${TABLE:-kernels/gpu_triton/configurations.json}
+TABLE=${TABLE:-kernels/backends/gpu_triton/configurations.json}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
@@ -132,13 +132,13 @@ tuned() {
     return "$status"
 }
 
-part_gpu() { tests tests/kernels/test_triton_gpu.py tests/swapping/test_gpu.py; }
+part_gpu() { tests tests/kernels/test_triton_gpu.py tests/integrations/test_gpu.py; }
 
 part_parity() {
     ROWMAX_SAMPLE=${SAMPLE:-300} tests tests/kernels/test_attention_parity.py -k triton
 }
 
-part_tests() { tests tests/kernels tests/swapping/test_gpu.py -k "triton or test_gpu"; }
+part_tests() { tests tests/kernels tests/integrations/test_gpu.py -k "triton or test_gpu"; }
 
 tests() {
     local workers=()

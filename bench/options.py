@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from ..console import UsageError, check_outputs, check_writable, set_threads
-from ..kernels import dispatch
+from ..kernels.backends import dispatch
 
 __all__ = [
     "UsageError",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import kernels
-from ..kernels import dispatch
+from ..kernels.backends import dispatch
 from . import models
 from .cases import BACKWARD, FORWARD_BACKWARD, Suite
 from .engines import onnx_runtime, open_vino

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import Causal, Dense, Mask
-from ..kernels.functional import attention_problem
-from ..kernels.gpu_triton import interpreting
-from ..kernels.gpu_triton.attention_decode import CHUNK
-from ..kernels.gpu_triton.attention_launch import (
+from ..kernels.api.attention import attention_problem
+from ..kernels.backends.gpu_triton import interpreting
+from ..kernels.backends.gpu_triton.attention_decode import CHUNK
+from ..kernels.backends.gpu_triton.attention_launch import (
     attention,
     attention_backward,
     launch_kernel,
 )
-from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ..kernels.gpu_triton.plans import compiled_form
-from ..kernels.problem import AttentionProblem
+from ..kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
+from ..kernels.backends.gpu_triton.plans import compiled_form
+from ..kernels.ops.problem import AttentionProblem
 from .ahead_of_time import products_in
 from .timing import Budget, Timer, geometric_mean, interleave
 

@@ -1,4 +1,4 @@
-"""Write kernels/cpu_constants.py as a C++ header: `python csrc/write_constants.py HEADER`."""
+"""Write the CPU backends' constants as a C++ header: `python csrc/write_constants.py HEADER`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import runpy
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parent.parent / "kernels" / "cpu_constants.py"
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "kernels" / "backends" / "cpu_common" / "constants.py"
 
 
 def header() -> str:
     """One constant for every public number, one array for every public tuple of numbers."""
     lines = [
-        "// Made of kernels/cpu_constants.py by csrc/write_constants.py.",
+        "// Made of kernels/backends/cpu_common/constants.py by csrc/write_constants.py.",
         "#pragma once",
         "namespace rowmax {",
     ]

@@ -10,18 +10,13 @@ if __name__ == "kernels":
     def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}: import rowmax.kernels")
 else:
-    from .biases import ALiBi
-    from .functional import (
-        add_layer_norm,
-        attention,
-        explain,
-        layer_norm,
-        masked_softmax,
-        rms_norm,
-    )
-    from .masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
-    from .packed import attention_varlen
-    from .swapping import (
+    from .api.attention import attention, explain
+    from .api.biases import ALiBi
+    from .api.masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+    from .api.norms import add_layer_norm, layer_norm, rms_norm
+    from .api.softmax import masked_softmax
+    from .api.varlen import attention_varlen
+    from .integrations import (
         attention_as_sdpa,
         compare,
         register_huggingface,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import console
-from . import dispatch
+from .backends import dispatch
 
 _VECTOR_BITS = {"AVX512": 512, "AVX2": 256, "SVE256": 256, "NEON": 128, "VSX": 128, "ZVECTOR": 128}
 

@@ -16,7 +16,7 @@ import torch
 
 from rowmax import kernels
 from rowmax.bench.cli import build_parser as bench_parser
-from rowmax.kernels import dispatch
+from rowmax.kernels.backends import dispatch
 from rowmax.transformer.cli import COMMANDS
 from rowmax.transformer.options import parser as transformer_parser
 

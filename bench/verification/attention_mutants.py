@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import Causal, Mask
-from ...kernels.problem import AttentionProblem
-from ...kernels.reference import attention_keep
+from ...kernels.backends.reference import attention_keep
+from ...kernels.ops.problem import AttentionProblem
 from ...kernels.testing.oracle import AttentionCase, Kernel
 
 TILE = 16

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...console import from_extra
-from ...kernels import dispatch
+from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..options import UsageError, check_outputs, listed, names_of, set_threads

@@ -17,7 +17,7 @@ from mpmath import mpf
 from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
-from ...kernels.reference import attention_keep
+from ...kernels.backends.reference import attention_keep
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case
 from ...kernels.testing.oracle import AttentionCase, Results
 from ...kernels.testing.rows import RowCase, norm_case

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import kernels
 from ...kernels import ALiBi, Causal, Mask
-from ...kernels.dispatch import PREFERENCE
+from ...kernels.backends.dispatch import PREFERENCE
 from ...kernels.testing.oracle import AttentionCase, Kernel
 from ...kernels.testing.suite import ATTENTION_OPS, OPS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Mask
-from ...kernels.reference import rows_keep
+from ...kernels.backends.reference import rows_keep
 from ...kernels.testing.oracle import Kernel
 from ...kernels.testing.rows import EPS, norm_equation, softmax_equation
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...console import from_extra
-from ...kernels import dispatch
+from ...kernels.backends import dispatch
 from ...kernels.testing import DTYPES as ALL_DTYPES
 from ...kernels.testing.cases import NamedCase, Shape, dtype_text
 from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases

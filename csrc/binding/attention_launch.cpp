@@ -1,5 +1,5 @@
 // From an attention problem to its kernels: addresses and strides, and how work is divided. What is
-// copied, and why, is settled before, in kernels/cpu_preparation.py.
+// copied, and why, is settled before, in kernels/backends/cpu_common/preparation.py.
 
 #include "binding/attention_launch.h"
 
@@ -21,7 +21,7 @@ View view_of(const Tensor& tensor, const char* name) {
       tensor.strides().data()};
 }
 
-// The fields of kernels/problem.py's AttentionProblem, flat.
+// The fields of kernels/ops/problem.py's AttentionProblem, flat.
 struct Problem {
   View query, key, value;
   MaybeTensor bias, alibi_slopes, alibi_offset, sinks;
@@ -259,7 +259,7 @@ void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row
   call.chunk_keys = chunk_blocks * BLOCK_KEYS;
 }
 
-// How the gradient of a bias comes about, for kernels/cpu_preparation.py's choice of its type.
+// How the gradient of a bias comes about, for kernels/backends/cpu_common/preparation.py's choice of its type.
 BiasSum bias_sum(const AttentionCall& call, const Tensor& d_bias, int type) {
   const bool in_tiles = d_bias.size(2) == call.query_len && d_bias.size(3) == call.key_len;
   if (in_tiles && d_bias.size(0) == call.batch && d_bias.size(1) == call.heads) {

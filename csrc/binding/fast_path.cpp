@@ -97,7 +97,7 @@ bool find_torch() {
   torch_.tensor = attribute("torch", "Tensor");
   torch_.parameter = attribute("torch.nn", "Parameter");
   torch_.empty_like = attribute("torch", "empty_like");
-  torch_.empty_heads = attribute("rowmax.kernels.layout", "empty_heads");
+  torch_.empty_heads = attribute("rowmax.kernels.ops.layout", "empty_heads");
   torch_.is_neg = PyUnicode_InternFromString("is_neg");
   torch_.storage_offset = PyUnicode_InternFromString("storage_offset");
   torch_.contiguous = PyDict_New();

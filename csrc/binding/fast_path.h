@@ -25,7 +25,7 @@ PyObject* plain_norm_call(PyObject* module, PyObject* const* arguments, Py_ssize
 struct Torch {
   PyObject *tensor, *parameter;       // the types whose instances are taken
   PyObject *empty_like, *contiguous;  // torch.empty_like and its keywords
-  PyObject* empty_heads;              // kernels/layout.py's
+  PyObject* empty_heads;              // kernels/ops/layout.py's
   PyObject *is_neg, *storage_offset;  // the methods' names
 };
 const Torch& looked_up();

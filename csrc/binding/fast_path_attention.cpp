@@ -8,7 +8,7 @@
 namespace rowmax {
 namespace {
 
-// How query 0 is aligned with the keys, as kernels/cpu_native/attention_launch.py numbers it.
+// How query 0 is aligned with the keys, as kernels/backends/cpu_native/attention_launch.py numbers it.
 enum Align : long { kNoMask = 0, kSameLength = 1, kUpperLeft = 2, kLowerRight = 3 };
 
 // Whether `object` is a tensor (B, H, L, D) with contiguous rows; with an exception or without.
@@ -24,7 +24,7 @@ bool fit(const View& query, const View& key, const View& value) {
          key.sizes[2] == value.sizes[2] && key.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0;
 }
 
-// What kernels/layout.py's empty_heads(query, value_dim) gives; itself only where no shorter way is.
+// What kernels/ops/layout.py's empty_heads(query, value_dim) gives; itself only where no shorter way is.
 PyObject* empty_heads(PyObject* query, const View& of, int64_t value_dim) {
   if (of.strides[1] < of.strides[2] || of.sizes[3] != value_dim) {
     PyObject* dim = PyLong_FromLongLong(value_dim);

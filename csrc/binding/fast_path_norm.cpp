@@ -58,7 +58,7 @@ PyObject* plain_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   }
   const double eps = PyFloat_AsDouble(arguments[3]);
   const int64_t columns = x.sizes[x.dimensions - 1], elements = element_count(x);
-  // Large results want what kernels/cpu_results.py asks of the system for them.
+  // Large results want what kernels/backends/cpu_common/results.py asks of the system for them.
   if (!(eps >= 0.0) || !std::isfinite(eps) || elements == 0 ||
       elements * item_bytes(x.dtype) >= ADVISED_BYTES) {
     return Py_NewRef(Py_None);

@@ -1,5 +1,5 @@
 // From norms and masked softmax to their kernels: addresses, strides, and how rows are divided. What
-// is copied, and why, is settled before, in kernels/cpu_native/norms.py and softmax.py.
+// is copied, and why, is settled before, in kernels/backends/cpu_native/norms.py and softmax.py.
 
 #include "binding/rows_launch.h"
 
@@ -186,7 +186,7 @@ void norm_backward(
 }
 
 // scores (B, H, Lq, Lk) with contiguous rows, weights like it, contiguous; the mask's fields as in
-// kernels/masks.py's MaskStructure, contiguous but for the dense mask's leading dimensions.
+// kernels/api/masks.py's MaskStructure, contiguous but for the dense mask's leading dimensions.
 void softmax_forward(
     Tensor scores, Tensor weights, MaybeTensor dense, MaybeTensor key_lengths,
     MaybeTensor query_lengths, MaybeTensor query_documents, MaybeTensor key_documents,

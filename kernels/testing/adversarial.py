@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..masks import Causal, KeyLengths
+from ..api.masks import Causal, KeyLengths
 from .cases import Draw, Kind, NamedCase, Shape, attention_case, seed_of
 from .oracle import AttentionCase, TestCase
 from .rows import NORMS, RowCase, norm_case

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..biases import ALiBi
-from ..masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+from ..api.biases import ALiBi
+from ..api.masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
 from .oracle import AttentionCase, PackedCase, TestCase, random_gradients
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

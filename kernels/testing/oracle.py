@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..biases import ALiBi
-from ..functional import attention_problem
-from ..masks import Dense, Mask
-from ..problem import AttentionProblem
-from ..reference import naive_attention
+from ..api.attention import attention_problem
+from ..api.biases import ALiBi
+from ..api.masks import Dense, Mask
+from ..backends.reference import naive_attention
+from ..ops.problem import AttentionProblem
 from .tolerance import SUMMATION, Expected
 
 Results = dict[str, Tensor]  # outputs and gradients by name: out, lse, d_q, ...

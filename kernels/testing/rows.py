@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks import Causal, Dense, KeyLengths, Mask
-from ..reference import rows_keep
+from ..api.masks import Causal, Dense, KeyLengths, Mask
+from ..backends.reference import rows_keep
 from .cases import Draw, NamedCase
 from .oracle import (
     Kernel,

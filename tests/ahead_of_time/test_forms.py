@@ -16,12 +16,9 @@ pytest.importorskip("triton")
 
 from rowmax.bench import ahead_of_time, tune
 from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths
-from rowmax.kernels.functional import attention_problem
-from rowmax.kernels.gpu_triton.attention_launch import (
-    attention,
-    attention_backward,
-)
-from rowmax.kernels.gpu_triton.configurations import (
+from rowmax.kernels.api.attention import attention_problem
+from rowmax.kernels.backends.gpu_triton.attention_launch import attention, attention_backward
+from rowmax.kernels.backends.gpu_triton.configurations import (
     TF32_BITS,
     Configuration,
     Key,
@@ -29,8 +26,8 @@ from rowmax.kernels.gpu_triton.configurations import (
     lookup,
     table,
 )
-from rowmax.kernels.gpu_triton.plans import compiled_form
-from rowmax.kernels.problem import AttentionProblem
+from rowmax.kernels.backends.gpu_triton.plans import compiled_form
+from rowmax.kernels.ops.problem import AttentionProblem
 
 ARCHS = sorted({key.arch for key in table()})
 # Forms that a GPU ran faster than any that spills nothing: an H200 took 1.57 ms with this one, and

@@ -23,19 +23,12 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from rowmax.bench import ahead_of_time
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Window,
-    gpu_triton,
-)
-from rowmax.kernels.functional import attention_problem
-from rowmax.kernels.gpu_triton import attention_launch, configurations, norms, plans
-from rowmax.kernels.gpu_triton.configurations import Key, in_order
-from rowmax.kernels.problem import AddLayerNormProblem, AttentionProblem
+from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Window
+from rowmax.kernels.api.attention import attention_problem
+from rowmax.kernels.backends import gpu_triton
+from rowmax.kernels.backends.gpu_triton import attention_launch, configurations, norms, plans
+from rowmax.kernels.backends.gpu_triton.configurations import Key, in_order
+from rowmax.kernels.ops.problem import AddLayerNormProblem, AttentionProblem
 
 HALF = torch.bfloat16
 Launched = list[tuple[str, int, tuple[Any, ...]]]  # kernel, programs, arguments

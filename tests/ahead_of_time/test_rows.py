@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 
 from rowmax.bench import ahead_of_time
 from rowmax.kernels import Causal, KeyLengths, Mask
-from rowmax.kernels.gpu_triton import norms, softmax
-from rowmax.kernels.masks import structure_of
-from rowmax.kernels.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
+from rowmax.kernels.api.masks import structure_of
+from rowmax.kernels.backends.gpu_triton import norms, softmax
+from rowmax.kernels.ops.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
 
 ROWS = 64
 SEED = torch.tensor(3)

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("triton")
 
 from rowmax.bench import ahead_of_time, cli, forms
-from rowmax.kernels import gpu_triton
-from rowmax.kernels.gpu_triton.configurations import Configuration, Key, lookup
+from rowmax.kernels.backends import gpu_triton
+from rowmax.kernels.backends.gpu_triton.configurations import Configuration, Key, lookup
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from rowmax.bench.peers import (
 )
 from rowmax.bench.runner import Row, run_cases
 from rowmax.bench.timing import Budget, HostTimer
-from rowmax.kernels import dispatch
+from rowmax.kernels.backends import dispatch
 from rowmax.kernels.testing.tolerance import Expected
 
 ATTENTION, NORMS = SUITES["cpu-attention"], SUITES["cpu-norms"]

@@ -18,7 +18,7 @@ from rowmax.bench.cases import SUITES
 from rowmax.bench.cli import build_parser
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
-TABLE = SCRIPT.parents[1] / "kernels" / "gpu_triton" / "configurations.json"
+TABLE = SCRIPT.parents[1] / "kernels/backends/gpu_triton/configurations.json"
 CONTACT = ("smoke", "forms", "speed", "kinds", "decode", "flex", "norms", "host")
 PROVE = ("gpu", "parity", "sanitize")
 MORE = ("tests", "tune", "attention", "all_norms")

@@ -11,7 +11,7 @@ from rowmax.bench import isolated, smoke
 from rowmax.bench.cli import main
 from rowmax.bench.isolated import LostError
 from rowmax.bench.verification.suite import DTYPES, Settings, cases_of
-from rowmax.kernels import gpu_triton
+from rowmax.kernels.backends import gpu_triton
 
 
 @pytest.mark.skipif(not gpu_triton.interpreting(), reason="needs TRITON_INTERPRET=1")

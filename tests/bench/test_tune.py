@@ -15,9 +15,9 @@ pytest.importorskip("triton")
 from rowmax.bench import trials, tune
 from rowmax.bench.ahead_of_time import products_in
 from rowmax.bench.timing import Budget, HostTimer
-from rowmax.kernels import gpu_triton
-from rowmax.kernels.gpu_triton import attention_decode, attention_launch
-from rowmax.kernels.gpu_triton.configurations import Configuration, Key, key_of
+from rowmax.kernels.backends import gpu_triton
+from rowmax.kernels.backends.gpu_triton import attention_decode, attention_launch
+from rowmax.kernels.backends.gpu_triton.configurations import Configuration, Key, key_of
 
 KEY = Key("sm_90", "forward", 16, 64, "plain")
 FIRST, SECOND = tune.candidates(KEY)[:2]

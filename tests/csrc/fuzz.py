@@ -26,17 +26,8 @@ import torch
 from torch import Tensor
 
 from rowmax.bench.verification.implementations import Backend
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    dispatch,
-)
+from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+from rowmax.kernels.backends import dispatch
 from rowmax.kernels.testing.cases import Draw, Shape, packed_case
 from rowmax.kernels.testing.oracle import (
     AttentionCase,

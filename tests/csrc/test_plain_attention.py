@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, KeyLengths, attention, dispatch, ops
+from rowmax.kernels import Causal, KeyLengths, attention
+from rowmax.kernels.backends import dispatch
+from rowmax.kernels.ops import operators
 
 from .plain_inputs import DTYPES, left_by_transforms, rand
 
@@ -125,7 +127,7 @@ def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor |
 
 def test_a_gradient_needs_the_general_way() -> None:
     leaf = Q.clone().requires_grad_()
-    assert ops.plain_attention(leaf, Q, Q, None, None, "native") is None
+    assert operators.plain_attention(leaf, Q, Q, None, None, "native") is None
     assert attention(leaf, Q, Q, backend="native").requires_grad
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import dispatch, layer_norm, ops, rms_norm
-from rowmax.kernels.cpu_constants import ADVISED_BYTES
-from rowmax.kernels.problem import LayerNormProblem, RMSNormProblem
+from rowmax.kernels import layer_norm, rms_norm
+from rowmax.kernels.backends import dispatch
+from rowmax.kernels.backends.cpu_common.constants import ADVISED_BYTES
+from rowmax.kernels.ops import operators
+from rowmax.kernels.ops.problem import LayerNormProblem, RMSNormProblem
 
 from .plain_inputs import DTYPES, left_by_transforms, rand
 
@@ -33,8 +35,8 @@ def in_general(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
 ) -> Tensor:
     if centred:
-        return ops.layer_norm(LayerNormProblem(x, weight, bias, eps), "native")
-    return ops.rms_norm(RMSNormProblem(x, weight, eps), "native")
+        return operators.layer_norm(LayerNormProblem(x, weight, bias, eps), "native")
+    return operators.rms_norm(RMSNormProblem(x, weight, eps), "native")
 
 
 SHAPES = ((1,), (7,), (3, 5), (2, 3, 70), (64, 512), (5, 1600), (1, 4, 1, 33), (5000, 3))
@@ -62,7 +64,7 @@ def test_the_public_functions_take_it(
 ) -> None:
     x, weight = rand(4, 8), torch.nn.Parameter(rand(8))
     called: list[str] = []
-    monkeypatch.setattr(ops, "call", lambda name, *_: called.append(name))
+    monkeypatch.setattr(operators, "call", lambda name, *_: called.append(name))
     with torch.no_grad():
         normal = layer_norm(x, weight, weight, backend="native")
         assert not rms_norm(x, weight, backend="native").requires_grad
@@ -128,7 +130,7 @@ def test_a_gradient_needs_the_general_way(which: int) -> None:
     arguments = [X, ROW, ROW]
     arguments[which] = arguments[which].clone().requires_grad_()
     x, weight, bias = arguments
-    assert ops.plain_norm(x, weight, bias, 1e-5, "native", centred=True) is None
+    assert operators.plain_norm(x, weight, bias, 1e-5, "native", centred=True) is None
     assert layer_norm(x, weight, bias, backend="native").requires_grad
 
 

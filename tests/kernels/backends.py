@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 
-from rowmax.kernels import dispatch
+from rowmax.kernels.backends import dispatch
 
 BACKENDS = [name for name, reason in dispatch.installation().items() if reason is None]
 

@@ -19,13 +19,13 @@ from rowmax.kernels import (
     add_layer_norm,
     attention,
     attention_varlen,
-    dispatch,
     explain,
     layer_norm,
     masked_softmax,
     rms_norm,
 )
-from rowmax.kernels.functional import attention_problem
+from rowmax.kernels.api.attention import attention_problem
+from rowmax.kernels.backends import dispatch
 
 Q, K, V = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 7, 8), torch.zeros(2, 2, 7, 6)
 META = torch.zeros(2, 4, 5, 8, device="meta")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention, dispatch
+from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention
+from rowmax.kernels.backends import dispatch
 
 from .backends import doing
 from .cases import Case, Shape, always, lengths, random_bias, random_dense
@@ -15,7 +16,7 @@ from .support import assert_parity, run
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
-from rowmax.kernels.cpu_numba import attention_launch, host
+from rowmax.kernels.backends.cpu_numba import attention_launch, host
 from rowmax.kernels.testing.tolerance import SUMMATION
 
 needs_dots = pytest.mark.skipif(

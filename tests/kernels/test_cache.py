@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rowmax.kernels import dispatch
+from rowmax.kernels.backends import dispatch
 
 NEEDS_NUMBA = pytest.mark.skipif(
     dispatch.unavailable("numba") is not None, reason=f"numba: {dispatch.unavailable('numba')}"
@@ -50,8 +50,8 @@ def first_call(cache: Path) -> float:
 @pytest.mark.slow
 @NEEDS_NUMBA
 def test_a_second_process_does_not_compile(tmp_path: Path) -> None:
-    from rowmax.kernels.cpu_numba import jit
-    from rowmax.kernels.cpu_numba.attention_forward import FORWARD
+    from rowmax.kernels.backends.cpu_numba import jit
+    from rowmax.kernels.backends.cpu_numba.attention_forward import FORWARD
 
     own = jit.cache_directory(FORWARD.kernel)
     first_call(own.parent)  # compiled now, or by another test: it is the same cache
@@ -70,7 +70,7 @@ RACE = """
 import sys
 import time
 from numba import types
-from rowmax.kernels.cpu_numba import jit
+from rowmax.kernels.backends.cpu_numba import jit
 import slow_kernel
 
 print("ready", flush=True)
@@ -128,7 +128,7 @@ def test_without_a_usable_directory_kernels_are_compiled_all_the_same(
 ) -> None:
     from numba.core import caching
 
-    from rowmax.kernels.cpu_numba import jit
+    from rowmax.kernels.backends.cpu_numba import jit
 
     monkeypatch.setattr(jit, "_uncached", [])
     monkeypatch.setenv("ROWMAX_CACHE_DIR", str(tmp_path / "cache"))

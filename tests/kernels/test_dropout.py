@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rowmax.kernels import add_layer_norm, attention
-from rowmax.kernels.reference import attention_keep, keep_threshold, philox4x32, rows_keep
+from rowmax.kernels.backends.reference import attention_keep, keep_threshold, philox4x32, rows_keep
 
 from . import loops
 from .backends import device_of, doing

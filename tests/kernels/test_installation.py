@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 
-from rowmax.kernels import dispatch, explain, layer_norm
+from rowmax.kernels import explain, layer_norm
+from rowmax.kernels.backends import dispatch
 
 from .backends import BACKENDS, DECLINES
 
@@ -34,7 +35,7 @@ ATTEND = """
 import warnings
 import torch
 from rowmax.kernels import attention, explain
-from rowmax.kernels.dispatch import installation
+from rowmax.kernels.backends.dispatch import installation
 
 assert not {"numba", "llvmlite"} & {name for name, module in sys.modules.items() if module}
 q = torch.randn(1, 2, 5, 8, requires_grad=True)
@@ -75,7 +76,7 @@ def test_without_the_others_the_kernels_remain(missing: str) -> None:
     script = """
 import torch
 from rowmax.kernels import explain, layer_norm
-from rowmax.kernels.dispatch import installation
+from rowmax.kernels.backends.dispatch import installation
 
 q = torch.randn(1, 2, 5, 8)
 print(explain(q, q, q))

@@ -11,12 +11,12 @@ import torch
 pytest.importorskip("triton")
 
 from rowmax.kernels import attention
-from rowmax.kernels.gpu_triton import interpreting
+from rowmax.kernels.backends.gpu_triton import interpreting
 
 if not interpreting():
     pytest.skip("Triton compiles here", allow_module_level=True)
 
-from rowmax.kernels.gpu_triton.interpreter import to_bfloat16, to_float32
+from rowmax.kernels.backends.gpu_triton.interpreter import to_bfloat16, to_float32
 
 OUTSIDE_THE_TESTS = """
 import os

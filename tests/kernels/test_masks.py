@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rowmax.kernels import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
-from rowmax.kernels.masks import as_mask, structure_of
+from rowmax.kernels.api.masks import as_mask, structure_of
 
 from .cases import CASES, Case, lengths
 

@@ -14,28 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    Documents,
-    add_layer_norm,
-    dispatch,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
+from rowmax.kernels import Causal, Documents, add_layer_norm, layer_norm, masked_softmax, rms_norm
+from rowmax.kernels.backends import dispatch
+from rowmax.kernels.backends.reference import rows_keep
+from rowmax.kernels.backends.reference.philox import (
+    NORM_STREAM,
+    keep_scale,
+    keep_threshold,
+    philox4x32,
 )
-from rowmax.kernels.layout import rows_of, statistics_dtype
-from rowmax.kernels.reference import rows_keep
-from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_threshold, philox4x32
+from rowmax.kernels.ops.layout import rows_of, statistics_dtype
 
 if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
-from rowmax.kernels.cpu_constants import GROUPED_COLUMNS
-from rowmax.kernels.cpu_numba.call import Kernel, read
-from rowmax.kernels.cpu_numba.memory import pointer
-from rowmax.kernels.cpu_numba.norms_forward import draw_factors
-from rowmax.kernels.cpu_numba.rows import chunk_rows
-from rowmax.kernels.cpu_numba.simd import cast
+from rowmax.kernels.backends.cpu_common.constants import GROUPED_COLUMNS
+from rowmax.kernels.backends.cpu_numba.call import Kernel, read
+from rowmax.kernels.backends.cpu_numba.memory import pointer
+from rowmax.kernels.backends.cpu_numba.norms_forward import draw_factors
+from rowmax.kernels.backends.cpu_numba.rows import chunk_rows
+from rowmax.kernels.backends.cpu_numba.simd import cast
 
 from .backends import dtype_name
 
@@ -365,7 +363,7 @@ for columns in (3, 50):
 @pytest.mark.slow
 def test_the_narrowest_vectors() -> None:
     """(`make test-narrow` runs all of these tests at 256 bits.)"""
-    from rowmax.kernels.cpu_numba.host import native_vector_bits
+    from rowmax.kernels.backends.cpu_numba.host import native_vector_bits
 
     if native_vector_bits() == 128:
         pytest.skip("the tests above ran at 128 bits")

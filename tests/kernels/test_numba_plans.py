@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, Window, attention, dispatch
+from rowmax.kernels import Causal, Window, attention
+from rowmax.kernels.backends import dispatch
 
 from .cases import BY_NAME, lay_out
 from .support import assert_parity, run
@@ -17,8 +18,8 @@ from .support import assert_parity, run
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
-from rowmax.kernels.cpu_numba import attention_launch
-from rowmax.kernels.cpu_numba.call import Plan
+from rowmax.kernels.backends.cpu_numba import attention_launch
+from rowmax.kernels.backends.cpu_numba.call import Plan
 
 
 @pytest.fixture(autouse=True)

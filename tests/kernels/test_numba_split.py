@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rowmax.kernels import Causal, KeyLengths, Window, attention_varlen, dispatch
+from rowmax.kernels import Causal, KeyLengths, Window, attention_varlen
+from rowmax.kernels.backends import dispatch
 
 from .backends import dtype_name
 from .cases import Case, Shape, alibi, always, lengths, random_bias
@@ -17,8 +18,8 @@ from .support import Results, run
 if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
-from rowmax.kernels.cpu_constants import BLOCK_KEYS, CACHE_BYTES
-from rowmax.kernels.cpu_numba import attention_launch
+from rowmax.kernels.backends.cpu_common.constants import BLOCK_KEYS, CACHE_BYTES
+from rowmax.kernels.backends.cpu_numba import attention_launch
 
 CASES = [
     Case("one_head", Shape(1, 1, 1, 300, 900, 24, 40), always(Causal("lower_right"))),

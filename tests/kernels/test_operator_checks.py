@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels.operator_checks import checked
+from rowmax.kernels.ops.operator_checks import checked
 
 from .backends import BACKENDS, device_of
 

@@ -20,10 +20,10 @@ from rowmax.kernels import (
     masked_softmax,
     rms_norm,
 )
-from rowmax.kernels.functional import attention_problem
-from rowmax.kernels.masks import structure_of
-from rowmax.kernels.problem import SoftmaxProblem
-from rowmax.kernels.reference import naive_attention
+from rowmax.kernels.api.attention import attention_problem
+from rowmax.kernels.api.masks import structure_of
+from rowmax.kernels.backends.reference import naive_attention
+from rowmax.kernels.ops.problem import SoftmaxProblem
 
 from .backends import device_of, doing, is_interpreted, refused
 from .cases import BY_NAME, lengths

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rowmax.kernels import ALiBi, Causal, KeyLengths, Window
-from rowmax.kernels.reference import naive_attention
+from rowmax.kernels.backends.reference import naive_attention
 from rowmax.kernels.testing.tolerance import Expected, measure
 
 from . import loops

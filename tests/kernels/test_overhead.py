@@ -20,12 +20,11 @@ from rowmax.kernels import (
     KeyLengths,
     add_layer_norm,
     attention,
-    eager,
     layer_norm,
     masked_softmax,
-    ops,
     rms_norm,
 )
+from rowmax.kernels.ops import fast_path, operators
 
 from .backends import BACKENDS, device_of, doing, is_interpreted
 
@@ -39,13 +38,13 @@ def rand(*size: int, seed: int = 0) -> Tensor:
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the operators that calls went through torch's dispatcher for."""
     names: list[str] = []
-    through_dispatcher = ops.through_dispatcher
+    through_dispatcher = operators.through_dispatcher
 
     def spy(name: str, arguments: tuple[Any, ...]) -> Any:
         names.append(name)
         return through_dispatcher(name, arguments)
 
-    monkeypatch.setattr(ops, "through_dispatcher", spy)
+    monkeypatch.setattr(operators, "through_dispatcher", spy)
     return names
 
 
@@ -157,9 +156,9 @@ def test_only_ordinary_tensors_go_past_it() -> None:
     x = rand(3, 4)
     with torch.inference_mode():
         inside = x.sin()
-        assert eager.are_plain((inside, inside[1:], x.detach()))
+        assert fast_path.are_plain((inside, inside[1:], x.detach()))
     ordinary = [x, x.T, x.long(), x.bool(), x[:0], inside, x.clone().requires_grad_()]
-    assert eager.are_plain((*ordinary, torch.nn.Parameter(x), None, 1.0, 2, True, "auto"))
+    assert fast_path.are_plain((*ordinary, torch.nn.Parameter(x), None, 1.0, 2, True, "auto"))
     special = {
         "subclass": x.as_subclass(Marked),
         "zeros without memory": torch._efficientzerotensor((3, 4)),
@@ -182,7 +181,7 @@ def test_only_ordinary_tensors_go_past_it() -> None:
     if torch.backends.mkldnn.is_available():
         special["mkldnn"] = x.float().to_mkldnn()
     for name, tensor in special.items():
-        assert not eager.are_plain((x, tensor)), name
+        assert not fast_path.are_plain((x, tensor)), name
 
 
 def test_the_keys_of_an_ordinary_tensor_on_a_gpu() -> None:
@@ -191,7 +190,7 @@ def test_the_keys_of_an_ordinary_tensor_on_a_gpu() -> None:
     with FakeTensorMode() as mode:
         on_gpu = keys(torch.empty(2, device="cuda")).raw_repr()
     of_fakes = keys(mode.from_tensor(rand(2))).raw_repr() & ~keys(rand(2)).raw_repr()
-    assert on_gpu & ~of_fakes in eager._ORDINARY
+    assert on_gpu & ~of_fakes in fast_path._ORDINARY
 
 
 def test_what_the_dispatcher_serves_in_a_mask_goes_through_it(dispatched: list[str]) -> None:
@@ -282,7 +281,7 @@ def test_a_small_call_takes_few_steps(backend: str) -> None:
 @pytest.mark.skipif("numba" not in BACKENDS, reason="Numba does not work here")
 def test_a_workspace_in_use_is_not_taken_again() -> None:
     """A signal's handler or a finalizer may call a kernel while the same thread prepares one."""
-    from rowmax.kernels.cpu_numba import threads
+    from rowmax.kernels.backends.cpu_numba import threads
 
     first = threads.take_workspace()
     second = threads.take_workspace()

@@ -23,8 +23,8 @@ from rowmax.kernels import (
     Window,
     attention,
     attention_varlen,
-    dispatch,
 )
+from rowmax.kernels.backends import dispatch
 
 from .backends import device_of, dtype_name
 from .cases import (
@@ -43,7 +43,7 @@ from .support import AttentionCase, assert_parity, run
 if dispatch.unavailable("triton") is not None:
     pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
 
-from rowmax.kernels.gpu_triton import attention_decode, attention_launch
+from rowmax.kernels.backends.gpu_triton import attention_decode, attention_launch
 
 DEVICE = device_of("triton")
 CHUNK = 64

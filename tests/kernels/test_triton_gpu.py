@@ -20,11 +20,11 @@ from rowmax.kernels import (
     add_layer_norm,
     attention,
     attention_varlen,
-    dispatch,
     layer_norm,
     masked_softmax,
     rms_norm,
 )
+from rowmax.kernels.backends import dispatch
 
 from .backends import dtype_name
 

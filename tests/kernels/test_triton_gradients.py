@@ -23,17 +23,17 @@ from rowmax.kernels import (
     Window,
     attention,
     attention_varlen,
-    dispatch,
-    ops,
 )
-from rowmax.kernels.problem import AttentionProblem
+from rowmax.kernels.backends import dispatch
+from rowmax.kernels.ops import operators
+from rowmax.kernels.ops.problem import AttentionProblem
 
 from .backends import device_of
 
 if dispatch.unavailable("triton") is not None:
     pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
 
-from rowmax.kernels.gpu_triton import attention_decode, attention_launch
+from rowmax.kernels.backends.gpu_triton import attention_decode, attention_launch
 
 DEVICE = device_of("triton")
 B, H, QUERIES, KEYS, D, DV = 2, 4, 5, 7, 3, 4
@@ -132,13 +132,13 @@ def test_packed_sequences(name: str) -> None:
 def test_opcheck_of_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators on a packed problem, as `attention_varlen` hands it to them."""
     seen: list[AttentionProblem] = []
-    whole = ops.attention
+    whole = operators.attention
 
     def noting(problem: AttentionProblem, *options: Any) -> tuple[Tensor, Tensor | None]:
         seen.append(problem)
         return whole(problem, *options)
 
-    monkeypatch.setattr(ops, "attention", noting)
+    monkeypatch.setattr(operators, "attention", noting)
     q, k, v = packed_inputs()
     starts_q, starts_k = (tensor.to(DEVICE) for tensor in STARTS)
     options: dict[str, Any] = {"sinks": draw(H), "backend": "triton", **PACKED[name]}
@@ -161,7 +161,7 @@ def test_bounds_too_small_touch_no_other_sequence(monkeypatch: pytest.MonkeyPatc
         seen.append(problem)
         return problem.query, problem.key
 
-    monkeypatch.setattr(ops, "attention", noting)
+    monkeypatch.setattr(operators, "attention", noting)
     lengths_q, lengths_k = [3, 70, 5], [30, 90, 2]
     starts_q, starts_k = (
         torch.tensor([0, *n], device=DEVICE).cumsum(0) for n in (lengths_q, lengths_k)

@@ -17,13 +17,18 @@ from rowmax.kernels import (
     QueryLengths,
     Window,
     add_layer_norm,
-    dispatch,
     layer_norm,
     masked_softmax,
     rms_norm,
 )
-from rowmax.kernels.reference import rows_keep
-from rowmax.kernels.reference.philox import NORM_STREAM, keep_scale, keep_threshold, philox4x32
+from rowmax.kernels.backends import dispatch
+from rowmax.kernels.backends.reference import rows_keep
+from rowmax.kernels.backends.reference.philox import (
+    NORM_STREAM,
+    keep_scale,
+    keep_threshold,
+    philox4x32,
+)
 
 if dispatch.unavailable("triton") is not None:
     pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
@@ -31,8 +36,8 @@ if dispatch.unavailable("triton") is not None:
 import triton
 import triton.language as tl
 
-from rowmax.kernels.gpu_triton import rows as tiles
-from rowmax.kernels.gpu_triton.norms_forward import draw_factors
+from rowmax.kernels.backends.gpu_triton import rows as tiles
+from rowmax.kernels.backends.gpu_triton.norms_forward import draw_factors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Dense, attention, attention_varlen, dispatch
+from rowmax.kernels import Dense, attention, attention_varlen
+from rowmax.kernels.backends import dispatch
 
 from .backends import is_interpreted
 

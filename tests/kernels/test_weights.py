@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rowmax.kernels import attention
-from rowmax.kernels.reference import naive_attention
+from rowmax.kernels.backends.reference import naive_attention
 
 from .cases import BY_NAME
 

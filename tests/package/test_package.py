@@ -55,7 +55,7 @@ assert rowmax.transformer.__name__ == "rowmax.transformer"
 print(attention.__module__)
 """
     done = run("-c", script, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "rowmax.kernels.functional\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "rowmax.kernels.api.attention\n"), done.stderr
 
 
 def test_the_report(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
 
-from rowmax.kernels import dispatch
+from rowmax.kernels.backends import dispatch
 from rowmax.transformer import Trainer, cli, corpus, score
 from rowmax.transformer import checkpoint as checkpoints
 

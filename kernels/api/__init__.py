@@ -1,0 +1,1 @@
+"""The public functions, masks and biases: docstrings and argument checks."""

@@ -1,0 +1,170 @@
+"""Argument checks shared by every public function: one wording, raised before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..ops.tracing import untraced
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_STRIDED = torch.strided
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def fail_value(function: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise ValueError(f"{function}: `{argument}`: expected {expected}, got {got}")
+
+
+def fail_type(function: str, argument: str, got: object, expected: str) -> NoReturn:
+    raise TypeError(f"{function}: `{argument}`: expected {expected}, got {got}")
+
+
+def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
+    # in a trace by torch.jit sizes are tensors
+    numbers = (untraced(int, size) if isinstance(size, Tensor) else size for size in shape)
+    sizes = ", ".join(map(str, numbers))
+    return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
+
+
+def require_tensor(function: str, argument: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        fail_type(function, argument, type(value).__name__, "a torch.Tensor")
+    if value.layout is not _STRIDED or value.is_nested:
+        got = f"a {'nested ' if value.is_nested else ''}tensor of layout {value.layout}"
+        fail_type(function, argument, got, "a dense tensor, of layout torch.strided")
+    return value
+
+
+def require_float(function: str, argument: str, value: object) -> Tensor:
+    tensor = require_tensor(function, argument, value)
+    if tensor.dtype not in FLOAT_DTYPES:
+        fail_type(function, argument, tensor.dtype, "dtype float64, float32, bfloat16 or float16")
+    return tensor
+
+
+def require_like(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    """`value` must have the dtype and the device of `like`."""
+    if value.dtype != like.dtype:
+        fail_type(function, argument, value.dtype, f"dtype {like.dtype}, that of `{other}`")
+    require_device(function, argument, value, other, like)
+
+
+def require_device(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.device != like.device:
+        fail_value(function, argument, f"device {value.device}", f"{like.device}, as `{other}`")
+
+
+def require_broadcastable(
+    function: str, argument: str, value: Tensor, shape: Sequence[int | torch.SymInt], names: str
+) -> Tensor:
+    """`value` viewed with leading ones, so that it has `len(shape)` dimensions and broadcasts."""
+    if not broadcasts(value, shape):
+        fail_value(
+            function,
+            argument,
+            f"shape {shape_text(value.shape)}",
+            f"a shape that broadcasts to {names} = {shape_text(shape)}",
+        )
+    return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+
+
+def broadcasts(value: Tensor, shape: Sequence[int | torch.SymInt]) -> bool:
+    """Whether `value` broadcasts to `shape` as it stands."""
+
+    def fits() -> bool:
+        return value.dim() <= len(shape) and all(
+            size == 1 or size == target
+            for size, target in zip(reversed(value.shape), reversed(shape), strict=False)
+        )
+
+    return untraced(fits)
+
+
+def require_number(function: str, argument: str, value: object) -> float:
+    """A finite Python or NumPy number; a tensor is none, for it might want a gradient."""
+    if isinstance(value, Tensor) or not (
+        isinstance(value, int | float) or hasattr(value, "__float__")
+    ):
+        fail_type(function, argument, type(value).__name__, "a number")
+    number = float(value)
+    if not -math.inf < number < math.inf:
+        fail_value(function, argument, number, "a finite number")
+    return number
+
+
+def require_probability(function: str, argument: str, value: object) -> float:
+    probability = require_number(function, argument, value)
+    if not 0.0 <= probability <= 1.0:
+        fail_value(function, argument, probability, "a probability in [0, 1]")
+    return probability
+
+
+def require_choice(
+    function: str,
+    limits: tuple[int, int] | None,
+    weight_heads: Sequence[int] | None,
+    weight_rows: Sequence[int] | None,
+) -> tuple[list[int] | None, list[int] | None]:
+    """The chosen heads and rows as lists of numbers below `limits`; None where none are wanted."""
+    chosen: list[list[int] | None] = []
+    for n, (name, values) in enumerate(
+        (("weight_heads", weight_heads), ("weight_rows", weight_rows))
+    ):
+        numbers = list(values) if isinstance(values, Sequence) else None
+        if values is not None:
+            if limits is None:
+                fail_value(function, name, f"{values!r}", "None without return_weights=True")
+            if numbers is None or not all(type(number) is int for number in numbers):
+                fail_type(function, name, f"{values!r}", "a sequence of ints, or None")
+            if not all(0 <= number < limits[n] for number in numbers):
+                fail_value(function, name, f"{values!r}", f"numbers from 0 to {limits[n] - 1}")
+        chosen.append(numbers)
+    return chosen[0], chosen[1]
+
+
+def seed_tensor(
+    function: str, seed: int | Tensor | None, dropout_p: float, other: str, like: Tensor
+) -> Tensor | None:
+    """A 0-d int64 tensor where dropout needs one; a tensor so that a traced graph can draw it.
+
+    It lies where `like` does: a CUDA graph then draws anew at each replay, and nobody waits for it.
+    """
+    if seed is not None and not isinstance(seed, int | Tensor):
+        fail_type(function, "seed", type(seed).__name__, "an int, a 0-d int64 tensor or None")
+    if isinstance(seed, Tensor):
+        require_tensor(function, "seed", seed)
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            got = f"{seed.dtype} of shape {shape_text(seed.shape)}"
+            fail_type(function, "seed", got, "a 0-d int64 tensor")
+        if seed.device.type != "cpu":
+            require_device(function, "seed", seed, other, like)
+    if dropout_p == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+    if not -(2**63) <= seed < 2**63:
+        fail_value(function, "seed", seed, "an int of 64 bits")
+    return torch.full((), seed, dtype=torch.int64, device=like.device)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast, attention runs in the autocast dtype, as torch's own does."""
+    device_type = tensors[0].device.type
+    if not autocasts(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
+    )
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether torch.autocast is on for the device; some, "meta" among them, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -1,0 +1,1 @@
+"""What both CPU backends share."""

@@ -1,0 +1,71 @@
+"""The compiled CPU backend: the C++ extension `rowmax.kernels._C` (sources in csrc/)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+
+import torch
+
+from ...ops.problem import AttentionProblem, Problem
+from .attention_launch import attention, attention_backward, attention_out, plain_attention
+from .norms import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    plain_norm,
+    rms_norm,
+    rms_norm_backward,
+)
+from .softmax import masked_softmax, masked_softmax_backward
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "attention",
+    "attention_backward",
+    "attention_out",
+    "declines",
+    "layer_norm",
+    "layer_norm_backward",
+    "masked_softmax",
+    "masked_softmax_backward",
+    "plain_attention",
+    "plain_norm",
+    "rms_norm",
+    "rms_norm_backward",
+    "unavailable",
+]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Loads the extension, which registers its operators; why that fails, where it does."""
+    try:
+        importlib.import_module("..._C", __package__)
+    except ModuleNotFoundError:
+        reason = Path(__file__).parents[1] / "missing_extension.txt"  # written by setup.py
+        why = f" ({reason.read_text().strip()})" if reason.is_file() else ""
+        return (
+            f"the C++ extension is not built{why}; with torch >= 2.10, setuptools >= 77, ninja and "
+            "a C++20 compiler, `pip install --no-build-isolation .` in the checkout builds it"
+        )
+    except ImportError as error:
+        return f"the C++ extension does not load with torch {torch.__version__}: {error}"
+    try:
+        torch.ops.rowmax_native.vector_bits()
+        torch.ops.rowmax_native.bfloat16_dots()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def declines(problem: Problem) -> str | None:
+    first = problem[0]
+    if not first.is_cpu:
+        return f"tensors on {first.device}, not on the CPU"
+    if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
+        return "sequences of 2**30 and more are not done (positions are 32-bit)"
+    return None

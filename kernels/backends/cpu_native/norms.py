@@ -1,0 +1,111 @@
+"""Norms through torch.ops.rowmax_native: layouts, allocations, and what is copied and why.
+
+Or past torch's dispatcher where a call is plain.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...ops.layout import count_rows, rows_of, statistics_dtype
+from ..cpu_common.results import new_result
+from ..fused_norms import FusedNorms
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+    shape, rows = x.shape, count_rows(x)
+    dtype = statistics_dtype(x.dtype)
+    y = new_result(x, shape)
+    rstd = x.new_empty(shape[:-1], dtype=dtype)
+    mean = torch.empty_like(rstd) if centred else None
+    x, x_row = rows_of(x)
+    total, residual_row = None, 0
+    if residual is not None:
+        total = new_result(x, shape)
+        residual, residual_row = rows_of(residual)
+    torch.ops.rowmax_native.norm_forward.default(
+        *(x, x_row, residual, residual_row, _parameter(weight, dtype), _parameter(bias, dtype)),
+        *(y, total, mean, rstd, rows, shape[-1], eps, dropout_p, seed),
+    )
+    return y, y if total is None else total, rstd if mean is None else mean, rstd
+
+
+def _backward(
+    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+    shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
+    dtype = statistics_dtype(x.dtype)
+    d_total = new_result(x, shape)
+    d_x = new_result(x, shape) if dropout_p > 0.0 else None
+    d_weight = None if weight is None else x.new_empty(columns, dtype=dtype)
+    d_bias = None if bias is None else x.new_empty(columns, dtype=dtype)
+    x, x_row = rows_of(x)
+    grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
+    grad_total_row = 0
+    if grad_total is not None:
+        grad_total, grad_total_row = rows_of(grad_total.to(x.dtype))
+    torch.ops.rowmax_native.norm_backward.default(
+        *(x, x_row, grad_y, grad_y_row, grad_total, grad_total_row),
+        *(None if mean is None else mean.contiguous(), rstd.contiguous()),
+        *(_parameter(weight, dtype), d_total, d_x, d_weight, d_bias),
+        *(rows, columns, dropout_p, seed),
+    )
+    return (
+        x.new_empty(0) if d_x is None else d_x,
+        d_total,
+        x.new_empty(0) if d_weight is None or weight is None else d_weight.to(weight.dtype),
+        x.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(N,), contiguous and of `dtype`: small beside x, so that kernels need no case for it."""
+    return None if parameter is None else parameter.detach().to(dtype).contiguous()
+
+
+_norms = FusedNorms(_forward, _backward)
+layer_norm = _norms.layer_norm
+layer_norm_backward = _norms.layer_norm_backward
+add_layer_norm = _norms.add_layer_norm
+add_layer_norm_backward = _norms.add_layer_norm_backward
+rms_norm = _norms.rms_norm
+rms_norm_backward = _norms.rms_norm_backward
+
+
+def plain_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor | None:
+    """y of arguments that nobody has checked; None where the general way is needed."""
+    return _normalise()(x, weight, bias, eps, centred)
+
+
+@functools.cache
+def _normalise() -> Callable[..., Tensor | None]:
+    extension = importlib.import_module("..._C", __package__)
+    function: Callable[..., Tensor | None] = extension.plain_norm
+    return function

@@ -1,0 +1,136 @@
+"""Compiling kernels: on first use, one machine function a dtype, kept on disk in the user's cache.
+
+Numba keeps its cache beside the sources and renews a function only when the file it stands in
+changes. Here it lies in the user's cache directory, in a folder named after everything that the
+machine code depends on: all sources of this package, the constants, the vector width, and the
+versions. Of processes that want the same kernel at once, one compiles it, and the others wait for
+what it leaves on disk. Where that folder can't be had (a user without a home, a file system that is
+read only or full), kernels are compiled in each process, after one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from filelock import FileLock
+from numba.core import config
+
+from ..cpu_common import constants as cpu_constants
+from .host import vector_bits
+
+CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
+
+# Called from other kernels only: no wrappers for Python or C, which would double the compile time.
+OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
+jit = functools.partial(numba.njit, **OPTIONS)
+
+
+class _NoHomeError(Exception):
+    """The system knows no home of this user."""
+
+
+def cache_directory(kernel: Callable[..., None]) -> Path:
+    """ROWMAX_CACHE_DIR, or rowmax/ in the user's cache directory; a folder for each version."""
+    asked = os.environ.get(CACHE_VARIABLE)
+    if asked:
+        root = Path(asked)
+    elif sys.platform == "darwin":
+        root = _home() / "Library" / "Caches" / "rowmax"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or _home()) / "rowmax"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "rowmax"
+    return root / f"numba-{_fingerprint(kernel)}"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise _NoHomeError("this user has no home directory") from error
+
+
+def _warn_uncached(reason: str) -> None:
+    if _uncached:
+        return
+    _uncached.append(reason)
+    warnings.warn(
+        f"rowmax: compiled kernels can't be kept on disk ({reason}), so each process compiles its "
+        f"own; {CACHE_VARIABLE} names another directory",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _fingerprint(kernel: Callable[..., None]) -> str:
+    digest = hashlib.sha256()
+    versions = (numba.__version__, llvmlite.__version__, sys.version, vector_bits())
+    digest.update(repr(versions).encode())
+    digest.update(Path(str(cpu_constants.__file__)).read_bytes())
+    for module in sorted(_modules_behind(kernel.__module__)):
+        digest.update(Path(str(sys.modules[module].__file__)).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _modules_behind(name: str) -> set[str]:
+    """The modules of this package whose functions `name` uses, directly or not, and itself."""
+    found, open_ends = {name}, [name]
+    while open_ends:
+        for value in list(vars(sys.modules[open_ends.pop()]).values()):
+            origin = getattr(value, "__module__", None)
+            if isinstance(origin, str) and origin not in found and origin.startswith(__package__):
+                found.add(origin)
+                open_ends.append(origin)
+    return found
+
+
+@contextmanager
+def _cache_in(directory: Path) -> Iterator[None]:
+    """Numba reads its configuration when a function is declared; it is put back at once."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(directory)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+@functools.cache
+def machine_function(kernel: Callable[..., None], argument: Any) -> int:
+    """The address of `void kernel(argument *)` as machine code, compiled or read from disk once."""
+    signature = numba.void(numba.types.CPointer(argument))
+    try:
+        directory = cache_directory(kernel)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Numba itself would turn to folders beside the sources, which know nothing of versions.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
+        with FileLock(directory / f"{kernel.__name__}-{name}.lock"), _cache_in(directory):
+            compiled = numba.cfunc(signature, cache=True)(kernel)
+    except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
+        _warn_uncached(str(error))
+        compiled = numba.cfunc(signature)(kernel)
+    _kept_alive.append(compiled)
+    address: int = compiled.address
+    return address
+
+
+_kept_alive: list[Any] = []
+_uncached: list[str] = []  # why, told once

@@ -1,0 +1,140 @@
+"""From a norm's problem to its kernels: layouts, allocations, and what is copied and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ops.layout import count_rows, rows_of, statistics_dtype
+from ..cpu_common.results import new_result
+from ..fused_norms import FusedNorms
+from .microkernel import lanes_in
+from .norms_backward import BACKWARD
+from .norms_backward import scratch_elements as backward_scratch
+from .norms_forward import FORWARD
+from .norms_forward import scratch_bytes as forward_scratch
+from .rows import chunk_rows, task_rows
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+    shape, columns = x.shape, x.shape[-1]
+    rows = count_rows(x)
+    y = new_result(x, shape)
+    dtype = statistics_dtype(x.dtype)
+    rstd = x.new_empty(shape[:-1], dtype=dtype)
+    mean = torch.empty_like(rstd) if centred else rstd
+    x, x_row = rows_of(x)
+    total, residual_address, residual_row = y, 0, 0
+    if residual is not None:
+        total = new_result(x, shape)
+        residual, residual_row = rows_of(residual)
+        residual_address = residual.data_ptr()
+    weight, bias = _parameter(weight, 1.0, x, dtype), _parameter(bias, 0.0, x, dtype)
+    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
+    task = task_rows(columns)
+    FORWARD(
+        x.dtype,
+        -(-rows // task),
+        forward_scratch(dtype.itemsize),
+        (
+            *(x.data_ptr(), x_row, residual_address, residual_row),
+            *(weight.data_ptr(), bias.data_ptr()),
+            *(y.data_ptr(), total.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
+            *(rows, columns, task, centred, dropping, threshold, key),
+        ),
+        (eps, keep_scale),
+    )
+    return y, total, mean, rstd
+
+
+def _backward(
+    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+    shape, columns = x.shape, x.shape[-1]
+    rows = count_rows(x)
+    d_total = new_result(x, shape)
+    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
+    d_x = new_result(x, shape) if dropping else x.new_empty(0)
+    dtype = statistics_dtype(x.dtype)
+    d_weight = x.new_empty(0 if weight is None else columns, dtype=dtype)
+    d_bias = x.new_empty(0 if bias is None else columns, dtype=dtype)
+    x, x_row = rows_of(x)
+    grad_y, grad_y_row = rows_of(grad_y.to(x.dtype))
+    grad_total_address, grad_total_row = 0, 0
+    if grad_total is not None:
+        grad_total, grad_total_row = rows_of(grad_total.to(x.dtype))
+        grad_total_address = grad_total.data_ptr()
+    rstd = rstd.contiguous()
+    mean = rstd if mean is None else mean.contiguous()
+    scale = _parameter(weight, 1.0, x, dtype)
+    chunk = chunk_rows(rows, columns)
+    # Without any row one chunk still writes the zeros of d_weight and d_bias.
+    chunks = max(1, -(-rows // chunk))
+    lanes = lanes_in(dtype)
+    partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes), dtype=dtype)
+    BACKWARD(
+        x.dtype,
+        min(chunks, max(1, -(-rows // task_rows(columns)))),
+        backward_scratch() * dtype.itemsize,
+        (
+            *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
+            *(grad_total_address, grad_total_row),
+            *(mean.data_ptr(), rstd.data_ptr(), scale.data_ptr(), d_total.data_ptr()),
+            *(d_x.data_ptr(), partials.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr()),
+            *(rows, columns, chunks, chunk, mean is not rstd, threshold, key),
+        ),
+        (keep_scale,),
+    )
+    if weight is not None:
+        d_weight = d_weight.to(weight.dtype)
+    if bias is not None:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_total, d_weight, d_bias
+
+
+def _parameter(parameter: Tensor | None, absent: float, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,), contiguous and of `dtype`: small beside x, so that kernels need no case for it."""
+    if parameter is None:
+        return x.new_full((x.shape[-1],), absent, dtype=dtype)
+    if parameter.dtype == dtype and parameter.is_contiguous():
+        return parameter
+    return parameter.to(dtype).contiguous()
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:
+    """Whether there is any, the least word kept, the key, and the factor of what is kept."""
+    if dropout_p == 0.0 or seed is None:
+        return False, 0, 0, 1.0
+    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return True, threshold, int(seed), keep_scale
+
+
+_norms = FusedNorms(_forward, _backward)
+layer_norm = _norms.layer_norm
+layer_norm_backward = _norms.layer_norm_backward
+add_layer_norm = _norms.add_layer_norm
+add_layer_norm_backward = _norms.add_layer_norm_backward
+rms_norm = _norms.rms_norm
+rms_norm_backward = _norms.rms_norm_backward

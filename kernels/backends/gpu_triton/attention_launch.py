@@ -1,0 +1,387 @@
+"""From an attention problem to its kernels: grids, strides, allocations, and what is copied."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
+from ...ops.problem import AttentionProblem
+from . import interpreting, plans
+from .arguments import beside, contiguous, dropout, on_device
+from .attention_bias_gradients import bias_gradients
+from .attention_decode import CHUNK, combine, decode, splits_keys
+from .attention_forward import forward
+from .attention_gradients import key_gradients, prepare, query_gradients
+from .attention_tiles import PAIRS_AT_ONCE
+from .configurations import configuration, may_be_dead, precision
+from .plans import Launch, compiled_form
+
+_LOG2_E = math.log2(math.e)
+_NO_BOUND = 2**30
+# What divides the strides of a tensor's rows: the kernels are compiled for it.
+_ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
+
+
+def launch_kernel(
+    kernel: Any,
+    problem: AttentionProblem,
+    extent: tuple[int, int, int],
+    arguments: dict[str, Any],
+) -> None:
+    """At once. A dimension of `extent` that is 1 is not divided."""
+    config = configuration(kernel.fn.__name__, problem)
+    programs, form = compiled_form(kernel, extent, config)
+    if programs == 0:
+        return
+    with on_device(problem.query):
+        kernel[(programs,)](**arguments, **form)
+
+
+def attention(problem: AttentionProblem, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """out and lse; `launch`, if given, takes every kernel in the place of this module."""
+    if launch is None and not interpreting():
+        out, lse = plans.run(_attention, _prepared, problem)
+        return out, lse
+    return _attention(_prepared(problem), launch=launch or launch_kernel)
+
+
+def _attention(problem: AttentionProblem, *, launch: Launch) -> tuple[Tensor, Tensor]:
+    query, value = problem.query, problem.value
+    out = empty_heads(query, value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    batch, heads, query_len, key_len = problem.shape
+    key_heads = problem.key.shape[1]
+    if key_heads and splits_keys(query_len, heads // key_heads, key_len):
+        _decode(problem, out, lse, launch)
+        return out, lse
+    launch(
+        forward,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "out": _rows(out),
+            "lse": lse,
+            "sinks": problem.sinks,
+            "NEGATIVE": problem.scale < 0.0,
+            **_packed(problem),
+            **_tensors(problem),
+            **_common(problem),
+            **_constants(problem),
+        },
+    )
+    return out, lse
+
+
+def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, launch: Launch) -> None:
+    """out and lse with the keys split over programs."""
+    batch, heads, query_len, key_len = problem.shape
+    key_heads, value_dim = problem.key.shape[1], problem.value.shape[3]
+    group, chunks = heads // key_heads, triton.cdiv(key_len, CHUNK)
+    rows, dtype = group * query_len, statistics_dtype(out.dtype)
+    partial = out.new_empty((batch, key_heads, chunks, rows, value_dim), dtype=dtype)
+    maxima, sums = out.new_empty((2, batch, key_heads, chunks, rows), dtype=dtype)
+    common, constants = _common(problem), _constants(problem)
+    shared = {
+        "partial": partial,
+        "maxima": maxima,
+        "sums": sums,
+        "chunks": chunks,
+        "GROUP": group,
+        "packed": _packed(problem)["packed"],
+    }
+    keep_scale = common.pop("keep_scale")
+    launch(
+        decode,
+        problem,
+        (rows, 1, chunks * key_heads * batch),
+        {
+            **shared,
+            "CHUNK": CHUNK,
+            **_tensors(problem),
+            **common,
+            **{name: constants[name] for name in constants if name != "LEFT"},
+        },
+    )
+    launch(
+        combine,
+        problem,
+        (1, 1, query_len * heads * batch),
+        {
+            **shared,
+            "out": _rows(out),
+            "lse": lse,
+            "sinks": problem.sinks,
+            "query_rows": problem.query.shape[2],
+            "keep_scale": keep_scale,
+            **{name: common[name] for name in ("heads", "key_heads", "query_len")},
+            **{name: constants[name] for name in ("VALUE_DIM", "BLOCK_DV")},
+        },
+    )
+
+
+def attention_out(problem: AttentionProblem) -> Tensor:
+    return attention(problem)[0]
+
+
+def attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    bias_grad: bool,
+    sinks_grad: bool,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias = problem.bias
+    d_bias = None
+    if bias_grad and bias is not None:
+        d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    others = (_readable(grad_out), contiguous(grad_lse), _readable(out), lse.contiguous(), d_bias)
+    if launch is None and not interpreting():
+        results = plans.run(_attention_backward, _prepared, problem, *others)
+    else:
+        results = _attention_backward(_prepared(problem), *others, launch=launch or launch_kernel)
+    d_query, d_key, d_value, delta = results
+    return (
+        *(d_query, d_key, d_value),
+        problem.query.new_empty(0) if d_bias is None else d_bias,
+        _sinks_gradient(problem, others[3], delta, sinks_grad),
+    )
+
+
+def _attention_backward(
+    problem: AttentionProblem,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    d_bias: Tensor | None,
+    *,
+    launch: Launch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_query, d_key, d_value and delta; d_bias, zeros, is written where it is given."""
+    query, key, value = problem.query, problem.key, problem.value
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    dtype = statistics_dtype(query.dtype)
+    shift = torch.empty_like(lse, dtype=dtype)
+    rest = None if lse.dtype == dtype else torch.empty_like(shift)
+    delta = torch.empty_like(shift)
+    shared = d_bias is not None and tuple(d_bias.shape) != problem.shape
+
+    batch, heads, query_len, key_len = problem.shape
+    constants = _constants(problem)
+    arguments = {
+        "grad_out": _rows(grad_out),
+        "shift": shift,
+        "rest": rest,
+        "delta": delta,
+        "scale": problem.scale,
+        "DEAD": may_be_dead(problem),
+        **_tensors(problem),
+        **_common(problem),
+        **constants,
+    }
+    launch(
+        prepare,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "grad_out": _rows(grad_out),
+            "out": _rows(out),
+            "lse": lse,
+            "grad_lse": grad_lse,
+            "shift": shift,
+            "rest": rest,
+            "delta": delta,
+            "heads": heads,
+            "query_len": query_len,
+            **_packed(problem),
+            "VALUE_DIM": constants["VALUE_DIM"],
+            "BLOCK_DV": constants["BLOCK_DV"],
+        },
+    )
+    key_heads = key.shape[1]
+    launch(
+        key_gradients,
+        problem,
+        (1, key_len, key_heads * batch),
+        {
+            "d_key": _rows(d_key),
+            "d_value": _rows(d_value),
+            "GROUP": heads // key_heads if key_heads else 1,
+            **_packed(problem),
+            **arguments,
+        },
+    )
+    whole = None if shared else d_bias
+    launch(
+        query_gradients,
+        problem,
+        (query_len, 1, heads * batch),
+        {
+            "d_query": _rows(d_query),
+            "d_bias": _broadcast(whole, problem),
+            **_packed(problem),
+            **arguments,
+        },
+    )
+    if shared and d_bias is not None:
+        each = [size > 1 for size in d_bias.shape]
+        launch(
+            bias_gradients,
+            problem,
+            (d_bias.shape[2], d_bias.shape[3], d_bias.shape[0] * d_bias.shape[1]),
+            {
+                "d_bias": d_bias,
+                "batches": batch,
+                **dict(
+                    zip(("EACH_BATCH", "EACH_HEAD", "EACH_QUERY", "EACH_KEY"), each, strict=True)
+                ),
+                **arguments,
+            },
+        )
+    return d_query, d_key, d_value, delta
+
+
+def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wanted: bool) -> Tensor:
+    """-sum over batch and rows of exp(sink - lse) * delta."""
+    sinks = problem.sinks
+    if not wanted or sinks is None:
+        return problem.query.new_empty(0)
+    taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
+    return -(taken * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _prepared(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with everything a kernel reads in a form that it can read."""
+    mask = problem.mask
+    return problem._replace(
+        query=_readable(problem.query),
+        key=_readable(problem.key),
+        value=_readable(problem.value),
+        mask=mask._replace(
+            band=contiguous(mask.band),
+            key_lengths=contiguous(mask.key_lengths),
+            query_lengths=contiguous(mask.query_lengths),
+            query_documents=_in_rows(mask.query_documents),
+            key_documents=_in_rows(mask.key_documents),
+        ),
+        sinks=contiguous(problem.sinks),
+        seed=beside(problem.seed, problem.query),
+    )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous and 32-bit offsets reach all; or a copy."""
+    near = tensor.shape[2] * abs(tensor.stride(2)) < 2**31
+    return tensor if tensor.stride(3) == 1 and near else tensor.contiguous()
+
+
+def _in_rows(ids: Tensor | None) -> Tensor | None:
+    return ids if ids is None or ids.stride(1) == 1 else ids.contiguous()
+
+
+def _rows(tensor: Tensor) -> tuple[Any, ...]:
+    strides = tensor.stride()[:3]
+    return (tensor, *strides, _ALIGNMENTS[math.gcd(16, *strides)])
+
+
+def _broadcast(tensor: Tensor | None, problem: AttentionProblem) -> tuple[Any, ...] | None:
+    """The tensor and its strides, 0 for each dimension of size 1; and a 1 if keys are read at once.
+
+    They are in whole chunks, where each starts at a multiple of PAIRS_AT_ONCE and lies within the
+    tensor, no more kinds of tensors than Triton tells apart by itself; and for half types, since
+    the other ones' products fill the registers by themselves.
+    """
+    if tensor is None:
+        return None
+    strides, size = _strides(tensor), PAIRS_AT_ONCE.value
+    whole = strides[3] == 1 and math.gcd(size, tensor.shape[3], *strides[:3]) == size
+    return (tensor, *strides, 1) if whole and problem.query.itemsize == 2 else (tensor, *strides)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _packed(problem: AttentionProblem) -> dict[str, Any]:
+    """Where packed sequences start, and how many rows lse has a head."""
+    starts = (problem.query_starts, problem.key_starts)
+    return {
+        "packed": None if problem.query_starts is None else starts,
+        "query_rows": problem.query.shape[2],
+    }
+
+
+def _tensors(problem: AttentionProblem) -> dict[str, Any]:
+    return {name: _rows(getattr(problem, name)) for name in ("query", "key", "value")}
+
+
+def _common(problem: AttentionProblem) -> dict[str, Any]:
+    """The arguments that every attention kernel takes."""
+    mask = problem.mask
+    _, heads, query_len, key_len = problem.shape
+    documents: tuple[Any, ...] = (None, None)
+    if mask.query_documents is not None and mask.key_documents is not None:
+        documents = tuple(
+            (ids, ids.stride(0)) for ids in (mask.query_documents, mask.key_documents)
+        )
+    alibi = None
+    if problem.alibi_slopes is not None and problem.alibi_offset is not None:
+        slopes, offset = problem.alibi_slopes, problem.alibi_offset
+        alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
+    cap = problem.softcap
+    threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed)
+    return {
+        "band_lower": -_NO_BOUND if mask.band_lower is None else max(mask.band_lower, -_NO_BOUND),
+        "band_upper": _NO_BOUND if mask.band_upper is None else min(mask.band_upper, _NO_BOUND),
+        "mask": (
+            mask.band,
+            mask.key_lengths,
+            mask.query_lengths,
+            *documents,
+            _broadcast(mask.dense, problem),
+        ),
+        "bias": _broadcast(problem.bias, problem),
+        "alibi": alibi,
+        "seed": seed,
+        "threshold": threshold,
+        "keep_scale": keep_scale,
+        "batch_start": problem.batch_start,
+        "score_factor": problem.scale * _LOG2_E if cap is None else problem.scale / cap,
+        "cap_factor": 0.0 if cap is None else cap * _LOG2_E,
+        "heads": heads,
+        "key_heads": problem.key.shape[1],
+        "query_len": query_len,
+        "key_len": key_len,
+    }
+
+
+def _constants(problem: AttentionProblem) -> dict[str, Any]:
+    """What an attention kernel is compiled for."""
+    mask, dtype = problem.mask, problem.query.dtype
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    return {
+        "DTYPE": tl.float64 if statistics_dtype(dtype) == torch.float64 else tl.float32,
+        "LEFT": mask.band_lower is not None or mask.band is not None,
+        "HOLES": (
+            mask.dense is not None or mask.query_documents is not None or problem.bias is not None
+        ),
+        "DROPOUT": problem.dropout_p > 0.0,
+        "SOFTCAP": problem.softcap is not None,
+        "PRECISION": precision(dtype),
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(value_dim)),
+    }

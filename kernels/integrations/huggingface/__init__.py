@@ -1,0 +1,1 @@
+"""rowmax as an attention implementation of Hugging Face transformers."""

@@ -1,0 +1,132 @@
+"""Immutable problem descriptions: what a public call asks for, checked and in canonical form.
+
+`functional.py` builds one, `ops.py` passes its fields through torch's dispatcher one by one, and
+`dispatch.py` and the backends read it again on the other side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..api.masks import MaskStructure
+
+
+class AttentionProblem(NamedTuple):
+    """softmax(softcap(scale * q @ k^T) + bias, masked, with sinks) -> dropout -> @ v.
+
+    query (B, Hq, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv); bias 4-D with each dimension
+    full or 1; alibi_slopes (B | 1, Hq) with alibi_offset (B | 1,) int64; sinks (Hq,); seed a 0-d
+    int64 tensor, present when dropout_p > 0. Dropout counts batch elements from `batch_start`.
+
+    Packed: with query_starts and key_starts (n + 1,) int64, query (1, Hq, total_q, D), key and
+    value hold n sequences one after another, each a batch element to masks, ALiBi and dropout.
+    Their masks speak of positions only, and there is no bias tensor; longest_query and
+    longest_key are the largest lengths.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    alibi_offset: Tensor | None
+    sinks: Tensor | None
+    mask: MaskStructure
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    seed: Tensor | None
+    batch_start: int = 0
+    query_starts: Tensor | None = None
+    key_starts: Tensor | None = None
+    longest_query: int = 0
+    longest_key: int = 0
+
+    @property
+    def op_name(self) -> str:
+        return "attention"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, Hq, Lq, Lk); packed, (n, Hq, longest_query, longest_key)."""
+        batch, heads, query_len, _ = self.query.shape
+        if self.query_starts is not None:
+            return self.query_starts.shape[0] - 1, heads, self.longest_query, self.longest_key
+        return batch, heads, query_len, self.key.shape[2]
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields in the order of the op's schema."""
+        return (*self[:7], *self.mask, *self[8:])
+
+    @classmethod
+    def from_flat(cls, fields: tuple[Any, ...]) -> AttentionProblem:
+        mask_end = 7 + len(MaskStructure._fields)
+        mask = MaskStructure(*fields[7:mask_end])
+        return cls._make((*fields[:7], mask, *fields[mask_end:]))
+
+
+class SoftmaxProblem(NamedTuple):
+    """softmax over the last dimension of scale * scores (B, H, Lq, Lk), masked."""
+
+    scores: Tensor
+    mask: MaskStructure
+    scale: float
+
+    @property
+    def op_name(self) -> str:
+        return "masked_softmax"
+
+    def flat(self) -> tuple[Any, ...]:
+        return (self.scores, *self.mask, self.scale)
+
+    @classmethod
+    def from_flat(cls, fields: tuple[Any, ...]) -> SoftmaxProblem:
+        return cls(fields[0], MaskStructure(*fields[1:-1]), fields[-1])
+
+
+class LayerNormProblem(NamedTuple):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x (..., N)."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def op_name(self) -> str:
+        return "layer_norm"
+
+
+class AddLayerNormProblem(NamedTuple):
+    """Layer norm of residual + dropout(x), both (..., N), keeping the sum."""
+
+    x: Tensor
+    residual: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dropout_p: float
+    seed: Tensor | None
+
+    @property
+    def op_name(self) -> str:
+        return "add_layer_norm"
+
+
+class RMSNormProblem(NamedTuple):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., N)."""
+
+    x: Tensor
+    weight: Tensor | None
+    eps: float
+
+    @property
+    def op_name(self) -> str:
+        return "rms_norm"
+
+
+Problem = (
+    AttentionProblem | SoftmaxProblem | LayerNormProblem | AddLayerNormProblem | RMSNormProblem
+)
