@@ -3,8 +3,8 @@
 Each op is opaque to torch: forward and backward are one op each, and its implementation asks
 `dispatch` for the backend; what comes through torch's dispatcher is checked first, by
 `operator_checks.py`. Nothing here computes; nothing here knows a backend. What autograd and
-vmap do with an op stands in `derivatives.py` and `batching.py`; what may go past torch's dispatcher
-is for `eager.py` to say.
+vmap do with an op stands in `autograd.py` and `vmap.py`; what may go past torch's dispatcher is for
+`fast_path.py` to say.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def attention(
 
 
 class _OfHeads(_SingleLevelFunction):
-    """What `derivatives.py` makes of attention, for query, key and value alone and out alone.
+    """What `autograd.py` makes of attention, for query, key and value alone and out alone.
 
     The general one takes 22 arguments apart and together again, twice, which costs more than all
     the rest of a small call.

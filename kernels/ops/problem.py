@@ -1,7 +1,7 @@
 """Immutable problem descriptions: what a public call asks for, checked and in canonical form.
 
-`functional.py` builds one, `ops.py` passes its fields through torch's dispatcher one by one, and
-`dispatch.py` and the backends read it again on the other side.
+The functions of `api` build one, `operators.py` passes its fields through torch's dispatcher one by
+one, and `backends` read it again on the other side.
 """
 
 from __future__ import annotations
