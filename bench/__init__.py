@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .measurement import Speeds, speed
+from .measure.measurement import Speeds, speed
 from .verification import Report, verify
 
 __all__ = ["Report", "Speeds", "speed", "verify"]

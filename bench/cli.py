@@ -18,22 +18,14 @@ from typing import Any, TypeVar
 import torch
 
 from .. import console
-from . import (
-    architectures,
-    comparison,
-    forms,
-    gpu,
-    history,
-    overhead,
-    report,
-    smoke,
-    speed_page,
-    swap,
-    tune,
-)
-from .cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
-from .machine import Limits, describe, load_average, measure_limits
-from .noise import Watch, complaints, keep_freed_memory, pinned
+from .experiments import architectures
+from .machine import gpu
+from .machine.host import Limits, describe, load_average, measure_limits
+from .measure import comparison, history, overhead, report, swap
+from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
+from .measure.noise import Watch, complaints, keep_freed_memory, pinned
+from .measure.runner import Row, isolated_rows, rows_of
+from .measure.timing import Budget, timer_for
 from .options import (
     UsageError,
     check_backend,
@@ -43,9 +35,9 @@ from .options import (
     seconds_of,
     set_threads,
 )
-from .peers import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
-from .runner import Row, isolated_rows, rows_of
-from .timing import Budget, timer_for
+from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
+from .render import speed_page
+from .tuning import forms, smoke, tune
 from .verification import command as verification
 
 FULL = Budget(seconds=4.0, least_rounds=5, most_rounds=200)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from ...kernels.testing.cases import dtype_text
 from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS
-from .. import document
-from ..charts import columns, strips
+from ..render import document
+from ..render.charts import columns, strips
 from .outcome import Findings, Report
 
 MOST_FAILURES = 100

@@ -15,7 +15,7 @@ from ...kernels.backends import dispatch
 from ...kernels.testing import DTYPES as ALL_DTYPES
 from ...kernels.testing.cases import NamedCase, Shape, dtype_text
 from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases
-from ..machine import describe
+from ..machine.host import describe
 from . import invariants, mutation
 from .implementations import Backend, Implementation, Sdpa, SdpaLike
 from .outcome import Findings, Report

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from rowmax.bench import ahead_of_time, tune
+from rowmax.bench.tuning import ahead_of_time, tune
 from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.backends.gpu_triton.attention_launch import attention, attention_backward

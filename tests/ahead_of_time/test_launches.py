@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from rowmax.bench import ahead_of_time
+from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Window
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.backends import gpu_triton

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rowmax.bench import ahead_of_time
+from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels import Causal, KeyLengths, Mask
 from rowmax.kernels.api.masks import structure_of
 from rowmax.kernels.backends.gpu_triton import norms, softmax

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from rowmax.bench import report
-from rowmax.bench.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case
-from rowmax.bench.machine import CpuLimits
-from rowmax.bench.runner import Row
-from rowmax.bench.timing import Timing
+from rowmax.bench.machine.host import CpuLimits
+from rowmax.bench.measure import report
+from rowmax.bench.measure.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case
+from rowmax.bench.measure.runner import Row
+from rowmax.bench.measure.timing import Timing
 
 MACHINE = {
     "cpu": "Some CPU <of ours>",

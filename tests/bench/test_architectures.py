@@ -10,9 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from rowmax.bench import cli, model_runs
-from rowmax.bench.architectures import RESULTS
-from rowmax.bench.model_runs import demo_config, matched, parameters_of, sequential_steps
+from rowmax.bench import cli
+from rowmax.bench.experiments import model_runs
+from rowmax.bench.experiments.architectures import RESULTS
+from rowmax.bench.experiments.model_runs import (
+    demo_config,
+    matched,
+    parameters_of,
+    sequential_steps,
+)
 from rowmax.bench.options import UsageError
 from rowmax.transformer import (
     PRESETS,

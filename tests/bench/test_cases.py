@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rowmax.bench.cases import (
+from rowmax.bench.measure.cases import (
     BACKWARD,
     FORWARD,
     FORWARD_BACKWARD,
@@ -21,8 +21,8 @@ from rowmax.bench.cases import (
     shape_text,
     suits,
 )
-from rowmax.bench.inputs import AttentionInputs, make_inputs
-from rowmax.bench.peers import ATTENTION_PEERS, NORM_PEERS
+from rowmax.bench.measure.inputs import AttentionInputs, make_inputs
+from rowmax.bench.peers.candidates import ATTENTION_PEERS, NORM_PEERS
 
 SHAPE = (3, 2, 10, 4)
 CPU = SUITES["cpu-attention"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from rowmax.bench import cli
-from rowmax.bench.cases import SUITES
-from rowmax.bench.peers import ONLY_BY_NAME
-from rowmax.bench.report import WIDTH, header_lines
+from rowmax.bench.measure.cases import SUITES
+from rowmax.bench.measure.report import WIDTH, header_lines
+from rowmax.bench.peers.candidates import ONLY_BY_NAME
 
 TINY = ["speed", "--seconds", "0.01", "--quick", "--backend", "reference"]
 ON_CPU = ["--suite", "cpu-attention,cpu-norms"]
@@ -23,7 +23,7 @@ ON_CPU = ["--suite", "cpu-attention,cpu-norms"]
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine._LARGE", 1 << 14)
+    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
 
 
 def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_peers_that_are_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rowmax.bench.peers.find_spec", lambda _: None)
+    monkeypatch.setattr("rowmax.bench.peers.candidates.find_spec", lambda _: None)
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["speed", "--suite", "cpu-attention", "--peers", "sdpa,onnxruntime,openvino"])
     assert exit_info.value.code == 2
@@ -150,7 +150,9 @@ def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFix
 def test_a_kernel_that_fails_the_gate_is_exit_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rowmax.bench.peers.kernels.rms_norm", lambda x, *_arguments, **_options: x)
+    monkeypatch.setattr(
+        "rowmax.bench.peers.candidates.kernels.rms_norm", lambda x, *_arguments, **_options: x
+    )
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "torch"]
     assert cli.main([*TINY, *ON_CPU, *chosen]) == 1
     output = capsys.readouterr().out

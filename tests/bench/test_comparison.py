@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from rowmax.bench import cli, history
+from rowmax.bench import cli
+from rowmax.bench.measure import history
 from rowmax.bench.options import UsageError
 
 from .results import document

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.bench import peers
-from rowmax.bench.cases import FORWARD, SUITES, Case
-from rowmax.bench.engines import Engine, Run, onnx_runtime, open_vino
-from rowmax.bench.gate import Gate
-from rowmax.bench.inputs import AttentionInputs, make_inputs
-from rowmax.bench.more_peers import UnsupportedError
-from rowmax.bench.peers import naive_attention, run_pass
+from rowmax.bench.measure.cases import FORWARD, SUITES, Case
+from rowmax.bench.measure.gate import Gate
+from rowmax.bench.measure.inputs import AttentionInputs, make_inputs
+from rowmax.bench.peers import candidates as peers
+from rowmax.bench.peers.candidates import naive_attention, run_pass
+from rowmax.bench.peers.engines import Engine, Run, onnx_runtime, open_vino
+from rowmax.bench.peers.packages import UnsupportedError
 
 SUITE = SUITES["cpu-attention"]
 SQUARE = (3, 8, 40, 16)

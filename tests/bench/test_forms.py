@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from rowmax.bench import ahead_of_time, cli, forms
+from rowmax.bench import cli
+from rowmax.bench.tuning import ahead_of_time, forms
 from rowmax.kernels.backends import gpu_triton
 from rowmax.kernels.backends.gpu_triton.configurations import Configuration, Key, lookup
 

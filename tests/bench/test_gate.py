@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rowmax import kernels
-from rowmax.bench import inputs as bench_inputs
-from rowmax.bench.cases import (
+from rowmax.bench.machine.host import CpuLimits
+from rowmax.bench.measure import inputs as bench_inputs
+from rowmax.bench.measure.cases import (
     BACKWARD,
     DROPOUT_P,
     FORWARD,
@@ -20,11 +21,18 @@ from rowmax.bench.cases import (
     Case,
     Suite,
 )
-from rowmax.bench.gate import Gate, fault_of
-from rowmax.bench.inputs import SEED, AttentionInputs, Inputs, NormInputs, Outputs, make_inputs
-from rowmax.bench.machine import CpuLimits
-from rowmax.bench.more_peers import UnsupportedError
-from rowmax.bench.peers import (
+from rowmax.bench.measure.gate import Gate, fault_of
+from rowmax.bench.measure.inputs import (
+    SEED,
+    AttentionInputs,
+    Inputs,
+    NormInputs,
+    Outputs,
+    make_inputs,
+)
+from rowmax.bench.measure.runner import Row, run_cases
+from rowmax.bench.measure.timing import Budget, HostTimer
+from rowmax.bench.peers.candidates import (
     PACKAGES,
     SLOW_TO_START,
     measured_call,
@@ -36,8 +44,7 @@ from rowmax.bench.peers import (
     subject,
     unfused,
 )
-from rowmax.bench.runner import Row, run_cases
-from rowmax.bench.timing import Budget, HostTimer
+from rowmax.bench.peers.packages import UnsupportedError
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.testing.tolerance import Expected
 
@@ -320,7 +327,7 @@ def test_an_error_of_a_fused_backend_is_no_refusal(monkeypatch: pytest.MonkeyPat
     def fails(*_arguments: object, **_options: object) -> None:
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr("rowmax.bench.peers.kernels.attention", fails)
+    monkeypatch.setattr("rowmax.bench.peers.candidates.kernels.attention", fails)
     functions = {"rowmax": subject(ATTENTION, "plain", "auto")}
     (row,) = rows_of(functions, case_of("plain", ATTENTION, FORWARD))
     assert row.faults == {"rowmax": "RuntimeError: illegal instruction"}
@@ -333,9 +340,13 @@ def test_scores_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -
     matrix = 3 * 2 * 24 * 24 * 4
     function = unfused(naive_attention)
     for backward, matrices in ((False, 3), (True, 5)):
-        monkeypatch.setattr("rowmax.bench.peers.free_memory", lambda m=matrices: m * matrix)
+        monkeypatch.setattr(
+            "rowmax.bench.peers.candidates.free_memory", lambda m=matrices: m * matrix
+        )
         assert len(run_pass(function, inputs, backward=backward)) == (4 if backward else 1)
-        monkeypatch.setattr("rowmax.bench.peers.free_memory", lambda m=matrices: m * matrix - 1)
+        monkeypatch.setattr(
+            "rowmax.bench.peers.candidates.free_memory", lambda m=matrices: m * matrix - 1
+        )
         with pytest.raises(UnsupportedError, match="GiB are free"):
             run_pass(function, inputs, backward=backward)
 

@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from rowmax.bench.intervals import median_interval, outliers, overlap, ratio_interval
-from rowmax.bench.timing import summarise
+from rowmax.bench.measure.intervals import median_interval, outliers, overlap, ratio_interval
+from rowmax.bench.measure.timing import summarise
 
 
 def test_known_ranks() -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from rowmax.bench import gpu, runner
-from rowmax.bench.cases import FORWARD, SUITES, Case, cases_of
-from rowmax.bench.isolated import LostError, results
-from rowmax.bench.peers import SUBJECT
-from rowmax.bench.timing import Budget
+from rowmax.bench.machine import gpu
+from rowmax.bench.measure import runner
+from rowmax.bench.measure.cases import FORWARD, SUITES, Case, cases_of
+from rowmax.bench.measure.isolated import LostError, results
+from rowmax.bench.measure.timing import Budget
+from rowmax.bench.peers.candidates import SUBJECT
 
 # Functions of Python's own, which every process can import.
 COMES_TO_ITS_END = "(n for n in range(5))"

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from rowmax.bench import fma, gpu, machine
-from rowmax.bench.machine import copy_rate, describe, free_memory, measure_limits
-from rowmax.bench.timing import HostTimer
+from rowmax.bench.machine import fma, gpu
+from rowmax.bench.machine import host as machine
+from rowmax.bench.machine.host import copy_rate, describe, free_memory, measure_limits
+from rowmax.bench.measure.timing import HostTimer
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 9, 30])
@@ -88,12 +89,12 @@ def test_copy_rate_counts_bytes_read_and_written(
     size: int, repeats: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = itertools.count()
-    monkeypatch.setattr("rowmax.bench.machine.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("rowmax.bench.machine.host.perf_counter", lambda: float(next(ticks)))
     assert copy_rate(size, tries=2) == 2 * size * repeats
 
 
 def test_limits_and_description(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine._LARGE", 1 << 14)
+    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
     limits = measure_limits()
     assert limits.as_json()["large_copy_bytes_per_s"] == limits.large_copy > 0
     assert limits.copy_bytes is None  # of what fits the caches it is another

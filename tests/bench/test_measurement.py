@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine._LARGE", 1 << 14)
+    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
 
 
 def test_ones_own_attention_has_a_column() -> None:

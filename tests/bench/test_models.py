@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rowmax.bench import cli, models
-from rowmax.bench.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
-from rowmax.bench.gate import Gate
-from rowmax.bench.inputs import make_inputs
-from rowmax.bench.peers import naive, peers_of, subject
+from rowmax.bench import cli
+from rowmax.bench.measure import models
+from rowmax.bench.measure.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
+from rowmax.bench.measure.gate import Gate
+from rowmax.bench.measure.inputs import make_inputs
+from rowmax.bench.peers.candidates import naive, peers_of, subject
 
 MODEL = SUITES["model"]
 SDPA = F.scaled_dot_product_attention
@@ -56,7 +57,7 @@ def test_what_was_replaced_is_put_back() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("rowmax.bench.machine._LARGE", 1 << 14)
+    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
     chosen = ["--suite", "model", "--shape", "2,8,64", "--seconds", "0.01", "--quick"]
     assert cli.main(["speed", *chosen, "--backend", "reference"]) == 0
     output = capsys.readouterr().out

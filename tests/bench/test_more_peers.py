@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowmax.bench import peers
-from rowmax.bench.cases import FORWARD_BACKWARD, SUITES, Case
-from rowmax.bench.gate import Gate
-from rowmax.bench.inputs import EPS, AttentionInputs, make_inputs
-from rowmax.bench.more_peers import Flex, UnsupportedError
-from rowmax.bench.report import machine_lines
+from rowmax.bench.measure.cases import FORWARD_BACKWARD, SUITES, Case
+from rowmax.bench.measure.gate import Gate
+from rowmax.bench.measure.inputs import EPS, AttentionInputs, make_inputs
+from rowmax.bench.measure.report import machine_lines
+from rowmax.bench.peers import candidates as peers
+from rowmax.bench.peers.packages import Flex, UnsupportedError
 
 SUITE = replace(SUITES["gpu-attention"], device="cpu")
 NORMS = replace(SUITES["gpu-norms"], device="cpu")

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from rowmax.bench import noise
-from rowmax.bench.noise import Watch, complaints, pinned
+from rowmax.bench.measure import noise
+from rowmax.bench.measure.noise import Watch, complaints, pinned
 from rowmax.kernels.testing.memory import peak_bytes
 
 linux = pytest.mark.skipif(
@@ -88,7 +88,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
 
 _FAULTS = """
 import resource, torch
-from rowmax.bench.noise import keep_freed_memory
+from rowmax.bench.measure.noise import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rowmax.bench.cases import SUITES
 from rowmax.bench.cli import build_parser
+from rowmax.bench.measure.cases import SUITES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
 TABLE = SCRIPT.parents[1] / "kernels/backends/gpu_triton/configurations.json"

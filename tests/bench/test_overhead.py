@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rowmax.bench.cli import main
-from rowmax.bench.overhead import calls
+from rowmax.bench.measure.overhead import calls
 
 
 def test_a_line_for_each_call(capsys: pytest.CaptureFixture[str]) -> None:

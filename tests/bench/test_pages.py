@@ -12,8 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rowmax.bench import charts, speed_page, verify
-from rowmax.bench.charts import Bar, Point
+from rowmax.bench import verify
+from rowmax.bench.render import charts, speed_page
+from rowmax.bench.render.charts import Bar, Point
 
 from .results import document
 

@@ -7,9 +7,10 @@ from time import perf_counter
 
 import pytest
 
-from rowmax.bench import isolated, smoke
 from rowmax.bench.cli import main
-from rowmax.bench.isolated import LostError
+from rowmax.bench.measure import isolated
+from rowmax.bench.measure.isolated import LostError
+from rowmax.bench.tuning import smoke
 from rowmax.bench.verification.suite import DTYPES, Settings, cases_of
 from rowmax.kernels.backends import gpu_triton
 

@@ -8,10 +8,10 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from rowmax.bench import report, summary
-from rowmax.bench.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case
-from rowmax.bench.runner import Row
-from rowmax.bench.timing import Timing
+from rowmax.bench.measure import report, summary
+from rowmax.bench.measure.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case
+from rowmax.bench.measure.runner import Row
+from rowmax.bench.measure.timing import Timing
 
 ATTENTION, NORMS = SUITES["cpu-attention"], SUITES["cpu-norms"]
 SHORT, LONG = (1, 8, 128, 64), (1, 8, 512, 64)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rowmax.bench import swap as bench
 from rowmax.bench.cli import main
+from rowmax.bench.measure import swap as bench
 
 
 def small() -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rowmax.bench.timing import (
+from rowmax.bench.measure.timing import (
     Budget,
     EventTimer,
     HostTimer,

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from rowmax.bench import trials, tune
-from rowmax.bench.ahead_of_time import products_in
-from rowmax.bench.timing import Budget, HostTimer
+from rowmax.bench.measure.timing import Budget, HostTimer
+from rowmax.bench.tuning import trials, tune
+from rowmax.bench.tuning.ahead_of_time import products_in
 from rowmax.kernels.backends import gpu_triton
 from rowmax.kernels.backends.gpu_triton import attention_decode, attention_launch
 from rowmax.kernels.backends.gpu_triton.configurations import Configuration, Key, key_of

@@ -91,7 +91,10 @@ def pretend() -> None:
 
 
 def shrink() -> None:
-    from rowmax.bench import cases, cli, gpu, smoke, timing, trials, tune
+    from rowmax.bench import cli
+    from rowmax.bench.machine import gpu
+    from rowmax.bench.measure import cases, timing
+    from rowmax.bench.tuning import smoke, trials, tune
 
     shape_of = cli._shape
 

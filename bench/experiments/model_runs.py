@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..transformer import (
+from ...transformer import (
     PRESETS,
     Dataset,
     Tokenizer,
@@ -27,11 +27,11 @@ from ..transformer import (
     score,
     translate,
 )
-from ..transformer.config import AnyModelConfig, ModelConfig, model_config
-from ..transformer.data import SentencePair
-from ..transformer.training import smoothed_loss
-from . import machine
-from .options import UsageError
+from ...transformer.config import AnyModelConfig, ModelConfig, model_config
+from ...transformer.data import SentencePair
+from ...transformer.training import smoothed_loss
+from ..machine import host as machine
+from ..options import UsageError
 
 # Tokens a side in each timed step: with the work held fixed, what grows with L is waiting.
 STEP_TOKENS = 2_048

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Causal, Dense, KeyLengths, Mask, Window
-from ..kernels.backends.reference import keep_threshold, philox4x32
-from ..kernels.testing.oracle import AttentionCase
-from ..kernels.testing.rows import RowCase
+from ...kernels import Causal, Dense, KeyLengths, Mask, Window
+from ...kernels.backends.reference import keep_threshold, philox4x32
+from ...kernels.testing.oracle import AttentionCase
+from ...kernels.testing.rows import RowCase
 from .cases import DROPOUT_P, GROUP, WINDOW, Case
 from .models import ModelInputs, model_inputs
 

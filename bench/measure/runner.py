@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
-from ..kernels.testing.memory import peak_bytes
+from ...kernels.testing.memory import peak_bytes
+from ..machine.host import Limits
+from ..peers.candidates import SUBJECT, Function, measured_call, naive, peers_of, run_pass, subject
+from ..peers.packages import UnsupportedError
 from .cases import (
     Case,
     attention_bytes,
@@ -25,10 +28,7 @@ from .gate import Gate
 from .inputs import AttentionInputs, Inputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
 from .isolated import LostError, results
-from .machine import Limits
 from .models import ModelInputs
-from .more_peers import UnsupportedError
-from .peers import SUBJECT, Function, measured_call, naive, peers_of, run_pass, subject
 from .timing import Budget, Timer, Timing, interleave, timer_for
 
 COPY = "copy"  # the yardstick among the calls that are timed; no candidate

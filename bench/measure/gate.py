@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.testing.tolerance import Expected, expected_of_model, measure
+from ...kernels.testing.tolerance import Expected, expected_of_model, measure
+from ..peers.candidates import Function, run_pass
 from .inputs import AttentionInputs, Index, Inputs, NormInputs, Outputs, to_float64
 from .models import ModelInputs
-from .peers import Function, run_pass
 
 # Times the error of the naive path that is timed.
 PEER_FACTORS = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}

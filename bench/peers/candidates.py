@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import kernels
-from ..kernels.backends import dispatch
-from . import models
-from .cases import BACKWARD, FORWARD_BACKWARD, Suite
+from ... import kernels
+from ...kernels.backends import dispatch
+from ..machine.host import free_memory
+from ..measure import models
+from ..measure.cases import BACKWARD, FORWARD_BACKWARD, Suite
+from ..measure.inputs import EPS, SEED, AttentionInputs, NormInputs, Outputs
 from .engines import onnx_runtime, open_vino
-from .inputs import EPS, SEED, AttentionInputs, NormInputs, Outputs
-from .machine import free_memory
-from .more_peers import (
+from .packages import (
     Flex,
     UnsupportedError,
     allow_repeated_backward,

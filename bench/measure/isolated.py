@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # Loaded once, in a process that never meets the GPU, and from which the others are forked.
-_LOADED = ("triton", "rowmax.bench.runner", "rowmax.bench.verification.suite")
+_LOADED = ("triton", "rowmax.bench.measure.runner", "rowmax.bench.verification.suite")
 _starting = threading.Lock()
 
 

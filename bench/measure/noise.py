@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any
 
-from ..console import from_extra
+from ...console import from_extra
 
 PROBE_ROUNDS = 1 << 18  # of the loop that tells the clock's speed: some milliseconds
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
@@ -98,7 +98,7 @@ class Watch:
 
     def probe(self) -> None:
         with from_extra(None):
-            from . import fma  # by Numba
+            from ..machine import fma  # by Numba
         fma.fma_chains(1, 0.75, 1.0)  # compiled
         started, began = thread_time(), perf_counter()
         fma.fma_chains(PROBE_ROUNDS, 0.75, 1.0)

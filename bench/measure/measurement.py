@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import gpu, report
+from ..machine import gpu
+from ..machine.host import describe, measure_limits
+from ..peers.candidates import ONLY_BY_NAME, SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
+from . import report
 from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
-from .machine import describe, measure_limits
-from .peers import ONLY_BY_NAME, SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
 from .runner import Row, candidates, run_cases
 from .timing import Budget, timer_for
 

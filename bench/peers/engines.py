@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import dtype_text
-from .inputs import AttentionInputs, Outputs
-from .more_peers import UnsupportedError
+from ..measure.cases import dtype_text
+from ..measure.inputs import AttentionInputs, Outputs
+from .packages import UnsupportedError
 
 Run = Callable[[], Tensor]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..options import UsageError, listed
+from ..peers.candidates import SUBJECT
 from .intervals import Interval, overlap, ratio_interval
-from .options import UsageError, listed
-from .peers import SUBJECT
 from .report import SCHEMA
 from .timing import geometric_mean
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels.backends import gpu_triton
-from .options import UsageError, check_writable, listed, names_of, seconds_of
+from ...kernels.backends import gpu_triton
+from ..options import UsageError, check_writable, listed, names_of, seconds_of
 
 if TYPE_CHECKING:  # they need Triton
-    from ..kernels.backends.gpu_triton.configurations import Configuration, Key
+    from ...kernels.backends.gpu_triton.configurations import Configuration, Key
     from .trials import Trials
 
 KERNELS = ("forward", "key_gradients", "query_gradients", "decode", "bias_gradients")
@@ -149,7 +149,7 @@ def candidates(key: Key) -> list[Configuration]:
     Those in which warps repeat each other's scores come last: large heads, or all features at once,
     leave no registers for others.
     """
-    from ..kernels.backends.gpu_triton.configurations import Configuration
+    from ...kernels.backends.gpu_triton.configurations import Configuration
 
     side = {16: 128, 19: 128, 32: 64, 64: 32}[key.bits]
     area, stages = side * side if key.dim < 256 else min(side * side, 64 * 64), 3
@@ -189,7 +189,7 @@ def keys(
     features: Sequence[str] = FEATURES,
 ) -> list[Key]:
     """Every combination that has an entry of its own, what matters most first."""
-    from ..kernels.backends.gpu_triton.configurations import Key
+    from ...kernels.backends.gpu_triton.configurations import Key
 
     found = [
         Key(arch, kernel, width, dim, feature)
@@ -360,7 +360,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         if not torch.cuda.is_available():
             raise UsageError("tune: torch sees no GPU; --compile does without one")
-        from ..kernels.backends.gpu_triton.configurations import architecture
+        from ...kernels.backends.gpu_triton.configurations import architecture
 
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
     check_writable("--output", options.output)
@@ -384,7 +384,7 @@ def _by_timing(wanted: Sequence[Key], half: torch.dtype, seconds: float) -> Choo
 
     The forms of some keys are compiled side by side before the first of them is timed.
     """
-    from . import isolated
+    from ..measure import isolated
 
     ready: set[Key] = set()
 
@@ -422,13 +422,13 @@ def timed(key: Key, half: torch.dtype) -> list[Choice]:
 
 
 def _in_table(key: Key) -> Configuration:
-    from ..kernels.backends.gpu_triton.configurations import lookup
+    from ...kernels.backends.gpu_triton.configurations import lookup
 
     return lookup(key)
 
 
 def _trials(half: torch.dtype) -> Trials:
-    from .timing import timer_for
+    from ..measure.timing import timer_for
     from .trials import Trials
 
     return Trials(timer_for("cuda"), torch.device("cuda"), half, say=_say)
@@ -436,7 +436,7 @@ def _trials(half: torch.dtype) -> Trials:
 
 def _by_compiling(path: Path) -> Choose:
     """Larger tiles than FOREMOST bears are not tried elsewhere: most would be in vain."""
-    from ..kernels.backends.gpu_triton.configurations import Configuration
+    from ...kernels.backends.gpu_triton.configurations import Configuration
     from . import ahead_of_time
 
     def cost(key: Key, form: Configuration) -> tuple[float, str] | None:

@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-from .cases import WINDOW, parts_of
-from .inputs import EPS, AttentionInputs, NormInputs, Outputs
+from ..measure.cases import WINDOW, parts_of
+from ..measure.inputs import EPS, AttentionInputs, NormInputs, Outputs
 
 
 class UnsupportedError(Exception):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .options import UsageError
+from ..options import UsageError
 
 FIELDS = (
     *("date", "rowmax", "torch", "cpu", "gpu", "threads", "suite", "dtype", "kind", "shape"),

@@ -20,13 +20,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ..kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
-from ..kernels.api.attention import attention_problem
-from ..kernels.backends.gpu_triton.attention_decode import CHUNK, MOST_ROWS
-from ..kernels.backends.gpu_triton.attention_launch import attention, attention_backward
-from ..kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ..kernels.backends.gpu_triton.plans import compiled_form
-from ..kernels.ops.problem import AttentionProblem
+from ...kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
+from ...kernels.api.attention import attention_problem
+from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MOST_ROWS
+from ...kernels.backends.gpu_triton.attention_launch import attention, attention_backward
+from ...kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
+from ...kernels.backends.gpu_triton.plans import compiled_form
+from ...kernels.ops.problem import AttentionProblem
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
-from . import gpu, summary
+from ..machine import gpu
+from ..machine.host import Limits
+from ..peers.candidates import SUBJECT, absent
+from . import summary
 from .cases import (
     BACKWARD,
     FORWARD,
@@ -19,9 +22,7 @@ from .cases import (
     dtype_text,
     shape_text,
 )
-from .machine import Limits
 from .noise import Watch
-from .peers import SUBJECT, absent
 from .runner import Row
 
 WIDTH = 100

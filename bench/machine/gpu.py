@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .machine import version
-from .timing import Timer
+from ..measure.timing import Timer
+from .host import version
 
 MATRIX_SIZE = 8192
 COPY_BYTES = 2**30

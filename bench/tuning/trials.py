@@ -12,20 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Causal, Dense, Mask
-from ..kernels.api.attention import attention_problem
-from ..kernels.backends.gpu_triton import interpreting
-from ..kernels.backends.gpu_triton.attention_decode import CHUNK
-from ..kernels.backends.gpu_triton.attention_launch import (
+from ...kernels import Causal, Dense, Mask
+from ...kernels.api.attention import attention_problem
+from ...kernels.backends.gpu_triton import interpreting
+from ...kernels.backends.gpu_triton.attention_decode import CHUNK
+from ...kernels.backends.gpu_triton.attention_launch import (
     attention,
     attention_backward,
     launch_kernel,
 )
-from ..kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ..kernels.backends.gpu_triton.plans import compiled_form
-from ..kernels.ops.problem import AttentionProblem
+from ...kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
+from ...kernels.backends.gpu_triton.plans import compiled_form
+from ...kernels.ops.problem import AttentionProblem
+from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in
-from .timing import Budget, Timer, geometric_mean, interleave
 
 BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
 # Forms further behind the best than this after one sample are not timed again.

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import __version__
-from ..console import from_extra
+from ... import __version__
+from ...console import from_extra
 
 PACKAGES = ("torch", "numpy", "numba", "llvmlite")
 PEER_PACKAGES = ("onnxruntime", "openvino")  # told where they are installed

@@ -15,17 +15,18 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.testing.cases import Shape
-from ..kernels.testing.tolerance import accuracies
-from . import gpu, isolated, report
-from .cases import SUITES
-from .machine import describe
-from .options import UsageError, names_of, seconds_of
-from .timing import timer_for
-from .verification.implementations import Backend
-from .verification.runs import Run
-from .verification.suite import DTYPES, Settings, cases_of
-from .verification.text import VERBOSE_HEADING, verbose_line
+from ...kernels.testing.cases import Shape
+from ...kernels.testing.tolerance import accuracies
+from ..machine import gpu
+from ..machine.host import describe
+from ..measure import isolated, report
+from ..measure.cases import SUITES
+from ..measure.timing import timer_for
+from ..options import UsageError, names_of, seconds_of
+from ..verification.implementations import Backend
+from ..verification.runs import Run
+from ..verification.suite import DTYPES, Settings, cases_of
+from ..verification.text import VERBOSE_HEADING, verbose_line
 
 _USUAL = Shape(2, 4, 4, 200, 200, 64, 64)
 _GROUPED = Shape(2, 8, 2, 200, 200, 128, 128)

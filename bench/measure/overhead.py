@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import Causal, attention, layer_norm
-from . import gpu
-from .machine import describe, load_average
-from .options import UsageError, check_backend, check_outputs, seconds_of, set_threads
+from ...kernels import Causal, attention, layer_norm
+from ..machine import gpu
+from ..machine.host import describe, load_average
+from ..options import UsageError, check_backend, check_outputs, seconds_of, set_threads
 from .timing import Budget, HostTimer, LaunchTimer, Timer, interleave, timer_for
 
 Call = Callable[[], object]

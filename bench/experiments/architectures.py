@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..console import from_extra
-from .options import UsageError, check_backend, check_writable, listed, names_of, set_threads
+from ...console import from_extra
+from ..options import UsageError, check_backend, check_writable, listed, names_of, set_threads
 
 DATA = ("built-in", "multi30k")
 ARCHITECTURES = ("transformer", "lstm", "gru", "rnn")
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     set_threads(options.threads)
 
     # Only now: the other commands of rowmax.bench need none of rowmax.transformer.
-    from ..transformer import DataError, TrainingError
+    from ...transformer import DataError, TrainingError
     from . import model_report, model_runs
 
     try:

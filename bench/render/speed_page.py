@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from ..peers.candidates import SUBJECT
 from . import document
 from .charts import Bar, Point, bars, curves
-from .peers import SUBJECT
 
 _STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
 MOST_BARS = 16  # of a chart

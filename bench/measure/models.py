@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import kernels
-from ..kernels import Causal, KeyLengths
-from ..transformer import interface
-from ..transformer import model as reference_model
-from ..transformer.config import ModelConfig
+from ... import kernels
+from ...kernels import Causal, KeyLengths
+from ...transformer import interface
+from ...transformer import model as reference_model
+from ...transformer.config import ModelConfig
 from .cases import MODEL_HEAD_SIZE, Case
 
 VOCABULARY = 1000

@@ -10,12 +10,12 @@ import argparse
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..kernels.backends import gpu_triton
-from .options import UsageError, listed, names_of
+from ...kernels.backends import gpu_triton
+from ..options import UsageError, listed, names_of
 from .tune import BITS, DIMS, FEATURES, FOREMOST, KERNELS, SHARED_LIMIT, keys
 
 if TYPE_CHECKING:  # they need Triton
-    from ..kernels.backends.gpu_triton.configurations import Key
+    from ...kernels.backends.gpu_triton.configurations import Key
 
 COLUMNS = (
     *("kernel", "bits", "head", "features", "form", "registers", "spilled", "shared", "wgmma"),
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cells(key: Key) -> list[str]:
-    from ..kernels.backends.gpu_triton.configurations import lookup
+    from ...kernels.backends.gpu_triton.configurations import lookup
     from .ahead_of_time import compile_form
 
     form = lookup(key)

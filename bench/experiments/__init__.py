@@ -1,0 +1,1 @@
+"""The Transformer beside recurrent networks, at equal budgets."""

@@ -1,0 +1,1 @@
+"""The machine that numbers are taken on, and its limits."""

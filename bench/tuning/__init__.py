@@ -1,0 +1,1 @@
+"""The forms of the Triton kernels: compiled, timed and chosen."""
