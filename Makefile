@@ -16,6 +16,7 @@
 #   make compile   compile every form of the GPU kernels for GPUs that need not be there, those for
 #                  sm_90 with the oldest Triton as well
 #   make lint      ruff, clang-format, shellcheck and mypy
+#   make count     lines of product and tests, files that are too long, circles of imports
 #   make bench     the speed tables
 #   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
 #   make clean     remove build products and caches
@@ -58,7 +59,7 @@ CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthroug
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
-    compile lint bench compare install clean distclean
+    compile lint count bench compare install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -132,6 +133,9 @@ $(OLDEST_TRITON)/.stamp: | $(REQUIREMENTS)
 	rm -rf $(OLDEST_TRITON)
 	$(PIP) --no-deps --target $(OLDEST_TRITON) $(subst build/triton-,triton==,$(OLDEST_TRITON))
 	@touch $@
+
+count: $(PACKAGE)
+	$(BIN)/python -m tests.count
 
 # mypy knows a package by its folder's name, so it sees the folders through links that bear the
 # import names.

@@ -36,7 +36,7 @@ from .options import (
     set_threads,
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
-from .render import speed_page
+from .render import ratio_chart, speed_page
 from .tuning import forms, smoke, tune
 from .verification import command as verification
 
@@ -60,6 +60,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     commands = {
         "speed": speed,
         "compare": comparison.run,
+        "chart": ratio_chart.run,
         "verify": verification.run,
         "overhead": overhead.run,
         "smoke": smoke.run,
@@ -167,6 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "fresh pages (default), or kept by the process from call to call",
     )
     comparison.add_command(commands)
+    ratio_chart.add_command(commands)
     verification.add_command(commands)
     overhead.add_command(commands)
     smoke.add_command(commands)

@@ -32,15 +32,16 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.MULTILIN
 COMMAND = re.compile(r"python -m (rowmax\.\w+)((?:[^\n`\\]|\\\n)*)")
 
 
-def test_readme_snippets_print_what_readme_shows(tmp_path: Path) -> None:
-    """All Python of the README as one script in a fresh process, output compared.
+@pytest.mark.parametrize("page", ["README.md", "swap-examples.md", "verify.md"])
+def test_snippets_print_what_the_page_shows(page: str, tmp_path: Path) -> None:
+    """All Python of a page as one script in a fresh process, output compared.
 
     Not in the root, where `kernels/` would pass for Hugging Face's package of that name.
     """
     reason = dispatch.unavailable("native")
     if reason is not None:
-        pytest.skip(f"README shows what an installation with the C++ extension prints; {reason}")
-    blocks = [block for block in BLOCK.findall(PAGES_TEXT["README.md"]) if block[0] == "python"]
+        pytest.skip(f"pages show what an installation with the C++ extension prints; {reason}")
+    blocks = [block for block in BLOCK.findall(PAGES_TEXT[page]) if block[0] == "python"]
     assert blocks
     script = "\n".join(code for _, code, _ in blocks)
     run = subprocess.run(
