@@ -53,7 +53,20 @@ class Gate:
         self._pieces: dict[bool, list[Piece]] = {}
 
     def fault(self, function: Function, *, backward: bool, is_peer: bool) -> str | None:
-        """What is wrong with `function`, a peer or rowmax's own; None when it passes."""
+        """What is wrong with `function`, a peer or rowmax's own; None when it passes.
+
+        A model that fails gets more chances, each with its weights moved by a few roundings.
+        """
+        found = self._fault(function, backward=backward, is_peer=is_peer)
+        if found is None or not isinstance(self._inputs, ModelInputs):
+            return found
+        for moved in self._inputs.moved():
+            gate = Gate(moved, self._kind, self._naive, backward=self._backward)
+            if gate._fault(function, backward=backward, is_peer=is_peer) is None:
+                return None
+        return found
+
+    def _fault(self, function: Function, *, backward: bool, is_peer: bool) -> str | None:
         inputs: Any = replace(self._inputs, dropout_p=0.0) if is_peer else self._inputs
         outputs = run_pass(function, inputs, backward=backward)
         gradients = len(self._inputs.leaves)

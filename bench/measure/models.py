@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,8 @@ from .cases import MODEL_HEAD_SIZE, Case
 VOCABULARY = 1000
 LAYERS = 2  # and as many again of the Transformer's decoder
 SEED = 20170612
+MOVES = 3
+MOVED_BY = 16.0  # roundings
 
 Outputs = tuple[Tensor, ...]
 
@@ -63,6 +65,21 @@ class ModelInputs:
 
     def to_copy(self) -> Tensor:
         return self.x.detach()
+
+    def moved(self) -> Iterator[ModelInputs]:
+        """The same with all weights moved by a few roundings, several times.
+
+        Where the input of a ReLU is within a rounding of 0, both sides are right, and gradients
+        jump: a path may be on the other side than float64, by chance. What is wrong stays wrong.
+        """
+        generator = torch.Generator().manual_seed(SEED)
+        for _ in range(MOVES):
+            weights = []
+            for weight in self.weights:
+                chance = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
+                moved = weight.detach() * (1.0 + MOVED_BY * torch.finfo(weight.dtype).eps * chance)
+                weights.append(moved.to(weight.dtype).requires_grad_())
+            yield replace(self, weights=tuple(weights))
 
 
 def model_inputs(case: Case) -> ModelInputs:

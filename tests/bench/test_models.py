@@ -47,6 +47,26 @@ def test_a_path_with_another_attention_does_not(kind: str) -> None:
     assert gate.fault(function, backward=True, is_peer=True) is not None
 
 
+def test_a_gradient_that_jumps_has_more_chances() -> None:
+    """A path that is wrong for these very weights alone passes; one that stays wrong does not."""
+    gate = gate_of("encoder")
+    right = naive(MODEL, "encoder")
+    weights = gate._inputs.leaves  # the first call's own
+    calls: list[bool] = []
+
+    def function(inputs: Any) -> Any:
+        own = all(map(torch.equal, inputs.leaves, weights))
+        calls.append(own)
+        return tuple(2 * out if own or always else out for out in right(inputs))
+
+    always = False
+    assert gate.fault(function, backward=True, is_peer=False) is None
+    assert calls == [True, False]
+    always = True
+    assert gate.fault(function, backward=True, is_peer=False) is not None
+    assert len(calls) == 2 + 1 + models.MOVES
+
+
 def test_what_was_replaced_is_put_back() -> None:
     broken = {"encoder": {"scaled_dot_product_attention": None}}
     inputs = make_inputs(Case(MODEL, torch.float32, "encoder", (1, 4, 64), FORWARD_BACKWARD))
