@@ -46,7 +46,7 @@ def unavailable() -> str | None:
     try:
         importlib.import_module("..._C", __package__)
     except ModuleNotFoundError:
-        reason = Path(__file__).parents[1] / "missing_extension.txt"  # written by setup.py
+        reason = Path(__file__).parents[2] / "missing_extension.txt"  # written by setup.py
         why = f" ({reason.read_text().strip()})" if reason.is_file() else ""
         return (
             f"the C++ extension is not built{why}; with torch >= 2.10, setuptools >= 77, ninja and "
