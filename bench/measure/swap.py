@@ -131,9 +131,9 @@ def run(options: argparse.Namespace) -> int:
         variants = _variants(model.make())
         for batch, length in model.shapes[: 1 if options.quick else None]:
             arguments, real = _batch(model, batch, length)
-            receipt = compare(variants["original"].train(), arguments, pack=True, seconds=1e-3)
-            if not receipt.passed:
-                print(f"{name} ({batch}, {length}) is not timed: {receipt.verdict}", flush=True)
+            comparison = compare(variants["original"].train(), arguments, pack=True, seconds=1e-3)
+            if not comparison.passed:
+                print(f"{name} ({batch}, {length}) is not timed: {comparison.verdict}", flush=True)
                 failed = True
                 continue
             for step in ("inference", "training"):

@@ -185,9 +185,9 @@ def naive_norm(kind: str, inputs: NormInputs) -> Outputs:
     total = inputs.x
     if inputs.residual is not None:
         total = inputs.residual + _dropped(inputs.x, inputs.dropout_p)
-    centred = total - total.mean(-1, keepdim=True)
-    variance = (centred * centred).mean(-1, keepdim=True)
-    y = _affine(centred * torch.rsqrt(variance + EPS), inputs)
+    deviation = total - total.mean(-1, keepdim=True)
+    variance = (deviation * deviation).mean(-1, keepdim=True)
+    y = _affine(deviation * torch.rsqrt(variance + EPS), inputs)
     return (y,) if inputs.residual is None else (y, total)
 
 

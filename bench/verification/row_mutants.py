@@ -117,8 +117,8 @@ class RowMutant:
         mean = _mean_in_half(x) if in_half else x.mean(-1, keepdim=True)
         if fault == "mean-held":
             mean = mean.detach()
-        centred = x - mean
-        squares = centred.square()
+        deviation = x - mean
+        squares = deviation.square()
         variance = _mean_in_half(squares) if in_half else squares.mean(-1, keepdim=True)
         if fault == "one-pass-variance":
             variance = (x.square().mean(-1, keepdim=True) - mean.square()).clamp_min(0.0)
@@ -126,7 +126,7 @@ class RowMutant:
             columns = x.shape[-1]
             variance = variance * (columns / max(1, columns - 1))
         root = (variance + (0.0 if fault == "no-eps" else eps)).sqrt()
-        return centred / root
+        return deviation / root
 
 
 def _mean_in_half(x: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ struct Launch {
       call.keep_scale = dropout_scale(problem.dropout_p);
     }
     call.batch_start = problem.batch_start;
-    call.plain_scale = problem.scale;
+    call.score_scale = problem.scale;
     call.scale = problem.softcap ? problem.scale / *problem.softcap : problem.scale * LOG2_E;
     call.cap = problem.softcap ? *problem.softcap * LOG2_E : 0.0;
   }
@@ -356,7 +356,7 @@ using Attention = Operators<ProblemTypes>;
 
 }  // namespace
 
-void plain_attention(
+void fast_path_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
     std::optional<int64_t> band_upper) {
   Problem problem{query, key, value};

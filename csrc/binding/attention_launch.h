@@ -8,7 +8,7 @@ namespace rowmax {
 
 // out = softmax(scale * q k^T) v without dropout, a bias or lse. With band_upper, query i attends no key
 // after i + *band_upper. The views (B, H, L, D) fit each other; rows are contiguous.
-void plain_attention(
+void fast_path_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
     std::optional<int64_t> band_upper);
 

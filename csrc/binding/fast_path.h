@@ -16,10 +16,10 @@ namespace rowmax {
 // which takes a microsecond; torch's dispatcher takes several of them for an operator's arguments. What
 // is not plain, or wrong, is answered by None: the general way knows what to say about it.
 //
-// plain_attention(query, key, value, align, scale) -> Tensor | None
-PyObject* plain_attention_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
-// plain_norm(x, weight, bias, eps, centred) -> Tensor | None
-PyObject* plain_norm_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+// fast_path_attention(query, key, value, align, scale) -> Tensor | None
+PyObject* fast_path_attention_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
+// fast_path_norm(x, weight, bias, eps, subtract_mean) -> Tensor | None
+PyObject* fast_path_norm_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 // What is looked up once, when the module is loaded.
 struct Torch {

@@ -37,8 +37,8 @@ PyObject* empty_heads(PyObject* query, const View& of, int64_t value_dim) {
 
 }  // namespace
 
-PyObject* plain_attention_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!counted("plain_attention", count, 5)) {
+PyObject* fast_path_attention_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!counted("fast_path_attention", count, 5)) {
     return nullptr;
   }
   View query, key, value, out;
@@ -71,7 +71,7 @@ PyObject* plain_attention_call(PyObject*, PyObject* const* arguments, Py_ssize_t
   if (made == nullptr) {
     return nullptr;
   }
-  const auto attend = [&] { plain_attention(query, key, value, out, scale, band_upper); };
+  const auto attend = [&] { fast_path_attention(query, key, value, out, scale, band_upper); };
   if (!read_made(made, out) || !run_unlocked(attend)) {
     Py_DECREF(made);
     return nullptr;

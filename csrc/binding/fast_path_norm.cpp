@@ -43,8 +43,8 @@ bool read_parameter(PyObject* object, int64_t columns, std::optional<View>& para
 
 }  // namespace
 
-PyObject* plain_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!counted("plain_norm", count, 5)) {
+PyObject* fast_path_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (!counted("fast_path_norm", count, 5)) {
     return nullptr;
   }
   View x, y;
@@ -63,12 +63,14 @@ PyObject* plain_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t coun
       elements * item_bytes(x.dtype) >= ADVISED_BYTES) {
     return Py_NewRef(Py_None);
   }
-  const bool centred = arguments[4] == Py_True;
+  const bool subtract_mean = arguments[4] == Py_True;
   PyObject* made = empty_like(arguments[0]);
   if (made == nullptr) {
     return nullptr;
   }
-  const auto normalise = [&] { plain_norm(x, weight, bias, y, elements / columns, eps, centred); };
+  const auto normalise = [&] {
+    fast_path_norm(x, weight, bias, y, elements / columns, eps, subtract_mean);
+  };
   if (!read_made(made, y) || !run_unlocked(normalise)) {
     Py_DECREF(made);
     return nullptr;

@@ -11,14 +11,14 @@ static PyCFunction function(Function with_arguments) {
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
-      {"plain_attention", function(rowmax::plain_attention_call), METH_FASTCALL,
-       "plain_attention(query, key, value, align, scale) -> Tensor | None\n\n"
+      {"fast_path_attention", function(rowmax::fast_path_attention_call), METH_FASTCALL,
+       "fast_path_attention(query, key, value, align, scale) -> Tensor | None\n\n"
        "Attention without bias, dropout or gradient; None where the call is not plain. align: 0 "
        "no\n"
        "mask, 1 causal with as many queries as keys, 2 causal aligned upper left, 3 lower right."},
-      {"plain_norm", function(rowmax::plain_norm_call), METH_FASTCALL,
-       "plain_norm(x, weight, bias, eps, centred) -> Tensor | None\n\n"
-       "Layer norm, or RMS norm where it is not centred, without gradient; None where the call is\n"
+      {"fast_path_norm", function(rowmax::fast_path_norm_call), METH_FASTCALL,
+       "fast_path_norm(x, weight, bias, eps, subtract_mean) -> Tensor | None\n\n"
+       "Layer norm, or RMS norm without subtract_mean, without gradient; None where the call is\n"
        "not plain."},
       {nullptr, nullptr, 0, nullptr},
   };

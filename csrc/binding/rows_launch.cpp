@@ -1,5 +1,5 @@
 // From norms and masked softmax to their kernels: addresses, strides, and how rows are divided. What
-// is copied, and why, is settled before, in kernels/backends/cpu_native/norms.py and softmax.py.
+// is copied, and why, is settled before, in kernels/backends/cpu_native/norm_launch.py and softmax.py.
 
 #include "binding/rows_launch.h"
 
@@ -145,7 +145,7 @@ void norm_forward(
   call.total = mutable_address(total);
   call.mean = mutable_address(mean);
   call.rstd = rstd.data_ptr();
-  call.centred = mean.has_value();
+  call.subtract_mean = mean.has_value();
   call.eps = eps;
   if (rows > 0) {
     run_forward(call, item, weight, bias, 0);
@@ -167,7 +167,7 @@ void norm_backward(
   call.grad_total_row = grad_total_row;
   call.mean = mutable_address(mean);
   call.rstd = rstd.data_ptr();
-  call.centred = mean.has_value();
+  call.subtract_mean = mean.has_value();
   call.d_total = d_total.data_ptr();
   call.d_x = mutable_address(d_x);
   call.d_weight = mutable_address(d_weight);
@@ -247,14 +247,14 @@ bool bfloat16_dots() { return pair_kernels() != nullptr; }
 
 }  // namespace
 
-void plain_norm(
+void fast_path_norm(
     const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
-    const View& y, int64_t rows, double eps, bool centred) {
+    const View& y, int64_t rows, double eps, bool subtract_mean) {
   const int item = item_of(x.dtype);
   const int64_t columns = x.sizes[x.dimensions - 1];
   NormCall call = norm_call(x.data, columns, rows, columns, 0.0, std::nullopt);
   call.y = y.data;
-  call.centred = centred;
+  call.subtract_mean = subtract_mean;
   call.eps = eps;
   run_forward(call, item, weight, bias, round_up(rows * computed_bytes(item), 64));
 }

@@ -8,10 +8,10 @@
 
 namespace rowmax {
 
-// y = (x - mean) * rstd * weight + bias over rows of contiguous x and y; without `centred` mean is 0.
+// y = (x - mean) * rstd * weight + bias over rows of contiguous x and y; without `subtract_mean` mean is 0.
 // weight and bias (columns,) are of any float dtype, contiguous.
-void plain_norm(
+void fast_path_norm(
     const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
-    const View& y, int64_t rows, double eps, bool centred);
+    const View& y, int64_t rows, double eps, bool subtract_mean);
 
 }  // namespace rowmax

@@ -121,7 +121,7 @@ void put_query(
     Matrix<T> scratch) {
   const int64_t offset =
       place * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
-  const T factor = static_cast<T>(call.plain_scale);
+  const T factor = static_cast<T>(call.score_scale);
   const Matrix<const T> from{d_query_t, tile.width};
   if (call.half == kWhole) {
     T* to = static_cast<T*>(call.d_query) + offset;
@@ -330,7 +330,7 @@ void backward_chunk(
       sequence.place * call.d_key_batch + head * call.d_key_head + first_key * call.d_key_row;
   write_rows<T>(
       call.half, call.d_key, to_key, call.d_key_row, {with.d_key, with.head_columns}, keys,
-      call.head_dim, static_cast<T>(call.plain_scale));
+      call.head_dim, static_cast<T>(call.score_scale));
   const int64_t to_value =
       sequence.place * call.d_value_batch + head * call.d_value_head + first_key * call.d_value_row;
   write_rows<T>(

@@ -65,7 +65,7 @@ struct AttentionCall {
   void* partials;     // (B, Hkv, chunks, rows, .) of the type computed in: m, l and O
 
   // Of the backward pass alone.
-  double plain_scale;
+  double score_scale;
   const void* grad_out;  // (B, Hq, Lq, Dv)
   int64_t grad_out_batch, grad_out_head, grad_out_row;
   const double* grad_lse;  // (B, Hq, query_rows), contiguous, or absent

@@ -43,7 +43,7 @@ struct Backward {
   // The means of g and of g * x^ over a row, and what follows from them.
   RowTerms<T> terms_of(int64_t row) const {
     constexpr int64_t lanes = LANES<T>;
-    const T mean = call.centred ? static_cast<const T*>(call.mean)[row] : T(0);
+    const T mean = call.subtract_mean ? static_cast<const T*>(call.mean)[row] : T(0);
     const T rstd = static_cast<const T*>(call.rstd)[row];
     const Item *x_at = x(row), *grad_at = grad_y(row);
     const Vec<T> means = splat(mean);
@@ -71,8 +71,8 @@ struct Backward {
       return static_cast<double>(add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]))) / columns;
     };
     const double scale = static_cast<double>(rstd);
-    const double g_mean = call.centred ? mean_of(first) : 0.0;
-    const double shift = call.centred ? -scale * mean_of(rest_of_mean) : 0.0;
+    const double g_mean = call.subtract_mean ? mean_of(first) : 0.0;
+    const double shift = call.subtract_mean ? -scale * mean_of(rest_of_mean) : 0.0;
     const double gx_mean = mean_of(second) * scale + shift * g_mean;
     return {
         mean, rstd, static_cast<T>(shift), static_cast<T>(g_mean * scale),

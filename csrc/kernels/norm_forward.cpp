@@ -122,7 +122,7 @@ struct Forward {
     if (call.residual != nullptr) {
       add_row(index);
     }
-    if (!call.centred) {
+    if (!call.subtract_mean) {
       return T(0);
     }
     const Item* row = normalised(index);
@@ -140,7 +140,7 @@ struct Forward {
   // mean and rstd from the moments.
   Statistics<T> keep_statistics(int64_t index, T near, Moments<T> moments_of) const {
     double first = moments_of.first, square = moments_of.second, shift = 0.0;
-    if (call.centred) {
+    if (call.subtract_mean) {
       if (FAR * first * first > square) {
         near = static_cast<T>(static_cast<double>(near) + first);
         const Moments<T> again = moments(normalised(index), near);

@@ -15,10 +15,10 @@ struct NormCall {
   const void* bias;    // (columns,) T
   void* y;             // (rows, columns) items, contiguous
   void* total;         // as y: residual + dropout(x); unused without a residual
-  void* mean;          // (rows,) T; neither written nor read unless `centred`
+  void* mean;          // (rows,) T; neither written nor read unless `subtract_mean`
   void* rstd;          // (rows,) T
   int64_t rows, columns, task_rows;
-  bool centred, dropping;
+  bool subtract_mean, dropping;
   int64_t threshold;  // words below it drop
   uint64_t seed;
   double eps, keep_scale;

@@ -155,7 +155,7 @@ def attention(
         and weight_heads is None
         and weight_rows is None
     ):
-        plain = operators.plain_attention(q, k, v, mask, scale, backend)
+        plain = operators.fast_path_attention(q, k, v, mask, scale, backend)
         if plain is not None:
             return plain
     problem = attention_problem(

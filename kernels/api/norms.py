@@ -39,7 +39,7 @@ def layer_norm(
     Returns:
         (..., N) in x's dtype; statistics in float32 or wider.
     """
-    plain = operators.plain_norm(x, weight, bias, eps, backend, centred=True)
+    plain = operators.fast_path_norm(x, weight, bias, eps, backend, subtract_mean=True)
     if plain is not None:
         return plain
     eps = _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
@@ -113,7 +113,7 @@ def rms_norm(
     Returns:
         (..., N) in x's dtype; the mean square in float32 or wider.
     """
-    plain = operators.plain_norm(x, weight, None, eps, backend, centred=False)
+    plain = operators.fast_path_norm(x, weight, None, eps, backend, subtract_mean=False)
     if plain is not None:
         return plain
     eps = _check_norm("rms_norm", x, eps, weight=weight)

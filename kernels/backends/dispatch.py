@@ -40,17 +40,17 @@ NAMES = tuple(_FOLDERS)
 
 
 # q, k, v, mask and scale as a caller passed them -> out; None where the call is not plain, or wrong
-PlainAttention = Callable[
+FastPathAttention = Callable[
     [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
 ]
-# x, weight, bias and eps as a caller passed them, whether centred -> y; None as above
-PlainNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Tensor | None]
+# x, weight, bias and eps as a caller passed them, subtract_mean -> y; None as above
+FastPathNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Tensor | None]
 
 
 class Backend(Protocol):
     """What each backend's package offers; tensors as in `problem.py`.
 
-    It may offer a `plain_attention` and a `plain_norm` as well: see `PlainAttention`, `PlainNorm`.
+    It may offer a `fast_path_attention` and a `fast_path_norm` too: `FastPathAttention`, `FastPathNorm`.
     """
 
     def unavailable(self) -> str | None:
@@ -162,15 +162,15 @@ def choose(name: str, problem: Problem) -> Backend:
 
 
 @functools.cache
-def plain_attention(name: str) -> PlainAttention | None:
+def fast_path_attention(name: str) -> FastPathAttention | None:
     """How the backend that `name` means takes a plain call on the CPU as it comes, if it does."""
-    return getattr(_on_cpu(name), "plain_attention", None)
+    return getattr(_on_cpu(name), "fast_path_attention", None)
 
 
 @functools.cache
-def plain_norm(name: str) -> PlainNorm | None:
+def fast_path_norm(name: str) -> FastPathNorm | None:
     """The same for layer norm and RMS norm."""
-    return getattr(_on_cpu(name), "plain_norm", None)
+    return getattr(_on_cpu(name), "fast_path_norm", None)
 
 
 def _on_cpu(name: str) -> Backend | None:

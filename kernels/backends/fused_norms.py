@@ -23,7 +23,7 @@ class Forward(Protocol):
         dropout_p: float,
         seed: Tensor | None,
         *,
-        centred: bool,
+        subtract_mean: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
 
@@ -53,7 +53,7 @@ class FusedNorms:
 
     def layer_norm(self, problem: LayerNormProblem) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, bias, eps = problem
-        y, _, mean, rstd = self._forward(x, None, weight, bias, eps, 0.0, None, centred=True)
+        y, _, mean, rstd = self._forward(x, None, weight, bias, eps, 0.0, None, subtract_mean=True)
         return y, mean, rstd
 
     def layer_norm_backward(
@@ -67,7 +67,7 @@ class FusedNorms:
 
     def add_layer_norm(self, problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, residual, weight, bias, eps, dropout_p, seed = problem
-        return self._forward(x, residual, weight, bias, eps, dropout_p, seed, centred=True)
+        return self._forward(x, residual, weight, bias, eps, dropout_p, seed, subtract_mean=True)
 
     def add_layer_norm_backward(
         self,
@@ -83,7 +83,7 @@ class FusedNorms:
 
     def rms_norm(self, problem: RMSNormProblem) -> tuple[Tensor, Tensor]:
         x, weight, eps = problem
-        y, _, _, rstd = self._forward(x, None, weight, None, eps, 0.0, None, centred=False)
+        y, _, _, rstd = self._forward(x, None, weight, None, eps, 0.0, None, subtract_mean=False)
         return y, rstd
 
     def rms_norm_backward(

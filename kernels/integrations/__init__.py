@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from .comparison import ComparisonReport, compare
 from .huggingface.attention import register_huggingface
 from .process_wide import SdpaRoute, attention_as_sdpa
-from .receipt import Receipt, compare
 from .report import Site, SwapReport
 from .sdpa import scaled_dot_product_attention
 from .swap import swap, swapped
 
 __all__ = [
-    "Receipt",
+    "ComparisonReport",
     "SdpaRoute",
     "Site",
     "SwapReport",

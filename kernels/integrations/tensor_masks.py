@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..api.masks import Causal, Dense, KeyLengths, Mask, MaskStructure, Window, structure_of
-from ..ops.fast_path import are_plain
+from ..ops.fast_path import are_ordinary
 from ..ops.tracing import is_recorded
 
 Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
@@ -120,7 +120,7 @@ def _is_readable(mask: Tensor) -> bool:
     return not (
         is_recorded()
         or torch._C._len_torch_dispatch_stack()
-        or not are_plain((mask,))
+        or not are_ordinary((mask,))
         or not mask.is_cpu
     )
 

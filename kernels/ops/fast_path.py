@@ -69,7 +69,7 @@ def nothing_watches() -> bool:
     )
 
 
-def are_plain(arguments: Iterable[Any]) -> bool:
+def are_ordinary(arguments: Iterable[Any]) -> bool:
     """An operator's arguments, whose tensors are ordinary ones: their memory holds their values."""
     for argument in arguments:
         kind = type(argument)

@@ -21,7 +21,7 @@ from ..api.masks import NO_MASK, Mask, MaskStructure
 from ..backends import dispatch
 from ..backends.reference.standard import standard_form
 from .autograd import autograd_of, unfused_form
-from .fast_path import are_plain, nothing_watches
+from .fast_path import are_ordinary, nothing_watches
 from .layout import empty_heads, saved_lse_dtype, statistics_dtype
 from .operator_checks import checked
 from .problem import (
@@ -92,7 +92,7 @@ def attention(
     # as `call` would decide, without taking the problem apart and together again
     result: tuple[Tensor, Tensor | None]
     heads_only = _has_heads_only(problem)
-    if not (nothing_watches() and are_plain(problem[:3] if heads_only else problem.flat())):
+    if not (nothing_watches() and are_ordinary(problem[:3] if heads_only else problem.flat())):
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
         if heads_only and not with_lse:
@@ -128,7 +128,7 @@ class _OfHeads(_SingleLevelFunction):
         if (
             torch.is_grad_enabled()
             or not nothing_watches()
-            or not are_plain((query, key, value, out, lse, grad_out))
+            or not are_ordinary((query, key, value, out, lse, grad_out))
         ):
             outputs = (grad_out, None, out, lse, False, False)
             gradients = call("attention_backward", *outputs, *problem.flat(), ctx.backend)
@@ -142,7 +142,7 @@ class _OfHeads(_SingleLevelFunction):
 _of_heads: Any = _OfHeads  # torch's stubs know of no `apply` in its base
 
 
-def plain_attention(
+def fast_path_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | None, backend: str
 ) -> Tensor | None:
     """out of a call that needs no gradient, where the backend takes such a call as it comes.
@@ -150,29 +150,29 @@ def plain_attention(
     None, and nothing done, where it does not, or where anything about the arguments is unusual or
     wrong. To check them and to build a problem takes longer than the whole of such a call.
     """
-    if not _may_be_plain(q, k, v, backend):
+    if not _may_take_fast_path(q, k, v, backend):
         return None
-    attend = dispatch.plain_attention(backend)
+    attend = dispatch.fast_path_attention(backend)
     return None if attend is None else attend(q, k, v, mask, scale)
 
 
-def plain_norm(
+def fast_path_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     backend: str,
     *,
-    centred: bool,
+    subtract_mean: bool,
 ) -> Tensor | None:
-    """y of a layer norm, or of an RMS norm where it is not centred, as in `plain_attention`."""
-    if not _may_be_plain(x, weight, bias, backend):
+    """y of a layer norm, or of an RMS norm without subtract_mean, as in `fast_path_attention`."""
+    if not _may_take_fast_path(x, weight, bias, backend):
         return None
-    normalise = dispatch.plain_norm(backend)
-    return None if normalise is None else normalise(x, weight, bias, eps, centred)
+    normalise = dispatch.fast_path_norm(backend)
+    return None if normalise is None else normalise(x, weight, bias, eps, subtract_mean)
 
 
-def _may_be_plain(first: Tensor, second: Tensor | None, third: Tensor | None, backend: str) -> bool:
+def _may_take_fast_path(first: Tensor, second: Tensor | None, third: Tensor | None, backend: str) -> bool:
     """Nothing watches, nothing wants a gradient; `backend` is a text, whichever."""
     return (
         type(backend) is str
@@ -226,7 +226,7 @@ def rms_norm(problem: RMSNormProblem, backend: str) -> Tensor:
 
 def call(name: str, *arguments: Any) -> Any:
     """The operator `name`; its work at once where nothing that torch's dispatcher serves is on."""
-    if not (nothing_watches() and are_plain(arguments)):
+    if not (nothing_watches() and are_ordinary(arguments)):
         return through_dispatcher(name, arguments)
     implementation = _IMPLEMENTATIONS[name]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):

@@ -158,8 +158,8 @@ class RowCase:
             return self._softmax_magnitudes(exact)
         wide = {name: tensor.detach().double() for name, tensor in self.inputs.items()}
         total = exact.get("sum", wide["x"])
-        centred = total if self.op == "rms_norm" else total - total.mean(-1, keepdim=True)
-        rstd = (centred.square().mean(-1, keepdim=True) + self._eps["eps"]).rsqrt()
+        deviation = total if self.op == "rms_norm" else total - total.mean(-1, keepdim=True)
+        rstd = (deviation.square().mean(-1, keepdim=True) + self._eps["eps"]).rsqrt()
         kept = 1 / (1 - self._eps["dropout_p"])
         terms = wide["x"].abs() * kept + wide["residual"].abs() if "sum" in exact else total.abs()
         size = terms * rstd

@@ -315,7 +315,7 @@ def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) ->
     for backend in ("numba", "native"):
         monkeypatch.setattr(dispatch.load(backend), "declines", declines)
     # which answers before a backend is asked whether it declines
-    monkeypatch.setattr(dispatch, "plain_attention", lambda _name: None)
+    monkeypatch.setattr(dispatch, "fast_path_attention", lambda _name: None)
     functions["rowmax"] = subject(ATTENTION, "plain", "auto")
     (row,) = rows_of(functions, case)
     assert set(row.timings) == {"naive"}

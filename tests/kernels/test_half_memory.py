@@ -14,8 +14,8 @@ if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.backends.cpu_numba.call import Kernel, read
+from rowmax.kernels.backends.cpu_numba.gemm import lanes_in, lanes_of
 from rowmax.kernels.backends.cpu_numba.memory import load, load_first, pointer, store, store_first
-from rowmax.kernels.backends.cpu_numba.microkernel import lanes_in, lanes_of
 
 LANES = lanes_in(torch.float32)
 EVERY_HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)

@@ -31,9 +31,9 @@ if dispatch.unavailable("numba") is not None:
 from rowmax.kernels.backends.cpu_common.constants import GROUPED_COLUMNS
 from rowmax.kernels.backends.cpu_numba.call import Kernel, read
 from rowmax.kernels.backends.cpu_numba.memory import pointer
-from rowmax.kernels.backends.cpu_numba.norms_forward import draw_factors
+from rowmax.kernels.backends.cpu_numba.norm_forward import draw_factors
 from rowmax.kernels.backends.cpu_numba.rows import chunk_rows
-from rowmax.kernels.backends.cpu_numba.simd import cast
+from rowmax.kernels.backends.cpu_numba.vector import cast
 
 from .backends import dtype_name
 

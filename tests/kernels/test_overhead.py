@@ -156,9 +156,9 @@ def test_only_ordinary_tensors_go_past_it() -> None:
     x = rand(3, 4)
     with torch.inference_mode():
         inside = x.sin()
-        assert fast_path.are_plain((inside, inside[1:], x.detach()))
+        assert fast_path.are_ordinary((inside, inside[1:], x.detach()))
     ordinary = [x, x.T, x.long(), x.bool(), x[:0], inside, x.clone().requires_grad_()]
-    assert fast_path.are_plain((*ordinary, torch.nn.Parameter(x), None, 1.0, 2, True, "auto"))
+    assert fast_path.are_ordinary((*ordinary, torch.nn.Parameter(x), None, 1.0, 2, True, "auto"))
     special = {
         "subclass": x.as_subclass(Marked),
         "zeros without memory": torch._efficientzerotensor((3, 4)),
@@ -181,7 +181,7 @@ def test_only_ordinary_tensors_go_past_it() -> None:
     if torch.backends.mkldnn.is_available():
         special["mkldnn"] = x.float().to_mkldnn()
     for name, tensor in special.items():
-        assert not fast_path.are_plain((x, tensor)), name
+        assert not fast_path.are_ordinary((x, tensor)), name
 
 
 def test_the_keys_of_an_ordinary_tensor_on_a_gpu() -> None:

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from ...ops.problem import AttentionProblem, Problem
-from .attention_launch import attention, attention_backward, attention_out, plain_attention
-from .norms import (
+from .attention_launch import attention, attention_backward, attention_out, fast_path_attention
+from .norm_launch import (
     add_layer_norm,
     add_layer_norm_backward,
+    fast_path_norm,
     layer_norm,
     layer_norm_backward,
-    plain_norm,
     rms_norm,
     rms_norm_backward,
 )
-from .softmax import masked_softmax, masked_softmax_backward
+from .softmax_launch import masked_softmax, masked_softmax_backward
 
 __all__ = [
     "add_layer_norm",
@@ -28,12 +28,12 @@ __all__ = [
     "attention_backward",
     "attention_out",
     "declines",
+    "fast_path_attention",
+    "fast_path_norm",
     "layer_norm",
     "layer_norm_backward",
     "masked_softmax",
     "masked_softmax_backward",
-    "plain_attention",
-    "plain_norm",
     "rms_norm",
     "rms_norm_backward",
     "unavailable",

@@ -31,7 +31,7 @@ def attention_out(problem: AttentionProblem) -> Tensor:
     return _forward(problem, None)
 
 
-def plain_attention(
+def fast_path_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float | None
 ) -> Tensor | None:
     """out of arguments that nobody has checked; None where the general way is needed."""
@@ -45,7 +45,7 @@ def plain_attention(
 @functools.cache
 def _attend() -> Callable[..., Tensor | None]:
     extension = importlib.import_module("..._C", __package__)
-    function: Callable[..., Tensor | None] = extension.plain_attention
+    function: Callable[..., Tensor | None] = extension.fast_path_attention
     return function
 
 

@@ -24,7 +24,7 @@ from ..cpu_common.constants import CHUNK_KEYS, FEW_QUERIES, FEW_ROWS, LN_2, LOG2
 from .attention_rows import copy_rows, readable, write_rows
 from .attention_tiles import INTEGERS, REALS, attends_none, limits, sequence_of
 from .call import Kernel, read
-from .elementwise import at_least, exp2, philox_columns, tanh
+from .gemm import VECTORS, dots, lanes_of, multiply
 from .jit import jit
 from .memory import (
     add_across,
@@ -38,8 +38,7 @@ from .memory import (
     store,
     take_ticket,
 )
-from .microkernel import VECTORS, dots, lanes_of, multiply
-from .simd import (
+from .vector import (
     add_lanes,
     cast,
     lane_floats,
@@ -51,6 +50,7 @@ from .simd import (
     splat,
     splat_integer,
 )
+from .vector_math import at_least, exp2, philox_columns, tanh
 
 _WIDENED_KEYS = 32  # of V at a time
 

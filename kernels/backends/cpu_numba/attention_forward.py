@@ -33,7 +33,7 @@ from .attention_tiles import (
     tile_vectors,
 )
 from .call import Kernel, read
-from .elementwise import exp2, log2_wide
+from .gemm import lanes_of
 from .jit import jit
 from .memory import (
     as_integers32,
@@ -46,8 +46,7 @@ from .memory import (
     store_first,
     take_ticket,
 )
-from .microkernel import lanes_of
-from .simd import (
+from .vector import (
     any_lane,
     cast,
     maximum,
@@ -58,6 +57,7 @@ from .simd import (
     splat_like,
     widened,
 )
+from .vector_math import exp2, log2_wide
 
 _QUERY, _KEY, _VALUE, _OUT = range(4)
 

@@ -11,16 +11,16 @@ from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem
 from ..cpu_common.constants import BLOCK_KEYS, CACHE_BYTES, CHUNK_KEYS, LOG2_E, NO_BOUND, SHORT_HEAD
 from ..cpu_common.preparation import bias_gradient, prepared, unit_last_stride
+from .attention_backward_blocks import PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE
+from .attention_backward_kernel import BACKWARD
+from .attention_backward_kernel import scratch_elements as backward_scratch
 from .attention_decode import DECODE, most_queries, partial_elements
 from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
-from .attention_gradient_blocks import PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE
-from .attention_gradients import BACKWARD
-from .attention_gradients import scratch_elements as backward_scratch
 from .call import Plan
+from .gemm import VECTORS, lanes_in
 from .host import bfloat16_dots
-from .microkernel import VECTORS, lanes_in
 from .threads import thread_count
 
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}

@@ -16,7 +16,8 @@ from typing import Any
 from numba.extending import overload
 
 from .attention_rows import readable, write_rows
-from .dot_products import (
+from .gemm import lanes_of, multiply
+from .gemm_bfloat16 import (
     PAIRED,
     as_bfloat16,
     load_first_paired,
@@ -30,9 +31,8 @@ from .dot_products import (
 )
 from .jit import OPTIONS, jit
 from .memory import bfloat16_at, load, pointer, store
-from .microkernel import lanes_of, multiply
-from .simd import BFLOAT16, cast, select, splat
-from .transposition import transpose
+from .transpose import transpose
+from .vector import BFLOAT16, cast, select, splat
 
 
 def either(floats: Callable[..., None], pairs: Callable[..., None]) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from .gemm import lanes_of
 from .jit import jit
 from .memory import (
     bfloat16_at,
@@ -22,8 +23,7 @@ from .memory import (
     store,
     store_first,
 )
-from .microkernel import lanes_of
-from .simd import add_lanes, multiply_add, splat
+from .vector import add_lanes, multiply_add, splat
 
 _CACHE_LINE = 64  # bytes
 

@@ -10,7 +10,7 @@ import math
 
 from ..cpu_common.constants import BLOCK_KEYS, LOG2_E
 from .attention_rows import prefetch_rows, readable
-from .elementwise import at_least, philox, tanh
+from .gemm import VECTORS, lanes_of
 from .jit import jit
 from .memory import (
     as_integers32,
@@ -24,8 +24,8 @@ from .memory import (
     pointer,
     store,
 )
-from .microkernel import VECTORS, lanes_of
-from .simd import (
+from .transpose import add_to_scores
+from .vector import (
     cast,
     lane_floats,
     lane_numbers,
@@ -35,7 +35,7 @@ from .simd import (
     splat,
     splat_integer,
 )
-from .transposition import add_to_scores
+from .vector_math import at_least, philox, tanh
 
 # Fields of the attention kernels' records: addresses, strides in elements (of the dense mask: in
 # bytes) and sizes. An absent tensor has address 0; a broadcast dimension has stride 0.

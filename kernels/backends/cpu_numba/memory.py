@@ -16,7 +16,7 @@ from numba.core import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin
 
-from .simd import (
+from .vector import (
     BFLOAT16,
     FLOAT16,
     LANES,

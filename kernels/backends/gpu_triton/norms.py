@@ -24,13 +24,13 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     *,
-    centred: bool,
+    subtract_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
     shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
     y = x.new_empty(shape)
     rstd = x.new_empty(shape[:-1], dtype=statistics_dtype(x.dtype))
-    mean = x.new_empty(rstd.shape, dtype=rstd.dtype) if centred else rstd
+    mean = x.new_empty(rstd.shape, dtype=rstd.dtype) if subtract_mean else rstd
     total = y if residual is None else x.new_empty(shape)
     if not x.numel():
         return y, total, mean.fill_(float("nan")), rstd.fill_(float("nan"))
@@ -40,7 +40,7 @@ def _forward(
         residual, residual_row = rows_of(residual)
     arguments = (
         *(x, x_row, residual, residual_row, contiguous(weight), contiguous(bias)),
-        *(y, None if residual is None else total, mean if centred else None, rstd),
+        *(y, None if residual is None else total, mean if subtract_mean else None, rstd),
         *(rows, columns, eps, *dropout(dropout_p, beside(seed, x))),
     )
     tile = forward_tile(columns, x.dtype)

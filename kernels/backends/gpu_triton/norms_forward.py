@@ -71,11 +71,11 @@ def _inverse_deviation(shift, square, eps, dtype: tl.constexpr):
 
 @triton.jit
 def _store_normal(
-    centred, shift, rstd, weight, bias, y, row, first, rows, columns, COLUMNS: tl.constexpr
+    deviation, shift, rstd, weight, bias, y, row, first, rows, columns, COLUMNS: tl.constexpr
 ):
-    """y = (centred - shift) * rstd * weight + bias, for a tile."""
+    """y = (deviation - shift) * rstd * weight + bias, for a tile."""
     column = first + tl.arange(0, COLUMNS)[None, :]
-    result = (centred - shift) * rstd
+    result = (deviation - shift) * rstd
     if weight is not None:
         result *= tl.load(weight + column, mask=column < columns, other=0.0).to(result.dtype)
     if bias is not None:

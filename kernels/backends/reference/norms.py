@@ -74,9 +74,9 @@ def _normalise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(statistics_dtype(x.dtype))
     mean = wide.mean(-1)
-    centred = wide - mean.unsqueeze(-1)
-    rstd = torch.rsqrt((centred * centred).mean(-1) + eps)
-    y = centred * rstd.unsqueeze(-1)
+    deviation = wide - mean.unsqueeze(-1)
+    rstd = torch.rsqrt((deviation * deviation).mean(-1) + eps)
+    y = deviation * rstd.unsqueeze(-1)
     if weight is not None:
         y = y * weight
     if bias is not None:

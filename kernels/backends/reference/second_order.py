@@ -227,17 +227,17 @@ class _Norm:
     symmetric, the gradient by x of <x_hat, t>; RMS norm has neither mean.
     """
 
-    def __init__(self, x: Tensor, eps: float, centred: bool) -> None:
+    def __init__(self, x: Tensor, eps: float, subtract_mean: bool) -> None:
         x = x.to(statistics_dtype(x.dtype))
-        self.centred = centred
-        if centred:
+        self.subtract_mean = subtract_mean
+        if subtract_mean:
             x = x - x.mean(-1, keepdim=True)
         self.rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
         self.x_hat = x * self.rstd
 
     def project(self, t: Tensor) -> Tensor:
         along = self.x_hat * (self.x_hat * t).mean(-1, keepdim=True)
-        if self.centred:
+        if self.subtract_mean:
             along = along + t.mean(-1, keepdim=True)
         return self.rstd * (t - along)
 
@@ -246,7 +246,7 @@ class _Norm:
         along_a = (a * self.x_hat).mean(-1, keepdim=True)
         along_t = (t * self.x_hat).mean(-1, keepdim=True)
         product = (a * t).mean(-1, keepdim=True) - along_a * along_t
-        if self.centred:
+        if self.subtract_mean:
             product = product - a.mean(-1, keepdim=True) * t.mean(-1, keepdim=True)
         by_rstd = -self.rstd * self.rstd * self.x_hat * product
         return by_rstd - self.project(self.rstd * (a * along_t + t * along_a))
@@ -256,13 +256,13 @@ def norm_tangents(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
-    centred: bool,
+    subtract_mean: bool,
     t_x: Tensor | None,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
 ) -> Tensor:
     """J t: the tangent of y, in the dtype of the statistics."""
-    norm = _Norm(x, eps, centred)
+    norm = _Norm(x, eps, subtract_mean)
     t_y = torch.zeros_like(norm.x_hat)
     if t_x is not None:
         moved = norm.project(t_x.to(t_y.dtype))
@@ -276,13 +276,13 @@ def norm_second_order(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
-    centred: bool,
+    subtract_mean: bool,
     grad_y: Tensor,
     t_x: Tensor | None,
     t_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """d<g, J t> / dx and by the weight (empty where that is absent); the bias has none."""
-    norm = _Norm(x, eps, centred)
+    norm = _Norm(x, eps, subtract_mean)
     grad_y = grad_y.to(norm.x_hat.dtype)
     h_x, h_weight = torch.zeros_like(norm.x_hat), norm.x_hat.new_zeros(0)
     if t_weight is not None:

@@ -301,7 +301,7 @@ class AttentionRun {
     call_.alibi = data(of_.alibi), call_.alibi_batch = of_.heads;
     call_.alibi_offset = data(of_.alibi_offset), call_.alibi_offset_batch = 1;
     call_.sinks = data(of_.sinks);
-    call_.plain_scale = of_.scale;
+    call_.score_scale = of_.scale;
     const bool capped = of_.softcap != 0.0;
     call_.scale = capped ? of_.scale / of_.softcap : of_.scale * rowmax::LOG2_E;
     call_.cap = capped ? of_.softcap * rowmax::LOG2_E : 0.0;

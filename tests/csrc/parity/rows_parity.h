@@ -10,11 +10,11 @@ namespace parity {
 // --- norms
 // ----------------------------------------------------------------------------------------
 
-// Layer norm, add-and-norm where there is a residual, RMS norm where not centred; (rows, columns).
+// Layer norm, add-and-norm where there is a residual, RMS norm without subtract_mean; (rows, columns).
 struct NormCase {
   Item item = kFloat;
   int64_t rows = 0, columns = 0;
-  bool centred = true, adds = false;
+  bool subtract_mean = true, adds = false;
   Values x, residual, weight, bias, grad_y, grad_total;  // weight and bias of the type computed in
   double eps = 1e-5;
   std::optional<Dropout> dropout;
@@ -37,8 +37,8 @@ inline NormCase draw_norm(Random& random) {
   of.rows = random.one_of<int64_t>({1, 2, 3, 7, 20, 45});
   of.columns =
       random.chance(0.7) ? random.between(1, 70) : random.one_of<int64_t>({256, 515, 1536, 1600});
-  of.centred = random.chance(0.7);
-  of.adds = of.centred && random.chance(0.5);
+  of.subtract_mean = random.chance(0.7);
+  of.adds = of.subtract_mean && random.chance(0.5);
   of.eps = random.one_of<double>({1e-5, 0.5});
   if (of.adds && random.chance(0.5)) {
     of.dropout = Dropout{random.one_of<double>({0.3, 0.9, 1.0}), random.next()};
@@ -93,7 +93,7 @@ Answer norm_equations(const NormCase& of, std::optional<Item> stored) {
       }
       mean += row[c] / static_cast<Real>(columns);
     }
-    mean = of.centred ? mean : Real(0);
+    mean = of.subtract_mean ? mean : Real(0);
     for (size_t c = 0; c < width; ++c) {
       square += (row[c] - mean) * (row[c] - mean) / static_cast<Real>(columns);
     }
@@ -117,7 +117,7 @@ Answer norm_equations(const NormCase& of, std::optional<Item> stored) {
       g_size += std::fabs(static_cast<double>(g)) / static_cast<double>(columns);
       gx_size += std::fabs(static_cast<double>(g)) * hat_size / static_cast<double>(columns);
     }
-    g_mean = of.centred ? g_mean : Real(0);
+    g_mean = of.subtract_mean ? g_mean : Real(0);
     for (size_t c = 0; c < width; ++c) {
       const Real hat = (row[c] - mean) * rstd;
       const Real g = static_cast<Real>(of.grad_y[first + c]) * static_cast<Real>(of.weight[c]);
@@ -166,9 +166,9 @@ inline Results run_norm(const NormCase& of, Random& random, std::string& fault) 
   call.residual = of.adds ? residual.data() : nullptr, call.residual_row = residual.stride(0);
   call.weight = weight.data(), call.bias = bias.data();
   call.y = y.data(), call.total = of.adds ? total.data() : nullptr;
-  call.mean = of.centred ? mean.data() : nullptr, call.rstd = rstd.data();
+  call.mean = of.subtract_mean ? mean.data() : nullptr, call.rstd = rstd.data();
   call.rows = of.rows, call.columns = of.columns, call.task_rows = random.between(1, 8);
-  call.centred = of.centred;
+  call.subtract_mean = of.subtract_mean;
   call.eps = of.eps;
   call.keep_scale = 1.0;
   if (of.dropout) {
@@ -210,7 +210,7 @@ inline Results run_norm(const NormCase& of, Random& random, std::string& fault) 
 
 inline std::string text_of(const NormCase& of) {
   return std::string("norm ") + kFacts[of.item].name + " " + std::to_string(of.rows) + " " +
-         std::to_string(of.columns) + (of.centred ? " centred" : "") + (of.adds ? " adds" : "") +
+         std::to_string(of.columns) + (of.subtract_mean ? " subtract_mean" : "") + (of.adds ? " adds" : "") +
          (of.dropout ? " dropout" : "");
 }
 

@@ -18,7 +18,7 @@ from rowmax.kernels.backends.cpu_common.constants import ADVISED_BYTES
 from rowmax.kernels.ops import operators
 from rowmax.kernels.ops.problem import LayerNormProblem, RMSNormProblem
 
-from .plain_inputs import DTYPES, left_by_transforms, rand
+from .fast_path_inputs import DTYPES, left_by_transforms, rand
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -26,15 +26,15 @@ pytestmark = pytest.mark.usefixtures("extension")
 @pytest.fixture
 def take(readable_tensors: None) -> Callable[..., Tensor | None]:
     """The backend's own way."""
-    found = dispatch.plain_norm("native")
+    found = dispatch.fast_path_norm("native")
     assert found is not None
     return found
 
 
 def in_general(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
 ) -> Tensor:
-    if centred:
+    if subtract_mean:
         return operators.layer_norm(LayerNormProblem(x, weight, bias, eps), "native")
     return operators.rms_norm(RMSNormProblem(x, weight, eps), "native")
 
@@ -51,12 +51,12 @@ def test_bits_are_those_of_the_general_way(
     for parameter_dtype in DTYPES:
         weight, bias = rand(shape[-1], dtype=parameter_dtype), rand(2, shape[-1])[1]
         for given in ((weight, bias), (weight, None), (None, bias), (None, None)):
-            for centred in (True, False):
-                bias_given = given[1] if centred else None
-                y = take(x, given[0], bias_given, 1e-5, centred)
+            for subtract_mean in (True, False):
+                bias_given = given[1] if subtract_mean else None
+                y = take(x, given[0], bias_given, 1e-5, subtract_mean)
                 assert y is not None
                 assert (y.dtype, y.is_contiguous()) == (dtype, True)
-                assert torch.equal(y, in_general(x, given[0], bias_given, 1e-5, centred))
+                assert torch.equal(y, in_general(x, given[0], bias_given, 1e-5, subtract_mean))
 
 
 def test_the_public_functions_take_it(
@@ -130,10 +130,10 @@ def test_a_gradient_needs_the_general_way(which: int) -> None:
     arguments = [X, ROW, ROW]
     arguments[which] = arguments[which].clone().requires_grad_()
     x, weight, bias = arguments
-    assert operators.plain_norm(x, weight, bias, 1e-5, "native", centred=True) is None
+    assert operators.fast_path_norm(x, weight, bias, 1e-5, "native", subtract_mean=True) is None
     assert layer_norm(x, weight, bias, backend="native").requires_grad
 
 
 def test_a_wrong_number_of_arguments(extension: Any) -> None:
-    with pytest.raises(TypeError, match="plain_norm: expected 5 arguments, got 1"):
-        extension.plain_norm(X)
+    with pytest.raises(TypeError, match="fast_path_norm: expected 5 arguments, got 1"):
+        extension.fast_path_norm(X)

@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .gemm import lanes_of
 from .jit import jit
 from .memory import computed_type, narrow, stored_vector, widen
-from .microkernel import lanes_of
-from .simd import LANES, broadcast, constant, llvm_element, load_vector, store_vector
+from .vector import LANES, broadcast, constant, llvm_element, load_vector, store_vector
 
 
 def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:

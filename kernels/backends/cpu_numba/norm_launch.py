@@ -8,11 +8,11 @@ from torch import Tensor
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..cpu_common.results import new_result
 from ..fused_norms import FusedNorms
-from .microkernel import lanes_in
-from .norms_backward import BACKWARD
-from .norms_backward import scratch_elements as backward_scratch
-from .norms_forward import FORWARD
-from .norms_forward import scratch_bytes as forward_scratch
+from .gemm import lanes_in
+from .norm_backward import BACKWARD
+from .norm_backward import scratch_elements as backward_scratch
+from .norm_forward import FORWARD
+from .norm_forward import scratch_bytes as forward_scratch
 from .rows import chunk_rows, task_rows
 
 
@@ -25,7 +25,7 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     *,
-    centred: bool,
+    subtract_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
     shape, columns = x.shape, x.shape[-1]
@@ -33,7 +33,7 @@ def _forward(
     y = new_result(x, shape)
     dtype = statistics_dtype(x.dtype)
     rstd = x.new_empty(shape[:-1], dtype=dtype)
-    mean = torch.empty_like(rstd) if centred else rstd
+    mean = torch.empty_like(rstd) if subtract_mean else rstd
     x, x_row = rows_of(x)
     total, residual_address, residual_row = y, 0, 0
     if residual is not None:
@@ -51,7 +51,7 @@ def _forward(
             *(x.data_ptr(), x_row, residual_address, residual_row),
             *(weight.data_ptr(), bias.data_ptr()),
             *(y.data_ptr(), total.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
-            *(rows, columns, task, centred, dropping, threshold, key),
+            *(rows, columns, task, subtract_mean, dropping, threshold, key),
         ),
         (eps, keep_scale),
     )

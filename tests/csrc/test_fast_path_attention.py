@@ -16,7 +16,7 @@ from rowmax.kernels import Causal, KeyLengths, attention
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.ops import operators
 
-from .plain_inputs import DTYPES, left_by_transforms, rand
+from .fast_path_inputs import DTYPES, left_by_transforms, rand
 
 pytestmark = pytest.mark.usefixtures("extension")
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("extension")
 @pytest.fixture
 def take(readable_tensors: None) -> Callable[..., Tensor | None]:
     """The backend's own way."""
-    found = dispatch.plain_attention("native")
+    found = dispatch.fast_path_attention("native")
     assert found is not None
     return found
 
@@ -127,10 +127,10 @@ def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor |
 
 def test_a_gradient_needs_the_general_way() -> None:
     leaf = Q.clone().requires_grad_()
-    assert operators.plain_attention(leaf, Q, Q, None, None, "native") is None
+    assert operators.fast_path_attention(leaf, Q, Q, None, None, "native") is None
     assert attention(leaf, Q, Q, backend="native").requires_grad
 
 
 def test_a_wrong_number_of_arguments(extension: Any) -> None:
     with pytest.raises(TypeError, match="expected 5 arguments, got 3"):
-        extension.plain_attention(Q, Q, Q)
+        extension.fast_path_attention(Q, Q, Q)

@@ -34,27 +34,27 @@ def inputs() -> dict[str, Tensor]:
 def test_a_receipt(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor], pack: bool) -> None:
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     classes = [type(module) for module in encoder.modules()]
-    receipt = compare(encoder, inputs, pack=pack, seconds=0.01)
-    assert receipt.passed, str(receipt)
-    assert receipt.verdict.startswith("PASS: as close to float64 as the original in every layer")
-    rows = [(row.name, row.what) for row in receipt.layers[:-1]]
+    comparison = compare(encoder, inputs, pack=pack, seconds=0.01)
+    assert comparison.passed, str(comparison)
+    assert comparison.verdict.startswith("PASS: as close to float64 as the original in every layer")
+    rows = [(row.name, row.what) for row in comparison.layers[:-1]]
     assert rows == [
         *(("layers.0", "output"), ("layers.0", "gradient")),
         *(("layers.1", "output"), ("layers.1", "gradient")),
         ("", "output"),
     ]
-    assert receipt.layers[-1].what == "gradient of the parameter"
-    for row in receipt.layers:
+    assert comparison.layers[-1].what == "gradient of the parameter"
+    for row in comparison.layers:
         assert 0 <= row.error_swapped <= row.allowed
         assert row.difference <= row.error_original + row.error_swapped + 1e-12
-    for cost in (receipt.original, receipt.swapped):
+    for cost in (comparison.original, comparison.swapped):
         assert cost.inference_seconds > 0
         assert cost.training_seconds > 0
         assert cost.saved_bytes > 0
-    assert receipt.swapped.saved_bytes < receipt.original.saved_bytes
-    assert json.loads(receipt.to_json()) == receipt.to_dict()
-    text = str(receipt)
-    assert text.splitlines()[-1] == receipt.verdict
+    assert comparison.swapped.saved_bytes < comparison.original.saved_bytes
+    assert json.loads(comparison.to_json()) == comparison.to_dict()
+    text = str(comparison)
+    assert text.splitlines()[-1] == comparison.verdict
     assert "training step, ms" in text
     # the model is as it was
     assert [type(module) for module in encoder.modules()] == classes
@@ -67,14 +67,14 @@ def test_a_receipt(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor], pa
 def test_peaks_hold_what_must_be_there() -> None:
     """Both results of 8 MiB at least, and in training a gradient as large."""
     model = nn.Sequential(nn.Linear(64, 4096), nn.LayerNorm(4096))
-    receipt = compare(model, torch.randn(512, 64), seconds=0.01)
-    for cost in (receipt.original, receipt.swapped):
+    comparison = compare(model, torch.randn(512, 64), seconds=0.01)
+    for cost in (comparison.original, comparison.swapped):
         assert cost.inference_peak_bytes is not None
         assert cost.training_peak_bytes is not None
         assert cost.inference_peak_bytes >= 15 << 20
         assert cost.training_peak_bytes >= 22 << 20
         assert cost.training_peak_bytes < 200 << 20
-    assert "peak of training, MiB" in str(receipt)
+    assert "peak of training, MiB" in str(comparison)
 
 
 def test_what_is_wrong_fails(
@@ -88,10 +88,10 @@ def test_what_is_wrong_fails(
 
     monkeypatch.setattr(norms, "layer_norm", wrong)
     encoder.norm = nn.LayerNorm(WIDTH)
-    receipt = compare(encoder, inputs, seconds=0.01)
-    assert not receipt.passed
-    assert receipt.verdict.startswith("FAIL: ")
-    failed = {(row.name, row.what) for row in receipt.layers if not row.agrees}
+    comparison = compare(encoder, inputs, seconds=0.01)
+    assert not comparison.passed
+    assert comparison.verdict.startswith("FAIL: ")
+    failed = {(row.name, row.what) for row in comparison.layers if not row.agrees}
     assert ("", "output") in failed
     assert ("layers.0", "output") not in failed
 
@@ -100,8 +100,8 @@ def test_a_model_in_float64_passes(
     encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]
 ) -> None:
     """Where the truth is the original itself, and its own error is not known."""
-    receipt = compare(encoder.double(), {**inputs, "src": inputs["src"].double()}, seconds=0.01)
-    assert receipt.passed, str(receipt)
+    comparison = compare(encoder.double(), {**inputs, "src": inputs["src"].double()}, seconds=0.01)
+    assert comparison.passed, str(comparison)
 
 
 def test_many_errors_as_large_as_one_of_the_original_fail() -> None:
@@ -139,11 +139,11 @@ IDS = torch.randint(1, 20, (3, 8), generator=torch.Generator().manual_seed(2)) *
 def test_padding_that_the_model_finds_itself(encoder: nn.TransformerEncoder) -> None:
     """A packed encoder drops it, and what the original gives there counts for nothing."""
     model = Tokens([encoder])
-    receipt = compare(model, IDS, pack=True, seconds=0.01)
-    assert receipt.passed, str(receipt)
+    comparison = compare(model, IDS, pack=True, seconds=0.01)
+    assert comparison.passed, str(comparison)
     told = compare(model, IDS, pack=True, real=~PADDING, seconds=0.01)
-    assert receipt.layers == told.layers
-    assert any(row.error_swapped > 0 for row in receipt.layers)
+    assert comparison.layers == told.layers
+    assert any(row.error_swapped > 0 for row in comparison.layers)
 
 
 def test_encoders_with_different_padding_need_to_be_told(encoder: nn.TransformerEncoder) -> None:
@@ -170,14 +170,14 @@ class CastsItsMask(nn.Module):
 
 def test_where_float64_gives_nan_nothing_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(3))
-    receipt = compare(CastsItsMask(1), x, seconds=0.01)
-    assert receipt.passed, str(receipt)
-    unjudged = {(row.name, row.what): row.unjudged for row in receipt.layers if row.unjudged}
+    comparison = compare(CastsItsMask(1), x, seconds=0.01)
+    assert comparison.passed, str(comparison)
+    unjudged = {(row.name, row.what): row.unjudged for row in comparison.layers if row.unjudged}
     assert unjudged["", "output"] == 0.2  # one row of five
     assert unjudged["norm", "gradient"] == 1.0
-    assert f", but where float64 gives NaN, in {len(unjudged)} of" in receipt.verdict
-    assert "output, but for 20%: float64 gives NaN" in str(receipt)
-    assert json.loads(receipt.to_json()) == receipt.to_dict()
+    assert f", but where float64 gives NaN, in {len(unjudged)} of" in comparison.verdict
+    assert "output, but for 20%: float64 gives NaN" in str(comparison)
+    assert json.loads(comparison.to_json()) == comparison.to_dict()
 
     nothing = compare(CastsItsMask(5), x, seconds=0.01)
     assert not nothing.passed
@@ -193,9 +193,9 @@ def test_another_dtype_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         norms, "layer_norm", lambda *args, **kwargs: fused(*args, **kwargs).double()
     )
-    receipt = compare(nn.Sequential(nn.LayerNorm(WIDTH)), torch.randn(4, WIDTH), seconds=0.01)
-    assert not receipt.passed
-    assert "(4, 16) torch.float64 in place of (4, 16) torch.float32" in receipt.verdict
+    comparison = compare(nn.Sequential(nn.LayerNorm(WIDTH)), torch.randn(4, WIDTH), seconds=0.01)
+    assert not comparison.passed
+    assert "(4, 16) torch.float64 in place of (4, 16) torch.float32" in comparison.verdict
 
 
 def test_nan_does_not_pass(encoder: nn.TransformerEncoder, inputs: dict[str, Tensor]) -> None:
@@ -207,9 +207,9 @@ def test_nan_does_not_pass(encoder: nn.TransformerEncoder, inputs: dict[str, Ten
 def test_forms_of_inputs(form: str) -> None:
     model, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(4, 6)
     inputs = {"tensor": x, "tuple": (x,), "dict": {"input": x}}[form]
-    receipt = compare(model, inputs, seconds=0.01)
-    assert receipt.passed
-    assert [(row.name, row.what) for row in receipt.layers[:2]] == [
+    comparison = compare(model, inputs, seconds=0.01)
+    assert comparison.passed
+    assert [(row.name, row.what) for row in comparison.layers[:2]] == [
         ("1", "output"),
         ("1", "gradient"),
     ]

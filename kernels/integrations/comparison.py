@@ -42,7 +42,7 @@ class Cost:
     training_peak_bytes: int | None
 
 
-class Receipt:
+class ComparisonReport:
     """What `compare` found; `print` shows it."""
 
     def __init__(
@@ -140,7 +140,7 @@ class Receipt:
         return "\n".join([f"{head}; {note}", *columns(rows), "", *columns(costs), "", self.verdict])
 
     def __repr__(self) -> str:
-        return f"<Receipt: {self.verdict}>"
+        return f"<ComparisonReport: {self.verdict}>"
 
 
 _COSTS: tuple[tuple[str, Callable[[Cost], float | None], float], ...] = (
@@ -163,7 +163,7 @@ def compare(
     backend: str = "auto",
     pack: bool = False,
     seconds: float = 2.0,
-) -> Receipt:
+) -> ComparisonReport:
     """Run `model` and a swapped copy of it on `inputs`, forward and backward, and tell them apart.
 
     The model is not changed: copies run, and so does a copy in float64, the truth. Differences are
@@ -179,12 +179,12 @@ def compare(
         seconds: to spend on the times.
 
     Returns:
-        The receipt: print it. `passed` and `verdict` say in short what the layers' table shows: the
+        A report: print it. `passed` and `verdict` say in short what the layers' table shows: the
         swapped model's error against float64 may be twice the original's plus a few roundings.
         A model that fails is run up to three times more with all weights moved by a few
         roundings, and the best run is shown: gradients jump where a ReLU's input is 0.
         Where the original gives NaN in float64, as eager attention of transformers does for
-        padding, nothing can be judged: the receipt names these places and counts the others.
+        padding, nothing can be judged: the report names these places and counts the others.
 
     Raises:
         ValueError: the model is swapped already, or, as in `swap`, nothing can be; or encoders
@@ -221,7 +221,7 @@ def compare(
         found.append(differences())
     layers = _shown(found)
     costs = _costs((original, other), args, kwargs, seconds)
-    return Receipt(report, layers, *costs)
+    return ComparisonReport(report, layers, *costs)
 
 
 def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

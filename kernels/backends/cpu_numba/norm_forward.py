@@ -30,11 +30,11 @@ from ..cpu_common.constants import (
     NORM_STREAM,
 )
 from .call import Kernel, read
-from .elementwise import at_least, philox_columns
+from .gemm import lanes_of
 from .jit import jit
 from .memory import integers_at, load, load_first, pointer, store, store_first, take_ticket
-from .microkernel import lanes_of
-from .simd import add_lanes, cast, lanes_before, multiply_add, select, splat
+from .vector import add_lanes, cast, lanes_before, multiply_add, select, splat
+from .vector_math import at_least, philox_columns
 
 _WORD = 0xFFFFFFFF
 _MOMENT_BYTES = 2 * GROUP * 8
@@ -146,7 +146,7 @@ def _prepare_row(call, index, factors, zero):
         _add_row(call, index, factors, zero)
         row = pointer(call.total, call.item) + index * call.columns
     near = zero
-    if call.centred != 0:
+    if call.subtract_mean != 0:
         near = _row_mean(row, min(call.columns, NEAR_VECTORS * lanes_of(zero)), zero)
     return row, near
 
@@ -155,7 +155,7 @@ def _prepare_row(call, index, factors, zero):
 def _keep_statistics(call, index, row, near, first, square, statistics, zero):
     """mean and rstd from the moments; statistics = near, -shift * rstd, rstd."""
     shift = 0.0
-    if call.centred != 0:
+    if call.subtract_mean != 0:
         if FAR * first * first > square:
             near = cast(near + first, zero)
             first, square = _row_moments(row, near, call.columns, zero)
@@ -334,8 +334,8 @@ def normalise(argument):
     """x, residual, y, total (rows, columns); weight, bias (columns,); mean, rstd (rows,).
 
     The first four hold items; x and residual have a row stride of their own, in elements; all else
-    is contiguous. Without a residual (0) x itself is normalised; without `centred` the mean is
-    taken as 0 and not stored. Scratch, for four rows: two float64 moments each; behind them
+    is contiguous. Without a residual (0) x itself is normalised; without `subtract_mean` the mean
+    is 0 and not stored. Scratch, for four rows: two float64 moments each; behind them
     FACTOR_BLOCK elements, then four statistics each, then `near` of each.
     """
     call = read(argument)
@@ -363,7 +363,7 @@ FORWARD = Kernel(
     (
         *("x", "x_row", "residual", "residual_row", "weight", "bias"),
         *("y", "total", "mean", "rstd"),
-        *("rows", "columns", "task_rows", "centred"),
+        *("rows", "columns", "task_rows", "subtract_mean"),
         *("dropping", "threshold", "seed"),
     ),
     ("eps", "keep_scale"),

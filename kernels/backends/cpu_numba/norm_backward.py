@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from ..cpu_common.constants import FACTOR_BLOCK, GROUP, GROUPED_COLUMNS
 from .call import Kernel, read
+from .gemm import lanes_of
 from .jit import jit
 from .memory import (
     finish_task,
@@ -26,9 +27,8 @@ from .memory import (
     store_first,
     take_ticket,
 )
-from .microkernel import lanes_of
-from .norms_forward import draw_factors, fill
-from .simd import add_lanes, cast, lanes_before, multiply_add, select, splat
+from .norm_forward import draw_factors, fill
+from .vector import add_lanes, cast, lanes_before, multiply_add, select, splat
 
 _STATISTICS = 5  # of a row
 
@@ -72,9 +72,9 @@ def _keep_statistics(call, row, statistics, zero):
     The mean comes rounded, which is too coarse where it is thousands of deviations: the mean of
     x - mean is the rest of it, and x^ = (x - mean) * rstd + shift.
     """
-    centred = call.centred != 0
+    subtract_mean = call.subtract_mean != 0
     mean = zero
-    if centred:
+    if subtract_mean:
         mean = pointer(call.mean, zero)[row]
     rstd = pointer(call.rstd, zero)[row]
     g_mean, gx_mean, rest = _row_means(
@@ -85,7 +85,7 @@ def _keep_statistics(call, row, statistics, zero):
         call.columns,
         zero,
     )
-    if not centred:
+    if not subtract_mean:
         g_mean, rest = 0.0, 0.0
     shift = -rest * rstd
     gx_mean = gx_mean * rstd + shift * g_mean
@@ -259,7 +259,7 @@ def differentiate(argument):
 
     The first five hold items; x, grad_y and grad_total have a row stride of their own, in elements;
     all else is contiguous. mean, rstd (rows,). grad_total, d_x, d_weight and d_bias may be absent
-    (0); without `centred` mean is not read. partials (chunks, 2, columns rounded up to whole
+    (0); without `subtract_mean` mean is not read. partials (chunks, 2, columns rounded up to whole
     vectors): every chunk's d_weight and d_bias. Scratch: FACTOR_BLOCK elements, and for each of
     GROUP rows as many and five more, its statistics.
     """
@@ -336,7 +336,7 @@ BACKWARD = Kernel(
     (
         *("x", "x_row", "grad_y", "grad_y_row", "grad_total", "grad_total_row"),
         *("mean", "rstd", "weight", "d_total", "d_x", "partials", "d_weight", "d_bias"),
-        *("rows", "columns", "chunks", "chunk_rows", "centred"),
+        *("rows", "columns", "chunks", "chunk_rows", "subtract_mean"),
         *("threshold", "seed"),
     ),
     ("keep_scale",),

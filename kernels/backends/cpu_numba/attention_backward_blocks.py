@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention_tiles import in_range, prefetch_block, random_words
-from .elementwise import at_least, exp2
+from .gemm import lanes_of
 from .jit import jit
 from .memory import (
     as_integers32,
@@ -16,9 +16,9 @@ from .memory import (
     store,
     store_first,
 )
-from .microkernel import lanes_of
-from .simd import cast, select, splat
-from .transposition import add_transposed, transpose_block
+from .transpose import add_transposed, transpose_block
+from .vector import cast, select, splat
+from .vector_math import at_least, exp2
 
 # What becomes of a block of the bias gradient (`d_bias_kind`): each element is one pair's and is
 # put there, in the type computed in or a half type, or it is a sum, there or in float64.

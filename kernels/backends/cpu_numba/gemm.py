@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from .host import vector_bits
 from .jit import jit
-from .simd import LANES, Pointer, broadcast, fma, llvm_element, load_vector, store_vector
+from .vector import LANES, Pointer, broadcast, fma, llvm_element, load_vector, store_vector
 
 # Registers of C: 16 of AVX-512's 32, and 8 of the 16 that AVX and NEON's halves leave room for.
 VECTORS = 4 if vector_bits() == 512 else 2

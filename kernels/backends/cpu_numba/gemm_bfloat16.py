@@ -26,7 +26,8 @@ from numba.extending import intrinsic
 
 from .jit import jit
 from .memory import load_masked, store_masked
-from .simd import (
+from .transpose import interleaved_rounds
+from .vector import (
     BFLOAT16,
     LANES,
     Pointer,
@@ -39,7 +40,6 @@ from .simd import (
     load_vector,
     store_vector,
 )
-from .transposition import interleaved_rounds
 
 _WORDS = LANES[types.float32]  # in a vector: a pair of bfloat16 each
 PAIRED = 2 * _WORDS  # bfloat16 elements in a vector

@@ -26,14 +26,14 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     *,
-    centred: bool,
+    subtract_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
     shape, rows = x.shape, count_rows(x)
     dtype = statistics_dtype(x.dtype)
     y = new_result(x, shape)
     rstd = x.new_empty(shape[:-1], dtype=dtype)
-    mean = torch.empty_like(rstd) if centred else None
+    mean = torch.empty_like(rstd) if subtract_mean else None
     x, x_row = rows_of(x)
     total, residual_row = None, 0
     if residual is not None:
@@ -97,15 +97,15 @@ rms_norm = _norms.rms_norm
 rms_norm_backward = _norms.rms_norm_backward
 
 
-def plain_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+def fast_path_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
 ) -> Tensor | None:
     """y of arguments that nobody has checked; None where the general way is needed."""
-    return _normalise()(x, weight, bias, eps, centred)
+    return _normalise()(x, weight, bias, eps, subtract_mean)
 
 
 @functools.cache
 def _normalise() -> Callable[..., Tensor | None]:
     extension = importlib.import_module("..._C", __package__)
-    function: Callable[..., Tensor | None] = extension.plain_norm
+    function: Callable[..., Tensor | None] = extension.fast_path_norm
     return function

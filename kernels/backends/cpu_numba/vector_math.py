@@ -21,7 +21,7 @@ from ..cpu_common.constants import (
 )
 from .host import vector_bits
 from .jit import jit
-from .simd import (
+from .vector import (
     Vector,
     broadcast,
     constant,

@@ -24,8 +24,8 @@ import math
 import numpy as np
 
 from ..cpu_common.constants import BLOCK_KEYS, LOG2_E
-from .attention_gradient_blocks import gradient_block, put_bias_gradient
-from .attention_gradient_products import add_products, load_tile, score_products
+from .attention_backward_blocks import gradient_block, put_bias_gradient
+from .attention_backward_products import add_products, load_tile, score_products
 from .attention_rows import copy_rows, dot_rows, prefetch_rows, write_rows
 from .attention_tiles import (
     INTEGERS,
@@ -40,6 +40,7 @@ from .attention_tiles import (
     tile_vectors,
 )
 from .call import Kernel, read
+from .gemm import VECTORS, lanes_of
 from .jit import jit
 from .memory import (
     as_integers32,
@@ -53,9 +54,8 @@ from .memory import (
     take_ticket,
     yield_processor,
 )
-from .microkernel import VECTORS, lanes_of
-from .simd import cast, splat
-from .transposition import transpose
+from .transpose import transpose
+from .vector import cast, splat
 
 _QUERY, _KEY, _VALUE, _OUT, _GRAD_OUT = range(5)
 _GRADIENTS = (
@@ -124,7 +124,7 @@ def _put_query(call, place, h, row, d_query_t, width, rows, scratch):
     zero = call.zero
     lanes = lanes_of(zero)
     offset = place * call.d_query_batch + h * call.d_query_head + row * call.d_query_row
-    factor = cast(call.plain_scale, zero)
+    factor = cast(call.score_scale, zero)
     if call.half == 0:
         target = pointer(call.d_query, zero) + offset
         transpose(d_query_t, width, target, call.d_query_row, call.head_dim, rows, factor)
@@ -363,7 +363,7 @@ def _backward_chunk(call, b, head, chunk, following, scratch):
     to_key = place * call.d_key_batch + head * call.d_key_head
     write_rows(
         *(call.half, call.d_key, to_key + (first_key + begin) * call.d_key_row, call.d_key_row),
-        *(d_key, head_columns, keys, call.head_dim, cast(call.plain_scale, zero)),
+        *(d_key, head_columns, keys, call.head_dim, cast(call.score_scale, zero)),
     )
     to_value = place * call.d_value_batch + head * call.d_value_head
     to_value += (first_key + begin) * call.d_value_row
@@ -399,7 +399,7 @@ def _backward(argument):
                     _backward_chunk(call, each_b, each_head, chunk, following, scratch)
 
 
-BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "plain_scale"))
+BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "score_scale"))
 
 
 def scratch_elements(

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from .attention_products import either, even_rows, interleave_rows, round_pairs
 from .attention_rows import readable
-from .dot_products import PAIRED, as_bfloat16, multiply_pairs, store_rounded_row
+from .gemm import VECTORS, lanes_of, multiply
+from .gemm_bfloat16 import PAIRED, as_bfloat16, multiply_pairs, store_rounded_row
 from .jit import jit
 from .memory import bfloat16_at, load, pointer
-from .microkernel import VECTORS, lanes_of, multiply
-from .simd import cast, lanes_before, select, splat
-from .transposition import transpose
+from .transpose import transpose
+from .vector import cast, lanes_before, select, splat
 
 # --- what a tile of queries brings ----------------------------------------------------------------
 
