@@ -21,8 +21,7 @@ from ..kernels.gpu_triton.attention_launch import (
     attention_backward,
     launch_kernel,
 )
-from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ..kernels.gpu_triton.plans import compiled_form
+from ..kernels.gpu_triton.configurations import TF32_BITS, Configuration, Key, compiled_form
 from ..kernels.problem import AttentionProblem
 from .ahead_of_time import products_in
 from .timing import Budget, Timer, geometric_mean, interleave

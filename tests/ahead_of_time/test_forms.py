@@ -25,11 +25,11 @@ from rowmax.kernels.gpu_triton.configurations import (
     TF32_BITS,
     Configuration,
     Key,
+    compiled_form,
     key_of,
     lookup,
     table,
 )
-from rowmax.kernels.gpu_triton.plans import compiled_form
 from rowmax.kernels.problem import AttentionProblem
 
 ARCHS = sorted({key.arch for key in table()})
