@@ -74,8 +74,8 @@ class Backend(Protocol):
         lse: Tensor,
         bias_grad: bool,
         sinks_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """d_query, d_key, d_value, d_bias, d_sinks; the last two empty unless asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """d_query, d_key, d_value, d_bias, d_sinks; the last two empty or None if not asked for."""
 
     def masked_softmax(self, problem: SoftmaxProblem) -> Tensor:
         """weights (B, H, Lq, Lk)."""

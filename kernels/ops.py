@@ -256,8 +256,14 @@ def _attention_backward(
     problem = AttentionProblem.from_flat(args[:-1])
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return dispatch.choose(args[-1], problem).attention_backward(
-        problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad
+    d_query, d_key, d_value, d_bias, d_sinks = dispatch.choose(
+        args[-1], problem
+    ).attention_backward(problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
+    # an operator returns tensors
+    return (
+        *(d_query, d_key, d_value),
+        out.new_empty(0) if d_bias is None else d_bias,
+        out.new_empty(0) if d_sinks is None else d_sinks,
     )
 
 

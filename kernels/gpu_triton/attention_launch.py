@@ -151,25 +151,28 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     bias = problem.bias
     d_bias = None
     if bias_grad and bias is not None:
         d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    others = (_readable(grad_out), contiguous(grad_lse), _readable(out), lse.contiguous(), d_bias)
-    if launch is None:
-        results = plans.run(_planned_backward, *_taken_apart(problem, *others), _put_together)
-    else:
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    others = (_readable(grad_out), grad_lse, _readable(out), lse.contiguous(), d_bias)
+    if launch is not None:
         results = _attention_backward(_prepared(problem), *others, launch=launch)
-    d_query, d_key, d_value, delta = results
-    return (
-        *(d_query, d_key, d_value),
-        problem.query.new_empty(0) if d_bias is None else d_bias,
-        _sinks_gradient(problem, others[3], delta, sinks_grad),
-    )
+    else:
+        planned = _planned_with_delta if sinks_grad else _planned_backward
+        results = plans.run(planned, *_taken_apart(problem, *others), _put_together)
+    d_sinks = _sinks_gradient(problem, others[3], results[3]) if sinks_grad else None
+    return *results[:3], d_bias, d_sinks
 
 
 def _planned_backward(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ...]:
+    return _planned_with_delta(*arguments, launch=launch)[:3]
+
+
+def _planned_with_delta(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ...]:
     return _attention_backward(*arguments, launch=_in_forms(launch))
 
 
@@ -267,11 +270,11 @@ def _attention_backward(
     return d_query, d_key, d_value, delta
 
 
-def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wanted: bool) -> Tensor:
+def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor) -> Tensor | None:
     """-sum over batch and rows of exp(sink - lse) * delta."""
     sinks = problem.sinks
-    if not wanted or sinks is None:
-        return problem.query.new_empty(0)
+    if sinks is None:
+        return None
     taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
 

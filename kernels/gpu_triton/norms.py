@@ -108,12 +108,12 @@ def _backward(
     """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
     if not x.numel():
         # Without any row there is no chunk: the gradients are the zeros of an empty sum.
-        zeros = [
+        d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
+        d_weight, d_bias = (
             x.new_empty(0) if each is None else each.new_zeros(each.shape)
             for each in (weight, bias)
-        ]
-        d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
-        return d_x, x.new_empty(x.shape), *zeros
+        )
+        return d_x, x.new_empty(x.shape), d_weight, d_bias
     result: tuple[Tensor, Tensor, Tensor, Tensor] = plans.run(
         _plan_backward,
         [

@@ -117,17 +117,17 @@ class Plan(NamedTuple):
     steps: list[tuple[Compiled, _Plain, _Nested]]
     # what a call returns of its own: sizes, strides and dtypes
     new: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
-    results: list[int]  # which tensors are returned, counted from the first given one
+    results: list[int]  # which of them are returned, in order
     # what it needs in between, all in one piece of memory: bytes, and where each begins
     between: int
     starts: list[int]
     empty: Callable[..., Tensor]
 
-    def run(self, given: list[Tensor | None], addresses: list[int | None], device: int) -> Any:
-        """What the kernels write, from `given` tensors at `addresses`."""
+    def run(self, addresses: list[int | None], device: int) -> tuple[Tensor, ...]:
+        """What the kernels write; `addresses` are those of the tensors that they are given."""
         steps, new, results, between, starts, empty = self
-        tensors = given + [empty(size, stride, dtype) for size, stride, dtype in new]
-        addresses += [tensor.data_ptr() for tensor in tensors[len(given) :]]  # type: ignore[union-attr]
+        made = [empty(size, stride, dtype) for size, stride, dtype in new]
+        addresses += [tensor.data_ptr() for tensor in made]
         if between:
             memory = empty((between,), (1,), torch.uint8)
             base = memory.data_ptr()
@@ -140,7 +140,7 @@ class Plan(NamedTuple):
             for at, value in nested:
                 arguments[at] = _filled(value, addresses)
             compiled.launch(stream, arguments)
-        return tuple([tensors[at] for at in results])
+        return tuple([made[at] for at in results])
 
 
 kept: dict[Any, Plan] = {}
@@ -184,7 +184,7 @@ def run(
         # objects of their own: one tensor that is key and value now may be two at the next call
         given = [None if tensor is None else tensor.detach() for tensor in given]
         return _first(signature, given, build, prepare(given, rest))
-    return plan.run(given, addresses, current)
+    return plan.run(addresses, current)
 
 
 def _first(
@@ -213,7 +213,7 @@ def _first(
     kept[signature] = Plan(
         [_step(each, places) for each in found],
         [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in new],
-        [places[id(tensor)] for tensor in results],
+        [places[id(tensor)] - len(given) for tensor in results],
         end,
         starts,
         _empty(results[0].device),
