@@ -165,7 +165,7 @@ def run(
     if interpreting():
         return build(*prepare(given, rest), launch=at_once)
     device = given[0].device  # type: ignore[union-attr]
-    current = torch.cuda.current_device()
+    current = triton.runtime.driver.active.get_current_device()
     if device.index is not None and device.index != current:
         with torch.cuda.device(device):  # Triton compiles for, and launches on, the current one
             return run(build, given, rest, setting, prepare)

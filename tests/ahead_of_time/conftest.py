@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 
@@ -43,7 +42,6 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead_of_time.pretend("sm_90")
     monkeypatch.setattr(configurations, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(plans, "kept", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from rowmax.bench import ahead_of_time
 from rowmax.kernels.gpu_triton import norms, plans, softmax
 from rowmax.kernels.masks import MaskStructure
 from rowmax.kernels.problem import (
@@ -140,7 +141,7 @@ def test_another_device_is_made_the_current_one(
     def device(wanted: torch.device) -> Iterator[None]:
         entered.append(wanted)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "current_device", lambda: wanted.index)
+            patch.setattr(ahead_of_time._Driver, "get_current_device", lambda _: wanted.index)
             yield
 
     norms.layer_norm(problem)
