@@ -46,13 +46,19 @@ class Compiled(NamedTuple):
     handles: tuple[Any, Any]  # of the kernel
     arguments: tuple[Any, ...]
 
-    def launch(self, stream: int, arguments: Sequence[Any]) -> None:
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler listens
-            metadata = self.kernel.launch_metadata(self.grid, stream, *arguments)
-            self.run(*self.grid, stream, *self.handles, metadata, enter, leave, *arguments)
+    def launch(self, stream: int, arguments: Sequence[Any], profiled: bool) -> None:
+        kernel, run, grid, handles, _ = self
+        if profiled:
+            hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+            metadata = kernel.launch_metadata(grid, stream, *arguments)
+            run(*grid, stream, *handles, metadata, *hooks, *arguments)
         else:
-            self.run(*self.grid, stream, *self.handles, None, None, None, *arguments)
+            run(*grid, stream, *handles, None, None, None, *arguments)
+
+
+def _is_profiled() -> bool:
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def at_once(kernel: Any, forms: Iterable[Form], arguments: dict[str, Any]) -> None:
@@ -133,13 +139,14 @@ class Plan(NamedTuple):
             base = memory.data_ptr()
             addresses += [base + start for start in starts]
         stream = triton.runtime.driver.active.get_current_stream(device)
+        profiled = _is_profiled()
         for compiled, plain, nested in steps:
             arguments = list(compiled.arguments)
             for at, which, rest in plain:
                 arguments[at] = addresses[which] if rest is None else (addresses[which], *rest)
             for at, value in nested:
                 arguments[at] = _filled(value, addresses)
-            compiled.launch(stream, arguments)
+            compiled.launch(stream, arguments, profiled)
         return tuple([made[at] for at in results])
 
 
@@ -197,7 +204,7 @@ def _first(
     driver = triton.runtime.driver.active
     stream = driver.get_current_stream(driver.get_current_device())
     for step in found:
-        step.launch(stream, step.arguments)
+        step.launch(stream, step.arguments, _is_profiled())
     places = {id(tensor): at for at, tensor in enumerate(given) if tensor is not None}
     if not {id(tensor) for tensor in _tensors_in(arguments)} <= places.keys():
         return results  # something was copied into a form that kernels can read
