@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from rowmax.bench import ahead_of_time
 from rowmax.kernels.gpu_triton import norms, plans, softmax
@@ -170,3 +174,27 @@ def test_a_call_that_has_a_plan_takes_few_steps(launched: Any, steps_of: Any) ->
     for bound, call in calls:
         call()
         assert 10 < steps_of(call) <= bound
+
+
+def test_a_profiler_is_told_of_a_plan_s_launches(
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hooks may come after the plan was made, and go again."""
+    given: list[tuple[Any, ...]] = []
+    compiled = SimpleNamespace(
+        run=lambda *launch: given.append(launch[6:9]),
+        function=None,
+        packed_metadata=None,
+        launch_metadata=lambda *_: "metadata",
+    )
+    monkeypatch.setattr(JITFunction, "warmup", lambda *_, **__: compiled)
+    problem = LayerNormProblem(rows(), None, None, 1e-5)
+    hook = knobs.runtime.launch_enter_hook
+    norms.layer_norm(problem)
+    hook.add(print)
+    try:
+        norms.layer_norm(problem)
+    finally:
+        hook.remove(print)
+    norms.layer_norm(problem)
+    assert given == [(None,) * 3, ("metadata", hook, knobs.runtime.launch_exit_hook), (None,) * 3]
