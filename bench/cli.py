@@ -136,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="fewer rounds, fewer shapes, and no peer that is compiled by torch",
     )
     command.add_argument(
+        "--shape-by-shape", action="store_true", help="all kinds of a shape before the next shape"
+    )
+    command.add_argument(
         "--stop-after", type=float, metavar="SECONDS", help="begin no further shape after this"
     )
     command.add_argument(
@@ -331,7 +334,7 @@ def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
     own = _shapes(options)
     cases: list[Case] = []
     for suite in suites:
-        cases += cases_of(
+        of_suite = cases_of(
             suite,
             suite.dtypes,
             [kind for kind in kinds if kind in suite.kinds or (suite.attention and _joined(kind))],
@@ -339,20 +342,26 @@ def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
             [shape for shape in own if suite.takes(shape)],
             quick=options.quick,
         )
+        if options.shape_by_shape:
+            shapes = _unique(case.shape for case in of_suite)
+            of_suite.sort(
+                key=lambda case: (suite.dtypes.index(case.dtype), shapes.index(case.shape))
+            )
+        cases += of_suite
     if not cases:
         raise UsageError("nothing to measure: no chosen kind suits a chosen shape")
     return cases
 
 
 def _kinds(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
-    """The suites' own, or those that were asked for, among them new combinations of parts."""
+    """The suites' own, or those that were asked for, in that order, with combinations of parts."""
     known = _unique(kind for suite in suites for kind in suite.kinds)
     if options.kind is None:
         return known
     asked = [kind.strip() for kind in options.kind.split(",")]
     has_attention = any(suite.attention for suite in suites)
     known += [kind for kind in asked if has_attention and _joined(kind)]
-    return names_of("--kind", options.kind, _unique(known))
+    return sorted(names_of("--kind", options.kind, _unique(known)), key=asked.index)
 
 
 def _joined(kind: str) -> bool:

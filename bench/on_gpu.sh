@@ -3,7 +3,7 @@
 # Everything that wants a GPU, on a machine that has one, torch, Triton and Numba, and no network.
 #
 #   bash bench/on_gpu.sh contact      in 450 seconds: does it run, which forms, how fast
-#   bash bench/on_gpu.sh prove        in 290 seconds: is it right
+#   bash bench/on_gpu.sh prove        in 150 seconds: is it right
 #   bash bench/on_gpu.sh PART ...     some parts of them, or with more time:
 #
 #   contact
@@ -28,7 +28,8 @@
 # Nothing is installed. A part has a time limit of its own, writes what it has as it goes and stops
 # no other; a summary is the end. The exit status is 0 where all went well, and 1 otherwise. What
 # they say is in OUT/contact.log, and so on, results are beside it; where this ran on a copy of the
-# checkout, bring OUT/configurations.json back to kernels/backends/gpu_triton/.
+# checkout, bring OUT/configurations.json back to kernels/backends/gpu_triton/. The parts of prove run side by
+# side, for the CPU is what they wait for; until the end each has a log of its own, OUT/prove.gpu.log.
 #
 # Settings, from the environment:
 #   PYTHON          the interpreter that has torch (python3)
@@ -36,7 +37,7 @@
 #   LIMIT           seconds that each part may take, in place of its own
 #   SECONDS_A_LINE  to spend on timing each line of a table (0.4)
 #   SAMPLE          how many cases of parity (300)
-#   WORKERS         how many processes run tests (16)
+#   WORKERS         how many processes run tests (16); half of them each part of prove
 #   TABLE           the table of forms that tuning begins with and ends in (the kernels' own)
 #   TEST_ARGS, SPEED_ARGS, TUNE_ARGS  more options for the commands
 
@@ -44,8 +45,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # part:seconds
-CONTACT="smoke:55 forms:95 speed:60 kinds:60 decode:30 flex:40 norms:45 host:25"
-PROVE="gpu:90 parity:115 sanitize:70"
+CONTACT="smoke:70 forms:80 speed:60 kinds:75 decode:30 flex:50 norms:40 host:25"
+PROVE="gpu:140 parity:140 sanitize:140" # all at once
 MORE="tests:530 tune:530 attention:530 all_norms:530"
 TABLE=${TABLE:-kernels/backends/gpu_triton/configurations.json}
 PYTHON=${PYTHON:-python3}
@@ -68,12 +69,15 @@ within() {
 
 bench() { within "$limit" "$PYTHON" -m rowmax.bench "$@"; }
 
-# Shapes are begun until little time is left; one that never ends takes a third of the time.
+# Shapes are begun until little time is left. One that never ends takes 40 seconds or a third of the
+# time, which leaves a few for the summary.
 speed() {
     local json=$1 each=$((limit / 3))
+    ((each >= 40)) || each=40
+    ((each <= limit - 5)) || each=$((limit - 5))
     shift
     bench speed --json "$OUT/$json.json" --seconds "$SECONDS_A_LINE" --stop-after "$((limit - 15))" \
-        --limit "$((each < 20 ? 20 : each))" "$@" ${SPEED[@]+"${SPEED[@]}"}
+        --limit "$each" "$@" ${SPEED[@]+"${SPEED[@]}"}
 }
 
 # The shapes at which papers on attention measure it, in a model of width 2048.
@@ -93,8 +97,8 @@ part_speed() {
 }
 
 part_kinds() {
-    speed kinds --suite gpu-attention --kind gqa,window,dropout,padded,dense,bias "${LONG[@]}" \
-        --pass forward,backward --peers sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn
+    speed kinds --suite gpu-attention --kind window,gqa,dense,bias,padded,dropout "${LONG[@]}" \
+        --shape-by-shape --pass forward,backward --peers sdpa,sdpa-flash,sdpa-efficient,sdpa-cudnn
 }
 
 part_decode() {
@@ -190,24 +194,46 @@ link() {
     export PYTHONPATH=$LINKS${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# Runs the part of this name within this many seconds; what became of it goes into the summary.
+# Runs the part of this name within this many seconds; what became of it goes into LINKS/NAME.
 run_part() {
-    local name=$1 limit=$2 log=$3 started=$SECONDS status
+    local name=$1 limit=$2 log=$3 started=$SECONDS status said
     echo "=== $name, at most $limit s" | tee -a "$log"
     # In a subshell of its own, because of the pipe: what it exports stays there. The pipe does not
     # wait for what a part that was killed has left behind.
     "part_$name" 2>&1 | timeout "$((limit + 8))" tee -a "$log"
     status=${PIPESTATUS[0]}
     case $status in
-    0) summary+=("$name: ok, $((SECONDS - started)) s") ;;
-    124 | 137) summary+=("$name: stopped after $((SECONDS - started)) s") ;;
-    *) summary+=("$name: failed with exit status $status, $((SECONDS - started)) s") ;;
+    0) said="ok," ;;
+    124 | 137) said="stopped after" ;;
+    *) said="failed with exit status $status," ;;
     esac
-    [[ $status -eq 0 ]] || failed=1
+    echo "$name: $said $((SECONDS - started)) s" >"$LINKS/$name"
+    [[ $status -eq 0 ]]
+}
+
+# Parts (name:seconds) side by side, each with a log of its own; these end up one after another in
+# the log that is named first.
+run_together() {
+    local log=$1 part name running=() WORKERS=$(((WORKERS + 1) / 2))
+    shift
+    for part in "$@"; do
+        name=${part%:*}
+        : >"${log%.log}.$name.log"
+        run_part "$name" "${LIMIT:-${part#*:}}" "${log%.log}.$name.log" >/dev/null &
+        running+=($!)
+    done
+    for part in "$@"; do
+        name=${part%:*}
+        wait "${running[0]}" || failed=1
+        running=("${running[@]:1}")
+        tee -a "$log" <"${log%.log}.$name.log"
+        rm "${log%.log}.$name.log"
+        summary+=("$(<"$LINKS/$name")")
+    done
 }
 
 main() {
-    local word part parts limit ends failed=0 summary=()
+    local word part parts proofs limit ends failed=0 summary=()
     local known="$CONTACT $PROVE $MORE"
     [[ ${1:-} == -h || ${1:-} == --help ]] && usage && exit 0
     for word in "${@:-}"; do
@@ -223,7 +249,12 @@ main() {
         : >"$OUT/$word.log"
         case $word in
         contact) parts=$CONTACT ends=$((SECONDS + 440)) ;;
-        prove) parts=$PROVE ends=$((SECONDS + 282)) ;;
+        prove)
+            read -r -a proofs <<<"$PROVE"
+            echo "=== side by side: ${proofs[*]}"
+            run_together "$OUT/prove.log" "${proofs[@]}"
+            continue
+            ;;
         *) parts=$(tr ' ' '\n' <<<"$known" | grep "^$word:") ends=$((SECONDS + 3600)) ;;
         esac
         for part in $parts; do
@@ -232,7 +263,8 @@ main() {
             if ((limit < 5)); then
                 summary+=("${part%:*}: not begun, no time was left") failed=1
             else
-                run_part "${part%:*}" "$limit" "$OUT/$word.log"
+                run_part "${part%:*}" "$limit" "$OUT/$word.log" || failed=1
+                summary+=("$(<"$LINKS/${part%:*}")")
             fi
         done
     done

@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -73,6 +74,8 @@ def _work(
     connection: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]
 ) -> None:
     last: tuple[str, str | None]
+    # torch says so once a process, of its own thread that runs a backward pass: it means nothing
+    warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA")
     try:
         for value in function(*arguments):
             connection.send(("result", value))

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +23,15 @@ from triton.runtime.jit import JITFunction
 
 from ...kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
 from ...kernels.api.attention import attention_problem
+from ...kernels.backends.gpu_triton import plans
 from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MOST_ROWS
 from ...kernels.backends.gpu_triton.attention_launch import attention, attention_backward
-from ...kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ...kernels.backends.gpu_triton.plans import compiled_form
+from ...kernels.backends.gpu_triton.configurations import (
+    TF32_BITS,
+    Configuration,
+    Key,
+    compiled_form,
+)
 from ...kernels.ops.problem import AttentionProblem
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
@@ -246,7 +252,7 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
     # the kernel's own cache knows a GPU by its number, not by its architecture
     kernel.device_caches.clear()
     with _compiler_talks() as said:
-        compiled = kernel.warmup(*arguments, **options, grid=(1,))
+        compiled = kernel.warmup(*arguments, **({"grid": (1,)} | options))
     shared = int(compiled.metadata.shared)
     if compiled.metadata.target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
@@ -288,20 +294,27 @@ def _largest(pattern: str, text: str) -> int:
     return max(map(int, re.findall(pattern, text)))
 
 
+def _launch_nothing(*_: Any) -> None:
+    """Stands for Triton's launcher."""
+
+
 @contextlib.contextmanager
 def compiled_launches() -> Iterator[dict[str, Compiled]]:
     """Every kernel that is launched meanwhile is compiled instead: by name, the last of each."""
     found: dict[str, Compiled] = {}
-    run = JITFunction.run
+    warmup = JITFunction.warmup
 
-    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if warmup:
-            return run(kernel, *arguments, grid=grid, warmup=True, **options)
-        found[kernel.fn.__name__] = compile_call(kernel, *arguments, **options)
-        return None
+    def compile_only(kernel: Any, **arguments: Any) -> Any:
+        JITFunction.warmup = warmup
+        try:
+            found[kernel.fn.__name__] = compile_call(kernel, **arguments)
+        finally:
+            JITFunction.warmup = compile_only
+        return SimpleNamespace(run=_launch_nothing, function=None, packed_metadata=None)
 
-    JITFunction.run = compile_only
+    kept = plans.kept
+    JITFunction.warmup, plans.kept = compile_only, {}
     try:
         yield found
     finally:
-        JITFunction.run = run
+        JITFunction.warmup, plans.kept = warmup, kept

@@ -44,25 +44,27 @@ def _of_attention(kind: str, sizes: Shape = _USUAL) -> Feature:
     return Feature(("attention",), (kind,), sizes)
 
 
-# The foremost first.
+# The slowest first: what is compiled for them takes longest, and they run side by side.
 FEATURES: dict[str, Feature] = {
-    "plain": _of_attention("none"),
-    "causal": _of_attention("causal"),
-    "grouped": _of_attention("causal", _GROUPED),
-    "decoding": _of_attention("causal", Shape(2, 8, 2, 1, 2100, 128, 128)),
-    "padded": _of_attention("key-lengths"),
-    "dropout": _of_attention("dropout-causal"),
-    "window": _of_attention("window"),
-    "dense": _of_attention("dense"),
-    "bias": _of_attention("bias"),
+    "everything": _of_attention("everything", _GROUPED),
+    "heads of 72": _of_attention("causal", Shape(2, 4, 4, 100, 100, 72, 72)),
     "packed": Feature(("attention_varlen",), ("causal",), Shape(3, 4, 2, 150, 150, 64, 64)),
-    "documents": _of_attention("documents"),
+    "add and norm": Feature(("add_layer_norm",), ("weight", "dropout")),
     "alibi": _of_attention("alibi"),
     "softcap": _of_attention("softcap"),
+    "bias": _of_attention("bias"),
+    "documents": _of_attention("documents"),
+    "decoding": _of_attention("causal", Shape(2, 8, 2, 1, 2100, 128, 128)),
+    "grouped": _of_attention("causal", _GROUPED),
+    "dropout": _of_attention("dropout-causal"),
+    "window": _of_attention("window"),
+    "padded": _of_attention("key-lengths"),
+    "causal": _of_attention("causal"),
+    "plain": _of_attention("none"),
+    "dense": _of_attention("dense"),
+    "layer norm": Feature(("layer_norm",), ("weight",)),
+    "RMS norm": Feature(("rms_norm",), ("weight",)),
     "sinks": _of_attention("sinks"),
-    "heads of 72": _of_attention("causal", Shape(2, 4, 4, 100, 100, 72, 72)),
-    "everything": _of_attention("everything", _GROUPED),
-    "norms": Feature(("layer_norm", "add_layer_norm", "rms_norm"), ("weight", "dropout")),
     "masked softmax": Feature(("masked_softmax",), ("key-lengths", "causal", "dense")),
 }
 TYPES = ("bfloat16", "float32")

@@ -21,8 +21,12 @@ from ...kernels.backends.gpu_triton.attention_launch import (
     attention_backward,
     launch_kernel,
 )
-from ...kernels.backends.gpu_triton.configurations import TF32_BITS, Configuration, Key
-from ...kernels.backends.gpu_triton.plans import compiled_form
+from ...kernels.backends.gpu_triton.configurations import (
+    TF32_BITS,
+    Configuration,
+    Key,
+    compiled_form,
+)
 from ...kernels.ops.problem import AttentionProblem
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in

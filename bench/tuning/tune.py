@@ -219,17 +219,19 @@ def search(
     found: dict[Key, Configuration] = {}
     wanted = list(wanted)
     for done, key in enumerate(wanted):
-        if seconds is not None and clock() - started >= seconds:
+        begun = clock()
+        if seconds is not None and begun - started >= seconds:
             say(f"stopped after {seconds:g} seconds: {len(wanted) - done} keys not begun")
             break
         choice = choose(key)
+        took = f"{clock() - begun:.1f} s"
         if choice is None:
-            say(f"{_name(key)}: no candidate works; the table stays as it is")
+            say(f"{_name(key)}: no candidate works; the table stays as it is; {took}")
             continue
         form, remark = choice
         found[key] = form
         store(path, {key: form})
-        say(f"{_name(key)}: {list(form)} {remark}")
+        say(f"{_name(key)}: {list(form)} {remark}; {took}")
     return found
 
 

@@ -50,7 +50,7 @@ FastPathNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Ten
 class Backend(Protocol):
     """What each backend's package offers; tensors as in `problem.py`.
 
-    It may offer a `fast_path_attention` and a `fast_path_norm` too: `FastPathAttention`, `FastPathNorm`.
+    It may offer `fast_path_attention` and `fast_path_norm` too (`FastPathAttention`, `FastPathNorm`).
     """
 
     def unavailable(self) -> str | None:
@@ -74,8 +74,8 @@ class Backend(Protocol):
         lse: Tensor,
         bias_grad: bool,
         sinks_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """d_query, d_key, d_value, d_bias, d_sinks; the last two empty unless asked for."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """d_query, d_key, d_value, d_bias, d_sinks; the last two empty or None if not asked for."""
 
     def masked_softmax(self, problem: SoftmaxProblem) -> Tensor:
         """weights (B, H, Lq, Lk)."""

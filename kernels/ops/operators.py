@@ -96,7 +96,7 @@ def attention(
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
         if heads_only and not with_lse:
-            return _of_heads.apply(problem[3:], backend, *problem[:3]), None
+            return _of_heads.apply(problem, backend, *problem[:3]), None
         result = _AUTOGRAD["attention"](_attention, (*problem.flat(), backend))
     else:
         chosen = dispatch.choose(backend, problem)
@@ -112,13 +112,10 @@ class _OfHeads(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rest: tuple[Any, ...], backend: str, query: Tensor, key: Tensor, value: Tensor
-    ) -> Tensor:
-        problem = AttentionProblem(query, key, value, *rest)
+    def forward(ctx: Any, problem: AttentionProblem, backend: str, *heads: Tensor) -> Tensor:
         out, lse = dispatch.choose(backend, problem).attention(problem)
-        ctx.rest, ctx.backend = rest, backend
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.rest, ctx.backend = problem[3:], backend
+        ctx.save_for_backward(*heads, out, lse)
         return out
 
     @staticmethod
@@ -150,10 +147,14 @@ def fast_path_attention(
     None, and nothing done, where it does not, or where anything about the arguments is unusual or
     wrong. To check them and to build a problem takes longer than the whole of such a call.
     """
-    if not _may_take_fast_path(q, k, v, backend):
+    if not _on_cpu(q, backend):
         return None
     attend = dispatch.fast_path_attention(backend)
-    return None if attend is None else attend(q, k, v, mask, scale)
+    return (
+        attend(q, k, v, mask, scale)
+        if attend is not None and _may_take_fast_path(q, k, v)
+        else None
+    )
 
 
 def fast_path_norm(
@@ -166,18 +167,23 @@ def fast_path_norm(
     subtract_mean: bool,
 ) -> Tensor | None:
     """y of a layer norm, or of an RMS norm without subtract_mean, as in `fast_path_attention`."""
-    if not _may_take_fast_path(x, weight, bias, backend):
+    if not _on_cpu(x, backend):
         return None
     normalise = dispatch.fast_path_norm(backend)
-    return None if normalise is None else normalise(x, weight, bias, eps, subtract_mean)
+    if normalise is None or not _may_take_fast_path(x, weight, bias):
+        return None
+    return normalise(x, weight, bias, eps, subtract_mean)
 
 
-def _may_take_fast_path(first: Tensor, second: Tensor | None, third: Tensor | None, backend: str) -> bool:
-    """Nothing watches, nothing wants a gradient; `backend` is a text, whichever."""
-    return (
-        type(backend) is str
-        and nothing_watches()
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(first, second, third))
+def _on_cpu(tensor: Tensor, backend: str) -> bool:
+    """Whether the call is for a backend of the CPU; `backend` is a text, whichever."""
+    return type(backend) is str and isinstance(tensor, Tensor) and tensor.is_cpu
+
+
+def _may_take_fast_path(*tensors: Tensor | None) -> bool:
+    """Nothing watches, and nothing wants a gradient."""
+    return nothing_watches() and not (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
     )
 
 
@@ -254,8 +260,14 @@ def _attention_backward(
     problem = AttentionProblem.from_flat(args[:-1])
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return dispatch.choose(args[-1], problem).attention_backward(
-        problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad
+    d_query, d_key, d_value, d_bias, d_sinks = dispatch.choose(
+        args[-1], problem
+    ).attention_backward(problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
+    # an operator returns tensors
+    return (
+        *(d_query, d_key, d_value),
+        out.new_empty(0) if d_bias is None else d_bias,
+        out.new_empty(0) if d_sinks is None else d_sinks,
     )
 
 

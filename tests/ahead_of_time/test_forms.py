@@ -22,11 +22,11 @@ from rowmax.kernels.backends.gpu_triton.configurations import (
     TF32_BITS,
     Configuration,
     Key,
+    compiled_form,
     key_of,
     lookup,
     table,
 )
-from rowmax.kernels.backends.gpu_triton.plans import compiled_form
 from rowmax.kernels.ops.problem import AttentionProblem
 
 ARCHS = sorted({key.arch for key in table()})

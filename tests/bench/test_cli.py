@@ -76,10 +76,10 @@ def test_one_shape_with_its_mask_dtype_and_dropout(
     found = [(row["kind"], row["shape"], row["limit"], row["copy_seconds"] is None) for row in rows]
     uneven, few = [2, 8, 2, 5, 30, 4], [2, 8, 2, 1, 30, 4]
     assert found == [
-        ("decode", uneven, "copy", False),
-        ("decode", few, "copy", False),
         ("padded+bias+dropout", uneven, "arithmetic", True),
         ("padded+bias+dropout", few, "arithmetic", True),
+        ("decode", uneven, "copy", False),
+        ("decode", few, "copy", False),
     ]
     for row in rows:
         assert row["faults"] == {}
@@ -254,3 +254,17 @@ def test_as_a_module() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--suite: expected names of" in result.stderr
+
+
+def test_cases_in_the_order_asked_for() -> None:
+    """What matters most first: kinds as they are named, and all of a shape before the next."""
+    words = "speed --suite gpu-attention --kind window,causal,plain --pass forward"
+    shapes = ["--shape", "4,16,4096,128", "--shape", "4,32,4096,64"]
+    found = {}
+    for extra in ([], ["--shape-by-shape"]):
+        options = cli.build_parser().parse_args([*words.split(), *shapes, *extra])
+        cases = cli._chosen_cases(options, [SUITES["gpu-attention"]])
+        found[bool(extra)] = [(case.kind, case.shape[1]) for case in cases]
+    kinds = ("window", "causal", "plain")
+    assert found[False] == [(kind, heads) for kind in kinds for heads in (16, 32)]
+    assert found[True] == [(kind, heads) for heads in (16, 32) for kind in kinds]

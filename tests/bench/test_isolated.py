@@ -17,11 +17,25 @@ from rowmax.bench.peers.candidates import SUBJECT
 COMES_TO_ITS_END = "(n for n in range(5))"
 DIES = "(n if n < 1 else __import__('os')._exit(7) for n in range(3))"
 RAISES = "(n if n < 1 else int('no number') for n in range(3))"
+FOREMOST = "__import__('warnings').filters[0]"
 NEVER_ENDS = "(n if n < 1 else __import__('time').sleep(60) for n in range(3))"
 
 
 def test_results_come_one_by_one() -> None:
     assert list(results(eval, COMES_TO_ITS_END, seconds=60)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "said,hidden",
+    [
+        ("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to", True),
+        ("Attempting something else", False),
+    ],
+)
+def test_a_warning_that_means_nothing_is_hidden(said: str, hidden: bool) -> None:
+    """torch's, of a thread that has no CUDA context yet."""
+    text = f"[{FOREMOST}[0] == 'ignore' and {FOREMOST}[1].match({said!r}) is not None]"
+    assert list(results(eval, text, seconds=60)) == [hidden]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_an_unknown_part(words: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word,parts,seconds",
-    [("contact", CONTACT, 450), ("prove", PROVE, 290)],
+    [("contact", CONTACT, 450), ("prove", PROVE, 150)],
     ids=["contact", "prove"],
 )
 def test_all_fits_its_time(word: str, parts: tuple[str, ...], seconds: int, tmp_path: Path) -> None:
@@ -88,8 +89,9 @@ def test_all_fits_its_time(word: str, parts: tuple[str, ...], seconds: int, tmp_
     assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(parts)
     begun = re.findall(r"^=== (\w+), at most (\d+) s", result.stdout, re.M)
     assert [name for name, _ in begun] == list(parts)
-    # each may take 5 seconds more to be killed in
-    assert sum(int(limit) for _, limit in begun) + 5 < seconds
+    limits = [int(limit) for _, limit in begun]
+    # each may take 5 seconds more to be killed in; those of prove run side by side
+    assert (max(limits) if word == "prove" else sum(limits)) + 5 < seconds
     log = (tmp_path / "out" / f"{word}.log").read_text()
     assert all(f"=== {part}, " in log and f"\n{part}: ok" in log for part in parts)
 
@@ -103,6 +105,23 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None:
         words = "failed with exit status 3" if part == failing else "ok"
         assert f"\n{part}: {words}" in result.stdout
     assert "broken" in (tmp_path / "out" / "contact.log").read_text()
+
+
+def test_proofs_run_side_by_side(tmp_path: Path) -> None:
+    """They share the processes out, one that fails stops no other, and one log comes back."""
+    started = perf_counter()
+    result, calls = run(
+        tmp_path, "prove", fails="pytest", does="sleep 3; echo broken; exit 3", WORKERS="5"
+    )
+    assert perf_counter() - started < 9
+    assert result.returncode == 1
+    tests = [call for call in calls if call.startswith("-m pytest")]
+    assert len(tests) >= 2
+    assert sum(" -n 3 " in call for call in tests) == 2
+    for part in ("gpu", "parity"):
+        assert f"\n{part}: failed with exit status 3, 3 s" in result.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prove.log"]
+    assert (tmp_path / "out" / "prove.log").read_text().count("\nbroken\n") >= 2
 
 
 def test_a_part_that_never_ends(tmp_path: Path) -> None:
@@ -149,7 +168,8 @@ def test_its_commands_are_understood(tmp_path: Path) -> None:
         if options.command == "speed":
             assert set(options.peers.split(",")) <= set(SUITES[options.suite].peers)
             assert 10 < options.stop_after < 540
-            assert 20 <= options.limit < 200
+            # 40 seconds a shape, and 5 of the part's for the summary
+            assert min(40, options.stop_after + 10) <= options.limit < 200
 
 
 def test_what_comes_back(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def test_a_feature_is_held_to_float64(name: str, lines: int) -> None:
         assert line.endswith(" ok")
 
 
+def test_operations_run_side_by_side() -> None:
+    """None of those that are many short cases shares a process with another one."""
+    assert all(len(feature.ops) == 1 for feature in smoke.FEATURES.values())
+
+
 def test_every_feature_has_cases() -> None:
     for feature in smoke.FEATURES.values():
         shapes = () if feature.sizes is None else (feature.sizes,)
@@ -60,7 +65,7 @@ def test_no_time_is_left() -> None:
 @pytest.mark.parametrize(
     "wrong,said",
     [
-        (["--feature", "bia"], "--feature: expected names of plain, "),
+        (["--feature", "bia"], "--feature: expected names of everything, "),
         (["--dtype", "float64"], "--dtype: expected names of bfloat16, float32"),
         (["--seconds", "0"], "--seconds: expected a positive number"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),

@@ -60,8 +60,9 @@ def test_the_table_is_written_after_each_key_and_keeps_the_rest(tmp_path: Path) 
     found = tune.search(keys, choose, path, None, say=said.append)
     assert written == [1, 2, 2]
     assert found == {keys[0]: FIRST, keys[2]: FIRST}
-    assert said[0] == f"sm_90/forward/16/64/plain: {list(FIRST)} fast"
-    assert said[1] == "sm_90/forward/16/128/plain: no candidate works; the table stays as it is"
+    assert said[0] == f"sm_90/forward/16/64/plain: {list(FIRST)} fast; 0.0 s"
+    nothing = "sm_90/forward/16/128/plain: no candidate works; the table stays as it is; 0.0 s"
+    assert said[1] == nothing
     forms = json.loads(path.read_text())["forms"]
     assert forms == {
         "sm_80/forward/16/64/plain": [64, 64, 4, 2],
@@ -72,7 +73,7 @@ def test_the_table_is_written_after_each_key_and_keeps_the_rest(tmp_path: Path) 
 
 
 def test_the_search_ends_with_its_time(tmp_path: Path) -> None:
-    ticks = iter([0.0, 1.0, 5.0, 11.0])
+    ticks = iter([0.0, 1.0, 4.0, 5.0, 9.5, 11.0])
     said: list[str] = []
     keys = tune.keys(["sm_90"])[:5]
     found = tune.search(
@@ -84,6 +85,7 @@ def test_the_search_ends_with_its_time(tmp_path: Path) -> None:
         say=said.append,
     )
     assert list(found) == keys[:2]
+    assert [line.rsplit("; ")[-1] for line in said[:2]] == ["3.0 s", "4.5 s"]
     assert said[-1] == "stopped after 10 seconds: 3 keys not begun"
 
 

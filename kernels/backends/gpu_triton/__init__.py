@@ -32,8 +32,9 @@ _IMPLEMENTED = {
 }
 
 
+@functools.cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors on the CPU."""
+    """Whether kernels run in Triton's interpreter, on tensors on the CPU: once for a process."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 

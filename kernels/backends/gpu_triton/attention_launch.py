@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...api.masks import NO_MASK, MaskStructure
 from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem
-from . import interpreting, plans
-from .arguments import beside, contiguous, dropout, on_device
+from . import plans
+from .arguments import beside, contiguous, dropout
 from .attention_bias_gradients import bias_gradients
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_gradients import key_gradients, prepare, query_gradients
 from .attention_tiles import PAIRS_AT_ONCE
-from .configurations import configuration, may_be_dead, precision
-from .plans import Launch, compiled_form
+from .configurations import candidates, compiled_form, may_be_dead, precision
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
@@ -28,27 +29,39 @@ _NO_BOUND = 2**30
 _ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
 
 
-def launch_kernel(
-    kernel: Any,
-    problem: AttentionProblem,
-    extent: tuple[int, int, int],
-    arguments: dict[str, Any],
-) -> None:
-    """At once. A dimension of `extent` that is 1 is not divided."""
-    config = configuration(kernel.fn.__name__, problem)
-    programs, form = compiled_form(kernel, extent, config)
-    if programs == 0:
-        return
-    with on_device(problem.query):
-        kernel[(programs,)](**arguments, **form)
+# (kernel, problem, extent, arguments): runs `kernel` once for each tile of (queries, keys, planes).
+# A dimension of the extent that is 1 is not divided.
+Launch = Callable[[Any, AttentionProblem, tuple[int, int, int], dict[str, Any]], None]
+
+
+def _in_forms(launch: plans.Launch) -> Launch:
+    """`launch` with the forms that the table has for a problem."""
+
+    def launch_in_forms(
+        kernel: Any,
+        problem: AttentionProblem,
+        extent: tuple[int, int, int],
+        arguments: dict[str, Any],
+    ) -> None:
+        forms = candidates(kernel.fn.__name__, problem)
+        launch(kernel, (compiled_form(kernel, extent, form) for form in forms), arguments)
+
+    return launch_in_forms
+
+
+launch_kernel = _in_forms(plans.at_once)
 
 
 def attention(problem: AttentionProblem, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
     """out and lse; `launch`, if given, takes every kernel in the place of this module."""
-    if launch is None and not interpreting():
-        out, lse = plans.run(_attention, _prepared, problem)
-        return out, lse
-    return _attention(_prepared(problem), launch=launch or launch_kernel)
+    if launch is not None:
+        return _attention(_prepared(problem), launch=launch)
+    out, lse = plans.run(_planned_attention, *_taken_apart(problem), _put_together)
+    return out, lse
+
+
+def _planned_attention(problem: AttentionProblem, *, launch: plans.Launch) -> tuple[Tensor, Tensor]:
+    return _attention(problem, launch=_in_forms(launch))
 
 
 def _attention(problem: AttentionProblem, *, launch: Launch) -> tuple[Tensor, Tensor]:
@@ -138,22 +151,29 @@ def attention_backward(
     bias_grad: bool,
     sinks_grad: bool,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     bias = problem.bias
     d_bias = None
     if bias_grad and bias is not None:
         d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    others = (_readable(grad_out), contiguous(grad_lse), _readable(out), lse.contiguous(), d_bias)
-    if launch is None and not interpreting():
-        results = plans.run(_attention_backward, _prepared, problem, *others)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    others = (_readable(grad_out), grad_lse, _readable(out), lse.contiguous(), d_bias)
+    if launch is not None:
+        results = _attention_backward(_prepared(problem), *others, launch=launch)
     else:
-        results = _attention_backward(_prepared(problem), *others, launch=launch or launch_kernel)
-    d_query, d_key, d_value, delta = results
-    return (
-        *(d_query, d_key, d_value),
-        problem.query.new_empty(0) if d_bias is None else d_bias,
-        _sinks_gradient(problem, others[3], delta, sinks_grad),
-    )
+        planned = _planned_with_delta if sinks_grad else _planned_backward
+        results = plans.run(planned, *_taken_apart(problem, *others), _put_together)
+    d_sinks = _sinks_gradient(problem, others[3], results[3]) if sinks_grad else None
+    return *results[:3], d_bias, d_sinks
+
+
+def _planned_backward(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ...]:
+    return _planned_with_delta(*arguments, launch=launch)[:3]
+
+
+def _planned_with_delta(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ...]:
+    return _attention_backward(*arguments, launch=_in_forms(launch))
 
 
 def _attention_backward(
@@ -250,13 +270,45 @@ def _attention_backward(
     return d_query, d_key, d_value, delta
 
 
-def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor, wanted: bool) -> Tensor:
+def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor) -> Tensor | None:
     """-sum over batch and rows of exp(sink - lse) * delta."""
     sinks = problem.sinks
-    if not wanted or sinks is None:
-        return problem.query.new_empty(0)
+    if sinks is None:
+        return None
     taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
+
+
+_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
+_TENSOR = object()  # stands where a problem has one
+
+
+def _taken_apart(
+    problem: AttentionProblem, *others: Tensor | None
+) -> tuple[list[Tensor | None], tuple[Any, ...], str | None]:
+    """The tensors of a call in a fixed order, the rest of it, and what else it depends on."""
+    query = problem.query
+    setting = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
+    rest: tuple[Any, ...] = problem[3:]
+    mask = problem.mask
+    if _NO_TENSORS.issuperset(map(type, rest)) and (
+        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
+    ):
+        return [*problem[:3], *others], rest, setting
+    fields = problem.flat()
+    given = [field for field in fields if isinstance(field, Tensor)]
+    rest = tuple([_TENSOR if isinstance(field, Tensor) else field for field in fields[3:]])
+    return [*given, *others], rest, setting
+
+
+def _put_together(given: Sequence[Tensor | None], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The problem, prepared, and the other tensors: what `_taken_apart` was given."""
+    tensors = iter(given)
+    heads = [next(tensors) for _ in range(3)]
+    fields = (*heads, *[next(tensors) if field is _TENSOR else field for field in rest])
+    whole = any(isinstance(field, MaskStructure) for field in rest)
+    problem = AttentionProblem._make(fields) if whole else AttentionProblem.from_flat(fields)
+    return _prepared(problem), *tensors
 
 
 def _prepared(problem: AttentionProblem) -> AttentionProblem:

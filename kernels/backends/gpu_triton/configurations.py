@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -70,6 +70,23 @@ def candidates(kernel: str, problem: AttentionProblem) -> tuple[Configuration, .
     if interpreting():
         return (INTERPRETED,)
     return in_order(key_of(kernel, problem, architecture(problem.query.device)))
+
+
+def compiled_form(
+    kernel: Any, extent: tuple[int, int, int], config: Configuration
+) -> tuple[int, dict[str, int]]:
+    """How many programs there are, and the arguments of `kernel` that `config` decides."""
+    rows, columns, planes = extent
+    block_m = config.block_m
+    if kernel.fn.__name__ == "decode":  # often a single row: its tile is as small as a product's
+        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": config.block_n}
+    programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, config.block_n) * planes
+    return programs, {
+        **{name: size for name, size in sizes.items() if name in kernel.arg_names},
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def key_of(kernel: str, problem: AttentionProblem, arch: str) -> Key:

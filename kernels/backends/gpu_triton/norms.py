@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..fused_norms import FusedNorms
-from .arguments import beside, contiguous, dropout, on_device
+from . import plans
+from .arguments import beside, contiguous, dropout
 from .norms_backward import average_rows, differentiate, sum_chunks
 from .norms_forward import normalise, normalise_blocks
 from .rows import backward_tile, chunk_rows, forward_tile, stages
@@ -27,30 +28,72 @@ def _forward(
     subtract_mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+    if not x.numel():
+        return _without_values(x, residual is None, subtract_mean)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = plans.run(
+        _plan_forward,
+        [
+            *(rows_of(x)[0], None if residual is None else rows_of(residual)[0]),
+            *(contiguous(weight), contiguous(bias), beside(seed, x)),
+        ],
+        (eps, dropout_p, subtract_mean),
+    )
+    return result
+
+
+def _plan_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    subtract_mean: bool,
+    *,
+    launch: plans.Launch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
     y = x.new_empty(shape)
     rstd = x.new_empty(shape[:-1], dtype=statistics_dtype(x.dtype))
     mean = x.new_empty(rstd.shape, dtype=rstd.dtype) if subtract_mean else rstd
     total = y if residual is None else x.new_empty(shape)
-    if not x.numel():
-        return y, total, mean.fill_(float("nan")), rstd.fill_(float("nan"))
-    x, x_row = rows_of(x)
-    residual_row = 0
-    if residual is not None:
-        residual, residual_row = rows_of(residual)
-    arguments = (
-        *(x, x_row, residual, residual_row, contiguous(weight), contiguous(bias)),
-        *(y, None if residual is None else total, mean if subtract_mean else None, rstd),
-        *(rows, columns, eps, *dropout(dropout_p, beside(seed, x))),
-    )
+    threshold, keep_scale, seed = dropout(dropout_p, seed)
+    arguments = {
+        "x": x,
+        "x_row": rows_of(x)[1],
+        "residual": residual,
+        "residual_row": 0 if residual is None else rows_of(residual)[1],
+        "weight": weight,
+        "bias": bias,
+        "y": y,
+        "total": None if residual is None else total,
+        "mean": mean if subtract_mean else None,
+        "rstd": rstd,
+        "rows": rows,
+        "columns": columns,
+        "eps": eps,
+        "threshold": threshold,
+        "keep_scale": keep_scale,
+        "seed": seed,
+    }
     tile = forward_tile(columns, x.dtype)
-    with on_device(x):
-        if columns <= tile.columns:
-            grid = (-(-rows // tile.rows),)
-            normalise[grid](*arguments, tile.rows, tile.columns, num_warps=tile.warps)
-        else:
-            normalise_blocks[(rows,)](*arguments, tile.columns, num_warps=tile.warps)
+    form = {"COLUMNS": tile.columns, "num_warps": tile.warps}
+    if columns <= tile.columns:
+        programs = -(-rows // tile.rows)
+        launch(normalise, [(programs, {"ROWS": tile.rows, **form})], arguments)
+    else:
+        launch(normalise_blocks, [(rows, form)], arguments)
     return y, total, mean, rstd
+
+
+def _without_values(
+    x: Tensor, alone: bool, subtract_mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_forward` returns where there are no columns or no rows."""
+    y = x.new_empty(x.shape)
+    rstd = x.new_full(x.shape[:-1], float("nan"), dtype=statistics_dtype(x.dtype))
+    return y, y if alone else x.new_empty(x.shape), rstd.clone() if subtract_mean else rstd, rstd
 
 
 def _backward(
@@ -65,52 +108,99 @@ def _backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
-    shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
-    d_total = x.new_empty(shape)
-    d_x = x.new_empty(shape if dropout_p > 0.0 else 0)
-    # Without any row there is no chunk: the gradients are the zeros of an empty sum.
-    new = x.new_empty if x.numel() else x.new_zeros
-    d_weight = x.new_empty(0) if weight is None else new(columns, dtype=weight.dtype)
-    d_bias = x.new_empty(0) if bias is None else new(columns, dtype=bias.dtype)
     if not x.numel():
-        return d_x, d_total, d_weight, d_bias
-    x, x_row = rows_of(x)
-    grad_y, grad_y_row = rows_of(grad_y)
-    grad_total_row = 0
-    if grad_total is not None:
-        grad_total, grad_total_row = rows_of(grad_total)
-    rstd, mean, scale = rstd.contiguous(), contiguous(mean), contiguous(weight)
+        # Without any row there is no chunk: the gradients are the zeros of an empty sum.
+        d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
+        d_weight, d_bias = (
+            x.new_empty(0) if each is None else each.new_zeros(each.shape)
+            for each in (weight, bias)
+        )
+        return d_x, x.new_empty(x.shape), d_weight, d_bias
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = plans.run(
+        _plan_backward,
+        [
+            *(rows_of(x)[0], rows_of(grad_y)[0]),
+            None if grad_total is None else rows_of(grad_total)[0],
+            *(contiguous(mean), rstd.contiguous(), contiguous(weight), bias, beside(seed, x)),
+        ],
+        (dropout_p,),
+    )
+    return result
+
+
+def _plan_backward(
+    x: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    launch: plans.Launch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns, rows = x.shape[-1], count_rows(x)
+    d_total = x.new_empty(x.shape)
+    d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
+    d_weight = x.new_empty(0) if weight is None else x.new_empty(columns, dtype=weight.dtype)
+    d_bias = x.new_empty(0) if bias is None else x.new_empty(columns, dtype=bias.dtype)
     tile = backward_tile(columns, x.dtype)
     blocks, chunk = -(-columns // tile.columns), chunk_rows(rows, tile)
     chunks = -(-rows // chunk)
-    inputs = (x, x_row, grad_y, grad_y_row)
     weight_partials, bias_partials = (
         None if parameter is None else rstd.new_empty((chunks, columns))
         for parameter in (weight, bias)
     )
-    with on_device(x):
-        means = None
-        if blocks > 1:
-            means = rstd.new_empty((rows, 2))
-            average_rows[(rows,)](
-                *(*inputs, mean, rstd, scale, means, rows, columns),
-                tile.columns,
-                num_warps=tile.warps,
-            )
-        differentiate[(chunks * blocks,)](
-            *(*inputs, grad_total, grad_total_row, mean, rstd, scale, means),
-            *(d_total, d_x if dropout_p > 0.0 else None, weight_partials, bias_partials),
-            *(rows, columns, chunk, *dropout(dropout_p, beside(seed, x)), tile.rows, tile.columns),
-            stages(tile, x.dtype, 2 if grad_total is None else 3),
-            num_warps=tile.warps,
+    shared = {
+        "x": x,
+        "x_row": rows_of(x)[1],
+        "grad_y": grad_y,
+        "grad_y_row": rows_of(grad_y)[1],
+        "mean": mean,
+        "rstd": rstd,
+        "weight": weight,
+        "means": rstd.new_empty((rows, 2)) if blocks > 1 else None,
+        "rows": rows,
+        "columns": columns,
+    }
+    form = {"COLUMNS": tile.columns, "num_warps": tile.warps}
+    if blocks > 1:
+        launch(average_rows, [(rows, form)], shared)
+    threshold, keep_scale, seed = dropout(dropout_p, seed)
+    inputs = 2 if grad_total is None else 3
+    launch(
+        differentiate,
+        [(chunks * blocks, {**form, "ROWS": tile.rows, "STAGES": stages(tile, x.dtype, inputs)})],
+        {
+            **shared,
+            "grad_total": grad_total,
+            "grad_total_row": 0 if grad_total is None else rows_of(grad_total)[1],
+            "d_total": d_total,
+            "d_x": d_x if dropout_p > 0.0 else None,
+            "weight_partials": weight_partials,
+            "bias_partials": bias_partials,
+            "chunk_rows": chunk,
+            "threshold": threshold,
+            "keep_scale": keep_scale,
+            "seed": seed,
+        },
+    )
+    if weight is not None or bias is not None:
+        sizes = {"CHUNKS": _SUMMED_CHUNKS, "COLUMNS": _SUMMED_COLUMNS, "num_warps": 8}
+        launch(
+            sum_chunks,
+            [(-(-columns // _SUMMED_COLUMNS), sizes)],
+            {
+                "weight_partials": weight_partials,
+                "bias_partials": bias_partials,
+                "d_weight": None if weight is None else d_weight,
+                "d_bias": None if bias is None else d_bias,
+                "chunks": chunks,
+                "columns": columns,
+            },
         )
-        if weight is not None or bias is not None:
-            sum_chunks[(-(-columns // _SUMMED_COLUMNS),)](
-                *(weight_partials, bias_partials),
-                *(None if weight is None else d_weight, None if bias is None else d_bias),
-                *(chunks, columns, _SUMMED_CHUNKS, _SUMMED_COLUMNS),
-                num_warps=8,
-            )
     return d_x, d_total, d_weight, d_bias
 
 

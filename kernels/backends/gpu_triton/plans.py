@@ -1,6 +1,6 @@
 """What the kernels of a call are launched with, found once for all calls of the same signature.
 
-The first call of a signature takes a problem apart (strides, grids, constants), finds the forms
+The first call of a signature takes its arguments apart (strides, grids, constants), finds the forms
 that fit the GPU, and compiles its kernels before it launches the first of them. What it found is
 kept; later calls allocate, fill addresses in and launch.
 """
@@ -8,7 +8,7 @@ kept; later calls allocate, fill addresses in and launch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,21 +18,23 @@ from triton import knobs
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 
-from ...api.masks import NO_MASK, MaskStructure
-from ...ops.problem import AttentionProblem
-from .configurations import Configuration, candidates
+from . import interpreting
+from .arguments import on_device
 
-# (kernel, problem, extent, arguments): runs `kernel` once for each tile of (queries, keys, planes)
-Launch = Callable[[Any, AttentionProblem, tuple[int, int, int], dict[str, Any]], None]
-# (problem, other tensors, launch) -> what the kernels write
+# How many programs there are, and the arguments of a kernel that make them so many.
+Form = tuple[int, dict[str, Any]]
+# (kernel, forms in the order in which to try them, all other arguments)
+Launch = Callable[[Any, Iterable[Form], dict[str, Any]], None]
+# (*arguments, launch=) -> what the kernels write
 Build = Callable[..., tuple[Tensor, ...]]
+# (tensors, constants) -> the arguments of a Build, in forms that kernels can read
+Prepare = Callable[[Sequence[Tensor | None], tuple[Any, ...]], tuple[Any, ...]]
 
 _MOST_PLANS = 1024
-_NO_HOOKS: tuple[Any, Any, Any] = (None, None, None)
-_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
 # What says that a form does not suit: resources, Triton's compiler or ptxas; LLVM's and MLIR's
 # passes, and the driver that loads the result, raise RuntimeError.
 _UNFIT = (TritonError, CompilationError, RuntimeError)
+_ALIGNMENT = 512  # of torch's own memory on a GPU
 
 
 class Compiled(NamedTuple):
@@ -41,23 +43,34 @@ class Compiled(NamedTuple):
     kernel: Any
     run: Callable[..., None]  # Triton's launcher
     grid: tuple[int, int, int]
+    handles: tuple[Any, Any]  # of the kernel
     arguments: tuple[Any, ...]
 
-    def launch(self, stream: int, arguments: Sequence[Any]) -> None:
-        kernel, run, grid, _ = self
-        hooks = _NO_HOOKS
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler listens
-            hooks = (kernel.launch_metadata(grid, stream, *arguments), enter, leave)
-        run(*grid, stream, kernel.function, kernel.packed_metadata, *hooks, *arguments)
+    def launch(self, stream: int, arguments: Sequence[Any], profiled: bool) -> None:
+        kernel, run, grid, handles, _ = self
+        if profiled:
+            hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+            metadata = kernel.launch_metadata(grid, stream, *arguments)
+            run(*grid, stream, *handles, metadata, *hooks, *arguments)
+        else:
+            run(*grid, stream, *handles, None, None, None, *arguments)
 
 
-def compiled(
-    kernel: Any,
-    problem: AttentionProblem,
-    extent: tuple[int, int, int],
-    arguments: dict[str, Any],
-) -> Compiled | None:
+def _is_profiled() -> bool:
+    runtime = knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+def at_once(kernel: Any, forms: Iterable[Form], arguments: dict[str, Any]) -> None:
+    """A `Launch` of the first form, through Triton's own way."""
+    programs, form = next(iter(forms))
+    tensor = next(_tensors_in(tuple(arguments.values())))
+    if programs > 0:
+        with on_device(tensor):
+            kernel[(programs,)](**arguments, **form)
+
+
+def compiled(kernel: Any, forms: Iterable[Form], arguments: dict[str, Any]) -> Compiled | None:
     """The kernel in the first form that fits the device; None where there is nothing to compute.
 
     Raises:
@@ -65,8 +78,7 @@ def compiled(
     """
     tried: list[str] = []
     name = kernel.fn.__name__
-    for config in candidates(name, problem):
-        programs, form = compiled_form(kernel, extent, config)
+    for programs, form in forms:
         if programs == 0:
             return None
         every = arguments | form
@@ -74,38 +86,26 @@ def compiled(
             found = kernel.warmup(grid=(programs,), **every)
             run = found.run  # loads it: what the device lacks shows here
         except _UNFIT as error:
-            tried.append(f"{tuple(config)}: {' '.join(str(error).split())[:200]}")
+            tried.append(f"{_text(form)}: {' '.join(str(error).split())[:200]}")
             continue
         if tried:
             warnings.warn(
-                f"rowmax: {name} runs in the form {tuple(config)}, because others do not fit this "
+                f"rowmax: {name} runs in the form ({_text(form)}), because others do not fit this "
                 f"GPU: {'; '.join(tried)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        arguments_in_order = tuple(every[part] for part in kernel.arg_names)
-        return Compiled(found, run, (programs, 1, 1), arguments_in_order)
+        handles = (found.function, found.packed_metadata)
+        in_order = tuple(every[part] for part in kernel.arg_names)
+        return Compiled(found, run, (programs, 1, 1), handles, in_order)
     raise RuntimeError(
-        f"attention: no form of the Triton kernel {name} fits this GPU and nothing was launched; "
-        "tried (BLOCK_M, BLOCK_N, warps, stages) " + "; ".join(tried)
+        f"rowmax: no form of the Triton kernel {name} fits this GPU and nothing was launched; "
+        "tried " + "; ".join(tried)
     )
 
 
-def compiled_form(
-    kernel: Any, extent: tuple[int, int, int], config: Configuration
-) -> tuple[int, dict[str, int]]:
-    """How many programs there are, and the arguments of `kernel` that `config` decides."""
-    rows, columns, planes = extent
-    block_m = config.block_m
-    if kernel.fn.__name__ == "decode":  # often a single row: its tile is as small as a product's
-        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": config.block_n}
-    programs = triton.cdiv(rows, block_m) * triton.cdiv(columns, config.block_n) * planes
-    return programs, {
-        **{name: size for name, size in sizes.items() if name in kernel.arg_names},
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _text(form: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
 class _Address(NamedTuple):
@@ -119,125 +119,140 @@ _Plain = list[tuple[int, int, tuple[Any, ...] | None]]
 _Nested = list[tuple[int, tuple[Any, ...]]]  # the same for tuples of several tensors
 
 
-class _New(NamedTuple):
-    """A tensor that a call makes."""
-
-    size: Sequence[int]
-    stride: Sequence[int]
-    dtype: torch.dtype
-
-
 class Plan(NamedTuple):
     steps: list[tuple[Compiled, _Plain, _Nested]]
-    new: list[_New]
-    results: list[int]  # which tensors are returned, counted from the first given one
+    # what a call returns of its own: sizes, strides and dtypes
+    new: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    results: list[int]  # which of them are returned, in order
+    # what it needs in between, all in one piece of memory: bytes, and where each begins
+    between: int
+    starts: list[int]
+    empty: Callable[..., Tensor]
 
-    def run(self, given: list[Tensor | None], device: torch.device) -> tuple[Any, ...]:
-        tensors = given + [
-            torch.empty_strided(size, stride, dtype=dtype, device=device)
-            for size, stride, dtype in self.new
-        ]
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        driver = triton.runtime.driver.active
-        stream = driver.get_current_stream(driver.get_current_device())
-        for compiled, plain, nested in self.steps:
+    def run(self, addresses: list[int | None], device: int) -> tuple[Tensor, ...]:
+        """What the kernels write; `addresses` are those of the tensors that they are given."""
+        steps, new, results, between, starts, empty = self
+        made = [empty(size, stride, dtype) for size, stride, dtype in new]
+        addresses += [tensor.data_ptr() for tensor in made]
+        if between:
+            memory = empty((between,), (1,), torch.uint8)
+            base = memory.data_ptr()
+            addresses += [base + start for start in starts]
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        profiled = _is_profiled()
+        for compiled, plain, nested in steps:
             arguments = list(compiled.arguments)
             for at, which, rest in plain:
                 arguments[at] = addresses[which] if rest is None else (addresses[which], *rest)
             for at, value in nested:
                 arguments[at] = _filled(value, addresses)
-            compiled.launch(stream, arguments)
-        return tuple([tensors[at] for at in self.results])
+            compiled.launch(stream, arguments, profiled)
+        return tuple([made[at] for at in results])
 
 
-_plans: dict[Any, Plan] = {}
+kept: dict[Any, Plan] = {}
+
+
+def _as_given(given: Sequence[Tensor | None], rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*given, *rest)
 
 
 def run(
     build: Build,
-    prepared: Callable[[AttentionProblem], AttentionProblem],
-    problem: AttentionProblem,
-    *others: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """What `build` returns, by kernels that are compiled before the first of them is launched."""
-    query = problem.query
-    device = query.device
-    if device.index is not None and device.index != torch.cuda.current_device():
+    given: list[Tensor | None],
+    rest: tuple[Any, ...],
+    setting: Any = None,
+    prepare: Prepare = _as_given,
+) -> Any:
+    """What `build` returns, by kernels that are compiled before the first of them is launched.
+
+    Its arguments are what `prepare` makes of the tensors, of which the first says the device, and
+    of constants. `setting` is whatever else it depends on. It may allocate and launch, no more.
+    """
+    if interpreting():
+        return build(*prepare(given, rest), launch=at_once)
+    device = given[0].device  # type: ignore[union-attr]
+    current = triton.runtime.driver.active.get_current_device()
+    if device.index is not None and device.index != current:
         with torch.cuda.device(device):  # Triton compiles for, and launches on, the current one
-            return run(build, prepared, problem, *others)
-    given, rest = _taken_apart(problem, others)
+            return run(build, given, rest, setting, prepare)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in given]
     signature = (
-        *(build, device, query.dtype, rest),
-        torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None,
+        *(build, device, rest, setting),
         *[
             None
-            if tensor is None
-            else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
-            for tensor in given
+            if tensor is None or address is None
+            else (tensor.shape, tensor.stride(), tensor.dtype, address % 16)
+            for tensor, address in zip(given, addresses, strict=True)
         ],
     )
-    plan = _plans.get(signature)
+    plan = kept.get(signature)
     if plan is None:
         # objects of their own: one tensor that is key and value now may be two at the next call
-        fields = tuple(map(_alias, problem.flat()))
-        problem, others = AttentionProblem.from_flat(fields), tuple(map(_alias, others))
-        given, _ = _taken_apart(problem, others)
-        return _first(signature, given, build, prepared(problem), others)
-    return plan.run(given, device)
-
-
-def _taken_apart(
-    problem: AttentionProblem, others: tuple[Tensor | None, ...]
-) -> tuple[list[Tensor | None], tuple[Any, ...]]:
-    """The tensors of a call in a fixed order, and the rest of the problem without them."""
-    given: list[Tensor | None] = [*problem[:3], *others]
-    rest: tuple[Any, ...] = problem[3:]
-    mask = problem.mask
-    if _NO_TENSORS.issuperset(map(type, rest)) and (
-        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
-    ):
-        return given, rest
-    fields = problem.flat()[3:]
-    given += [field for field in fields if isinstance(field, Tensor)]
-    return given, tuple([_Address(0) if isinstance(field, Tensor) else field for field in fields])
-
-
-def _alias(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+        given = [None if tensor is None else tensor.detach() for tensor in given]
+        return _first(signature, given, build, prepare(given, rest))
+    return plan.run(addresses, current)
 
 
 def _first(
-    signature: Any,
-    given: list[Tensor | None],
-    build: Build,
-    problem: AttentionProblem,
-    others: tuple[Tensor | None, ...],
+    signature: Any, given: list[Tensor | None], build: Build, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     """Compiles all, launches all, and keeps the plan where each call can be filled in."""
     wanted: list[tuple[Any, ...]] = []
-    results = build(problem, *others, launch=lambda *call: wanted.append(call))
+    results = build(*arguments, launch=lambda *call: wanted.append(call))
     found = [step for call in wanted if (step := compiled(*call)) is not None]
     driver = triton.runtime.driver.active
     stream = driver.get_current_stream(driver.get_current_device())
     for step in found:
-        step.launch(stream, step.arguments)
+        step.launch(stream, step.arguments, _is_profiled())
     places = {id(tensor): at for at, tensor in enumerate(given) if tensor is not None}
-    own = {id(field) for field in (*problem.flat(), *others) if isinstance(field, Tensor)}
-    if not own <= places.keys():  # something was copied into a form that kernels can read
-        return results
-    made: dict[int, Tensor] = {}
-    for tensor in (*results, *_tensors_in([step.arguments for step in found])):
-        if id(tensor) not in places:
-            places[id(tensor)] = len(given) + len(made)
-            made[id(tensor)] = tensor
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[signature] = Plan(
+    if not {id(tensor) for tensor in _tensors_in(arguments)} <= places.keys():
+        return results  # something was copied into a form that kernels can read
+    new = _placed(results, places, len(given))
+    used = _tensors_in(tuple(step.arguments for step in found))
+    between = _placed(used, places, len(given) + len(new))
+    end, starts = 0, []
+    for tensor in between:
+        starts.append(end)
+        end += -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT
+    if len(kept) >= _MOST_PLANS:
+        kept.clear()
+    kept[signature] = Plan(
         [_step(each, places) for each in found],
-        [_New(tensor.shape, tensor.stride(), tensor.dtype) for tensor in made.values()],
-        [places[id(tensor)] for tensor in results],
+        [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in new],
+        [places[id(tensor)] - len(given) for tensor in results],
+        end,
+        starts,
+        _empty(results[0].device),
     )
     return results
+
+
+def _placed(tensors: Iterable[Tensor], places: dict[int, int], start: int) -> list[Tensor]:
+    """Those that had no place; they are given the places from `start` on."""
+    found: list[Tensor] = []
+    for tensor in tensors:
+        if id(tensor) not in places:
+            places[id(tensor)] = start + len(found)
+            found.append(tensor)
+    return found
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if not tensor.numel():
+        return 0
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.itemsize
+
+
+def _empty(device: torch.device) -> Callable[..., Tensor]:
+    """(size, stride, dtype) -> torch.empty_strided on the current device, without the dispatcher.
+
+    It is what torch's own compiled graphs allocate by, in less than half of the time.
+    """
+    empty: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}")
+    return empty
 
 
 def _step(found: Compiled, places: dict[int, int]) -> tuple[Compiled, _Plain, _Nested]:
