@@ -1,5 +1,5 @@
 // From norms and masked softmax to their kernels: addresses, strides, and how rows are divided. What
-// is copied, and why, is settled before, in kernels/backends/cpu_native/norm_launch.py and softmax.py.
+// is copied, and why, is settled before, in kernels/backends/cpu_native/norm_launch.py and softmax_launch.py.
 
 #include "binding/rows_launch.h"
 

@@ -50,7 +50,7 @@ FastPathNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Ten
 class Backend(Protocol):
     """What each backend's package offers; tensors as in `problem.py`.
 
-    It may offer `fast_path_attention` and `fast_path_norm` too (`FastPathAttention`, `FastPathNorm`).
+    It may offer `fast_path_attention` and `fast_path_norm` as well: see `FastPathAttention`.
     """
 
     def unavailable(self) -> str | None:

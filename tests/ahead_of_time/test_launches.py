@@ -32,7 +32,8 @@ from rowmax.kernels import (
 )
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.backends import gpu_triton
-from rowmax.kernels.backends.gpu_triton import attention_launch, configurations, norms, plans
+from rowmax.kernels.backends.gpu_triton import attention_launch, configurations, plans
+from rowmax.kernels.backends.gpu_triton import norm_launch as norms
 from rowmax.kernels.backends.gpu_triton.configurations import Key, in_order
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,

@@ -18,7 +18,9 @@ from triton.runtime.jit import JITFunction
 
 from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels.api.masks import MaskStructure
-from rowmax.kernels.backends.gpu_triton import norms, plans, softmax
+from rowmax.kernels.backends.gpu_triton import norm_launch as norms
+from rowmax.kernels.backends.gpu_triton import plans
+from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
     LayerNormProblem,

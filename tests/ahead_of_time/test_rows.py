@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels import Causal, KeyLengths, Mask
 from rowmax.kernels.api.masks import structure_of
-from rowmax.kernels.backends.gpu_triton import norms, softmax
+from rowmax.kernels.backends.gpu_triton import norm_launch as norms
+from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
 from rowmax.kernels.ops.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
 
 ROWS = 64

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from rowmax.kernels.backends.gpu_triton import rows as tiles
-from rowmax.kernels.backends.gpu_triton.norms_forward import draw_factors
+from rowmax.kernels.backends.gpu_triton.norm_forward import draw_factors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -12,8 +12,8 @@ from ...ops.problem import AttentionProblem
 from ..cpu_common.constants import BLOCK_KEYS, CACHE_BYTES, CHUNK_KEYS, LOG2_E, NO_BOUND, SHORT_HEAD
 from ..cpu_common.preparation import bias_gradient, prepared, unit_last_stride
 from .attention_backward_blocks import PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE
-from .attention_backward_kernel import BACKWARD
-from .attention_backward_kernel import scratch_elements as backward_scratch
+from .attention_backward_kernels import BACKWARD
+from .attention_backward_kernels import scratch_elements as backward_scratch
 from .attention_decode import DECODE, most_queries, partial_elements
 from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD

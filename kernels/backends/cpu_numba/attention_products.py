@@ -1,7 +1,7 @@
 """The two products of the attention forward, S^T = K Q^T and O^T += V^T P^T, in two ways.
 
 Half types are widened and multiplied in float32; bfloat16, where the host has instructions for it,
-is multiplied as it is (`dot_products`). Which way is settled when the kernel is compiled, by the
+is multiplied as it is (`gemm_bfloat16`). Which way is settled when the kernel is compiled, by the
 type of the record's `item`: a launch that names bfloat16 asks for the second.
 
 Both ways keep matrices transposed, `width` queries a row. The second has Q^T and P^T in pairs:

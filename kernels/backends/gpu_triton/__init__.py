@@ -21,14 +21,14 @@ _IMPLEMENTED = {
     "attention": "attention_launch",
     "attention_out": "attention_launch",
     "attention_backward": "attention_launch",
-    "layer_norm": "norms",
-    "layer_norm_backward": "norms",
-    "add_layer_norm": "norms",
-    "add_layer_norm_backward": "norms",
-    "rms_norm": "norms",
-    "rms_norm_backward": "norms",
-    "masked_softmax": "softmax",
-    "masked_softmax_backward": "softmax",
+    "layer_norm": "norm_launch",
+    "layer_norm_backward": "norm_launch",
+    "add_layer_norm": "norm_launch",
+    "add_layer_norm_backward": "norm_launch",
+    "rms_norm": "norm_launch",
+    "rms_norm_backward": "norm_launch",
+    "masked_softmax": "softmax_launch",
+    "masked_softmax_backward": "softmax_launch",
 }
 
 

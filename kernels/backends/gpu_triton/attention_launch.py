@@ -16,10 +16,10 @@ from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem
 from . import plans
 from .arguments import beside, contiguous, dropout
-from .attention_bias_gradients import bias_gradients
+from .attention_backward_bias import bias_gradients
+from .attention_backward_kernels import key_gradients, prepare, query_gradients
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
-from .attention_gradients import key_gradients, prepare, query_gradients
 from .attention_tiles import PAIRS_AT_ONCE
 from .configurations import candidates, compiled_form, may_be_dead, precision
 

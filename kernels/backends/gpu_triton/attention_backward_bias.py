@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_gradients import load_statistics, score_gradients
+from .attention_backward_kernels import load_statistics, score_gradients
 from .attention_tiles import CHANGING, head_of, key_blocks, limits, load_rows
 from .philox import load_seed
 

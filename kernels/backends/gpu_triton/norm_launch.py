@@ -8,8 +8,8 @@ from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..fused_norms import FusedNorms
 from . import plans
 from .arguments import beside, contiguous, dropout
-from .norms_backward import average_rows, differentiate, sum_chunks
-from .norms_forward import normalise, normalise_blocks
+from .norm_backward import average_rows, differentiate, sum_chunks
+from .norm_forward import normalise, normalise_blocks
 from .rows import backward_tile, chunk_rows, forward_tile, stages
 
 # The tile in which partial sums are added: many loads in flight, and blocks of columns enough.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .norms_forward import draw_factors
+from .norm_forward import draw_factors
 
 
 @triton.jit
