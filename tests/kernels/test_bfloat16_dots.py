@@ -1,4 +1,4 @@
-"""bfloat16 by dot-product instructions (`gemm_bfloat16`), and by float32 where the host has none."""
+"""bfloat16 by dot products (`gemm_bfloat16`), and by float32 where the host has none."""
 
 from __future__ import annotations
 
