@@ -147,14 +147,10 @@ def fast_path_attention(
     None, and nothing done, where it does not, or where anything about the arguments is unusual or
     wrong. To check them and to build a problem takes longer than the whole of such a call.
     """
-    if not _on_cpu(q, backend):
+    if not _on_cpu(q, backend) or not _may_take_fast_path(q, k, v):
         return None
     attend = dispatch.fast_path_attention(backend)
-    return (
-        attend(q, k, v, mask, scale)
-        if attend is not None and _may_take_fast_path(q, k, v)
-        else None
-    )
+    return None if attend is None else attend(q, k, v, mask, scale)
 
 
 def fast_path_norm(
@@ -167,12 +163,10 @@ def fast_path_norm(
     subtract_mean: bool,
 ) -> Tensor | None:
     """y of a layer norm, or of an RMS norm without subtract_mean, as in `fast_path_attention`."""
-    if not _on_cpu(x, backend):
+    if not _on_cpu(x, backend) or not _may_take_fast_path(x, weight, bias):
         return None
     normalise = dispatch.fast_path_norm(backend)
-    if normalise is None or not _may_take_fast_path(x, weight, bias):
-        return None
-    return normalise(x, weight, bias, eps, subtract_mean)
+    return None if normalise is None else normalise(x, weight, bias, eps, subtract_mean)
 
 
 def _on_cpu(tensor: Tensor, backend: str) -> bool:

@@ -56,7 +56,9 @@ def test_the_extras_are_known() -> None:
     assert EXTRAS["mpmath"] == "bench"
 
 
-BENCH = ("speed", "compare", "verify", "overhead", "smoke", "swap", "tune", "forms", "model")
+BENCH = (
+    *("speed", "compare", "chart", "verify", "overhead", "smoke", "swap", "tune", "forms", "model"),
+)
 
 
 @pytest.mark.parametrize(
