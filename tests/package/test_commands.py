@@ -57,7 +57,16 @@ def test_the_extras_are_known() -> None:
 
 
 BENCH = (
-    *("speed", "compare", "chart", "verify", "overhead", "smoke", "swap", "tune", "forms", "model"),
+    "speed",
+    "compare",
+    "chart",
+    "verify",
+    "overhead",
+    "smoke",
+    "swap",
+    "tune",
+    "forms",
+    "model",
 )
 
 
