@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
 
 import pytest
 
@@ -108,18 +107,19 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, failing: str) -> None:
 
 
 def test_proofs_run_side_by_side(tmp_path: Path) -> None:
-    """They share the processes out, one that fails stops no other, and one log comes back."""
-    started = perf_counter()
-    result, calls = run(
-        tmp_path, "prove", fails="pytest", does="sleep 3; echo broken; exit 3", WORKERS="5"
-    )
-    assert perf_counter() - started < 9
+    """They share the processes out, one that fails stops no other, and one log comes back.
+
+    Each test run ends once both have begun: one after the other, the first would be stopped.
+    """
+    both = f'until [ "$(grep -c "m pytest" "{tmp_path}/calls")" -ge 2 ]; do sleep 0.1; done'
+    does = f"{both}; echo broken; exit 3"
+    result, calls = run(tmp_path, "prove", fails="pytest", does=does, WORKERS="5", LIMIT="60")
     assert result.returncode == 1
     tests = [call for call in calls if call.startswith("-m pytest")]
     assert len(tests) >= 2
     assert sum(" -n 3 " in call for call in tests) == 2
     for part in ("gpu", "parity"):
-        assert f"\n{part}: failed with exit status 3, 3 s" in result.stdout
+        assert f"\n{part}: failed with exit status 3" in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["prove.log"]
     assert (tmp_path / "out" / "prove.log").read_text().count("\nbroken\n") >= 2
 
@@ -130,7 +130,7 @@ def test_a_part_that_never_ends(tmp_path: Path) -> None:
         tmp_path, "decode", "norms", fails='"--kind decode"', does="exec sleep 60", LIMIT="5"
     )
     assert result.returncode == 1
-    assert "\ndecode: stopped after 5 s" in result.stdout
+    assert "\ndecode: stopped after " in result.stdout
     assert "\nnorms: ok" in result.stdout
     assert len(calls) == 2
 
