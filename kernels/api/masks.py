@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..ops.spec import TensorSpec
 from ..ops.tracing import same_sizes, untraced
 from .checks import (
     INTEGER_DTYPES,
@@ -40,12 +41,12 @@ class MaskStructure(NamedTuple):
     - `dense[b, h, i, j]`, bool, each dimension full or 1.
     """
 
-    dense: Tensor | None = None
-    key_lengths: Tensor | None = None
-    query_lengths: Tensor | None = None
-    query_documents: Tensor | None = None
-    key_documents: Tensor | None = None
-    band: Tensor | None = None
+    dense: Annotated[Tensor | None, TensorSpec("B|1 Hq|1 Lq|1 Lk|1", "bool")] = None
+    key_lengths: Annotated[Tensor | None, TensorSpec("B", "int64")] = None
+    query_lengths: Annotated[Tensor | None, TensorSpec("B", "int64")] = None
+    query_documents: Annotated[Tensor | None, TensorSpec("B Lq", "int64")] = None
+    key_documents: Annotated[Tensor | None, TensorSpec("B Lk", "int64")] = None
+    band: Annotated[Tensor | None, TensorSpec("B 2", "int64")] = None
     band_lower: int | None = None
     band_upper: int | None = None
 

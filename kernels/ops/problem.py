@@ -1,16 +1,22 @@
 """Immutable problem descriptions: what a public call asks for, checked and in canonical form.
 
 The functions of `api` build one, `operators.py` passes its fields through torch's dispatcher one by
-one, and `backends` read it again on the other side.
+one, and `backends` read it again on the other side. Schemas, fakes, checks and the C++ backend's
+parameters follow from the fields written here, and from those of `MaskStructure` (spec.py).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
 from ..api.masks import MaskStructure
+from .spec import TensorSpec
+
+_SEED = TensorSpec("", "int64")
+_ROWS = TensorSpec("... N", grad=True)
+_PARAMETER = TensorSpec("N", "float", grad=True)
 
 
 class AttentionProblem(NamedTuple):
@@ -26,21 +32,21 @@ class AttentionProblem(NamedTuple):
     longest_key are the largest lengths.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    alibi_offset: Tensor | None
-    sinks: Tensor | None
+    query: Annotated[Tensor, TensorSpec("Bm Hq Lq D", grad=True)]
+    key: Annotated[Tensor, TensorSpec("Bm Hkv Lk D", grad=True)]
+    value: Annotated[Tensor, TensorSpec("Bm Hkv Lk Dv", grad=True)]
+    bias: Annotated[Tensor | None, TensorSpec("B|1 Hq|1 Lq|1 Lk|1", "float", grad=True)]
+    alibi_slopes: Annotated[Tensor | None, TensorSpec("B|1 Hq", "float")]
+    alibi_offset: Annotated[Tensor | None, TensorSpec("B|1", "int64")]
+    sinks: Annotated[Tensor | None, TensorSpec("Hq", "float", grad=True)]
     mask: MaskStructure
     scale: float
     softcap: float | None
     dropout_p: float
-    seed: Tensor | None
+    seed: Annotated[Tensor | None, _SEED]
     batch_start: int = 0
-    query_starts: Tensor | None = None
-    key_starts: Tensor | None = None
+    query_starts: Annotated[Tensor | None, TensorSpec("S", "int64")] = None
+    key_starts: Annotated[Tensor | None, TensorSpec("S", "int64")] = None
     longest_query: int = 0
     longest_key: int = 0
 
@@ -57,20 +63,23 @@ class AttentionProblem(NamedTuple):
         return batch, heads, query_len, self.key.shape[2]
 
     def flat(self) -> tuple[Any, ...]:
-        """The fields in the order of the op's schema."""
-        return (*self[:7], *self.mask, *self[8:])
+        """The fields in the order of the operator's schema, those of the mask among them."""
+        return (*self[:_MASK_AT], *self.mask, *self[_MASK_AT + 1 :])
 
     @classmethod
     def from_flat(cls, fields: tuple[Any, ...]) -> AttentionProblem:
-        mask_end = 7 + len(MaskStructure._fields)
-        mask = MaskStructure(*fields[7:mask_end])
-        return cls._make((*fields[:7], mask, *fields[mask_end:]))
+        mask = MaskStructure(*fields[_MASK_AT:_MASK_END])
+        return cls._make((*fields[:_MASK_AT], mask, *fields[_MASK_END:]))
+
+
+_MASK_AT = AttentionProblem._fields.index("mask")
+_MASK_END = _MASK_AT + len(MaskStructure._fields)
 
 
 class SoftmaxProblem(NamedTuple):
     """softmax over the last dimension of scale * scores (B, H, Lq, Lk), masked."""
 
-    scores: Tensor
+    scores: Annotated[Tensor, TensorSpec("B Hq Lq Lk", grad=True)]
     mask: MaskStructure
     scale: float
 
@@ -89,9 +98,9 @@ class SoftmaxProblem(NamedTuple):
 class LayerNormProblem(NamedTuple):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension of x (..., N)."""
 
-    x: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    x: Annotated[Tensor, _ROWS]
+    weight: Annotated[Tensor | None, _PARAMETER]
+    bias: Annotated[Tensor | None, _PARAMETER]
     eps: float
 
     @property
@@ -102,13 +111,13 @@ class LayerNormProblem(NamedTuple):
 class AddLayerNormProblem(NamedTuple):
     """Layer norm of residual + dropout(x), both (..., N), keeping the sum."""
 
-    x: Tensor
-    residual: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
+    x: Annotated[Tensor, _ROWS]
+    residual: Annotated[Tensor, _ROWS]
+    weight: Annotated[Tensor | None, _PARAMETER]
+    bias: Annotated[Tensor | None, _PARAMETER]
     eps: float
     dropout_p: float
-    seed: Tensor | None
+    seed: Annotated[Tensor | None, _SEED]
 
     @property
     def op_name(self) -> str:
@@ -118,8 +127,8 @@ class AddLayerNormProblem(NamedTuple):
 class RMSNormProblem(NamedTuple):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., N)."""
 
-    x: Tensor
-    weight: Tensor | None
+    x: Annotated[Tensor, _ROWS]
+    weight: Annotated[Tensor | None, _PARAMETER]
     eps: float
 
     @property

@@ -32,15 +32,14 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
 
 def attention_backward(
     problem: AttentionProblem,
-    grad_out: Tensor | None,
+    grad_out: Tensor,
     grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     bias_grad: bool,
     sinks_grad: bool,
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, bias and sinks; the last two empty unless asked for."""
-    if grad_out is None:
-        value = problem.value
-        grad_out = value.new_zeros((*problem.query.shape[:3], value.shape[3]))
     if problem.query_starts is None:
         return attention_gradients(problem, grad_out, grad_lse, bias_grad, sinks_grad)
     parts = [
