@@ -16,6 +16,7 @@ from ..backends import dispatch
 from ..ops import operators
 from ..ops.layout import statistics_dtype
 from ..ops.problem import AttentionProblem
+from ..ops.torch_internals import any_autocast_enabled, tracing_state
 from ..ops.tracing import same_sizes, untraced
 from .biases import ALiBi
 from .checks import (
@@ -217,11 +218,11 @@ def attention_problem(
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             require_tensor("attention", name, tensor)
-    if torch._C._is_any_autocast_enabled():
+    if any_autocast_enabled():
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             require_float("attention", name, tensor)
         q, k, v = autocast(q, k, v)
-    traced = torch._C._get_tracing_state() is not None
+    traced = tracing_state() is not None
     shape = _traced_shape(q, k, v) if traced else _check_qkv(q, k, v)
     slopes = offset = None
     if bias is not None:

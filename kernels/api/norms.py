@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..ops import operators
 from ..ops.problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from ..ops.torch_internals import any_autocast_enabled
 from ..ops.tracing import same_sizes
 from .checks import (
     autocasts,
@@ -69,7 +70,7 @@ def add_layer_norm(
     Returns:
         (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
     """
-    if torch._C._is_any_autocast_enabled():
+    if any_autocast_enabled():
         require_float("add_layer_norm", "x", x)
         require_float("add_layer_norm", "residual", residual)
         if autocasts(x.device.type):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backends import dispatch
 from ..ops import operators
 from ..ops.layout import statistics_dtype
+from ..ops.torch_internals import assert_async, tracing_state
 from .attention import attention_problem
 from .biases import ALiBi
 from .checks import (
@@ -109,7 +110,7 @@ def attention_varlen(
     Returns:
         out (total_q, Hq, Dv), and with `return_lse` also lse (Hq, total_q).
     """
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         raise RuntimeError(
             "attention_varlen: torch.jit.trace can't record it, for it reads `cu_seqlens_q` and "
             "`cu_seqlens_k`; expected a call outside of a trace, or `attention` with KeyLengths"
@@ -272,4 +273,4 @@ def _assert_later(starts: Tensor, total: int, longest: int, argument: str) -> No
     lengths = starts.diff()
     right = (starts[0] == 0) & (starts[-1] == total) & ((lengths >= 0) & (lengths <= longest)).all()
     message = f"`{argument}`: falls, does not end with {total}, or passes the bound beside it"
-    torch._assert_async(right, f"attention_varlen: {message}")
+    assert_async(right, f"attention_varlen: {message}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..api.attention import attention
 from ..api.checks import broadcasts, fail_value, require_float, require_tensor, shape_text
 from ..api.masks import Causal, Mask
+from ..ops.torch_internals import tracing_state
 from ..ops.tracing import same_sizes, untraced
 from .tensor_masks import mask_of
 
@@ -109,7 +110,7 @@ def _as_4d(
 
 def _broadcast(leads: list[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that all broadcast to; in a trace, of sizes that follow the graph's inputs."""
-    if torch._C._get_tracing_state() is None:
+    if tracing_state() is None:
         return tuple(torch.broadcast_shapes(*leads))
     numbers = [untraced(lambda lead: tuple(map(int, lead)), lead) for lead in leads]
     common = untraced(torch.broadcast_shapes, *numbers)

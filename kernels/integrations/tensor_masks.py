@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..api.masks import Causal, Dense, KeyLengths, Mask, MaskStructure, Window, structure_of
 from ..ops.fast_path import are_ordinary
+from ..ops.torch_internals import count_dispatch_modes
 from ..ops.tracing import is_recorded
 
 Sizes = tuple[int, int, int, int]  # (B, Hq, Lq, Lk) of the problem
@@ -118,10 +119,7 @@ def _is_readable(mask: Tensor) -> bool:
     perhaps on several machines (DTensor), and zeros or a negated view have others or none.
     """
     return not (
-        is_recorded()
-        or torch._C._len_torch_dispatch_stack()
-        or not are_ordinary((mask,))
-        or not mask.is_cpu
+        is_recorded() or count_dispatch_modes() or not are_ordinary((mask,)) or not mask.is_cpu
     )
 
 

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from .spec import Operator, Values
+from .torch_internals import (
+    SingleLevelFunction,
+    functorch_is_active,
+    set_forward_mode,
+    single_level_functions,
+)
 
 Call = Callable[..., Any]
 
@@ -44,9 +47,9 @@ def autograd_of(operator: Operator, call: Call) -> Call:
     nothing = (None, None)
 
     def forward(ctx: Any, run: Call, arguments: Values, *differentiable: Tensor | None) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if functorch_is_active():
             # autograd has switched itself off for this level: the others go on
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            with torch.enable_grad(), set_forward_mode(True):
                 outputs = run(*arguments)
         else:
             outputs = run(*arguments)
@@ -67,12 +70,12 @@ def autograd_of(operator: Operator, call: Call) -> Call:
         return nothing + tuple(operator.derivative(call, given, wanted, gradients))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"rowmax_{operator.name}", (_SingleLevelFunction,), methods)
+    function: Any = type(f"rowmax_{operator.name}", (SingleLevelFunction,), methods)
 
     def apply(run: Call, arguments: Values) -> Any:
         differentiable = [arguments[at] for at in differentiable_at]
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
+        if functorch_is_active():
+            with single_level_functions():
                 return function.apply(run, arguments, *differentiable)
         return function.apply(run, arguments, *differentiable)
 

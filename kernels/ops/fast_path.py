@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
+from torch.compiler import is_compiling
+
+from .torch_internals import (
     DispatchKey,
     DispatchKeySet,
-    _dispatch_keys,
-    _dispatch_tls_local_include_set,
-    _is_any_autocast_enabled,
-    _len_torch_function_stack,
+    any_autocast_enabled,
+    count_function_modes,
+    dispatch_keys,
+    forward_mode_is_on,
+    included_keys,
+    profiler_enabled,
 )
-from torch._C._autograd import _profiler_enabled
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 _raw = DispatchKeySet.raw_repr
 
@@ -61,11 +62,11 @@ def nothing_watches() -> bool:
     """No mode, transform, trace or profiler is active that would see an operator's call."""
     return not (
         is_compiling()
-        or _raw(_dispatch_tls_local_include_set()) not in _USUAL
-        or _len_torch_function_stack()
-        or forward_ad._current_level >= 0
-        or _is_any_autocast_enabled()
-        or _profiler_enabled()
+        or _raw(included_keys()) not in _USUAL
+        or count_function_modes()
+        or forward_mode_is_on()
+        or any_autocast_enabled()
+        or profiler_enabled()
     )
 
 
@@ -74,7 +75,7 @@ def are_ordinary(arguments: Iterable[Any]) -> bool:
     for argument in arguments:
         kind = type(argument)
         if kind not in _NO_TENSORS and (
-            kind not in _TENSORS or _raw(_dispatch_keys(argument)) not in _ORDINARY
+            kind not in _TENSORS or _raw(dispatch_keys(argument)) not in _ORDINARY
         ):
             return False
     return True

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from ..api.masks import NO_MASK, Mask, MaskStructure
 from ..backends import dispatch
@@ -35,6 +33,15 @@ from .problem import (
 from .sharding import register_if_loaded, register_when_loaded
 from .softmax import MASKED_SOFTMAX, MASKED_SOFTMAX_BACKWARD
 from .spec import Operator
+from .torch_internals import (
+    BelowAutograd,
+    OpOverload,
+    SingleLevelFunction,
+    after_autograd_keyset,
+    any_requires_grad,
+    forward_mode_is_on,
+    tracing_state,
+)
 from .tracing import is_exported_to_onnx
 from .vmap import vmap_rule
 
@@ -56,7 +63,7 @@ def attention(
     heads_only = _has_heads_only(problem)
     if not (nothing_watches() and are_ordinary(problem[:3] if heads_only else problem.flat())):
         result = through_dispatcher("attention", (*problem.flat(), backend))
-    elif torch.is_grad_enabled() and torch._C._any_requires_grad(*problem[:7]):
+    elif torch.is_grad_enabled() and any_requires_grad(*problem[:7]):
         if heads_only and not with_lse:
             return _of_heads.apply(problem, backend, *problem[:3]), None
         arguments = (*problem.flat(), backend)
@@ -67,7 +74,7 @@ def attention(
     return result
 
 
-class _OfHeads(_SingleLevelFunction):
+class _OfHeads(SingleLevelFunction):
     """What `autograd.py` makes of attention, for query, key and value alone and out alone.
 
     The general one takes 22 arguments apart and together again, twice, which costs more than all
@@ -139,13 +146,11 @@ def _on_cpu(tensor: Tensor, backend: str) -> bool:
 
 def _may_take_fast_path(*tensors: Tensor | None) -> bool:
     """Nothing watches, and nothing wants a gradient."""
-    return nothing_watches() and not (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    )
+    return nothing_watches() and not (torch.is_grad_enabled() and any_requires_grad(*tensors))
 
 
 def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:
-    if torch._C._get_tracing_state() is not None and is_exported_to_onnx():
+    if tracing_state() is not None and is_exported_to_onnx():
         return (standard_form(name) or OPERATORS[name].unfused)(*arguments)
     if not torch.compiler.is_compiling():
         register_if_loaded()
@@ -192,7 +197,7 @@ def call(name: str, *arguments: Any) -> Any:
     if not (nothing_watches() and are_ordinary(arguments)):
         return through_dispatcher(name, arguments)
     implementation = _IMPLEMENTATIONS[name]
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+    if torch.is_grad_enabled() and any_requires_grad(*arguments):
         return _AUTOGRAD[name](implementation, arguments)
     return implementation(*arguments)
 
@@ -214,7 +219,7 @@ def _implementation(operator: Operator) -> Callable[..., Any]:
 
 
 def _at_autograd(
-    operator: torch._ops.OpOverload,
+    operator: OpOverload,
     apply: Callable[..., Any],
     unfused: Callable[..., Any],
     standard: Callable[..., Any],
@@ -229,17 +234,17 @@ def _at_autograd(
     """
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if forward_ad._current_level >= 0:
+        if forward_mode_is_on():
             return unfused(*arguments)
         if is_exported_to_onnx():
             return standard(*arguments)
         register_if_loaded()
 
         def below(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            with BelowAutograd():
+                return operator.redispatch(keyset & after_autograd_keyset, *arguments)
 
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        if torch.is_grad_enabled() and any_requires_grad(*arguments):
             return apply(below, arguments)
         return below(*arguments)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .spec import Named, Operator, TensorSpec, Values
+from .torch_internals import remember_decisions_by
 
 # the dimension that is sharded of each argument, by position, and of each output; None: whole, and
 # _SUM an output of which each machine has a part of the sum
@@ -38,17 +39,14 @@ def register_if_loaded() -> None:
 
 @functools.cache
 def _register() -> None:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
-    propagator = DTensor._op_dispatcher.sharding_propagator
     for operator in _operators:
         overload = getattr(torch.ops.rowmax, operator.name).default
         register_sharding(overload)(_rule(operator))
-        # Decisions are remembered by the tensors, and by the other arguments from this one on.
-        # torch's own choice, the first int, would mix up calls that want a bias's gradient or not.
-        propagator.op_to_schema_info[overload] = RuntimeSchemaInfo(0, needs_pytree=True)
+        # By all arguments: torch's own choice, the tensors and what follows the first int, would
+        # mix up calls that want a bias's gradient or not.
+        remember_decisions_by(overload, 0)
 
 
 def _rule(operator: Operator) -> Callable[..., Any]:

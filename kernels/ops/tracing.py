@@ -13,13 +13,15 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from .torch_internals import set_tracing_state, tracing_state
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def is_recorded() -> bool:
     """Whether this call becomes part of a graph: nothing may depend on the values of a tensor."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or tracing_state() is not None
 
 
 def untraced(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -27,20 +29,19 @@ def untraced(function: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) ->
 
     For checks alone: what it returns is the same for all that the graph will ever be given.
     """
-    state = torch._C._get_tracing_state()
+    state = tracing_state()
     if state is None:
         return function(*args, **kwargs)
-    set_state: Callable[[object], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
-    set_state(None)
+    set_tracing_state(None)
     try:
         return function(*args, **kwargs)
     finally:
-        set_state(state)
+        set_tracing_state(state)
 
 
 def same_sizes(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
     """Whether two shapes are one, without a trace of the question."""
-    if torch._C._get_tracing_state() is None:
+    if tracing_state() is None:
         return tuple(a) == tuple(b)
     return untraced(_equal, a, b)
 

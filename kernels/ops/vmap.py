@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .spec import Operator, TensorSpec, Values
+from .torch_internals import OpOverload
 
 _BATCH = ("B", "Bm")
 
 
-def vmap_rule(operator: Operator, overload: torch._ops.OpOverload) -> Callable[..., Any]:
+def vmap_rule(operator: Operator, overload: OpOverload) -> Callable[..., Any]:
     """The rule of `operator` in the form of `torch.library.register_vmap`."""
 
     def rule(info: Any, in_dims: Values, *arguments: Any) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +13,8 @@ import pytest
 
 import rowmax
 from rowmax import kernels
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -111,3 +114,11 @@ except AttributeError as error:
     assert done.stdout.endswith(
         "module 'kernels' has no attribute 'attention': import rowmax.kernels\n"
     )
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    private = re.compile(
+        r"\btorch(\.\w+)*\._[a-zA-Z]|from torch[.\w]* import (\(\s*)?_|forward_ad\._", re.MULTILINE
+    )
+    found = {path.name for path in ROOT.glob("kernels/**/*.py") if private.search(path.read_text())}
+    assert found == {"torch_internals.py"}

@@ -23,6 +23,7 @@ from ...ops.problem import (
     RMSNormProblem,
     SoftmaxProblem,
 )
+from ...ops.torch_internals import tracing_state
 from ...ops.tracing import untraced
 from . import norms, unfused
 from .attention import heads_together, naive_scores
@@ -48,7 +49,7 @@ def _is_plain(problem: AttentionProblem) -> bool:
     Otherwise a row that may attend nothing is to give zeros, where ONNX's operator gives NaN. The
     exporter that traces takes no grouped heads.
     """
-    if torch._C._get_tracing_state() is not None and heads_together(*problem[:2]) > 1:
+    if tracing_state() is not None and heads_together(*problem[:2]) > 1:
         return False
     mask = problem.mask
     if mask.band_upper == 0:
@@ -114,7 +115,7 @@ def _rms_norm(*arguments: Any) -> tuple[Tensor, Tensor]:
     problem = RMSNormProblem(*arguments[:-1])
     y, rstd = norms.rms_norm(problem)
     # the exporter that traces has no rms_norm
-    if torch._C._get_tracing_state() is None and _of_one_dtype(problem[:2]):
+    if tracing_state() is None and _of_one_dtype(problem[:2]):
         y = F.rms_norm(problem.x, _columns(problem.x), *problem[1:])
     return y, rstd
 

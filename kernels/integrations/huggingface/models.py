@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.torch_internals import tracing_state
 from ...ops.tracing import untraced
 from ..packing import Packing, may_count
 from ..torch_modules.instances import Form, Swapped
@@ -153,7 +154,7 @@ class SwappedBertEncoder(Swapped):
             real = _real_tokens(attention_mask, hidden_states)
         if real is None:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if torch._C._get_tracing_state() is not None:  # the graph will be given other padding
+        if tracing_state() is not None:  # the graph will be given other padding
             outputs = super().forward(hidden_states, attention_mask, *args, **kwargs)
             padding = ~real.unsqueeze(-1)
             return _with_last(outputs, lambda states: states.masked_fill(padding, 0.0))

@@ -20,9 +20,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from ...ops.torch_internals import any_autocast_enabled
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,6 @@ def is_plain_call(module: nn.Module, stock: type[nn.Module]) -> bool:
 
 def as_torch_does(*tensors: Tensor) -> bool:
     """Whether the original's forward has to run: autocast or nested tensors decide its types."""
-    if torch._C._is_any_autocast_enabled():
+    if any_autocast_enabled():
         return True
     return any(tensor.is_nested for tensor in tensors)

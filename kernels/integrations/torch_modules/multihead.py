@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ...api.attention import attention
 from ...api.masks import Causal, Mask
 from ...api.varlen import attention_varlen
+from ...ops.torch_internals import tracing_state
 from ...ops.tracing import untraced
 from ..packing import Packing
 from ..tensor_masks import Sizes, mask_of_forbidden
@@ -234,7 +235,7 @@ def _masks(
     As torch does, the hint `is_causal` replaces the mask where there is no other and no weights are
     asked for.
     """
-    is_traced = torch._C._get_tracing_state() is not None  # the graph will be given other masks
+    is_traced = tracing_state() is not None  # the graph will be given other masks
     if is_causal and key_padding_mask is None and not (need_weights or is_traced):
         return Causal(align="upper_left"), None
     mask: Mask | None = None

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...api.masks import Causal
 from ...api.norms import add_layer_norm
+from ...ops.torch_internals import tracing_state
 from ...ops.tracing import is_recorded, same_sizes
 from ..packing import Packing, may_count
 from ..tensor_masks import mask_of_forbidden
@@ -150,7 +151,7 @@ class SwappedEncoder(Swapped, nn.TransformerEncoder):
     def _would_nest(self) -> bool:
         """Whether torch itself would leave out the padding, in inference, by nested tensors."""
         wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if torch._C._get_tracing_state() is not None:
+        if tracing_state() is not None:
             wants_gradient = False  # torch.jit.trace records once, and checks without gradients
         return (
             self.use_nested_tensor
