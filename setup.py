@@ -41,9 +41,10 @@ CHOICES = ("auto", "require", "skip")
 MISSING = "missing_extension.txt"
 # The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-# Compiled once: the binding. Its headers, and the constants that the build writes, are in here.
+# Compiled once: the binding. Its headers, and those that the build writes, are in here.
 SOURCES = [
     "binding/attention_launch.cpp",
+    "binding/attention_plan.cpp",
     "kernels/dispatch.cpp",
     "binding/module.cpp",
     "binding/fast_path_attention.cpp",
@@ -170,8 +171,7 @@ def extension_arguments() -> dict[str, Any]:
 
         def build_extension(self, ext: Extension) -> None:
             build = Path(self.build_temp).resolve()
-            write_constants = runpy.run_path(str(ROOT / "csrc" / "write_constants.py"))["write"]
-            write_constants(build / "constants.h")
+            runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
             include_dirs = [str(ROOT / "csrc"), str(build)]
             ext.include_dirs += include_dirs
             for name, (flags, sources) in INSTRUCTION_SETS.items():

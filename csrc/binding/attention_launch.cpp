@@ -1,4 +1,4 @@
-// From an attention problem to its kernels: addresses and strides, and how work is divided. What is
+// From an attention problem to its kernels: addresses and strides, and memory. What is
 // copied, and why, is settled before, in kernels/backends/cpu_common/preparation.py.
 
 #include "binding/attention_launch.h"
@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "binding/attention_plan.h"
 #include "constants.h"
 
 namespace rowmax {
@@ -50,8 +51,10 @@ using ProblemTypes = Types<
     std::optional<double>, double, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, int64_t,
     int64_t>;
 
-int64_t half_of(ScalarType dtype) {
-  return dtype == ScalarType::BFloat16 ? kBfloat16 : dtype == ScalarType::Half ? kFloat16 : kWhole;
+int64_t item_type_of(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? ITEM_BFLOAT16
+         : dtype == ScalarType::Half   ? ITEM_FLOAT16
+                                       : ITEM_COMPUTED;
 }
 
 void check(const View& view, const char* name, ScalarType dtype) {
@@ -90,7 +93,7 @@ struct Launch {
     call.key_batch = k[0], call.key_head = k[1], call.key_row = k[2];
     call.value_batch = v[0], call.value_head = v[1], call.value_row = v[2];
     call.out_batch = o[0], call.out_head = o[1], call.out_row = o[2];
-    call.half = half_of(dtype);
+    call.item_type = item_type_of(dtype);
     call.heads = query.sizes[1];
     call.key_heads = key.sizes[1];
     call.head_dim = query.sizes[3];
@@ -137,7 +140,7 @@ struct Launch {
     if (problem.bias) {
       const Tensor& bias = *problem.bias;
       call.bias = bias.data_ptr();
-      call.bias_half = half_of(bias.scalar_type());
+      call.bias_item_type = item_type_of(bias.scalar_type());
       call.bias_batch = broadcast_stride(bias, 0);
       call.bias_head = broadcast_stride(bias, 1);
       call.bias_row = broadcast_stride(bias, 2);
@@ -154,7 +157,7 @@ struct Launch {
     call.keep_scale = 1.0;
     if (call.dropout) {
       STD_TORCH_CHECK(problem.seed.has_value(), "seed: expected one with dropout_p > 0");
-      call.seed = static_cast<uint64_t>(*address<int64_t>(problem.seed));
+      call.seed = *address<int64_t>(problem.seed);
       call.threshold = dropout_threshold(problem.dropout_p);
       call.keep_scale = dropout_scale(problem.dropout_p);
     }
@@ -164,26 +167,23 @@ struct Launch {
     call.cap = problem.softcap ? *problem.softcap * LOG2_E : 0.0;
   }
 
-  // Heads that a thread takes at once: several short ones, so that one can ask memory for the next.
-  // Long heads are tiles that any thread may take.
-  int64_t heads_at_once(int64_t heads) const {
-    const bool is_short = std::max(call.query_len, call.key_len) <= SHORT_HEAD;
-    return is_short ? std::min<int64_t>(8, heads / (8 * thread_count(heads))) : 0;
+  Sizes sizes() const {
+    return {call.batch, call.heads, call.key_heads, call.query_len, call.key_len};
   }
 };
 
-// The kernel of few queries: out and lse of a problem of at most call.few queries, or of the packed
-// sequences that have no more. Their bits are those of the same sequence alone.
+// The decoding kernel: out and lse of a problem of at most call.max_decode_queries queries, or of the
+// packed sequences that have no more. Their bits are those of the same sequence alone.
 void decode(Launch& launch) {
   AttentionCall& call = launch.call;
-  call.chunks = std::max<int64_t>(1, divide_up(call.key_len, CHUNK_KEYS));
-  const int64_t heads = call.batch * call.key_heads;
-  const int64_t counters = call.chunks > 1 ? heads : 0;
+  const DecodePlan plan = decode_plan(launch.sizes());
+  call.chunks = plan.chunks;
+  const int64_t chunks_done = plan.chunks > 1 ? 8 * call.batch * call.key_heads : 0;
   const DecodeKernel& kernel = launch.kernels.attention_decode[launch.type];
   run_kernel(
-      kernel, call, heads * call.chunks, 8 * counters, kernel.partial_bytes(call),
+      kernel, call, plan.tasks, chunks_done, kernel.partial_bytes(call),
       [&](char* zeros, char* memory) {
-        call.finished = reinterpret_cast<int64_t*>(zeros);
+        call.chunks_done = reinterpret_cast<int64_t*>(zeros);
         call.partials = memory;
       });
 }
@@ -195,7 +195,8 @@ void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
   if (lse) {
     STD_TORCH_CHECK(
         lse->is_contiguous() &&
-            lse->scalar_type() == (call.half == kWhole ? ScalarType::Double : ScalarType::Float),
+            lse->scalar_type() ==
+                (call.item_type == ITEM_COMPUTED ? ScalarType::Double : ScalarType::Float),
         "lse: expected a contiguous tensor of float64, float32 beside half types");
     call.lse = lse->data_ptr();
   }
@@ -203,70 +204,22 @@ void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
   if (planes == 0 || call.query_len == 0) {
     return;
   }
-  const int64_t few = std::min<int64_t>(FEW_QUERIES, FEW_ROWS / (call.heads / call.key_heads));
+  const int64_t most = max_decode_queries(call.heads, call.key_heads);
   const bool packed = call.query_starts != nullptr;
-  if (packed || call.query_len <= few) {
-    call.few = few;
+  if (packed || call.query_len <= most) {
+    call.max_decode_queries = most;
     decode(launch);
   }
-  if (call.query_len <= few) {
+  if (call.query_len <= most) {
     return;
   }
-  // As many queries as the registers hold, fewer where threads would stay idle. (The bits of a
-  // result do not depend on it.)
-  const int64_t lanes = launch.lanes;
-  const int64_t threads = thread_count(planes * divide_up(call.query_len, lanes));
-  int64_t tile =
-      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
-  while (tile > lanes && planes * divide_up(call.query_len, tile) < threads) {
-    tile -= lanes;
-  }
-  call.tile = tile;
-  const int64_t tiles = divide_up(call.query_len, tile);
-  call.run = std::max<int64_t>(1, tiles * launch.heads_at_once(planes));
-  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const ForwardPlan plan = forward_plan(launch.sizes(), launch.kernels.vectors, launch.lanes);
+  call.tile = plan.tile;
+  call.tasks_per_grab = plan.tasks_per_grab;
+  const PairKernels* pairs = call.item_type == ITEM_BFLOAT16 ? pair_kernels() : nullptr;
   const AttentionKernel& kernel =
       pairs != nullptr ? pairs->forward : launch.kernels.attention_forward[launch.type];
-  run_kernel(kernel, call, divide_up(planes * tiles, call.run), 0, 0, [](char*, char*) {});
-}
-
-// How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.
-//
-// A bias that several heads or batch elements share has one gradient: the same task takes them all,
-// one after another. Keys are divided where heads alone would leave threads idle, and where the sums of
-// dK and dV, `row_bytes` a key, outgrow a core's cache, but not if all of them share a bias. (The bits of
-// a result do not depend on it.)
-void divide_backward(AttentionCall& call, const MaybeTensor& d_bias, int64_t row_bytes) {
-  call.batch_tasks = d_bias && d_bias->size(0) == 1 ? 1 : call.batch;
-  call.head_tasks = d_bias && d_bias->size(1) == 1 ? 1 : call.key_heads;
-  const int64_t tasks = call.batch_tasks * call.head_tasks;
-  const int64_t blocks = divide_up(call.key_len, BLOCK_KEYS);
-  const int64_t threads = thread_count(tasks * blocks);
-  const bool even = tasks == 0 || tasks >= 4 * threads || tasks % threads == 0;
-  // A chunk of several blocks reads its queries less often; four tasks a thread even out.
-  int64_t chunk_blocks =
-      even ? blocks : std::min<int64_t>(4, std::max<int64_t>(1, tasks * blocks / (4 * threads)));
-  const int64_t block_bytes = BLOCK_KEYS * row_bytes;
-  if (blocks * block_bytes > 3 * CACHE_BYTES) {
-    chunk_blocks = std::min<int64_t>(chunk_blocks, std::max<int64_t>(1, CACHE_BYTES / block_bytes));
-  }
-  if (blocks < 2 || chunk_blocks == blocks || (d_bias && d_bias->size(3) == 1)) {
-    call.chunk_tasks = 1;
-    call.chunk_keys = std::max<int64_t>(1, blocks) * BLOCK_KEYS;
-    return;
-  }
-  call.chunk_tasks = divide_up(blocks, chunk_blocks);
-  call.chunk_keys = chunk_blocks * BLOCK_KEYS;
-}
-
-// How the gradient of a bias comes about, for kernels/backends/cpu_common/preparation.py's choice of its type.
-BiasSum bias_sum(const AttentionCall& call, const Tensor& d_bias, int type) {
-  const bool in_tiles = d_bias.size(2) == call.query_len && d_bias.size(3) == call.key_len;
-  if (in_tiles && d_bias.size(0) == call.batch && d_bias.size(1) == call.heads) {
-    return kPut;
-  }
-  const ScalarType computed = type == 1 ? ScalarType::Double : ScalarType::Float;
-  return in_tiles && d_bias.scalar_type() == computed ? kSum : kSumWide;
+  run_kernel(kernel, call, plan.grabs, 0, 0, [](char*, char*) {});
 }
 
 // d_query, d_key and d_value are written whole; d_bias comes as zeros; delta (B, Hq, Lq) float64 is written where a tile of keys meets the row.
@@ -297,10 +250,13 @@ void backward(
   call.d_value_batch = v[0], call.d_value_head = v[1], call.d_value_row = v[2];
   call.grad_lse = address<double>(grad_lse);
   call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
+  const int64_t* d_bias_sizes = d_bias ? d_bias->sizes().data() : nullptr;
   if (d_bias) {
+    const ScalarType computed = launch.type == 1 ? ScalarType::Double : ScalarType::Float;
     call.d_bias = d_bias->data_ptr();
-    call.d_bias_half = half_of(d_bias->scalar_type());
-    call.d_bias_sum = bias_sum(call, *d_bias, launch.type);
+    call.d_bias_item_type = item_type_of(d_bias->scalar_type());
+    call.d_bias_kind =
+        bias_gradient_kind(launch.sizes(), d_bias_sizes, d_bias->scalar_type() == computed);
     call.d_bias_batch = broadcast_stride(*d_bias, 0);
     call.d_bias_head = broadcast_stride(*d_bias, 1);
     call.d_bias_row = broadcast_stride(*d_bias, 2);
@@ -309,25 +265,25 @@ void backward(
   if (call.batch == 0 || call.key_heads == 0) {
     return;
   }
-  const int64_t lanes = launch.lanes;
-  call.tile =
-      std::min(launch.kernels.vectors * lanes, std::max(lanes, round_up(call.query_len, lanes)));
-  divide_backward(call, d_bias, (call.head_dim + call.value_dim) * launch.element);
-  const bool chunked = call.chunk_tasks > 1;
-  const int64_t turns =
-      chunked ? call.batch * call.heads * divide_up(call.query_len, call.tile) : 0;
-  const int64_t sums = turns * call.tile * call.head_dim * launch.element;
-  const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
-  const bool whole = !chunked && tasks == call.batch * call.key_heads;  // a task is a head
-  call.run = whole ? std::max<int64_t>(1, launch.heads_at_once(tasks)) : 1;
-  const PairKernels* pairs = call.half == kBfloat16 ? pair_kernels() : nullptr;
+  const int64_t row_bytes = (call.head_dim + call.value_dim) * launch.element;
+  const BackwardPlan plan =
+      backward_plan(launch.sizes(), launch.kernels.vectors, launch.lanes, row_bytes, d_bias_sizes);
+  call.tile = plan.tile;
+  call.batch_tasks = plan.batch_tasks;
+  call.head_tasks = plan.head_tasks;
+  call.chunk_tasks = plan.chunk_tasks;
+  call.chunk_keys = plan.chunk_keys;
+  call.tasks_per_grab = plan.tasks_per_grab;
+  const int64_t tiles =
+      plan.chunk_tasks > 1 ? call.batch * call.heads * divide_up(call.query_len, plan.tile) : 0;
+  const int64_t dq_accumulator = tiles * plan.tile * call.head_dim * launch.element;
+  const PairKernels* pairs = call.item_type == ITEM_BFLOAT16 ? pair_kernels() : nullptr;
   const AttentionKernel& kernel =
       pairs != nullptr ? pairs->backward : launch.kernels.attention_backward[launch.type];
-  run_kernel(
-      kernel, call, divide_up(tasks, call.run), 8 * turns, sums, [&](char* zeros, char* memory) {
-        call.turns = reinterpret_cast<int64_t*>(zeros);
-        call.d_query_sums = memory;
-      });
+  run_kernel(kernel, call, plan.grabs, 8 * tiles, dq_accumulator, [&](char* zeros, char* memory) {
+    call.dq_semaphore = reinterpret_cast<int64_t*>(zeros);
+    call.dq_accumulator = memory;
+  });
 }
 
 // The arguments of an operator as a problem.

@@ -62,16 +62,16 @@ template <typename Call, typename Share>
 void run_kernel(
     const Kernel<Call>& kernel, Call& call, int64_t tasks, int64_t zeros, int64_t shared,
     const Share& share) {
-  constexpr int64_t tickets = 64;
+  constexpr int64_t counters = 64;
   const int64_t threads = thread_count(tasks);
   const int64_t scratch = round_up(kernel.scratch_bytes(call), 64);
   zeros = round_up(zeros, 64);
   shared = round_up(shared, 64);
-  char* memory = workspace(tickets + zeros + shared + threads * scratch);
-  std::memset(memory, 0, static_cast<size_t>(tickets + zeros));
-  call.tickets = reinterpret_cast<int64_t*>(memory);
-  share(memory + tickets, memory + tickets + zeros);
-  char* own = memory + tickets + zeros + shared;
+  char* memory = workspace(counters + zeros + shared + threads * scratch);
+  std::memset(memory, 0, static_cast<size_t>(counters + zeros));
+  call.work_counter = reinterpret_cast<int64_t*>(memory);
+  share(memory + counters, memory + counters + zeros);
+  char* own = memory + counters + zeros + shared;
   run_on_threads(threads, [&](int64_t thread) { kernel.run(call, own + thread * scratch); });
 }
 

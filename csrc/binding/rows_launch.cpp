@@ -48,10 +48,10 @@ NormCall norm_call(
   call.columns = columns;
   call.task_rows = task_rows(columns);
   call.keep_scale = 1.0;
-  call.dropping = dropout_p > 0.0;
-  if (call.dropping) {
+  call.dropout = dropout_p > 0.0;
+  if (call.dropout) {
     STD_TORCH_CHECK(seed.has_value(), "seed: expected one with dropout_p > 0");
-    call.seed = static_cast<uint64_t>(*address<int64_t>(seed));
+    call.seed = *address<int64_t>(seed);
     call.threshold = dropout_threshold(dropout_p);
     call.keep_scale = dropout_scale(dropout_p);
   }
@@ -228,8 +228,8 @@ void softmax_backward(
     Tensor weights, int64_t weights_row, Tensor grad, int64_t grad_row, Tensor d_scores,
     int64_t rows, int64_t keys, double scale) {
   SoftmaxCall call{};
-  call.given = weights.data_ptr();
-  call.given_row = weights_row;
+  call.weights = weights.data_ptr();
+  call.weights_row = weights_row;
   call.grad = grad.data_ptr();
   call.grad_row = grad_row;
   call.d_scores = d_scores.data_ptr();

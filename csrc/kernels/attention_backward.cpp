@@ -13,7 +13,7 @@
 // or in pairs of bfloat16.
 //
 // A task is one head of K and V, with all query heads that share it, the last tile first. Where there
-// are few heads it is one chunk of keys of a head, and a tile of dQ has a turn: chunk after chunk adds
+// are few heads it is one chunk of keys of a head, and a tile of dQ has a semaphore: chunk after chunk adds
 // its blocks' parts to it, in the same order as one task alone, so that the bits are the same. Tasks
 // are taken in order: whoever is waited for is being worked on.
 
@@ -54,7 +54,7 @@ struct BackwardScratch {
       slopes = scratch.take<T>(BLOCK_KEYS * width);
     }
     ones = scratch.take<T>(VECTORS * LANES<T>);
-    if (call.half != kWhole) {
+    if (call.item_type != ITEM_COMPUTED) {
       key_rows = scratch.take<T>(BLOCK_KEYS * (call.head_dim + call.value_dim + 2 * LANES<T>));
     }
     if (has_terms(call) || Products::spare) {
@@ -116,38 +116,38 @@ void finish_delta(
 
 // d_query = scale * (d_query_t)^T; `row` counts from the start of the tensor.
 template <typename T>
-void put_query(
-    const AttentionCall& call, int64_t place, int64_t row, const Tile& tile, const T* d_query_t,
-    Matrix<T> scratch) {
+void store_query_gradient(
+    const AttentionCall& call, int64_t batch_index, int64_t row, const Tile& tile,
+    const T* d_query_t, Matrix<T> scratch) {
   const int64_t offset =
-      place * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
+      batch_index * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
   const T factor = static_cast<T>(call.score_scale);
   const Matrix<const T> from{d_query_t, tile.width};
-  if (call.half == kWhole) {
+  if (call.item_type == ITEM_COMPUTED) {
     T* to = static_cast<T*>(call.d_query) + offset;
     transpose<T>(from, {to, call.d_query_row}, call.head_dim, tile.rows, factor);
     return;
   }
   transpose<T>(from, scratch, call.head_dim, tile.rows, factor);
   write_rows<T>(
-      call.half, call.d_query, offset, call.d_query_row, {scratch.at, scratch.row}, tile.rows,
+      call.item_type, call.d_query, offset, call.d_query_row, {scratch.at, scratch.row}, tile.rows,
       call.head_dim, T(1));
 }
 
-// Add the blocks' parts of a tile's dQ to its sum, after the chunks before; returns the sum.
+// Add the blocks' parts of a tile's dQ to its sum, after `before` chunks; returns the sum.
 template <typename T>
-T* add_in_turn(
-    const AttentionCall& call, const Tile& tile, int64_t first, bool last, const T* parts,
+T* accumulate_dq(
+    const AttentionCall& call, const Tile& tile, int64_t before, bool last, const T* parts,
     int64_t blocks) {
   const int64_t size = call.head_dim * tile.width;
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t index = (tile.b * call.heads + tile.h) * tiles + tile.start / call.tile;
-  int64_t* turn = call.turns + index;
-  T* total = static_cast<T*>(call.d_query_sums) + index * call.head_dim * call.tile;
-  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) < first) {
+  int64_t* semaphore = call.dq_semaphore + index;
+  T* total = static_cast<T*>(call.dq_accumulator) + index * call.head_dim * call.tile;
+  while (__atomic_load_n(semaphore, __ATOMIC_ACQUIRE) < before) {
     sched_yield();  // who is waited for may be waiting for this core
   }
-  if (first == 0) {
+  if (before == 0) {
     fill(total, size, T(0));
   }
   for (int64_t block = 0; block < blocks; ++block) {
@@ -156,7 +156,7 @@ T* add_in_turn(
     }
   }
   if (!last) {
-    __atomic_store_n(turn, first + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(semaphore, before + 1, __ATOMIC_RELEASE);
   }
   return total;
 }
@@ -172,8 +172,8 @@ void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
   const Sequence at = sequence_of(call, b);
   const auto ask = [&](const void* address, int64_t batch, int64_t of_head, int64_t which,
                        int64_t row, int64_t first, int64_t rows, int64_t columns) {
-    const int64_t offset = at.place * batch + which * of_head + first * row;
-    prefetch_rows<T>(call.half, address, offset, row, rows, columns);
+    const int64_t offset = at.batch_index * batch + which * of_head + first * row;
+    prefetch_rows<T>(call.item_type, address, offset, row, rows, columns);
   };
   if (part == kQuery) {
     ask(call.query, call.query_batch, call.query_head, h, call.query_row, at.first_query,
@@ -217,13 +217,13 @@ void backward_tile(
     return;
   }
 
-  const int64_t place = sequence.place, head = h / (call.heads / call.key_heads);
+  const int64_t batch_index = sequence.batch_index, head = h / (call.heads / call.key_heads);
   const int64_t first_row = sequence.first_query + start;
-  const int64_t row = (place * call.heads + h) * call.query_rows + first_row;
+  const int64_t row = (batch_index * call.heads + h) * call.query_rows + first_row;
   const int64_t key =
-      place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
+      batch_index * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
   const int64_t value =
-      place * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
+      batch_index * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
 
   if (following >= 0) {
     prefetch_part<T>(call, following, kQuery);
@@ -239,9 +239,9 @@ void backward_tile(
     }
     const bool dead = read_lse(call, row, rows, terms);
     const TileOffsets at{
-        place * call.query_batch + h * call.query_head + first_row * call.query_row,
-        place * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row,
-        place * call.out_batch + h * call.out_head + first_row * call.out_row};
+        batch_index * call.query_batch + h * call.query_head + first_row * call.query_row,
+        batch_index * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row,
+        batch_index * call.out_batch + h * call.out_head + first_row * call.out_row};
     Products::load_tile(call, at, tile, dead, parts);
     finish_delta(call, row, rows, terms, chunk == first_chunk);
   }
@@ -275,7 +275,7 @@ void backward_tile(
       prefetch_part<T>(call, following, kValue);
     }
     if (call.d_bias != nullptr) {
-      put_bias_gradient(call, tile, k0, keys, with.d_weights, with.spare);
+      store_bias_gradient(call, tile, k0, keys, with.d_weights, with.spare);
     }
     if (call.cap != 0.0) {
       for (int64_t at = 0; at < keys * width; at += LANES<T>) {
@@ -297,12 +297,13 @@ void backward_tile(
   const T* d_query_t = with.d_query_t;
   if (!alone) {
     const bool ends = chunk == last_chunk;
-    d_query_t = add_in_turn(call, tile, chunk - first_chunk, ends, with.parts, blocks);
+    d_query_t = accumulate_dq(call, tile, chunk - first_chunk, ends, with.parts, blocks);
     if (!ends) {
       return;
     }
   }
-  put_query<T>(call, place, first_row, tile, d_query_t, {with.query_rows, with.head_columns});
+  store_query_gradient<T>(
+      call, batch_index, first_row, tile, d_query_t, {with.query_rows, with.head_columns});
 }
 
 // One chunk of a head of K and V, with every query of every query head that shares it.
@@ -327,15 +328,15 @@ void backward_chunk(
   }
   const int64_t first_key = sequence.first_key + begin;
   const int64_t to_key =
-      sequence.place * call.d_key_batch + head * call.d_key_head + first_key * call.d_key_row;
+      sequence.batch_index * call.d_key_batch + head * call.d_key_head + first_key * call.d_key_row;
   write_rows<T>(
-      call.half, call.d_key, to_key, call.d_key_row, {with.d_key, with.head_columns}, keys,
+      call.item_type, call.d_key, to_key, call.d_key_row, {with.d_key, with.head_columns}, keys,
       call.head_dim, static_cast<T>(call.score_scale));
-  const int64_t to_value =
-      sequence.place * call.d_value_batch + head * call.d_value_head + first_key * call.d_value_row;
+  const int64_t to_value = sequence.batch_index * call.d_value_batch + head * call.d_value_head +
+                           first_key * call.d_value_row;
   write_rows<T>(
-      call.half, call.d_value, to_value, call.d_value_row, {with.d_value, with.value_columns}, keys,
-      call.value_dim, T(1));
+      call.item_type, call.d_value, to_value, call.d_value_row, {with.d_value, with.value_columns},
+      keys, call.value_dim, T(1));
 }
 
 // All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient.
@@ -347,11 +348,11 @@ void backward(const AttentionCall& call, void* memory) {
   fill(parts.ones, VECTORS * LANES<T>, T(1));
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
   while (true) {
-    const int64_t first = take_ticket(call.tickets) * call.run;
+    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
     if (first >= tasks) {
       break;
     }
-    const int64_t last = min(first + call.run, tasks) - 1;
+    const int64_t last = min(first + call.tasks_per_grab, tasks) - 1;
     for (int64_t task = first; task <= last; ++task) {
       const int64_t following = task < last ? task + 1 : -1;  // a task is a head where several run
       const int64_t plane = task / call.chunk_tasks, chunk = task % call.chunk_tasks;

@@ -119,7 +119,7 @@ inline void sum_over_columns(
 
 // dS^T of a tile's block, turned over LANES x LANES at a time, into d_bias or added to it. `turned` is
 // scratch of one such block.
-template <BiasSum sum, typename T, typename Target>
+template <int64_t kind, typename T, typename Target>
 inline void put_matrix(
     const AttentionCall& call, const Tile& tile, int64_t keys, const T* d_scores, T* turned,
     Target* target) {
@@ -130,21 +130,21 @@ inline void put_matrix(
       const int64_t columns = min<int64_t>(lanes, keys - k);
       const T* from = d_scores + k * tile.width + v;
       Target* at = target + v * call.d_bias_row + k;
-      if constexpr (sum != kSumWide) {
+      if constexpr (kind != BIAS_GRAD_SUM_WIDE) {
         if (rows == lanes && columns == lanes) {
-          constexpr Turn turn = sum == kPut ? Turn::kPut : Turn::kAdd;
+          constexpr Turn turn = kind == BIAS_GRAD_STORE ? Turn::kStore : Turn::kAdd;
           turn_block<turn>(from, tile.width, at, call.d_bias_row, T(1));
           continue;
         }
       }
-      turn_block<Turn::kPut>(from, tile.width, turned, int64_t{lanes}, T(1));
+      turn_block<Turn::kStore>(from, tile.width, turned, int64_t{lanes}, T(1));
       for (int64_t r = 0; r < rows; ++r, at += call.d_bias_row) {
         const T* part = turned + r * lanes;
-        if constexpr (sum == kSumWide) {
+        if constexpr (kind == BIAS_GRAD_SUM_WIDE) {
           for (int64_t c = 0; c < columns; ++c) {
             at[c] += static_cast<double>(part[c]);
           }
-        } else if constexpr (sum == kSum) {
+        } else if constexpr (kind == BIAS_GRAD_SUM) {
           store_first(at, load(part) + load_first(at, columns), columns);
         } else {
           store_first(at, load(part), columns);
@@ -156,27 +156,28 @@ inline void put_matrix(
 
 // d_bias = dS of a tile's block, or d_bias += dS where pairs share an element of the bias.
 template <typename T>
-inline void put_bias_gradient(
+inline void store_bias_gradient(
     const AttentionCall& call, const Tile& tile, int64_t k0, int64_t keys, const T* d_scores,
     T* turned) {
   const int64_t row = call.d_bias_row, column = call.d_bias_column;
   const int64_t offset =
       tile.b * call.d_bias_batch + tile.h * call.d_bias_head + tile.start * row + k0 * column;
-  if (call.d_bias_sum == kSumWide) {
+  if (call.d_bias_kind == BIAS_GRAD_SUM_WIDE) {
     double* target = static_cast<double*>(call.d_bias) + offset;
     if (row == 0) {
       sum_over_rows(target, column, tile, keys, d_scores);
     } else if (column == 0) {
       sum_over_columns(target, row, tile, keys, d_scores);
     } else {
-      put_matrix<kSumWide>(call, tile, keys, d_scores, turned, target);
+      put_matrix<BIAS_GRAD_SUM_WIDE>(call, tile, keys, d_scores, turned, target);
     }
-  } else if (call.d_bias_sum == kSum) {
-    prefetch_block<T>(kWhole, call.d_bias, offset, row, tile.rows, call.key_len - k0);
-    put_matrix<kSum>(call, tile, keys, d_scores, turned, static_cast<T*>(call.d_bias) + offset);
+  } else if (call.d_bias_kind == BIAS_GRAD_SUM) {
+    prefetch_block<T>(ITEM_COMPUTED, call.d_bias, offset, row, tile.rows, call.key_len - k0);
+    put_matrix<BIAS_GRAD_SUM>(
+        call, tile, keys, d_scores, turned, static_cast<T*>(call.d_bias) + offset);
   } else {
-    with_items<T>(call.d_bias_half, call.d_bias, [&](auto* items) {
-      put_matrix<kPut>(call, tile, keys, d_scores, turned, items + offset);
+    with_items<T>(call.d_bias_item_type, call.d_bias, [&](auto* items) {
+      put_matrix<BIAS_GRAD_STORE>(call, tile, keys, d_scores, turned, items + offset);
     });
   }
 }

@@ -50,7 +50,7 @@ struct GradientFloats {
   static void load_tile(
       const AttentionCall& call, const TileOffsets& at, const Tile& tile, bool dead,
       TileParts<T>& parts) {
-    const bool copied = dead || call.half != kWhole;
+    const bool copied = dead || call.item_type != ITEM_COMPUTED;
     parts.query = rows_of(
         call, copied, call.query, at.query, call.query_row, tile.rows, call.head_dim,
         parts.query_rows, parts.lse2);
@@ -65,7 +65,7 @@ struct GradientFloats {
     transpose<T>(parts.query, {parts.query_t, tile.width}, tile.rows, call.head_dim, scale);
     transpose<T>(parts.grad_out, {parts.grad_out_t, tile.width}, tile.rows, call.value_dim, T(1));
     dot_rows<T>(
-        call.half, call.out, at.out, call.out_row, parts.grad_out, tile.rows, call.value_dim,
+        call.item_type, call.out, at.out, call.out_row, parts.grad_out, tile.rows, call.value_dim,
         parts.delta);
   }
 
@@ -78,7 +78,7 @@ struct GradientFloats {
       return {static_cast<const T*>(address) + offset, row};
     }
     const Matrix<T> to{copies, columns};
-    copy_rows<T>(call.half, address, offset, row, to, rows, dim, lse2);
+    copy_rows<T>(call.item_type, address, offset, row, to, rows, dim, lse2);
     return {to.at, to.row};
   }
 
@@ -91,7 +91,7 @@ struct GradientFloats {
         width / LANES<T>, block.keys, call.head_dim, {key.at, key.row, 1}, {parts.query_t, width},
         {scores, width}, false);
     const Matrix<const T> value = readable<T>(
-        call.half, call.value, block.value, call.value_row, block.keys, call.value_dim,
+        call.item_type, call.value, block.value, call.value_row, block.keys, call.value_dim,
         block.rows + block.keys * call.head_dim);
     multiply<T>(
         width / LANES<T>, block.keys, call.value_dim, {value.at, value.row, 1},
@@ -100,7 +100,7 @@ struct GradientFloats {
 
   static Matrix<const T> key_rows(const AttentionCall& call, const KeyBlock<T>& block) {
     return readable<T>(
-        call.half, call.key, block.key, call.key_row, block.keys, call.head_dim, block.rows);
+        call.item_type, call.key, block.key, call.key_row, block.keys, call.head_dim, block.rows);
   }
 
   // d_value += P^T dO, d_key += dS^T Q and d_query_t = K^T dS^T (+ d_query_t with `add`). `weights` (P)
@@ -115,8 +115,9 @@ struct GradientFloats {
     multiply_wide<T>(
         d_key.row, block.keys, tile.rows, {d_scores, width, 1}, parts.query, d_key, true);
     // as `score_products` left it
-    const Matrix<const T> key =
-        call.half == kWhole ? key_rows(call, block) : Matrix<const T>{block.rows, call.head_dim};
+    const Matrix<const T> key = call.item_type == ITEM_COMPUTED
+                                    ? key_rows(call, block)
+                                    : Matrix<const T>{block.rows, call.head_dim};
     multiply<T>(
         width / LANES<T>, call.head_dim, block.keys, {key.at, 1, key.row}, {d_scores, width},
         {d_query_t, width}, add);
@@ -142,7 +143,7 @@ struct GradientPairs {
         grad_out, call.grad_out_row, call.value_dim, tile, parts.lse2, parts.grad_out_t,
         parts.grad_out_rows, parts.grad_out);
     dot_rows<float>(
-        call.half, call.out, at.out, call.out_row,
+        call.item_type, call.out, at.out, call.out_row,
         Matrix<const Bfloat16>{grad_out, call.grad_out_row}, tile.rows, call.value_dim,
         parts.delta);
   }

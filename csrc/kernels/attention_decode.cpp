@@ -27,7 +27,7 @@ int64_t partial_row(const AttentionCall& call) {
 }
 
 int64_t most_rows(const AttentionCall& call) {
-  return call.heads / call.key_heads * min(call.few, call.query_len);
+  return call.heads / call.key_heads * min(call.max_decode_queries, call.query_len);
 }
 
 template <typename T>
@@ -114,7 +114,7 @@ void add_terms_to_row(
         b * call.bias_batch + h * call.bias_head + i * call.bias_row + k0 * call.bias_column;
     const bool same = call.bias_column == 0;
     const T* source =
-        readable<T>(call.bias_half, call.bias, offset, 0, 1, same ? 1 : keys, scratch).at;
+        readable<T>(call.bias_item_type, call.bias, offset, 0, 1, same ? 1 : keys, scratch).at;
     const Vec<T> factor = splat(static_cast<T>(LOG2_E));
     for (int64_t v = 0; v < keys; v += LANES<T>) {
       const Vec<T> added = same ? splat(source[0]) : load_first(source + v, keys - v);
@@ -198,13 +198,13 @@ ROWMAX_INLINE void with_rows(
     const AttentionCall& call, const void* address, int64_t offset, int64_t row, int64_t rows,
     int64_t dim, int64_t columns, const DecodeScratch<T>& with, Visit visit) {
   if (dim == columns) {
-    with_items<T>(call.half, address, [&](auto* items) {
+    with_items<T>(call.item_type, address, [&](auto* items) {
       visit(Matrix<std::remove_pointer_t<decltype(items)>>{items + offset, row});
     });
     return;
   }
   const Matrix<T> copy{with.padded, columns};
-  copy_rows<T>(call.half, address, offset, row, copy, rows, dim, with.alive);
+  copy_rows<T>(call.item_type, address, offset, row, copy, rows, dim, with.alive);
   visit(Matrix<const T>{copy.at, copy.row});
 }
 
@@ -216,7 +216,7 @@ void decode_chunk(
   const Sequence sequence = sequence_of(call, b);
   const int64_t group = call.heads / call.key_heads, queries = sequence.query_len;
   const int64_t rows = group * queries, row_size = partial_row<T>(call);
-  const int64_t place = sequence.place;
+  const int64_t batch_index = sequence.batch_index;
 
   const Limits limits = limits_of(call, b, sequence);
   const int64_t k0 = chunk * CHUNK_KEYS;
@@ -245,14 +245,15 @@ void decode_chunk(
 
   fill(with.alive, CHUNK_KEYS, T(0));
   for (int64_t g = 0; g < group; ++g) {
-    const int64_t at = place * call.query_batch + (head * group + g) * call.query_head +
+    const int64_t at = batch_index * call.query_batch + (head * group + g) * call.query_head +
                        sequence.first_query * call.query_row;
     const Matrix<T> to{with.query + g * queries * with.head_columns, with.head_columns};
-    copy_rows<T>(call.half, call.query, at, call.query_row, to, queries, call.head_dim, with.alive);
+    copy_rows<T>(
+        call.item_type, call.query, at, call.query_row, to, queries, call.head_dim, with.alive);
   }
   const int64_t counted = end - begin, skipped = begin - k0;
-  const int64_t key =
-      place * call.key_batch + head * call.key_head + (sequence.first_key + begin) * call.key_row;
+  const int64_t key = batch_index * call.key_batch + head * call.key_head +
+                      (sequence.first_key + begin) * call.key_row;
   with_rows(
       call, call.key, key, call.key_row, counted, call.head_dim, with.head_columns, with,
       [&](auto keys) {
@@ -284,7 +285,7 @@ void decode_chunk(
       drop_row(call, b, h, i, k0, end - k0, row);
     }
   }
-  const int64_t value = place * call.value_batch + head * call.value_head +
+  const int64_t value = batch_index * call.value_batch + head * call.value_head +
                         (sequence.first_key + begin) * call.value_row;
   const Matrix<T> totals{partial + LANES<T>, row_size};
   with_rows(
@@ -331,17 +332,18 @@ void merge_chunks(
     const bool empty = total == 0.0;
     const T factor = empty ? T(0) : static_cast<T>(call.keep_scale / total);
     const int64_t row = sequence.first_query + i;
-    const int64_t offset = sequence.place * call.out_batch + h * call.out_head + row * call.out_row;
+    const int64_t offset =
+        sequence.batch_index * call.out_batch + h * call.out_head + row * call.out_row;
     write_rows<T>(
-        call.half, call.out, offset, call.out_row, {with.sums, with.value_columns}, 1,
+        call.item_type, call.out, offset, call.out_row, {with.sums, with.value_columns}, 1,
         call.value_dim, factor);
     if (call.lse == nullptr) {
       continue;
     }
     const double log_total = total > 0.0 ? log2(splat(total))[0] : total;  // NaN stays NaN
     const double row_lse = empty ? -INFINITE<double> : (shift + log_total) * LN_2;
-    const int64_t at = (sequence.place * call.heads + h) * call.query_rows + row;
-    if (call.half == kWhole) {
+    const int64_t at = (sequence.batch_index * call.heads + h) * call.query_rows + row;
+    if (call.item_type == ITEM_COMPUTED) {
       static_cast<double*>(call.lse)[at] = row_lse;
     } else {
       static_cast<float*>(call.lse)[at] = static_cast<float>(row_lse);
@@ -356,18 +358,18 @@ void decode(const AttentionCall& call, void* memory) {
   const DecodeScratch<T> with(call, scratch);
   const int64_t chunk_size = most_rows(call) * partial_row<T>(call);
   while (true) {
-    const int64_t task = take_ticket(call.tickets);
+    const int64_t task = take_work(call.work_counter);
     if (task >= call.batch * call.key_heads * call.chunks) {
       break;
     }
     const int64_t plane = task / call.chunks, chunk = task % call.chunks;
     const int64_t b = plane / call.key_heads, head = plane % call.key_heads;
-    if (sequence_of(call, b).query_len > call.few) {
+    if (sequence_of(call, b).query_len > call.max_decode_queries) {
       continue;
     }
     T* partials = static_cast<T*>(call.partials) + plane * call.chunks * chunk_size;
     decode_chunk(call, b, head, chunk, with, partials + chunk * chunk_size);
-    if (call.chunks == 1 || finish_task(call.finished + plane) == call.chunks - 1) {
+    if (call.chunks == 1 || finish_task(call.chunks_done + plane) == call.chunks - 1) {
       merge_chunks(call, b, head, partials, chunk_size, with);
     }
   }

@@ -30,7 +30,7 @@ struct ForwardScratch {
     rescale = scratch.take<T>(width);
     first = scratch.take<IntOf<T>>(width);
     last = scratch.take<IntOf<T>>(width);
-    if (call.half != kWhole) {
+    if (call.item_type != ITEM_COMPUTED) {
       const int64_t columns = max(call.head_dim, call.value_dim) + LANES<T>;
       wide_rows = scratch.take<T>(max<int64_t>(BLOCK_KEYS, width) * columns);
     }
@@ -131,8 +131,8 @@ void finish(
   }
   const int64_t first_row = sequence.first_query + tile.start;
   const int64_t offset =
-      sequence.place * call.out_batch + tile.h * call.out_head + first_row * call.out_row;
-  if (call.half == kWhole) {
+      sequence.batch_index * call.out_batch + tile.h * call.out_head + first_row * call.out_row;
+  if (call.item_type == ITEM_COMPUTED) {
     T* out = static_cast<T*>(call.out) + offset;
     transpose<T>({from.out_t, tile.width}, {out, call.out_row}, call.value_dim, tile.rows, T(1));
   } else {
@@ -140,19 +140,19 @@ void finish(
     transpose<T>(
         {from.out_t, tile.width}, {from.wide_rows, columns}, call.value_dim, tile.rows, T(1));
     write_rows<T>(
-        call.half, call.out, offset, call.out_row, {from.wide_rows, columns}, tile.rows,
+        call.item_type, call.out, offset, call.out_row, {from.wide_rows, columns}, tile.rows,
         call.value_dim, T(1));
   }
   if (call.lse == nullptr) {
     return;
   }
-  const int64_t row = (sequence.place * call.heads + tile.h) * call.query_rows + first_row;
+  const int64_t row = (sequence.batch_index * call.heads + tile.h) * call.query_rows + first_row;
   for (int64_t v = 0; v < tile.rows; v += LANES<double>) {
     const Vec<double> largest = load_wide(from.row_max + v);  // -inf where l = 0
     const Vec<double> total = load_wide(from.row_sum + v);
     // total - total is 0, or NaN where a score was.
     const Vec<double> row_lse = (largest + log2(total) + (total - total)) * splat(LN_2);
-    if (call.half == kWhole) {
+    if (call.item_type == ITEM_COMPUTED) {
       store_first(static_cast<double*>(call.lse) + row + v, row_lse, tile.rows - v);
     } else {
       for (int64_t r = 0; r < min<int64_t>(LANES<double>, tile.rows - v); ++r) {
@@ -174,20 +174,21 @@ void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
   const int64_t head = h / (call.heads / call.key_heads);
   if (part == kQuery) {
     const int64_t query =
-        at.place * call.query_batch + h * call.query_head + at.first_query * call.query_row;
-    prefetch_rows<T>(call.half, call.query, query, call.query_row, at.query_len, call.head_dim);
+        at.batch_index * call.query_batch + h * call.query_head + at.first_query * call.query_row;
+    prefetch_rows<T>(
+        call.item_type, call.query, query, call.query_row, at.query_len, call.head_dim);
   } else if (part == kKey) {
     const int64_t key =
-        at.place * call.key_batch + head * call.key_head + at.first_key * call.key_row;
-    prefetch_rows<T>(call.half, call.key, key, call.key_row, at.key_len, call.head_dim);
+        at.batch_index * call.key_batch + head * call.key_head + at.first_key * call.key_row;
+    prefetch_rows<T>(call.item_type, call.key, key, call.key_row, at.key_len, call.head_dim);
   } else if (part == kValue) {
     const int64_t value =
-        at.place * call.value_batch + head * call.value_head + at.first_key * call.value_row;
-    prefetch_rows<T>(call.half, call.value, value, call.value_row, at.key_len, call.value_dim);
+        at.batch_index * call.value_batch + head * call.value_head + at.first_key * call.value_row;
+    prefetch_rows<T>(call.item_type, call.value, value, call.value_row, at.key_len, call.value_dim);
   } else {
     const int64_t out =
-        at.place * call.out_batch + h * call.out_head + at.first_query * call.out_row;
-    prefetch_target<T>(call.half, call.out, out, call.out_row, at.query_len, call.value_dim);
+        at.batch_index * call.out_batch + h * call.out_head + at.first_query * call.out_row;
+    prefetch_target<T>(call.item_type, call.out, out, call.out_row, at.query_len, call.value_dim);
   }
 }
 
@@ -198,14 +199,14 @@ void forward_tile(
     const ForwardScratch<T>& to) {
   const Sequence sequence = sequence_of(call, b);
   const Tile tile = tile_of<T>(call, b, h, start, sequence.query_len);
-  if (tile.rows <= 0 || sequence.query_len <= call.few) {
+  if (tile.rows <= 0 || sequence.query_len <= call.max_decode_queries) {
     return;
   }
   const int64_t width = tile.width;
   const int64_t head = h / (call.heads / call.key_heads);
-  const int64_t key =
-      sequence.place * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
-  const int64_t value = sequence.place * call.value_batch + head * call.value_head +
+  const int64_t key = sequence.batch_index * call.key_batch + head * call.key_head +
+                      sequence.first_key * call.key_row;
+  const int64_t value = sequence.batch_index * call.value_batch + head * call.value_head +
                         sequence.first_key * call.value_row;
 
   const KeyRange range = key_ranges<T>(call, sequence, tile, to.first, to.last);
@@ -217,7 +218,7 @@ void forward_tile(
     prefetch_part<T>(call, following, kQuery);
   }
   if (range.begin < range.end) {
-    const int64_t offset = sequence.place * call.query_batch + h * call.query_head +
+    const int64_t offset = sequence.batch_index * call.query_batch + h * call.query_head +
                            (sequence.first_query + start) * call.query_row;
     Products::load_query(call, offset, tile, to.query_t, to.wide_rows);
   }
@@ -266,11 +267,11 @@ void forward(const AttentionCall& call, void* memory) {
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t tasks = call.batch * call.heads * tiles;
   while (true) {
-    const int64_t first = take_ticket(call.tickets) * call.run;
+    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
     if (first >= tasks) {
       break;
     }
-    const int64_t end = min(first + call.run, tasks);
+    const int64_t end = min(first + call.tasks_per_grab, tasks);
     for (int64_t task = first; task < end; ++task) {
       const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
       const int64_t following = next_head ? (task + 1) / tiles : -1;

@@ -41,7 +41,7 @@ struct Floats {
       fill(query_t, call.head_dim * tile.width, T(0));
     }
     const Matrix<const T> query = readable<T>(
-        call.half, call.query, offset, call.query_row, tile.rows, call.head_dim, scratch);
+        call.item_type, call.query, offset, call.query_row, tile.rows, call.head_dim, scratch);
     transpose<T>(
         query, {query_t, tile.width}, tile.rows, call.head_dim, static_cast<T>(call.scale));
   }
@@ -51,7 +51,7 @@ struct Floats {
       const AttentionCall& call, int64_t offset, int64_t keys, int64_t width, const T* query_t,
       T* scores, T* scratch) {
     const Matrix<const T> key =
-        readable<T>(call.half, call.key, offset, call.key_row, keys, call.head_dim, scratch);
+        readable<T>(call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch);
     multiply<T>(
         width / LANES<T>, keys, call.head_dim, {key.at, key.row, 1}, {query_t, width},
         {scores, width}, false);
@@ -65,8 +65,8 @@ struct Floats {
     if (moved && started) {
       scale_columns(out_t, call.value_dim, width, rescale);
     }
-    const Matrix<const T> value =
-        readable<T>(call.half, call.value, offset, call.value_row, keys, call.value_dim, scratch);
+    const Matrix<const T> value = readable<T>(
+        call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch);
     multiply<T>(
         width / LANES<T>, call.value_dim, keys, {value.at, 1, value.row}, {weights, width},
         {out_t, width}, started);

@@ -1,6 +1,6 @@
 // Rows of q, k, v and their gradients in memory, of the type computed in or of a half type.
 //
-// `half` says which, at run time: so one machine function does all three, and a matrix of a half type
+// `item_type` says which, at run time: so one machine function does all three, and a matrix of a half type
 // is widened tile by tile, never as a whole. Offsets and row strides count elements.
 
 #pragma once
@@ -9,7 +9,8 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "kernels/attention_call.h"
+#include "call_records.h"
+#include "constants.h"
 #include "simd/gemm.h"
 
 namespace rowmax {
@@ -19,14 +20,14 @@ template <typename Item, typename Address>
 using PointerLike =
     std::conditional_t<std::is_const_v<std::remove_pointer_t<Address>>, const Item*, Item*>;
 
-// visit(pointer to items of the type that `half` names)
+// visit(pointer to items of the type that `item_type` names)
 template <typename T, typename Address, typename Visit>
-ROWMAX_INLINE void with_items(int64_t half, Address address, Visit visit) {
+ROWMAX_INLINE void with_items(int64_t item_type, Address address, Visit visit) {
   if constexpr (std::is_same_v<T, float>) {
-    if (half == kBfloat16) {
+    if (item_type == ITEM_BFLOAT16) {
       return visit(static_cast<PointerLike<Bfloat16, Address>>(address));
     }
-    if (half == kFloat16) {
+    if (item_type == ITEM_FLOAT16) {
       return visit(static_cast<PointerLike<Float16, Address>>(address));
     }
   }
@@ -36,12 +37,12 @@ ROWMAX_INLINE void with_items(int64_t half, Address address, Visit visit) {
 // A (rows, columns) matrix that can be computed with: half types are widened into `scratch`.
 template <typename T>
 inline Matrix<const T> readable(
-    int64_t half, const void* address, int64_t offset, int64_t row, int64_t rows, int64_t columns,
-    T* scratch) {
-  if (half == kWhole) {
+    int64_t item_type, const void* address, int64_t offset, int64_t row, int64_t rows,
+    int64_t columns, T* scratch) {
+  if (item_type == ITEM_COMPUTED) {
     return {static_cast<const T*>(address) + offset, row};
   }
-  with_items<T>(half, address, [&](auto* items) {
+  with_items<T>(item_type, address, [&](auto* items) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; c += LANES<T>) {
         const auto vector = load_first(items + offset + r * row + c, columns - c);
@@ -55,8 +56,9 @@ inline Matrix<const T> readable(
 // Ask for rows that will be read soon, while there is other work.
 template <typename T>
 inline void prefetch_rows(
-    int64_t half, const void* address, int64_t offset, int64_t row, int64_t rows, int64_t columns) {
-  const int64_t size = half == kWhole ? sizeof(T) : 2;
+    int64_t item_type, const void* address, int64_t offset, int64_t row, int64_t rows,
+    int64_t columns) {
+  const int64_t size = item_type == ITEM_COMPUTED ? sizeof(T) : 2;
   for (int64_t r = 0; r < rows; ++r) {
     const char* first = static_cast<const char*>(address) + (offset + r * row) * size;
     for (int64_t at = 0; at < columns * size; at += 64) {
@@ -68,8 +70,8 @@ inline void prefetch_rows(
 // Ask for rows that will be written soon.
 template <typename T>
 inline void prefetch_target(
-    int64_t half, void* address, int64_t offset, int64_t row, int64_t rows, int64_t columns) {
-  const int64_t size = half == kWhole ? sizeof(T) : 2;
+    int64_t item_type, void* address, int64_t offset, int64_t row, int64_t rows, int64_t columns) {
+  const int64_t size = item_type == ITEM_COMPUTED ? sizeof(T) : 2;
   for (int64_t r = 0; r < rows; ++r) {
     char* first = static_cast<char*>(address) + (offset + r * row) * size;
     for (int64_t at = 0; at < columns * size; at += 64) {
@@ -81,9 +83,9 @@ inline void prefetch_target(
 // target = factor * source; rows of `source` are padded to vectors.
 template <typename T>
 inline void write_rows(
-    int64_t half, void* address, int64_t offset, int64_t row, Matrix<const T> source, int64_t rows,
-    int64_t columns, T factor) {
-  with_items<T>(half, address, [&](auto* items) {
+    int64_t item_type, void* address, int64_t offset, int64_t row, Matrix<const T> source,
+    int64_t rows, int64_t columns, T factor) {
+  with_items<T>(item_type, address, [&](auto* items) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < columns; c += LANES<T>) {
         const Vec<T> vector = load(source.at + r * source.row + c) * splat(factor);
@@ -97,9 +99,9 @@ inline void write_rows(
 // may hold NaN.
 template <typename T>
 inline void copy_rows(
-    int64_t half, const void* address, int64_t offset, int64_t row, Matrix<T> target, int64_t rows,
-    int64_t columns, const T* lse2) {
-  with_items<T>(half, address, [&](auto* items) {
+    int64_t item_type, const void* address, int64_t offset, int64_t row, Matrix<T> target,
+    int64_t rows, int64_t columns, const T* lse2) {
+  with_items<T>(item_type, address, [&](auto* items) {
     for (int64_t r = 0; r < rows; ++r) {
       const bool dead = lse2[r] == INFINITE<T>;
       for (int64_t c = 0; c < target.row; c += LANES<T>) {
@@ -116,9 +118,9 @@ inline void copy_rows(
 // totals[r] = sum_c a[r, c] * b[r, c], with `a` in memory.
 template <typename T, typename Item>
 inline void dot_rows(
-    int64_t half, const void* address, int64_t offset, int64_t row, Matrix<const Item> b,
+    int64_t item_type, const void* address, int64_t offset, int64_t row, Matrix<const Item> b,
     int64_t rows, int64_t columns, T* totals) {
-  with_items<T>(half, address, [&](auto* items) {
+  with_items<T>(item_type, address, [&](auto* items) {
     for (int64_t r = 0; r < rows; ++r) {
       Vec<T> total{};
       for (int64_t c = 0; c < columns; c += LANES<T>) {

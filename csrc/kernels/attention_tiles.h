@@ -14,7 +14,7 @@ namespace ROWMAX_ISA {
 
 // Where batch element b lies.
 struct Sequence {
-  int64_t place;  // index in memory
+  int64_t batch_index;  // index in memory
   int64_t first_query, first_key, query_len, key_len;
 };
 
@@ -229,10 +229,11 @@ ROWMAX_INLINE Ints<T> load_first_flags(const uint8_t* from, int64_t count) {
 // short pieces of many rows, which the hardware does not foresee.
 template <typename T>
 inline void prefetch_block(
-    int64_t half, const void* address, int64_t offset, int64_t row, int64_t rows, int64_t keys) {
+    int64_t item_type, const void* address, int64_t offset, int64_t row, int64_t rows,
+    int64_t keys) {
   const int64_t columns = min<int64_t>(BLOCK_KEYS, keys - BLOCK_KEYS);
   if (columns > 0) {
-    prefetch_rows<T>(half, address, offset + BLOCK_KEYS, row, rows, columns);
+    prefetch_rows<T>(item_type, address, offset + BLOCK_KEYS, row, rows, columns);
   }
 }
 
@@ -258,9 +259,9 @@ inline void add_matrix(
   const uint8_t* allowed = dense ? dense_at(call, tile, k0) : nullptr;
   if (bias) {
     prefetch_block<T>(
-        call.bias_half, call.bias, offset, call.bias_row, tile.rows, call.key_len - k0);
+        call.bias_item_type, call.bias, offset, call.bias_row, tile.rows, call.key_len - k0);
   }
-  with_items<T>(call.bias_half, call.bias, [&](auto* items) {
+  with_items<T>(call.bias_item_type, call.bias, [&](auto* items) {
     for (int64_t v = 0; v < tile.width; v += lanes) {
       for (int64_t k = 0; k < keys; k += lanes) {
         const int64_t rows = min<int64_t>(lanes, tile.rows - v);
@@ -292,7 +293,7 @@ inline void add_bias(
                          tile.start * call.bias_row + k0 * call.bias_column;
   const bool by_row = call.bias_row != 0;
   const Matrix<const T> source = readable<T>(
-      call.bias_half, call.bias, offset, call.bias_row, by_row ? tile.rows : 1,
+      call.bias_item_type, call.bias, offset, call.bias_row, by_row ? tile.rows : 1,
       call.bias_column == 0 ? 1 : keys, scratch);
   T* of_rows = scratch + VECTORS * LANES<T>;
   for (int64_t r = 0; by_row && r < tile.width; ++r) {

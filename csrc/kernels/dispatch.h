@@ -4,8 +4,7 @@
 
 #include <stdint.h>
 
-#include "kernels/attention_call.h"
-#include "kernels/row_calls.h"
+#include "call_records.h"
 
 namespace rowmax {
 

@@ -202,7 +202,7 @@ void differentiate_chunks(const NormCall& call, void* memory) {
   const int64_t padded = round_up(call.columns, LANES<T>);
   T* partials = static_cast<T*>(call.partials);
   while (true) {
-    const int64_t chunk = take_ticket(call.tickets);
+    const int64_t chunk = take_work(call.work_counter);
     if (chunk >= call.chunks) {
       break;
     }
@@ -211,7 +211,7 @@ void differentiate_chunks(const NormCall& call, void* memory) {
     const Backward<Item> kernel{call, factors, factors + FACTOR_BLOCK, d_weight, d_weight + padded};
     const int64_t start = chunk * call.chunk_rows;
     kernel.rows(start, min(start + call.chunk_rows, call.rows));
-    if (finish_task(call.tickets + 1) == call.chunks - 1) {
+    if (finish_task(call.work_counter + 1) == call.chunks - 1) {
       if (call.d_weight != nullptr) {
         T* target = static_cast<T*>(call.d_weight);
         sum_chunks(partials, 2 * padded, call.chunks, target, call.columns);

@@ -84,7 +84,7 @@ struct Forward {
     Item* total = static_cast<Item*>(call.total) + index * columns;
     for (int64_t first = 0; first < columns; first += FACTOR_BLOCK) {
       const int64_t width = min<int64_t>(FACTOR_BLOCK, columns - first);
-      if (call.dropping) {
+      if (call.dropout) {
         const T keep_scale = static_cast<T>(call.keep_scale);
         draw_factors(factors, index, first, width, call.threshold, keep_scale, call.seed);
       }
@@ -268,7 +268,7 @@ void normalise(const NormCall& call, void* memory) {
   fill(factors, FACTOR_BLOCK, T(1));
   const Forward<Item> kernel{call, factors};
   while (true) {
-    const int64_t start = take_ticket(call.tickets) * call.task_rows;
+    const int64_t start = take_work(call.work_counter) * call.task_rows;
     if (start >= call.rows) {
       break;
     }

@@ -132,7 +132,7 @@ void weigh(const SoftmaxCall& call, void* memory) {
   const T sign = call.scale == 0.0 ? T(0) : call.scale > 0.0 ? T(1) : T(-1);
   const T factor = call.scale == 0.0 ? T(1) : static_cast<T>(__builtin_fabs(call.scale) * LOG2_E);
   while (true) {
-    const int64_t first_row = take_ticket(call.tickets) * call.task_rows;
+    const int64_t first_row = take_work(call.work_counter) * call.task_rows;
     if (first_row >= call.rows) {
       break;
     }
@@ -189,13 +189,13 @@ void differentiate(const SoftmaxCall& call, void*) {
   const int64_t keys = call.keys;
   const Vec<T> scales = splat(static_cast<T>(call.scale)), zero{};
   while (true) {
-    const int64_t first_row = take_ticket(call.tickets) * call.task_rows;
+    const int64_t first_row = take_work(call.work_counter) * call.task_rows;
     if (first_row >= call.rows) {
       break;
     }
     const int64_t end_row = min(first_row + call.task_rows, call.rows);
     for (int64_t index = first_row; index < end_row; ++index) {
-      const Item* weights = static_cast<const Item*>(call.given) + index * call.given_row;
+      const Item* weights = static_cast<const Item*>(call.weights) + index * call.weights_row;
       const Item* grad = static_cast<const Item*>(call.grad) + index * call.grad_row;
       Item* target = static_cast<Item*>(call.d_scores) + index * keys;
       Vec<T> sums[2] = {};

@@ -38,7 +38,7 @@ ROWMAX_INLINE void transpose_rows(V (&rows)[lanes]) {
 
 // What becomes of to[c, r] when x = factor * from[r, c] arrives: to = x, to += x, or to += x but -inf
 // where x is, even over NaN.
-enum class Turn { kPut, kAdd, kScore };
+enum class Turn { kStore, kAdd, kScore };
 
 template <Turn turn, typename From, typename To>
 __attribute__((noinline)) void turn_block(
@@ -55,7 +55,7 @@ __attribute__((noinline)) void turn_block(
   for (int r = 0; r < lanes; ++r) {
     To* at = to + r * to_row;
     Vec<T> value = rows[r];
-    if constexpr (turn != Turn::kPut) {
+    if constexpr (turn != Turn::kStore) {
       value = load(at) + value;
     }
     if constexpr (turn == Turn::kScore) {
@@ -73,7 +73,7 @@ inline void transpose(Matrix<const T> from, Matrix<T> to, int64_t rows, int64_t 
   const int64_t full_rows = rows - rows % lanes, full_columns = columns - columns % lanes;
   for (int64_t r = 0; r < full_rows; r += lanes) {
     for (int64_t c = 0; c < full_columns; c += lanes) {
-      turn_block<Turn::kPut>(
+      turn_block<Turn::kStore>(
           from.at + r * from.row + c, from.row, to.at + c * to.row + r, to.row, factor);
     }
   }

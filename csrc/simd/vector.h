@@ -406,10 +406,10 @@ ROWMAX_INLINE void prefetch_to_write(const void* address) {
 
 // --- threads --------------------------------------------------------------------------------------
 
-ROWMAX_INLINE int64_t take_ticket(int64_t* counter) {
+ROWMAX_INLINE int64_t take_work(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
-// As `take_ticket`, and a barrier: who draws the last number sees what all others wrote.
+// As `take_work`, and a barrier: who draws the last number sees what all others wrote.
 ROWMAX_INLINE int64_t finish_task(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
 }

@@ -86,8 +86,7 @@ def require(tool: str, advice: str | None = None) -> str:
 def write_build(build: Path, compiler: str, native: bool) -> None:
     """A ninja file that compiles each kernel source for each instruction set, and the test."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    write_constants = runpy.run_path(str(ROOT / "csrc" / "write_constants.py"))["write"]
-    write_constants(build / "constants.h")
+    runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
     instruction_sets = setup["INSTRUCTION_SETS"]
     if not native:
         instruction_sets = {"portable": instruction_sets["portable"]}

@@ -13,6 +13,7 @@ from .backends import dtype_name
 if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
+from rowmax.kernels.backends.cpu_common.call_records import INTEGER, fields
 from rowmax.kernels.backends.cpu_numba.call import Kernel, read
 from rowmax.kernels.backends.cpu_numba.gemm import lanes_in, lanes_of
 from rowmax.kernels.backends.cpu_numba.memory import load, load_first, pointer, store, store_first
@@ -45,8 +46,8 @@ def narrow(argument):
     store_first(target + whole, load_first(source + whole, rest), rest)
 
 
-WIDEN = Kernel(widen, ("source", "target", "count"), ())
-NARROW = Kernel(narrow, ("source", "target", "count"), ())
+WIDEN = Kernel(widen, fields(INTEGER, "source target count"))
+NARROW = Kernel(narrow, fields(INTEGER, "source target count"))
 
 
 def moved(kernel: Kernel, source: Tensor, to: torch.dtype) -> Tensor:
@@ -54,7 +55,8 @@ def moved(kernel: Kernel, source: Tensor, to: torch.dtype) -> Tensor:
     half = to if source.dtype == torch.float32 else source.dtype
     guard = 2 * LANES
     target = torch.full((source.numel() + guard,), -7.0, dtype=to)
-    kernel(half, 1, 0, (source.data_ptr(), target.data_ptr(), source.numel()))
+    record = {"source": source.data_ptr(), "target": target.data_ptr(), "count": source.numel()}
+    kernel(half, 1, 0, record)
     assert (target[source.numel() :] == -7.0).all()
     return target[: source.numel()]
 

@@ -1,4 +1,4 @@
-"""What is special to the Numba norms and softmax: lanes, chunks, tickets and strides.
+"""What is special to the Numba norms and softmax: lanes, chunks, counters and strides.
 
 Their numbers against float64 are tested with those of all backends.
 """
@@ -28,6 +28,7 @@ from rowmax.kernels.ops.layout import rows_of, statistics_dtype
 if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
+from rowmax.kernels.backends.cpu_common.call_records import INTEGER, REAL, fields
 from rowmax.kernels.backends.cpu_common.constants import GROUPED_COLUMNS
 from rowmax.kernels.backends.cpu_numba.call import Kernel, read
 from rowmax.kernels.backends.cpu_numba.memory import pointer
@@ -317,7 +318,10 @@ def factors_of_row(argument):
     draw_factors(target, call.row, 0, call.columns, call.threshold, keep, call.seed, call.zero)
 
 
-FACTORS = Kernel(factors_of_row, ("target", "row", "columns", "threshold", "seed"), ("keep_scale",))
+FACTORS = Kernel(
+    factors_of_row,
+    (*fields(INTEGER, "target row columns threshold seed"), *fields(REAL, "keep_scale")),
+)
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=dtype_name)
@@ -325,7 +329,8 @@ FACTORS = Kernel(factors_of_row, ("target", "row", "columns", "threshold", "seed
 def test_rows_beyond_32_bits_have_words_of_their_own(row: int, dtype: torch.dtype) -> None:
     columns, p, seed = 128, 0.4, 123456789123
     target = torch.empty(columns, dtype=dtype)
-    FACTORS(dtype, 1, 0, (target.data_ptr(), row, columns, keep_threshold(p), seed), (1.0,))
+    record = {"target": target.data_ptr(), "row": row, "columns": columns, "seed": seed}
+    FACTORS(dtype, 1, 0, {**record, "threshold": keep_threshold(p), "keep_scale": 1.0})
     words = philox4x32(
         (
             torch.arange(columns // 4),

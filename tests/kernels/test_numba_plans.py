@@ -19,6 +19,7 @@ if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.backends.cpu_numba import attention_launch
+from rowmax.kernels.backends.cpu_numba.attention_forward import FORWARD
 from rowmax.kernels.backends.cpu_numba.call import Plan
 
 
@@ -118,3 +119,13 @@ def test_out_alone_is_the_same_out(queries: int) -> None:
             out = attention(q, k, v, **options, backend="numba")
             beside_lse, _ = attention(q, k, v, **options, return_lse=True, backend="numba")
             assert torch.equal(out, beside_lse)
+
+
+@pytest.mark.parametrize("change", [{"heads": None}, {"head_count": 4}], ids=["missing", "unknown"])
+def test_a_record_has_the_fields_of_its_definition(change: dict[str, int | None]) -> None:
+    given = dict.fromkeys(FORWARD.names, 1) | change
+    fields = {name: value for name, value in given.items() if value is not None}
+    with pytest.raises(
+        TypeError, match=f"_forward: fields missing or unknown: {next(iter(change))}"
+    ):
+        FORWARD.plan(torch.float32, 1, 64, fields)

@@ -19,7 +19,11 @@ if dispatch.unavailable("numba"):
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
 
 from rowmax.kernels.backends.cpu_common.constants import BLOCK_KEYS, CACHE_BYTES
-from rowmax.kernels.backends.cpu_numba import attention_launch
+from rowmax.kernels.backends.cpu_numba import attention_plan
+from rowmax.kernels.backends.cpu_numba.attention_plan import Sizes, backward_plan, forward_plan
+from rowmax.kernels.backends.cpu_numba.gemm import lanes_in
+
+LANES = lanes_in(torch.float32)
 
 CASES = [
     Case("one_head", Shape(1, 1, 1, 300, 900, 24, 40), always(Causal("lower_right"))),
@@ -89,16 +93,17 @@ def test_sums_that_outgrow_the_cache_are_divided(monkeypatch: pytest.MonkeyPatch
     row_bytes = 512
     most = 3 * CACHE_BYTES // row_bytes  # keys
     heads = 4 * torch.get_num_threads()  # enough of them for all threads
-    assert attention_launch._backward_tasks(1, heads, most, row_bytes, None)[2:] == (1, most)
-    _, _, chunks, keys = attention_launch._backward_tasks(1, heads, most + 1, row_bytes, None)
-    assert keys * row_bytes == CACHE_BYTES
-    assert chunks == -(-(most + 1) // keys)
+    plan = backward_plan(Sizes(1, heads, heads, 64, most), LANES, row_bytes, None)
+    assert (plan.chunk_tasks, plan.chunk_keys) == (1, most)
+    plan = backward_plan(Sizes(1, heads, heads, 64, most + 1), LANES, row_bytes, None)
+    assert plan.chunk_keys * row_bytes == CACHE_BYTES
+    assert plan.chunk_tasks == -(-(most + 1) // plan.chunk_keys)
 
     for case in CASES:
         arguments = case.build(torch.float32)
         expected = run("numba", arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(attention_launch, "CACHE_BYTES", 2 * BLOCK_KEYS * 32 * 4)
+            patch.setattr(attention_plan, "CACHE_BYTES", 2 * BLOCK_KEYS * 32 * 4)
             assert_same(run("numba", arguments), expected)
 
 
@@ -113,23 +118,25 @@ def busiest(weights: list[int], threads: int) -> float:
 @pytest.mark.parametrize("length", [8192, 16384])
 def test_one_head_keeps_64_threads_busy(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = 64
-    monkeypatch.setattr(attention_launch, "thread_count", lambda tasks: min(tasks, threads))
-    tile = attention_launch._tile_queries(torch.float32, length, 1)
-    tiles = -(-length // tile)
+    monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: min(tasks, threads))
+    one_head = Sizes(1, 1, 1, length, length)
+    tiles = forward_plan(one_head, LANES).grabs
     assert busiest([1] * tiles, threads) == 1.0
     # causal: tile t has t + 1 parts of work, the longest first
     assert busiest(list(range(tiles, 0, -1)), threads) < 1.02
 
-    _, _, chunks, chunk_keys = attention_launch._backward_tasks(1, 1, length, 512, None)
-    assert chunk_keys % BLOCK_KEYS == 0
-    assert chunks * chunk_keys >= length
+    plan = backward_plan(one_head, LANES, 512, None)
+    chunks = plan.chunk_tasks
+    assert plan.chunk_keys % BLOCK_KEYS == 0
+    assert chunks * plan.chunk_keys >= length
     assert busiest([1] * chunks, threads) == 1.0
     # causal: the first chunk, which all queries attend, has twice the mean of as many threads
     assert busiest(list(range(chunks, 0, -1)), threads) < (2.0 if length == 8192 else 1.02)
 
 
 def test_short_queries_are_divided_into_narrower_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "thread_count", lambda tasks: min(tasks, 64))
-    narrow = attention_launch._tile_queries(torch.float32, 512, 1)
-    monkeypatch.setattr(attention_launch, "thread_count", lambda tasks: 1)
-    assert narrow < attention_launch._tile_queries(torch.float32, 512, 1)
+    one_head = Sizes(1, 1, 1, 512, 512)
+    monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: min(tasks, 64))
+    narrow = forward_plan(one_head, LANES).tile
+    monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: 1)
+    assert narrow < forward_plan(one_head, LANES).tile

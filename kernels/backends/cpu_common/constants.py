@@ -1,7 +1,7 @@
 """The numbers that both CPU backends compute with, written down once.
 
 Numba's kernels import them; the build of the C++ extension makes a header of every public name here
-(`csrc/write_constants.py`). So this module imports nothing but the standard library.
+(`csrc/write_headers.py`). So this module imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -10,6 +10,16 @@ import math
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+
+# A tensor's type in memory: the one computed in, or a half type that is widened to float32.
+ITEM_COMPUTED = 0
+ITEM_BFLOAT16 = 1
+ITEM_FLOAT16 = 2
+# What becomes of an element of a block of the bias gradient. It is one pair's and stored, in the
+# type computed in or a half type; or part of a sum, in the type computed in or in float64.
+BIAS_GRAD_STORE = 0
+BIAS_GRAD_SUM = 1
+BIAS_GRAD_SUM_WIDE = 2
 
 # Keys whose scores are in the scratch at once; blocks start at multiples of it.
 BLOCK_KEYS = 128
@@ -20,8 +30,8 @@ SHORT_HEAD = 256
 # Decoding: keys of a task, few enough to spread, many enough that merging costs nothing; the
 # queries of a head, and the rows of a head of K and V, up to which the keys lie in the lanes.
 CHUNK_KEYS = 256
-FEW_QUERIES = 8
-FEW_ROWS = 128
+MAX_DECODE_QUERIES = 8
+MAX_DECODE_ROWS = 128
 # Of the second-level cache, what the sums of a backward task may fill; dividing them pays from
 # three times as much on.
 CACHE_BYTES = 1 << 20

@@ -104,3 +104,24 @@ def bias_gradient(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> T
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """The tensor itself where its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def broadcast_strides(tensor: Tensor) -> list[int]:
+    """Strides with 0 for every dimension of size 1."""
+    return [
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
+_NO_DROPOUT = {"dropout": 0, "threshold": 0, "seed": 0, "keep_scale": 1.0}
+
+
+def dropout_fields(dropout_p: float, seed: Tensor | None) -> dict[str, float]:
+    """The fields of a call record that say what dropout does."""
+    if dropout_p == 0.0 or seed is None:
+        return _NO_DROPOUT
+    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    return {"dropout": 1, "threshold": threshold, "seed": int(seed), "keep_scale": keep_scale}

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from ..cpu_common.constants import (
+    BIAS_GRAD_STORE,
+    BIAS_GRAD_SUM,
+    BIAS_GRAD_SUM_WIDE,
+    ITEM_BFLOAT16,
+    ITEM_COMPUTED,
+    ITEM_FLOAT16,
+)
 from .attention_tiles import in_range, prefetch_block, random_words
 from .gemm import lanes_of
 from .jit import jit
@@ -19,10 +27,6 @@ from .memory import (
 from .transpose import add_transposed, transpose_block
 from .vector import cast, select, splat
 from .vector_math import at_least, exp2
-
-# What becomes of a block of the bias gradient (`d_bias_kind`): each element is one pair's and is
-# put there, in the type computed in or a half type, or it is a sum, there or in float64.
-PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE = range(5)
 
 
 @jit
@@ -123,39 +127,40 @@ def _sum_over_columns(target, row, rows, width, keys, d_scores):
 
 
 @jit
-def _put_part(kind, address, at, row, rows, columns, d_scores, width, turned, zero):
+def _store_part(kind, item_type, address, at, row, rows, columns, d_scores, width, turned, zero):
     """Up to LANES x LANES pairs of dS^T, turned over, into d_bias or added to it."""
     lanes = lanes_of(d_scores)
     one = cast(1.0, zero)
     whole = rows == lanes and columns == lanes
-    if whole and kind == PUT:
+    stores = kind == BIAS_GRAD_STORE
+    if whole and stores and item_type == ITEM_COMPUTED:
         transpose_block(d_scores, width, pointer(address, zero) + at, row, one)
-    elif whole and kind == PUT_BFLOAT16:
+    elif whole and stores and item_type == ITEM_BFLOAT16:
         transpose_block(d_scores, width, bfloat16_at(address, zero) + at, row, one)
-    elif whole and kind == SUM:
+    elif whole and kind == BIAS_GRAD_SUM:
         add_transposed(d_scores, width, pointer(address, zero) + at, row, one)
     else:
         transpose_block(d_scores, width, turned, lanes, one)
         for r in range(rows):
             part = turned + r * lanes
-            if kind == SUM_WIDE:
+            if kind == BIAS_GRAD_SUM_WIDE:
                 total = pointer(address, 0.0) + (at + r * row)
                 for c in range(columns):
                     total[c] += part[c]
-            elif kind == PUT_BFLOAT16:
+            elif stores and item_type == ITEM_BFLOAT16:
                 store_first(bfloat16_at(address, zero) + (at + r * row), load(part), columns)
-            elif kind == PUT_FLOAT16:
+            elif stores and item_type == ITEM_FLOAT16:
                 store_first(float16_at(address, zero) + (at + r * row), load(part), columns)
             else:
                 same = pointer(address, zero) + (at + r * row)
                 value = load(part)
-                if kind == SUM:
+                if kind == BIAS_GRAD_SUM:
                     value = value + load_first(same, columns)
                 store_first(same, value, columns)
 
 
 @jit
-def put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_scores, turned):
+def store_bias_gradient(call, b, h, start, k0, rows, width, keys, d_scores, turned):
     """d_bias = dS of a tile's block, or d_bias += dS where pairs share an element of the bias.
 
     `turned` is scratch of LANES x LANES elements.
@@ -163,20 +168,27 @@ def put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_scores, turned
     kind, row, zero = call.d_bias_kind, call.d_bias_row, call.zero
     offset = b * call.d_bias_batch + h * call.d_bias_head
     offset += start * row + k0 * call.d_bias_column
-    if row == 0 and kind == SUM_WIDE:
+    if row == 0 and kind == BIAS_GRAD_SUM_WIDE:
         total = pointer(call.d_bias, 0.0) + offset
         _sum_over_rows(total, call.d_bias_column, rows, width, keys, d_scores)
         return
-    if call.d_bias_column == 0 and kind == SUM_WIDE:
+    if call.d_bias_column == 0 and kind == BIAS_GRAD_SUM_WIDE:
         total = pointer(call.d_bias, 0.0) + offset
         _sum_over_columns(total, row, rows, width, keys, d_scores)
         return
     lanes = lanes_of(d_scores)
-    if kind == SUM:
-        prefetch_block(0, call.d_bias, offset, row, rows, call.key_len - k0, zero)
+    if kind == BIAS_GRAD_SUM:
+        prefetch_block(ITEM_COMPUTED, call.d_bias, offset, row, rows, call.key_len - k0, zero)
     for v in range(0, rows, lanes):
         for k in range(0, keys, lanes):
-            _put_part(
-                *(kind, call.d_bias, offset + v * row + k, row, min(lanes, rows - v)),
+            _store_part(
+                *(
+                    kind,
+                    call.d_bias_item_type,
+                    call.d_bias,
+                    offset + v * row + k,
+                    row,
+                    min(lanes, rows - v),
+                ),
                 *(min(lanes, keys - k), d_scores + (k * width + v), width, turned, zero),
             )

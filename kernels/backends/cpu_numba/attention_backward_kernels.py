@@ -12,9 +12,9 @@ P recomputed from lse, M = dropout's keep mask / (1 - p) and delta = sum_k(dO * 
 comes as a rounded value and the rest of it.
 
 A task is one head of K and V, with all query heads that share it, the last tile first. Where there
-are few heads it is one chunk of keys of a head, and a tile of dQ has a turn: chunk after chunk adds
-its blocks' parts to it, in the same order as one task alone, so that the bits are the same. Tasks
-are taken in order: whoever is waited for is being worked on.
+are few heads it is one chunk of keys of a head, and a tile of dQ has a semaphore: chunk after chunk
+adds its blocks' parts to it, in the same order as one task alone, so that the bits are the same.
+Tasks are taken in order: whoever is waited for is being worked on.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ import math
 
 import numpy as np
 
-from ..cpu_common.constants import BLOCK_KEYS, LOG2_E
-from .attention_backward_blocks import gradient_block, put_bias_gradient
+from ..cpu_common.call_records import ATTENTION
+from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED, LOG2_E
+from .attention_backward_blocks import gradient_block, store_bias_gradient
 from .attention_backward_products import add_products, load_tile, score_products
 from .attention_rows import copy_rows, dot_rows, prefetch_rows, write_rows
 from .attention_tiles import (
-    INTEGERS,
-    REALS,
     add_terms,
     attends_none,
     block_end,
@@ -51,29 +50,13 @@ from .memory import (
     publish,
     published,
     store,
-    take_ticket,
+    take_work,
     yield_processor,
 )
 from .transpose import transpose
 from .vector import cast, splat
 
 _QUERY, _KEY, _VALUE, _OUT, _GRAD_OUT = range(5)
-_GRADIENTS = (
-    *("grad_out", "grad_out_batch", "grad_out_head", "grad_out_row"),  # (B, Hq, Lq, Dv)
-    "grad_lse",  # (B, Hq, Lq) float64, contiguous, or absent
-    *("d_query", "d_query_batch", "d_query_head", "d_query_row"),  # as query
-    *("d_key", "d_key_batch", "d_key_head", "d_key_row"),
-    *("d_value", "d_value_batch", "d_value_head", "d_value_row"),
-    *("d_bias", "d_bias_batch", "d_bias_head", "d_bias_row", "d_bias_column"),  # zeros, as bias
-    "d_bias_kind",  # see `attention_gradient_blocks`
-    "delta",  # (B, Hq, Lq) float64: written where the sinks' gradient needs it, or absent
-    *("batch_tasks", "head_tasks"),  # 1 where one task takes all batch elements, or all heads
-    *("chunk_tasks", "chunk_keys"),  # chunks of keys, a multiple of BLOCK_KEYS; 1 and all keys
-    "run",  # tasks taken at once
-    # Where there are several chunks, the shared memory holds the turns, (B, Hq, tiles) int64 zeros,
-    # and then (B, Hq, tiles, D, tile) of the type computed in: the sums of dQ until the last turn.
-    "turns_bytes",
-)
 
 
 @jit
@@ -119,42 +102,42 @@ def _finish_delta(call, row, rows, lse2, delta, keep):
 
 
 @jit
-def _put_query(call, place, h, row, d_query_t, width, rows, scratch):
+def _store_query_gradient(call, batch_index, h, row, d_query_t, width, rows, scratch):
     """d_query = scale * (d_query_t)^T; `row` counts from the start of the tensor."""
     zero = call.zero
     lanes = lanes_of(zero)
-    offset = place * call.d_query_batch + h * call.d_query_head + row * call.d_query_row
+    offset = batch_index * call.d_query_batch + h * call.d_query_head + row * call.d_query_row
     factor = cast(call.score_scale, zero)
-    if call.half == 0:
+    if call.item_type == ITEM_COMPUTED:
         target = pointer(call.d_query, zero) + offset
         transpose(d_query_t, width, target, call.d_query_row, call.head_dim, rows, factor)
         return
     columns = (call.head_dim + lanes - 1) // lanes * lanes
     transpose(d_query_t, width, scratch, columns, call.head_dim, rows, factor)
     write_rows(
-        *(call.half, call.d_query, offset, call.d_query_row),
+        *(call.item_type, call.d_query, offset, call.d_query_row),
         *(scratch, columns, rows, call.head_dim, cast(1.0, zero)),
     )
 
 
 @jit
-def _add_in_turn(call, b, h, start, first, last, parts, blocks, width):
-    """Add the blocks' parts of a tile's dQ to its sum, after the chunks before; returns the sum."""
+def _accumulate_dq(call, b, h, start, before, last, parts, blocks, width):
+    """Add the blocks' parts of a tile's dQ to its sum, after `before` chunks; returns the sum."""
     zero = call.zero
     size = call.head_dim * width
     tiles = (call.query_len + call.tile - 1) // call.tile
     tile = (b * call.heads + h) * tiles + start // call.tile
-    turn = integers_at(call.shared) + tile
-    total = pointer(call.shared + call.turns_bytes, zero) + tile * call.head_dim * call.tile
-    while published(turn) < first:
+    semaphore = integers_at(call.dq_semaphore) + tile
+    total = pointer(call.dq_accumulator, zero) + tile * call.head_dim * call.tile
+    while published(semaphore) < before:
         yield_processor()
-    if first == 0:
+    if before == 0:
         _fill(total, size, zero)
     for block in range(blocks):
         for at in range(0, size, lanes_of(zero)):
             store(total + at, load(total + at) + load(parts + (block * size + at)))
     if not last:
-        publish(turn, first + 1)
+        publish(semaphore, before + 1)
     return total
 
 
@@ -164,26 +147,28 @@ def _prefetch(call, plane, what):
     does: `attention_forward._prefetch`."""
     zero = call.zero
     b, head = plane // call.key_heads, plane % call.key_heads
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(call, b)
     h = head * (call.heads // call.key_heads)
     if what == _QUERY:
-        at = place * call.query_batch + h * call.query_head + first_query * call.query_row
-        prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
+        at = batch_index * call.query_batch + h * call.query_head + first_query * call.query_row
+        prefetch_rows(
+            call.item_type, call.query, at, call.query_row, query_len, call.head_dim, zero
+        )
     elif what == _KEY:
-        at = place * call.key_batch + head * call.key_head + first_key * call.key_row
-        prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
+        at = batch_index * call.key_batch + head * call.key_head + first_key * call.key_row
+        prefetch_rows(call.item_type, call.key, at, call.key_row, key_len, call.head_dim, zero)
     elif what == _VALUE:
-        at = place * call.value_batch + head * call.value_head + first_key * call.value_row
-        prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
+        at = batch_index * call.value_batch + head * call.value_head + first_key * call.value_row
+        prefetch_rows(call.item_type, call.value, at, call.value_row, key_len, call.value_dim, zero)
     elif what == _GRAD_OUT:
-        at = place * call.grad_out_batch + h * call.grad_out_head
+        at = batch_index * call.grad_out_batch + h * call.grad_out_head
         at += first_query * call.grad_out_row
         prefetch_rows(
-            call.half, call.grad_out, at, call.grad_out_row, query_len, call.value_dim, zero
+            call.item_type, call.grad_out, at, call.grad_out_row, query_len, call.value_dim, zero
         )
     else:
-        at = place * call.out_batch + h * call.out_head + first_query * call.out_row
-        prefetch_rows(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
+        at = batch_index * call.out_batch + h * call.out_head + first_query * call.out_row
+        prefetch_rows(call.item_type, call.out, at, call.out_row, query_len, call.value_dim, zero)
 
 
 @jit
@@ -192,7 +177,7 @@ def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value)
     d_value in scratch."""
     zero = call.zero
     lanes = lanes_of(zero)
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(call, b)
     rows = min(call.tile, query_len - start)
     vectors = tile_vectors(rows, zero)
     width = vectors * lanes
@@ -233,13 +218,17 @@ def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value)
         return
 
     head = h // (call.heads // call.key_heads)
-    row = (place * call.heads + h) * call.query_rows + first_query + start
-    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
-    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
-    at = place * call.query_batch + h * call.query_head + (first_query + start) * call.query_row
-    grad_out_at = place * call.grad_out_batch + h * call.grad_out_head
+    row = (batch_index * call.heads + h) * call.query_rows + first_query + start
+    key = batch_index * call.key_batch + head * call.key_head + first_key * call.key_row
+    value = batch_index * call.value_batch + head * call.value_head + first_key * call.value_row
+    at = (
+        batch_index * call.query_batch
+        + h * call.query_head
+        + (first_query + start) * call.query_row
+    )
+    grad_out_at = batch_index * call.grad_out_batch + h * call.grad_out_head
     grad_out_at += (first_query + start) * call.grad_out_row
-    out_at = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
+    out_at = batch_index * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
     query = pointer(call.query, zero) + at
     query_row = call.query_row
     grad_out = pointer(call.grad_out, zero) + grad_out_at
@@ -259,20 +248,20 @@ def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value)
         dead = _read_lse(call, row, rows, lse2, rest, first, last)
         # Rows that attend nothing may hold NaN, and padding is needed where a row is no whole
         # number of vectors: only then, and to widen them, are rows copied.
-        if dead or call.half != 0 or head_columns != call.head_dim:
+        if dead or call.item_type != ITEM_COMPUTED or head_columns != call.head_dim:
             copy_rows(
-                *(call.half, call.query, at, query_row),
+                *(call.item_type, call.query, at, query_row),
                 *(query_rows, head_columns, rows, call.head_dim, lse2, zero),
             )
             query, query_row = query_rows, head_columns
-        if dead or call.half != 0 or value_columns != call.value_dim:
+        if dead or call.item_type != ITEM_COMPUTED or value_columns != call.value_dim:
             copy_rows(
-                *(call.half, call.grad_out, grad_out_at, grad_out_row),
+                *(call.item_type, call.grad_out, grad_out_at, grad_out_row),
                 *(grad_out_rows, value_columns, rows, call.value_dim, lse2, zero),
             )
             grad_out, grad_out_row = grad_out_rows, value_columns
         dot_rows(
-            *(call.half, call.out, out_at, call.out_row),
+            *(call.item_type, call.out, out_at, call.out_row),
             *(grad_out, grad_out_row, rows, call.value_dim, delta, zero),
         )
         _finish_delta(call, row, rows, lse2, delta, chunk == first_chunk)
@@ -309,7 +298,7 @@ def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value)
         if following >= 0 and blocks == 0:
             _prefetch(call, following, _VALUE)
         if call.d_bias != 0:
-            put_bias_gradient(call, b, h, start, k0, rows, width, keys, d_weights, terms)
+            store_bias_gradient(call, b, h, start, k0, rows, width, keys, d_weights, terms)
         if call.cap != 0.0:
             for at in range(0, keys * width, lanes):
                 store(d_weights + at, load(d_weights + at) * load(slopes + at))
@@ -331,11 +320,13 @@ def _backward_tile(call, b, h, start, chunk, following, scratch, d_key, d_value)
         k0 += keys
 
     if call.chunk_tasks > 1:
-        turn, ends = chunk - first_chunk, chunk == last_chunk
-        d_query_t = _add_in_turn(call, b, h, start, turn, ends, parts, blocks, width)
+        before, ends = chunk - first_chunk, chunk == last_chunk
+        d_query_t = _accumulate_dq(call, b, h, start, before, ends, parts, blocks, width)
         if not ends:
             return
-    _put_query(call, place, h, first_query + start, d_query_t, width, rows, query_rows)
+    _store_query_gradient(
+        call, batch_index, h, first_query + start, d_query_t, width, rows, query_rows
+    )
 
 
 @jit
@@ -343,7 +334,7 @@ def _backward_chunk(call, b, head, chunk, following, scratch):
     """One chunk of a head of K and V, with every query of every query head that shares it."""
     zero = call.zero
     lanes = lanes_of(zero)
-    place, _, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, _, first_key, query_len, key_len = sequence_of(call, b)
     begin = chunk * call.chunk_keys
     keys = max(0, min(call.chunk_keys, key_len - begin))
     if keys == 0 and chunk > 0:
@@ -360,15 +351,20 @@ def _backward_chunk(call, b, head, chunk, following, scratch):
             is_last = tile == 0 and h == (head + 1) * groups - 1
             after = following if is_last else -1
             _backward_tile(call, b, h, tile * call.tile, chunk, after, tile_scratch, d_key, d_value)
-    to_key = place * call.d_key_batch + head * call.d_key_head
+    to_key = batch_index * call.d_key_batch + head * call.d_key_head
     write_rows(
-        *(call.half, call.d_key, to_key + (first_key + begin) * call.d_key_row, call.d_key_row),
+        *(
+            call.item_type,
+            call.d_key,
+            to_key + (first_key + begin) * call.d_key_row,
+            call.d_key_row,
+        ),
         *(d_key, head_columns, keys, call.head_dim, cast(call.score_scale, zero)),
     )
-    to_value = place * call.d_value_batch + head * call.d_value_head
+    to_value = batch_index * call.d_value_batch + head * call.d_value_head
     to_value += (first_key + begin) * call.d_value_row
     write_rows(
-        *(call.half, call.d_value, to_value, call.d_value_row),
+        *(call.item_type, call.d_value, to_value, call.d_value_row),
         *(d_value, value_columns, keys, call.value_dim, cast(1.0, zero)),
     )
 
@@ -377,18 +373,18 @@ def _backward(argument):
     """All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient."""
     call = read(argument)
     zero = call.zero
-    tickets = integers_at(call.tickets)
+    counters = integers_at(call.work_counter)
     scratch = pointer(call.scratch, zero) + (
-        take_ticket(tickets + 1) * call.scratch_bytes // item_size(zero)
+        take_work(counters + 1) * call.scratch_bytes // item_size(zero)
     )
     tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks
     while True:
-        first = take_ticket(tickets) * call.run
+        first = take_work(counters) * call.tasks_per_grab
         if first >= tasks:
             break
-        for task in range(first, min(first + call.run, tasks)):
+        for task in range(first, min(first + call.tasks_per_grab, tasks)):
             following = -1
-            if task + 1 < min(first + call.run, tasks):  # a task is a head where a run is several
+            if task + 1 < min(first + call.tasks_per_grab, tasks):  # tasks are heads where several
                 following = task + 1
             plane, chunk = task // call.chunk_tasks, task % call.chunk_tasks
             b, head = plane // call.head_tasks, plane % call.head_tasks
@@ -399,7 +395,7 @@ def _backward(argument):
                     _backward_chunk(call, each_b, each_head, chunk, following, scratch)
 
 
-BACKWARD = Kernel(_backward, (*INTEGERS, *_GRADIENTS), (*REALS, "score_scale"))
+BACKWARD = Kernel(_backward, ATTENTION.fields("backward"))
 
 
 def scratch_elements(

@@ -10,6 +10,7 @@ second time, to pairs of keys.
 
 from __future__ import annotations
 
+from ..cpu_common.constants import ITEM_COMPUTED
 from .attention_products import either, even_rows, interleave_rows, round_pairs
 from .attention_rows import readable
 from .gemm import VECTORS, lanes_of, multiply
@@ -57,10 +58,12 @@ def _scores_in_floats(
 ):
     zero = call.zero
     value_rows = key_rows + keys * call.head_dim
-    at, row = readable(call.half, call.key, key, call.key_row, keys, call.head_dim, key_rows, zero)
+    at, row = readable(
+        call.item_type, call.key, key, call.key_row, keys, call.head_dim, key_rows, zero
+    )
     multiply(vectors, keys, call.head_dim, (at, row, 1), (query_t, width), (scores, width), False)
     at, row = readable(
-        call.half, call.value, value, call.value_row, keys, call.value_dim, value_rows, zero
+        call.item_type, call.value, value, call.value_row, keys, call.value_dim, value_rows, zero
     )
     left, right = (at, row, 1), (grad_out_t, width)
     multiply(vectors, keys, call.value_dim, left, right, (d_weights, width), False)
@@ -119,7 +122,7 @@ def _gradients_in_floats(
     _multiply_wide(value_columns, keys, rows, weights, width, grad_out, grad_out_row, d_value)
     _multiply_wide(key_columns, keys, rows, d_scores, width, query, query_row, d_key)
     at, row = key_rows, call.head_dim  # as `score_products` left them
-    if call.half == 0:
+    if call.item_type == ITEM_COMPUTED:
         at, row = pointer(call.key, call.zero) + key, call.key_row
     left, right = (at, 1, row), (d_scores, width)
     multiply(vectors, call.head_dim, keys, left, right, (d_query_t, width), add)

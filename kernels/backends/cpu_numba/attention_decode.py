@@ -20,9 +20,10 @@ import math
 
 import numpy as np
 
-from ..cpu_common.constants import CHUNK_KEYS, FEW_QUERIES, FEW_ROWS, LN_2, LOG2_E
+from ..cpu_common.call_records import ATTENTION
+from ..cpu_common.constants import CHUNK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
 from .attention_rows import copy_rows, readable, write_rows
-from .attention_tiles import INTEGERS, REALS, attends_none, limits, sequence_of
+from .attention_tiles import attends_none, limits, sequence_of
 from .call import Kernel, read
 from .gemm import VECTORS, dots, lanes_of, multiply
 from .jit import jit
@@ -36,7 +37,7 @@ from .memory import (
     load_first,
     pointer,
     store,
-    take_ticket,
+    take_work,
 )
 from .vector import (
     add_lanes,
@@ -54,20 +55,15 @@ from .vector_math import at_least, exp2, philox_columns, tanh
 
 _WIDENED_KEYS = 32  # of V at a time
 
-# Behind INTEGERS. The shared memory holds how many chunks of each head of K and V are done, int64
-# zeros (none where a head is one chunk); then (B, Hkv, chunks, rows, .) of the type computed in:
-# lanes of m, lanes of l, and O.
-_DECODE = ("chunks", "finished_bytes")  # chunks of CHUNK_KEYS keys
-
 
 @jit
 def _padded(call, address, offset, row, rows, dim, columns, scratch):
     """Rows of K or V as (pointer, row stride), their `dim` elements padded to `columns`."""
     if dim == columns:
-        return readable(call.half, address, offset, row, rows, dim, scratch, call.zero)
+        return readable(call.item_type, address, offset, row, rows, dim, scratch, call.zero)
     # `scratch` begins with a zero for each key: no row is dead
     to = scratch + CHUNK_KEYS
-    copy_rows(call.half, address, offset, row, to, columns, rows, dim, scratch, call.zero)
+    copy_rows(call.item_type, address, offset, row, to, columns, rows, dim, scratch, call.zero)
     return to, columns
 
 
@@ -120,7 +116,7 @@ def _add_terms(call, b, h, i, k0, keys, scores, scratch):
         offset = b * call.bias_batch + h * call.bias_head
         offset += i * call.bias_row + k0 * call.bias_column
         columns = 1 if call.bias_column == 0 else keys
-        source, _ = readable(call.bias_half, call.bias, offset, 0, 1, columns, scratch, zero)
+        source, _ = readable(call.bias_item_type, call.bias, offset, 0, 1, columns, scratch, zero)
         factor = splat(cast(LOG2_E, zero))
         for v in range(0, keys, lanes):
             added = splat(source[0])
@@ -206,7 +202,7 @@ def _add_values(call, at, keys, weights, weights_row, rows, totals, columns, wid
     """totals = weights V; what has to be widened goes in blocks that the nearest cache holds."""
     lanes = lanes_of(weights)
     step = keys
-    if call.half != 0:
+    if call.item_type != ITEM_COMPUTED:
         step = _WIDENED_KEYS
     for k in range(0, keys, step):
         count = min(step, keys - k)
@@ -222,10 +218,10 @@ def _add_values(call, at, keys, weights, weights_row, rows, totals, columns, wid
 
 @jit
 def _decode_chunk(call, b, head, chunk, scratch, partial):
-    """m, l and O of each row of one chunk, into `partial`."""
+    """m, l and O of each row of one chunk, into `partial`: m and l fill a vector each."""
     zero = call.zero
     lanes = lanes_of(zero)
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(call, b)
     group = call.heads // call.key_heads
     rows = group * query_len
     head_columns = (call.head_dim + lanes - 1) // lanes * lanes
@@ -260,14 +256,14 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
     for r in range(CHUNK_KEYS):
         wide_rows[r] = zero
     for g in range(group):
-        at = place * call.query_batch + (head * group + g) * call.query_head
+        at = batch_index * call.query_batch + (head * group + g) * call.query_head
         copy_rows(
-            *(call.half, call.query, at + first_query * call.query_row, call.query_row),
+            *(call.item_type, call.query, at + first_query * call.query_row, call.query_row),
             *(query + g * query_len * head_columns, head_columns, query_len, call.head_dim),
             *(wide_rows, zero),
         )
     keys, skipped = end - k0, begin - k0
-    at = place * call.key_batch + head * call.key_head + (first_key + begin) * call.key_row
+    at = batch_index * call.key_batch + head * call.key_head + (first_key + begin) * call.key_row
     _score_rows(
         *(call, at, end - begin, query, rows, head_columns),
         *(scores + skipped, scores_row, sums, wide_rows),
@@ -286,7 +282,11 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         store(partial + (r * (2 * lanes + columns) + lanes), splat(row_sum))
         if call.dropout != 0:
             _drop_row(call, b, h, i, k0, keys, row)
-    at = place * call.value_batch + head * call.value_head + (first_key + begin) * call.value_row
+    at = (
+        batch_index * call.value_batch
+        + head * call.value_head
+        + (first_key + begin) * call.value_row
+    )
     _add_values(
         *(call, at, end - begin, scores + skipped, scores_row),
         *(rows, totals, columns, wide_rows),
@@ -298,11 +298,11 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
 
 
 @jit
-def _merge(call, b, head, partial, partial_chunk, scratch):
+def _merge_chunks(call, b, head, partial, partial_chunk, scratch):
     """out and lse of a head's rows from its chunks."""
     zero = call.zero
     lanes = lanes_of(zero)
-    place, first_query, _, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, _, query_len, key_len = sequence_of(call, b)
     group = call.heads // call.key_heads
     columns = (call.value_dim + lanes - 1) // lanes * lanes
     chunks = (key_len + CHUNK_KEYS - 1) // CHUNK_KEYS
@@ -336,15 +336,15 @@ def _merge(call, b, head, partial, partial_chunk, scratch):
         if total != 0.0:  # a sum, or NaN
             factor = call.keep_scale / total
             row_lse = (shift + math.log2(total)) * LN_2
-        offset = place * call.out_batch + h * call.out_head + (first_query + i) * call.out_row
+        offset = batch_index * call.out_batch + h * call.out_head + (first_query + i) * call.out_row
         write_rows(
-            *(call.half, call.out, offset, call.out_row),
+            *(call.item_type, call.out, offset, call.out_row),
             *(scratch, columns, 1, call.value_dim, cast(factor, zero)),
         )
-        row = (place * call.heads + h) * call.query_rows + first_query + i
+        row = (batch_index * call.heads + h) * call.query_rows + first_query + i
         if call.lse == 0:
             continue
-        if call.half == 0:
+        if call.item_type == ITEM_COMPUTED:
             (pointer(call.lse, 0.0) + row)[0] = row_lse
         else:
             (pointer(call.lse, zero) + row)[0] = cast(row_lse, zero)
@@ -355,35 +355,32 @@ def _decode(argument):
     call = read(argument)
     zero = call.zero
     lanes = lanes_of(zero)
-    tickets = integers_at(call.tickets)
+    counters = integers_at(call.work_counter)
     scratch = pointer(call.scratch, zero) + (
-        take_ticket(tickets + 1) * call.scratch_bytes // item_size(zero)
+        take_work(counters + 1) * call.scratch_bytes // item_size(zero)
     )
     columns = (call.value_dim + lanes - 1) // lanes * lanes
     group = call.heads // call.key_heads
-    partial_chunk = group * min(call.few, call.query_len) * (2 * lanes + columns)
+    partial_chunk = group * min(call.max_decode_queries, call.query_len) * (2 * lanes + columns)
     while True:
-        task = take_ticket(tickets)
+        task = take_work(counters)
         if task >= call.batch * call.key_heads * call.chunks:
             break
         plane, chunk = task // call.chunks, task % call.chunks
         b, head = plane // call.key_heads, plane % call.key_heads
         _, _, _, query_len, _ = sequence_of(call, b)
-        if query_len > call.few:
+        if query_len > call.max_decode_queries:
             continue
-        partial = pointer(call.shared + call.finished_bytes, zero)
-        partial = partial + plane * call.chunks * partial_chunk
+        partial = pointer(call.partials, zero) + plane * call.chunks * partial_chunk
         _decode_chunk(call, b, head, chunk, scratch, partial + chunk * partial_chunk)
-        if call.chunks == 1 or finish_task(integers_at(call.shared) + plane) == call.chunks - 1:
-            _merge(call, b, head, partial, partial_chunk, scratch)
+        if (
+            call.chunks == 1
+            or finish_task(integers_at(call.chunks_done) + plane) == call.chunks - 1
+        ):
+            _merge_chunks(call, b, head, partial, partial_chunk, scratch)
 
 
-DECODE = Kernel(_decode, (*INTEGERS, *_DECODE), REALS)
-
-
-def most_queries(group: int) -> int:
-    """Up to so many queries this kernel takes, of heads in groups of `group`."""
-    return min(FEW_QUERIES, FEW_ROWS // max(1, group))
+DECODE = Kernel(_decode, ATTENTION.fields("decode"))
 
 
 def partial_elements(rows: int, lanes: int, value_dim: int) -> int:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 
-from ..cpu_common.constants import BLOCK_KEYS, LN_2, LOG2_E
+from ..cpu_common.call_records import ATTENTION
+from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
 from .attention_products import load_query, score_product, value_product, write_out
 from .attention_rows import prefetch_rows, prefetch_target
 from .attention_tiles import (
-    INTEGERS,
-    REALS,
     add_terms,
     attends_none,
     block_end,
@@ -44,7 +43,7 @@ from .memory import (
     pointer,
     store,
     store_first,
-    take_ticket,
+    take_work,
 )
 from .vector import (
     any_lane,
@@ -109,13 +108,13 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, sc
     lanes = lanes_of(out_t)
     zeros = splat(cast(0.0, zero))
     keep_scale = splat(cast(call.keep_scale, zero))
-    place, first_query, _, _, _ = sequence_of(call, b)
+    batch_index, first_query, _, _, _ = sequence_of(call, b)
     for v in range(0, width, lanes):
         total = load(row_sum + v)
         store(factors + v, select(total == zeros, zeros, keep_scale / total))
-    offset = place * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
+    offset = batch_index * call.out_batch + h * call.out_head + (first_query + start) * call.out_row
     write_out(call, offset, rows, width, out_t, factors, scratch)
-    row = (place * call.heads + h) * call.query_rows + first_query + start
+    row = (batch_index * call.heads + h) * call.query_rows + first_query + start
     if call.lse == 0:
         return
     for v in range(0, rows, lanes):
@@ -123,7 +122,7 @@ def _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, factors, sc
         # m = -inf where l = 0; l - l is 0, or NaN where a score was
         row_lse = widened(largest) + log2_wide(total) + (widened(total) - widened(total))
         row_lse = row_lse * splat_like(LN_2, row_lse)
-        if call.half == 0:
+        if call.item_type == ITEM_COMPUTED:
             store_first(pointer(call.lse, 0.0) + (row + v), row_lse, rows - v)
         else:
             narrow = narrowed(row_lse, zero)
@@ -139,20 +138,22 @@ def _prefetch(call, plane, what):
     """
     zero = call.zero
     b, h = plane // call.heads, plane % call.heads
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(call, b)
     head = h // (call.heads // call.key_heads)
     if what == _QUERY:
-        at = place * call.query_batch + h * call.query_head + first_query * call.query_row
-        prefetch_rows(call.half, call.query, at, call.query_row, query_len, call.head_dim, zero)
+        at = batch_index * call.query_batch + h * call.query_head + first_query * call.query_row
+        prefetch_rows(
+            call.item_type, call.query, at, call.query_row, query_len, call.head_dim, zero
+        )
     elif what == _KEY:
-        at = place * call.key_batch + head * call.key_head + first_key * call.key_row
-        prefetch_rows(call.half, call.key, at, call.key_row, key_len, call.head_dim, zero)
+        at = batch_index * call.key_batch + head * call.key_head + first_key * call.key_row
+        prefetch_rows(call.item_type, call.key, at, call.key_row, key_len, call.head_dim, zero)
     elif what == _VALUE:
-        at = place * call.value_batch + head * call.value_head + first_key * call.value_row
-        prefetch_rows(call.half, call.value, at, call.value_row, key_len, call.value_dim, zero)
+        at = batch_index * call.value_batch + head * call.value_head + first_key * call.value_row
+        prefetch_rows(call.item_type, call.value, at, call.value_row, key_len, call.value_dim, zero)
     else:
-        at = place * call.out_batch + h * call.out_head + first_query * call.out_row
-        prefetch_target(call.half, call.out, at, call.out_row, query_len, call.value_dim, zero)
+        at = batch_index * call.out_batch + h * call.out_head + first_query * call.out_row
+        prefetch_target(call.item_type, call.out, at, call.out_row, query_len, call.value_dim, zero)
 
 
 @jit
@@ -160,9 +161,9 @@ def _forward_tile(call, b, h, start, following, scratch):
     """One tile of queries, `start` to at most `start` + call.tile, of head (b, h)."""
     zero = call.zero
     lanes = lanes_of(zero)
-    place, first_query, first_key, query_len, key_len = sequence_of(call, b)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(call, b)
     rows = min(call.tile, query_len - start)
-    if rows <= 0 or query_len <= call.few:
+    if rows <= 0 or query_len <= call.max_decode_queries:
         return
     vectors = tile_vectors(rows, zero)
     width = vectors * lanes
@@ -179,8 +180,8 @@ def _forward_tile(call, b, h, start, following, scratch):
     wide_rows = last + width  # of half types: query, then a block of keys or values, then out
 
     head = h // (call.heads // call.key_heads)
-    key = place * call.key_batch + head * call.key_head + first_key * call.key_row
-    value = place * call.value_batch + head * call.value_head + first_key * call.value_row
+    key = batch_index * call.key_batch + head * call.key_head + first_key * call.key_row
+    value = batch_index * call.value_batch + head * call.value_head + first_key * call.value_row
 
     begin, end, common_first, common_last = key_ranges(
         call, b, start, rows, width, query_len, key_len, first, last
@@ -195,7 +196,7 @@ def _forward_tile(call, b, h, start, following, scratch):
         _prefetch(call, b * call.heads + h, _OUT)
         _prefetch(call, following, _QUERY)
     if begin < end:
-        offset = place * call.query_batch + h * call.query_head
+        offset = batch_index * call.query_batch + h * call.query_head
         offset += (first_query + start) * call.query_row
         load_query(call, offset, rows, width, query_t, wide_rows, scores)
     started = False
@@ -246,25 +247,25 @@ def _forward(argument):
     """All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask)
     first."""
     call = read(argument)
-    tickets = integers_at(call.tickets)
+    counters = integers_at(call.work_counter)
     tiles = (call.query_len + call.tile - 1) // call.tile
     scratch = pointer(call.scratch, call.zero) + (
-        take_ticket(tickets + 1) * call.scratch_bytes // item_size(call.zero)
+        take_work(counters + 1) * call.scratch_bytes // item_size(call.zero)
     )
     tasks = call.batch * call.heads * tiles
     while True:
-        first = take_ticket(tickets) * call.run
+        first = take_work(counters) * call.tasks_per_grab
         if first >= tasks:
             break
-        for task in range(first, min(first + call.run, tasks)):
+        for task in range(first, min(first + call.tasks_per_grab, tasks)):
             following = -1
-            if (task + 1) % tiles == 0 and task + 1 < min(first + call.run, tasks):
+            if (task + 1) % tiles == 0 and task + 1 < min(first + call.tasks_per_grab, tasks):
                 following = (task + 1) // tiles
             head, start = task // tiles, (tiles - 1 - task % tiles) * call.tile
             _forward_tile(call, head // call.heads, head % call.heads, start, following, scratch)
 
 
-FORWARD = Kernel(_forward, (*INTEGERS, "run"), REALS)  # run: tasks taken at once
+FORWARD = Kernel(_forward, ATTENTION.fields("forward"))
 
 
 def scratch_elements(width: int, lanes: int, head_dim: int, value_dim: int, half: bool) -> int:

@@ -9,21 +9,51 @@ from torch import Tensor
 
 from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem
-from ..cpu_common.constants import BLOCK_KEYS, CACHE_BYTES, CHUNK_KEYS, LOG2_E, NO_BOUND, SHORT_HEAD
-from ..cpu_common.preparation import bias_gradient, prepared, unit_last_stride
-from .attention_backward_blocks import PUT, PUT_BFLOAT16, PUT_FLOAT16, SUM, SUM_WIDE
+from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16, LOG2_E, NO_BOUND
+from ..cpu_common.preparation import (
+    bias_gradient,
+    broadcast_strides,
+    dropout_fields,
+    prepared,
+    unit_last_stride,
+)
 from .attention_backward_kernels import BACKWARD
 from .attention_backward_kernels import scratch_elements as backward_scratch
-from .attention_decode import DECODE, most_queries, partial_elements
+from .attention_decode import DECODE, partial_elements
 from .attention_decode import scratch_elements as decode_scratch
 from .attention_forward import FORWARD
 from .attention_forward import scratch_elements as forward_scratch
+from .attention_plan import (
+    Sizes,
+    backward_plan,
+    bias_gradient_kind,
+    decode_plan,
+    forward_plan,
+    max_decode_queries,
+)
 from .call import Plan
-from .gemm import VECTORS, lanes_in
+from .gemm import lanes_in
 from .host import bfloat16_dots
-from .threads import thread_count
 
-_HALVES = {torch.bfloat16: 1, torch.float16: 2}
+_ITEM_TYPES = {torch.bfloat16: ITEM_BFLOAT16, torch.float16: ITEM_FLOAT16}
+# The fields of what a problem may lack, and of a bias gradient that is not wanted.
+_ABSENT: dict[str, float] = dict.fromkeys(
+    (
+        *("query_starts", "key_starts", "band", "key_lengths", "query_lengths", "sinks"),
+        *("query_documents", "query_documents_batch", "key_documents", "key_documents_batch"),
+        *("bias", "bias_batch", "bias_head", "bias_row", "bias_column", "bias_item_type"),
+        *("dense", "dense_batch", "dense_head", "dense_row", "dense_column"),
+        *("alibi", "alibi_batch", "alibi_offset", "alibi_offset_batch"),
+    ),
+    0,
+)
+_NO_BIAS_GRADIENT = dict.fromkeys(
+    (
+        *("d_bias", "d_bias_batch", "d_bias_head", "d_bias_row", "d_bias_column"),
+        *("d_bias_kind", "d_bias_item_type"),
+    ),
+    0,
+)
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -82,54 +112,49 @@ def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
 
 
 def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -> list[Plan]:
-    """The kernel of few queries or that of tiles; of packed sequences, each takes its own."""
-    query, key, value = problem.query, problem.key, problem.value
+    """The decoding kernel or that of tiles; of packed sequences, each takes its own."""
+    query, value = problem.query, problem.value
     dtype = statistics_dtype(query.dtype)
-    batch, heads, query_len, key_len = problem.shape
-    few = most_queries(heads // max(1, key.shape[1]))
+    of, lanes = _sizes(problem), lanes_in(dtype)
+    most = max_decode_queries(of.heads, of.key_heads)
     packed = problem.query_starts is not None
-    decoding = [_decode_plan(problem, out, lse, few)] if packed or query_len <= few else []
-    if query_len <= few:
-        return decoding
-    tile = _tile_queries(dtype, query_len, batch * heads)
+    plans = [_decode_plan(problem, of, out, lse, most)] if packed or of.query_len <= most else []
+    if of.query_len <= most:
+        return plans
+    plan = forward_plan(of, lanes)
     elements = forward_scratch(
-        tile, lanes_in(dtype), query.shape[3], value.shape[3], query.dtype in _HALVES
+        plan.tile, lanes, query.shape[3], value.shape[3], query.dtype in _ITEM_TYPES
     )
-    tiles = -(-query_len // tile)
-    tasks = batch * heads * tiles
-    run = max(1, tiles * _heads_at_once(batch * heads, max(query_len, key_len)))
-    tiled = FORWARD.plan(
-        _compiled_for(query.dtype),
-        -(-tasks // run),
-        elements * dtype.itemsize,
-        (*_integers(problem, out, lse, tile, few if packed else 0), run),
-        _reals(problem),
-    )
-    return [*decoding, tiled]
+    fields = _fields(problem, of, out, lse)
+    fields["tile"] = plan.tile
+    fields["tasks_per_grab"] = plan.tasks_per_grab
+    fields["max_decode_queries"] = most if packed else 0
+    compiled_for, scratch_bytes = _compiled_for(query.dtype), elements * dtype.itemsize
+    return [*plans, FORWARD.plan(compiled_for, plan.grabs, scratch_bytes, fields)]
 
 
-def _decode_plan(problem: AttentionProblem, out: Tensor, lse: Tensor | None, few: int) -> Plan:
-    """out and lse of a problem of at most `few` queries, or of the packed sequences that have
+def _decode_plan(
+    problem: AttentionProblem, of: Sizes, out: Tensor, lse: Tensor | None, most: int
+) -> Plan:
+    """out and lse of a problem of at most `most` queries, or of the packed sequences that have
     no more: their bits are those of the same sequence alone."""
     dtype = statistics_dtype(problem.query.dtype)
-    batch, heads, query_len, key_len = problem.shape
-    key_heads, value_dim = problem.key.shape[1], problem.value.shape[3]
-    rows, lanes = heads // max(1, key_heads) * min(query_len, few), lanes_in(dtype)
-    chunks = max(1, -(-key_len // CHUNK_KEYS))
-    planes = batch * key_heads
-    partial = planes * chunks * partial_elements(rows, lanes, value_dim) * dtype.itemsize
-    finished = 8 * planes if chunks > 1 else 0
+    lanes, value_dim = lanes_in(dtype), problem.value.shape[3]
+    plan = decode_plan(of)
+    rows = of.heads // max(1, of.key_heads) * min(of.query_len, most)
+    partials = plan.tasks * partial_elements(rows, lanes, value_dim) * dtype.itemsize
+    chunks_done = 8 * of.batch * of.key_heads if plan.chunks > 1 else 0
+    fields = _fields(problem, of, out, lse)
+    fields["tile"], fields["tasks_per_grab"] = 0, 1
+    fields["max_decode_queries"] = most
+    fields["chunks"] = plan.chunks
     return DECODE.plan(
         dtype,
-        planes * chunks,
+        plan.tasks,
         decode_scratch(rows, lanes, problem.query.shape[3], value_dim) * dtype.itemsize,
-        (
-            *_integers(problem, out, lse, query_len, few),
-            *(chunks, finished),
-        ),
-        _reals(problem),
-        finished + partial,
-        finished,
+        fields,
+        chunks_done + partials,
+        chunks_done,
     )
 
 
@@ -145,63 +170,73 @@ def attention_backward(
     bias, sinks = problem.bias, problem.sinks
     problem = prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
-    dtype, half = statistics_dtype(query.dtype), query.dtype in _HALVES
+    dtype, half = statistics_dtype(query.dtype), query.dtype in _ITEM_TYPES
     grad_out, out = unit_last_stride(grad_out), unit_last_stride(out)
     lse = lse.to(torch.float64).contiguous()
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
-    d_bias, d_bias_kind = None, PUT
+    d_bias = None
     if bias_grad and bias is not None:
         d_bias = bias_gradient(bias, problem.shape, dtype)
-        d_bias_kind = _bias_gradient_kind(d_bias, problem.shape, dtype)
     delta = None
     if sinks_grad:
         # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
         delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
 
-    batch, heads, query_len, key_len = problem.shape
-    key_heads = key.shape[1]
-    lanes = lanes_in(dtype)
-    tile = min(VECTORS * lanes, _round_up(query_len, lanes))
-    row_bytes = (query.shape[3] + value.shape[3]) * dtype.itemsize
-    tasks = _backward_tasks(batch, key_heads, key_len, row_bytes, d_bias)
-    _, _, chunks, chunk_keys = tasks
-    tiles = batch * heads * -(-query_len // tile) if chunks > 1 else 0
-    turns, sums = 8 * tiles, tiles * tile * query.shape[3] * dtype.itemsize
-    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    of, lanes = _sizes(problem), lanes_in(dtype)
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    row_bytes = (head_dim + value_dim) * dtype.itemsize
+    plan = backward_plan(of, lanes, row_bytes, None if d_bias is None else d_bias.shape)
+    chunked = plan.chunk_tasks > 1
+    tiles = of.batch * of.heads * -(-of.query_len // plan.tile) if chunked else 0
+    dq_semaphore, dq_accumulator = 8 * tiles, tiles * plan.tile * head_dim * dtype.itemsize
     elements = backward_scratch(
-        tile,
-        lanes,
-        chunk_keys,
-        query.shape[3],
-        value.shape[3],
-        half,
-        problem.softcap is not None,
-        chunks > 1,
+        *(plan.tile, lanes, plan.chunk_keys, head_dim, value_dim),
+        *(half, problem.softcap is not None, chunked),
     )
-    d_bias_strides = (0, 0, 0, 0) if d_bias is None else _broadcast_strides(d_bias)
-    count = tasks[0] * tasks[1] * chunks
-    whole = count == batch * key_heads  # a task is a head
-    run = max(1, _heads_at_once(count, max(query_len, key_len))) if whole else 1
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    by_grad_out = grad_out.stride()
+    by_query, by_key, by_value = d_query.stride(), d_key.stride(), d_value.stride()
+    fields = {
+        **_fields(problem, of, out, lse),
+        **_NO_BIAS_GRADIENT,
+        "score_scale": problem.scale,
+        "max_decode_queries": 0,
+        "tile": plan.tile,
+        "tasks_per_grab": plan.tasks_per_grab,
+        "batch_tasks": plan.batch_tasks,
+        "head_tasks": plan.head_tasks,
+        "chunk_tasks": plan.chunk_tasks,
+        "chunk_keys": plan.chunk_keys,
+        "grad_out": grad_out.data_ptr(),
+        "grad_out_batch": by_grad_out[0],
+        "grad_out_head": by_grad_out[1],
+        "grad_out_row": by_grad_out[2],
+        "grad_lse": 0 if grad_lse is None else grad_lse.data_ptr(),
+        "d_query": d_query.data_ptr(),
+        "d_query_batch": by_query[0],
+        "d_query_head": by_query[1],
+        "d_query_row": by_query[2],
+        "d_key": d_key.data_ptr(),
+        "d_key_batch": by_key[0],
+        "d_key_head": by_key[1],
+        "d_key_row": by_key[2],
+        "d_value": d_value.data_ptr(),
+        "d_value_batch": by_value[0],
+        "d_value_head": by_value[1],
+        "d_value_row": by_value[2],
+        "delta": 0 if delta is None else delta.data_ptr(),
+    }
+    if d_bias is not None:
+        fields.update(_pairs("d_bias", d_bias))
+        fields["d_bias_kind"] = bias_gradient_kind(of, d_bias.shape, d_bias.dtype == dtype)
+        fields["d_bias_item_type"] = _ITEM_TYPES.get(d_bias.dtype, ITEM_COMPUTED)
     BACKWARD(
         _compiled_for(query.dtype),
-        -(-count // run),
+        plan.grabs,
         elements * dtype.itemsize,
-        (
-            *_integers(problem, out, lse, tile, 0),
-            *(grad_out.data_ptr(), *grad_out.stride()[:3]),
-            _address(grad_lse),
-            *(d_query.data_ptr(), *d_query.stride()[:3]),
-            *(d_key.data_ptr(), *d_key.stride()[:3]),
-            *(d_value.data_ptr(), *d_value.stride()[:3]),
-            *(_address(d_bias), *d_bias_strides),
-            d_bias_kind,
-            _address(delta),
-            *(*tasks, run),
-            turns,
-        ),
-        (*_reals(problem), problem.scale),
-        turns + sums,
-        turns,
+        fields,
+        dq_semaphore + dq_accumulator,
+        dq_semaphore,
     )
     if d_bias is not None and bias is not None:
         d_bias = d_bias.to(bias.dtype)
@@ -217,129 +252,93 @@ def attention_backward(
     )
 
 
-def _bias_gradient_kind(d_bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """How the kernel puts the gradient of a bias there, of scores of `shape`."""
-    if tuple(d_bias.shape) == shape:
-        return {torch.bfloat16: PUT_BFLOAT16, torch.float16: PUT_FLOAT16}.get(d_bias.dtype, PUT)
-    in_tiles = tuple(d_bias.shape[2:]) == shape[2:]
-    return SUM if in_tiles and d_bias.dtype == dtype else SUM_WIDE
-
-
 def _compiled_for(dtype: torch.dtype) -> torch.dtype:
     """The dtype a kernel is asked for: bfloat16 has a form of its own where the host can do it."""
     in_pairs = dtype == torch.bfloat16 and bfloat16_dots()
     return dtype if in_pairs else statistics_dtype(dtype)
 
 
-def _tile_queries(dtype: torch.dtype, query_len: int, heads: int) -> int:
-    """Queries a tile has: as many as the registers hold, fewer where threads would stay idle.
-
-    (The bits of a result do not depend on it.)
-    """
-    lanes = lanes_in(dtype)
-    tile = min(VECTORS * lanes, _round_up(query_len, lanes))
-    threads = thread_count(heads * -(-query_len // lanes))
-    while tile > lanes and heads * -(-query_len // tile) < threads:
-        tile -= lanes
-    return tile
-
-
-def _heads_at_once(heads: int, length: int) -> int:
-    """Heads that a thread takes at once: several short ones, so that one can ask memory for the
-    next. Long heads are tiles that any thread may take."""
-    return min(8, heads // (8 * thread_count(heads))) if length <= SHORT_HEAD else 0
-
-
-def _backward_tasks(
-    batch: int, key_heads: int, key_len: int, row_bytes: int, d_bias: Tensor | None
-) -> tuple[int, int, int, int]:
-    """How many tasks batch elements, heads of K and keys are divided into, and keys a chunk has.
-
-    A bias that several heads or batch elements share has one gradient: the same task takes them
-    all, one after another. Keys are divided where heads alone would leave threads idle, and where
-    the sums of dK and dV, `row_bytes` a key, outgrow a core's cache, but not if all of them share a
-    bias. (The bits of a result do not depend on it.)
-    """
-    batch_tasks, head_tasks = batch, key_heads
-    if d_bias is not None:
-        batch_tasks = 1 if d_bias.shape[0] == 1 else batch
-        head_tasks = 1 if d_bias.shape[1] == 1 else key_heads
-    tasks, blocks = batch_tasks * head_tasks, -(-key_len // BLOCK_KEYS)
-    threads = thread_count(tasks * blocks)
-    even = tasks == 0 or tasks >= 4 * threads or tasks % threads == 0
-    # A chunk of several blocks reads its queries less often; four tasks a thread even out.
-    chunk_blocks = blocks if even else min(4, max(1, tasks * blocks // (4 * threads)))
-    if blocks * BLOCK_KEYS * row_bytes > 3 * CACHE_BYTES:
-        chunk_blocks = min(chunk_blocks, max(1, CACHE_BYTES // (BLOCK_KEYS * row_bytes)))
-    if blocks < 2 or chunk_blocks == blocks or (d_bias is not None and d_bias.shape[3] == 1):
-        return batch_tasks, head_tasks, 1, max(1, blocks) * BLOCK_KEYS
-    return batch_tasks, head_tasks, -(-blocks // chunk_blocks), chunk_blocks * BLOCK_KEYS
-
-
-def _integers(
-    problem: AttentionProblem, out: Tensor, lse: Tensor | None, tile: int, few: int
-) -> tuple[int, ...]:
-    query, key, value, mask = problem.query, problem.key, problem.value, problem.mask
+def _sizes(problem: AttentionProblem) -> Sizes:
     batch, heads, query_len, key_len = problem.shape
-    bias, dense, seed = problem.bias, mask.dense, problem.seed
-    bias_strides = (0, 0, 0, 0) if bias is None else _broadcast_strides(bias)
-    dense_strides = (0, 0, 0, 0) if dense is None else _broadcast_strides(dense)
-    slopes, offset = problem.alibi_slopes, problem.alibi_offset
-    dropout = problem.dropout_p > 0.0 and seed is not None
-    return (
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), _address(lse)),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3]),
-        _HALVES.get(query.dtype, 0),
-        *(batch, heads, key.shape[1], query_len, key_len, query.shape[3], value.shape[3]),
-        tile,
-        query.shape[2],
-        _address(problem.query_starts),
-        _address(problem.key_starts),
-        few,
-        -NO_BOUND if mask.band_lower is None else mask.band_lower,
-        NO_BOUND if mask.band_upper is None else mask.band_upper,
-        _address(mask.band),
-        _address(mask.key_lengths),
-        _address(mask.query_lengths),
-        *_documents(mask.query_documents),
-        *_documents(mask.key_documents),
-        *(_address(bias), *bias_strides),
-        0 if bias is None else _HALVES.get(bias.dtype, 0),
-        *(_address(dense), *dense_strides),
-        *((0, 0) if slopes is None else (slopes.data_ptr(), _broadcast_strides(slopes)[0])),
-        *((0, 0) if offset is None else (offset.data_ptr(), _broadcast_strides(offset)[0])),
-        _address(problem.sinks),
-        int(dropout),
-        # p = 1 wants 2**32, one more than a word holds; keep_scale = 0 drops what is left
-        min(round(problem.dropout_p * 2**32), 2**32 - 1),
-        int(seed) if dropout and seed is not None else 0,
-        problem.batch_start,
-    )
+    return Sizes(batch, heads, problem.key.shape[1], query_len, key_len)
 
 
-def _reals(problem: AttentionProblem) -> tuple[float, float, float]:
-    cap, dropout_p = problem.softcap, problem.dropout_p
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    if cap is None:
-        return problem.scale * LOG2_E, keep_scale, 0.0
-    return problem.scale / cap, keep_scale, cap * LOG2_E
+def _fields(
+    problem: AttentionProblem, of: Sizes, out: Tensor, lse: Tensor | None
+) -> dict[str, float]:
+    """The fields of every pass, but for those that a plan decides."""
+    query, key, value, bias, alibi, alibi_offset, sinks, mask, _, softcap, dropout_p = problem[:11]
+    by_query, by_key, by_value, by_out = query.stride(), key.stride(), value.stride(), out.stride()
+    fields = {
+        **_ABSENT,
+        "query": query.data_ptr(),
+        "query_batch": by_query[0],
+        "query_head": by_query[1],
+        "query_row": by_query[2],
+        "key": key.data_ptr(),
+        "key_batch": by_key[0],
+        "key_head": by_key[1],
+        "key_row": by_key[2],
+        "value": value.data_ptr(),
+        "value_batch": by_value[0],
+        "value_head": by_value[1],
+        "value_row": by_value[2],
+        "out": out.data_ptr(),
+        "out_batch": by_out[0],
+        "out_head": by_out[1],
+        "out_row": by_out[2],
+        "lse": 0 if lse is None else lse.data_ptr(),
+        "item_type": _ITEM_TYPES.get(query.dtype, ITEM_COMPUTED),
+        "batch": of.batch,
+        "heads": of.heads,
+        "key_heads": of.key_heads,
+        "query_len": of.query_len,
+        "key_len": of.key_len,
+        "head_dim": query.shape[3],
+        "value_dim": value.shape[3],
+        "query_rows": query.shape[2],
+        "band_lower": -NO_BOUND if mask.band_lower is None else mask.band_lower,
+        "band_upper": NO_BOUND if mask.band_upper is None else mask.band_upper,
+        "batch_start": problem.batch_start,
+        "scale": problem.scale * LOG2_E if softcap is None else problem.scale / softcap,
+        "cap": 0.0 if softcap is None else softcap * LOG2_E,
+        **dropout_fields(dropout_p, problem.seed),
+    }
+    if mask.band is not None:
+        fields["band"] = mask.band.data_ptr()
+    if mask.key_lengths is not None:
+        fields["key_lengths"] = mask.key_lengths.data_ptr()
+    if mask.query_lengths is not None:
+        fields["query_lengths"] = mask.query_lengths.data_ptr()
+    if mask.query_documents is not None and mask.key_documents is not None:
+        fields["query_documents"] = mask.query_documents.data_ptr()
+        fields["query_documents_batch"] = mask.query_documents.stride(0)
+        fields["key_documents"] = mask.key_documents.data_ptr()
+        fields["key_documents_batch"] = mask.key_documents.stride(0)
+    if mask.dense is not None:
+        fields.update(_pairs("dense", mask.dense))
+    if bias is not None:
+        fields.update(_pairs("bias", bias))
+        fields["bias_item_type"] = _ITEM_TYPES.get(bias.dtype, ITEM_COMPUTED)
+    if alibi is not None and alibi_offset is not None:
+        fields["alibi"], fields["alibi_offset"] = alibi.data_ptr(), alibi_offset.data_ptr()
+        fields["alibi_batch"] = broadcast_strides(alibi)[0]
+        fields["alibi_offset_batch"] = broadcast_strides(alibi_offset)[0]
+    if sinks is not None:
+        fields["sinks"] = sinks.data_ptr()
+    if problem.query_starts is not None and problem.key_starts is not None:
+        fields["query_starts"] = problem.query_starts.data_ptr()
+        fields["key_starts"] = problem.key_starts.data_ptr()
+    return fields
 
 
-def _documents(ids: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if ids is None else (ids.data_ptr(), ids.stride(0))
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides with 0 for every dimension of size 1."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return max(multiple, -(-value // multiple) * multiple)
+def _pairs(name: str, tensor: Tensor) -> dict[str, int]:
+    """The fields of a tensor with an element for each pair of a query and a key."""
+    batch, head, row, column = broadcast_strides(tensor)
+    return {
+        name: tensor.data_ptr(),
+        f"{name}_batch": batch,
+        f"{name}_head": head,
+        f"{name}_row": row,
+        f"{name}_column": column,
+    }

@@ -15,6 +15,7 @@ from typing import Any
 
 from numba.extending import overload
 
+from ..cpu_common.constants import ITEM_COMPUTED
 from .attention_rows import readable, write_rows
 from .gemm import lanes_of, multiply
 from .gemm_bfloat16 import (
@@ -57,7 +58,7 @@ def _query_in_floats(call, offset, rows, width, query_t, scratch, spare):
         for at in range(0, call.head_dim * width, lanes_of(zero)):
             store(query_t + at, splat(zero))
     query, row = readable(
-        call.half, call.query, offset, call.query_row, rows, call.head_dim, scratch, zero
+        call.item_type, call.query, offset, call.query_row, rows, call.head_dim, scratch, zero
     )
     transpose(query, row, query_t, width, rows, call.head_dim, cast(call.scale, zero))
 
@@ -91,7 +92,7 @@ def load_query(call, offset, rows, width, query_t, scratch, spare):
 
 def _scores_in_floats(call, vectors, keys, offset, query_t, scores, width, scratch):
     key, row = readable(
-        call.half, call.key, offset, call.key_row, keys, call.head_dim, scratch, call.zero
+        call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch, call.zero
     )
     multiply(vectors, keys, call.head_dim, (key, row, 1), (query_t, width), (scores, width), False)
 
@@ -151,7 +152,7 @@ def _values_in_floats(
     if moved and started:
         _scale_columns(out_t, call.value_dim, width, rescale)
     value, row = readable(
-        call.half, call.value, offset, call.value_row, keys, call.value_dim, scratch, call.zero
+        call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch, call.zero
     )
     multiply(
         vectors, call.value_dim, keys, (value, 1, row), (weights, width), (out_t, width), started
@@ -234,14 +235,14 @@ def _out_in_floats(call, offset, rows, width, out_t, factors, scratch):
         for d in range(call.value_dim):
             at = out_t + (d * width + v)
             store(at, select(empty, zeros, load(at) * factor))
-    if call.half == 0:
+    if call.item_type == ITEM_COMPUTED:
         out = pointer(call.out, zero) + offset
         transpose(out_t, width, out, call.out_row, call.value_dim, rows, one)
     else:
         columns = (call.value_dim + lanes - 1) // lanes * lanes
         transpose(out_t, width, scratch, columns, call.value_dim, rows, one)
         write_rows(
-            call.half,
+            call.item_type,
             call.out,
             offset,
             call.out_row,

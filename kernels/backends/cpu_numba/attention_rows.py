@@ -1,14 +1,15 @@
 """Rows of q, k, v and their gradients in memory, of the type computed in or of a half type.
 
-`half` says which, at run time: 0 the type computed in, 1 bfloat16, 2 float16. So one machine
-function does all three, and a matrix of a half type is widened tile by tile, never as a whole.
-Addresses are integers, offsets and row strides count elements.
+`item_type` says which, at run time. So one machine function does all three, and a matrix of a half
+type is widened tile by tile, never as a whole. Addresses are integers, offsets and row strides
+count elements.
 """
 
 from __future__ import annotations
 
 import math
 
+from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16
 from .gemm import lanes_of
 from .jit import jit
 from .memory import (
@@ -42,21 +43,21 @@ def _widen(source, source_row, target, rows, columns):
 
 
 @jit
-def readable(half, address, offset, row, rows, columns, scratch, zero):
+def readable(item_type, address, offset, row, rows, columns, scratch, zero):
     """A (rows, columns) matrix as (pointer, row stride): half types are widened into `scratch`."""
-    if half == 1:
+    if item_type == ITEM_BFLOAT16:
         _widen(bfloat16_at(address, zero) + offset, row, scratch, rows, columns)
         return scratch, columns
-    if half == 2:
+    if item_type == ITEM_FLOAT16:
         _widen(float16_at(address, zero) + offset, row, scratch, rows, columns)
         return scratch, columns
     return pointer(address, zero) + offset, row
 
 
 @jit
-def prefetch_rows(half, address, offset, row, rows, columns, zero):
+def prefetch_rows(item_type, address, offset, row, rows, columns, zero):
     """Ask for rows that will be read soon, while there is other work."""
-    size = item_size(zero) if half == 0 else 2
+    size = item_size(zero) if item_type == ITEM_COMPUTED else 2
     for r in range(rows):
         first = address + (offset + r * row) * size
         for at in range(0, columns * size, _CACHE_LINE):
@@ -64,9 +65,9 @@ def prefetch_rows(half, address, offset, row, rows, columns, zero):
 
 
 @jit
-def prefetch_target(half, address, offset, row, rows, columns, zero):
+def prefetch_target(item_type, address, offset, row, rows, columns, zero):
     """Ask for rows that will be written soon."""
-    size = item_size(zero) if half == 0 else 2
+    size = item_size(zero) if item_type == ITEM_COMPUTED else 2
     for r in range(rows):
         first = address + (offset + r * row) * size
         for at in range(0, columns * size, _CACHE_LINE):
@@ -83,13 +84,13 @@ def _store_rows(source, source_row, target, target_row, rows, columns, factors):
 
 
 @jit
-def write_rows(half, address, offset, row, source, source_row, rows, columns, factor):
+def write_rows(item_type, address, offset, row, source, source_row, rows, columns, factor):
     """target = factor * source; rows of `source` are padded to vectors."""
     factors = splat(factor)
-    if half == 1:
+    if item_type == ITEM_BFLOAT16:
         target = bfloat16_at(address, factor) + offset
         _store_rows(source, source_row, target, row, rows, columns, factors)
-    elif half == 2:
+    elif item_type == ITEM_FLOAT16:
         half_target = float16_at(address, factor) + offset
         _store_rows(source, source_row, half_target, row, rows, columns, factors)
     else:
@@ -110,13 +111,13 @@ def _copy(source, source_row, target, target_row, rows, columns, lse2, zero):
 
 
 @jit
-def copy_rows(half, address, offset, row, target, target_row, rows, columns, lse2, zero):
+def copy_rows(item_type, address, offset, row, target, target_row, rows, columns, lse2, zero):
     """Rows padded with zeros to `target_row` columns; zeros where lse2 is +inf: a row that attends
     nothing may hold NaN."""
-    if half == 1:
+    if item_type == ITEM_BFLOAT16:
         source = bfloat16_at(address, zero) + offset
         _copy(source, row, target, target_row, rows, columns, lse2, zero)
-    elif half == 2:
+    elif item_type == ITEM_FLOAT16:
         half_source = float16_at(address, zero) + offset
         _copy(half_source, row, target, target_row, rows, columns, lse2, zero)
     else:
@@ -139,12 +140,12 @@ def _dot(a, a_row, b, b_row, rows, columns, totals, zero):
 
 
 @jit
-def dot_rows(half, address, offset, row, b, b_row, rows, columns, totals, zero):
+def dot_rows(item_type, address, offset, row, b, b_row, rows, columns, totals, zero):
     """totals[r] = sum_c a[r, c] * b[r, c], with `a` in memory and `b` of the type computed in."""
-    if half == 1:
+    if item_type == ITEM_BFLOAT16:
         a = bfloat16_at(address, zero) + offset
         _dot(a, row, b, b_row, rows, columns, totals, zero)
-    elif half == 2:
+    elif item_type == ITEM_FLOAT16:
         half_a = float16_at(address, zero) + offset
         _dot(half_a, row, b, b_row, rows, columns, totals, zero)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ..cpu_common.constants import BLOCK_KEYS, LOG2_E
+from ..cpu_common.constants import BLOCK_KEYS, ITEM_BFLOAT16, ITEM_FLOAT16, LOG2_E
 from .attention_rows import prefetch_rows, readable
 from .gemm import VECTORS, lanes_of
 from .jit import jit
@@ -37,44 +37,17 @@ from .vector import (
 )
 from .vector_math import at_least, philox, tanh
 
-# Fields of the attention kernels' records: addresses, strides in elements (of the dense mask: in
-# bytes) and sizes. An absent tensor has address 0; a broadcast dimension has stride 0.
-INTEGERS = (
-    *("query", "key", "value", "out"),  # (B, Hq, Lq, D), (B, Hkv, Lk, D | Dv), (B, Hq, Lq, Dv)
-    "lse",  # (B, Hq, query_rows), contiguous, float64; float32 where the tensors are half
-    *("query_batch", "query_head", "query_row", "key_batch", "key_head", "key_row"),
-    *("value_batch", "value_head", "value_row", "out_batch", "out_head", "out_row"),
-    "half",  # the type of q, k, v, out: 0 the one computed in, 1 bfloat16, 2 float16
-    *("batch", "heads", "key_heads", "query_len", "key_len", "head_dim", "value_dim"),
-    "tile",  # queries a tile has: a multiple of the lanes
-    *("query_rows", "query_starts", "key_starts"),  # packed: the starts are (batch + 1,) int64
-    "few",  # sequences of at most so many queries are for `attention_decode`, others for the tiles
-    *("band_lower", "band_upper", "band"),  # bounds on j - i; band (B, 2) int64
-    *("key_lengths", "query_lengths"),  # (B,) int64
-    *("query_documents", "query_documents_batch"),  # (B, Lq) int64
-    *("key_documents", "key_documents_batch"),  # (B, Lk) int64
-    *("bias", "bias_batch", "bias_head", "bias_row", "bias_column"),  # (B, Hq, Lq, Lk)
-    "bias_half",  # as `half`
-    *("dense", "dense_batch", "dense_head", "dense_row", "dense_column"),  # (B, Hq, Lq, Lk) bool
-    *("alibi", "alibi_batch", "alibi_offset", "alibi_offset_batch"),  # float64 (B, Hq), int64 (B,)
-    "sinks",  # (Hq,) float64
-    *("dropout", "threshold", "seed", "batch_start"),  # 0 or 1; words below threshold drop
-)
-# scale is the scores' factor times log2 e; with a softcap c > 0 it is the factor / c, and cap is
-# c * log2 e. Without one cap is 0.
-REALS = ("scale", "keep_scale", "cap")
-
 
 @jit
 def sequence_of(call, b):
     """Where batch element b lies: (index in memory, first query, first key, Lq, Lk)."""
-    place, first_query, first_key = b, 0, 0
+    batch_index, first_query, first_key = b, 0, 0
     query_len, key_len = call.query_len, call.key_len
     if call.query_starts != 0:
         queries, keys = integers_at(call.query_starts) + b, integers_at(call.key_starts) + b
-        place, first_query, first_key = 0, queries[0], keys[0]
+        batch_index, first_query, first_key = 0, queries[0], keys[0]
         query_len, key_len = queries[1] - queries[0], keys[1] - keys[0]
-    return place, first_query, first_key, query_len, key_len
+    return batch_index, first_query, first_key, query_len, key_len
 
 
 @jit
@@ -238,14 +211,14 @@ def _add_part(source, row, rows, columns, allowed, allowed_row, dense, target, w
 
 
 @jit
-def prefetch_block(half, address, offset, row, rows, keys, zero):
+def prefetch_block(item_type, address, offset, row, rows, keys, zero):
     """Ask for the block after the one at `offset`, up to the end of the rows' `keys` left here.
 
     A block is short pieces of many rows, which the hardware does not foresee.
     """
     columns = min(BLOCK_KEYS, keys - BLOCK_KEYS)
     if columns > 0:
-        prefetch_rows(half, address, offset + BLOCK_KEYS, row, rows, columns, zero)
+        prefetch_rows(item_type, address, offset + BLOCK_KEYS, row, rows, columns, zero)
 
 
 @jit
@@ -257,12 +230,12 @@ def _add_matrix(call, b, h, start, rows, width, k0, keys, scores, block, bias, d
     """
     lanes = lanes_of(scores)
     zero = call.zero
-    row, half, address = call.bias_row, call.bias_half, call.bias
+    row, item_type, address = call.bias_row, call.bias_item_type, call.bias
     bias_at = b * call.bias_batch + h * call.bias_head + start * row + k0
     allowed = bytes_at(call.dense) + (b * call.dense_batch + h * call.dense_head)
     allowed = allowed + (start * call.dense_row + k0)
     if bias:
-        prefetch_block(half, address, bias_at, row, rows, call.key_len - k0, zero)
+        prefetch_block(item_type, address, bias_at, row, rows, call.key_len - k0, zero)
     for v in range(0, width, lanes):
         for k in range(0, keys, lanes):
             at, target = bias_at + v * row + k, scores + (k * width + v)
@@ -272,9 +245,9 @@ def _add_matrix(call, b, h, start, rows, width, k0, keys, scores, block, bias, d
             if not bias:
                 _copy_block(target, 0, 0, 0, block, zero)
                 _add_part(block, lanes, *part, *flags, *to)
-            elif half == 1:
+            elif item_type == ITEM_BFLOAT16:
                 _add_part(bfloat16_at(address, zero) + at, row, *part, *flags, *to)
-            elif half == 2:
+            elif item_type == ITEM_FLOAT16:
                 _add_part(float16_at(address, zero) + at, row, *part, *flags, *to)
             else:
                 _add_part(pointer(address, zero) + at, row, *part, *flags, *to)
@@ -293,7 +266,7 @@ def _add_bias(call, b, h, start, rows, width, k0, keys, scores, scratch):
     some_rows = rows if by_row else 1
     columns = 1 if call.bias_column == 0 else keys
     source, row = readable(
-        *(call.bias_half, call.bias, offset, call.bias_row, some_rows, columns, scratch, zero)
+        *(call.bias_item_type, call.bias, offset, call.bias_row, some_rows, columns, scratch, zero)
     )
     if not by_row:
         for k in range(keys):

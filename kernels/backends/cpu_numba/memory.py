@@ -367,7 +367,7 @@ def prefetch_to_write(typing: Any, address: types.Type) -> Any:
 
 
 @intrinsic
-def take_ticket(typing: Any, counter: types.Type) -> Any:
+def take_work(typing: Any, counter: types.Type) -> Any:
     """Atomically: the number at the int64 pointer, which then is one more."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
@@ -378,7 +378,7 @@ def take_ticket(typing: Any, counter: types.Type) -> Any:
 
 @intrinsic
 def finish_task(typing: Any, counter: types.Type) -> Any:
-    """As `take_ticket`, and a barrier: who draws the last number sees what all others wrote."""
+    """As `take_work`, and a barrier: who draws the last number sees what all others wrote."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")

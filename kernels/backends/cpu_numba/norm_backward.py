@@ -13,6 +13,7 @@ types are widened in registers; what is summed is float32 or wider.
 
 from __future__ import annotations
 
+from ..cpu_common.call_records import NORM
 from ..cpu_common.constants import FACTOR_BLOCK, GROUP, GROUPED_COLUMNS
 from .call import Kernel, read
 from .gemm import lanes_of
@@ -25,7 +26,7 @@ from .memory import (
     pointer,
     store,
     store_first,
-    take_ticket,
+    take_work,
 )
 from .norm_forward import draw_factors, fill
 from .vector import add_lanes, cast, lanes_before, multiply_add, select, splat
@@ -255,18 +256,15 @@ def _sum_chunks(partials, chunk_stride, chunks, target, columns, zero):
 
 
 def differentiate(argument):
-    """x, grad_y, grad_total, d_total, d_x (rows, columns); weight, d_weight, d_bias (columns,).
+    """All rows, and the sums of d_weight and d_bias.
 
-    The first five hold items; x, grad_y and grad_total have a row stride of their own, in elements;
-    all else is contiguous. mean, rstd (rows,). grad_total, d_x, d_weight and d_bias may be absent
-    (0); without `subtract_mean` mean is not read. partials (chunks, 2, columns rounded up to whole
-    vectors): every chunk's d_weight and d_bias. Scratch: FACTOR_BLOCK elements, and for each of
-    GROUP rows as many and five more, its statistics.
+    Scratch: FACTOR_BLOCK elements, and for each of GROUP rows as many and five more, its
+    statistics.
     """
     call = read(argument)
     zero = call.zero
-    tickets = integers_at(call.tickets)
-    thread = take_ticket(tickets + 1)
+    counters = integers_at(call.work_counter)
+    thread = take_work(counters + 1)
     columns = call.columns
     factors = pointer(call.scratch + thread * call.scratch_bytes, zero)
     blocks = factors + FACTOR_BLOCK
@@ -275,7 +273,7 @@ def differentiate(argument):
     padded = (columns + lanes - 1) // lanes * lanes
     step = GROUP if columns >= GROUPED_COLUMNS else 1
     while True:
-        chunk = take_ticket(tickets)
+        chunk = take_work(counters)
         if chunk >= call.chunks:
             break
         d_weight = pointer(call.partials, zero) + chunk * 2 * padded
@@ -321,7 +319,7 @@ def differentiate(argument):
                     for r in range(group):
                         block = blocks + r * FACTOR_BLOCK
                         _finish_block(call, index + r, c, width, block, factors, zero)
-        if finish_task(tickets + 2) == call.chunks - 1:
+        if finish_task(counters + 2) == call.chunks - 1:
             partials = pointer(call.partials, zero)
             if call.d_weight != 0:
                 target = pointer(call.d_weight, zero)
@@ -331,16 +329,7 @@ def differentiate(argument):
                 _sum_chunks(partials + padded, 2 * padded, call.chunks, target, columns, zero)
 
 
-BACKWARD = Kernel(
-    differentiate,
-    (
-        *("x", "x_row", "grad_y", "grad_y_row", "grad_total", "grad_total_row"),
-        *("mean", "rstd", "weight", "d_total", "d_x", "partials", "d_weight", "d_bias"),
-        *("rows", "columns", "chunks", "chunk_rows", "subtract_mean"),
-        *("threshold", "seed"),
-    ),
-    ("keep_scale",),
-)
+BACKWARD = Kernel(differentiate, NORM.fields("backward"))
 
 
 def scratch_elements() -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_common.call_records import NORM
 from ..cpu_common.constants import (
     FACTOR_BLOCK,
     FAR,
@@ -32,7 +33,7 @@ from ..cpu_common.constants import (
 from .call import Kernel, read
 from .gemm import lanes_of
 from .jit import jit
-from .memory import integers_at, load, load_first, pointer, store, store_first, take_ticket
+from .memory import integers_at, load, load_first, pointer, store, store_first, take_work
 from .vector import add_lanes, cast, lanes_before, multiply_add, select, splat
 from .vector_math import at_least, philox_columns
 
@@ -87,7 +88,7 @@ def _add_row(call, index, factors, zero):
     keep_scale = cast(call.keep_scale, zero)
     for c in range(0, columns, FACTOR_BLOCK):
         width = min(FACTOR_BLOCK, columns - c)
-        if call.dropping != 0:
+        if call.dropout != 0:
             draw_factors(factors, index, c, width, call.threshold, keep_scale, call.seed, zero)
         _add_block(x + c, factors, residual + c, total + c, width, zero)
 
@@ -331,24 +332,22 @@ def _normalise_groups(call, start, end, factors, statistics, zero):
 
 
 def normalise(argument):
-    """x, residual, y, total (rows, columns); weight, bias (columns,); mean, rstd (rows,).
+    """All rows.
 
-    The first four hold items; x and residual have a row stride of their own, in elements; all else
-    is contiguous. Without a residual (0) x itself is normalised; without `subtract_mean` the mean
-    is 0 and not stored. Scratch, for four rows: two float64 moments each; behind them
-    FACTOR_BLOCK elements, then four statistics each, then `near` of each.
+    Scratch, for four rows: two float64 moments each; behind them FACTOR_BLOCK elements, then four
+    statistics each, then `near` of each.
     """
     call = read(argument)
     zero = call.zero
-    tickets = integers_at(call.tickets)
-    thread = take_ticket(tickets + 1)
+    counters = integers_at(call.work_counter)
+    thread = take_work(counters + 1)
     scratch = call.scratch + thread * call.scratch_bytes
     moments = pointer(scratch, 0.0)
     factors = pointer(scratch + _MOMENT_BYTES, zero)
     statistics = factors + FACTOR_BLOCK
     fill(factors, FACTOR_BLOCK, cast(1.0, zero))
     while True:
-        start = take_ticket(tickets) * call.task_rows
+        start = take_work(counters) * call.task_rows
         if start >= call.rows:
             break
         end = min(start + call.task_rows, call.rows)
@@ -358,16 +357,7 @@ def normalise(argument):
             _normalise_one_by_one(call, start, end, factors, statistics, moments, zero)
 
 
-FORWARD = Kernel(
-    normalise,
-    (
-        *("x", "x_row", "residual", "residual_row", "weight", "bias"),
-        *("y", "total", "mean", "rstd"),
-        *("rows", "columns", "task_rows", "subtract_mean"),
-        *("dropping", "threshold", "seed"),
-    ),
-    ("eps", "keep_scale"),
-)
+FORWARD = Kernel(normalise, NORM.fields("forward"))
 
 
 def scratch_bytes(itemsize: int) -> int:

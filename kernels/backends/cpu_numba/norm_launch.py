@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
+from ..cpu_common.preparation import dropout_fields
 from ..cpu_common.results import new_result
 from ..fused_norms import FusedNorms
 from .gemm import lanes_in
@@ -41,19 +42,29 @@ def _forward(
         residual, residual_row = rows_of(residual)
         residual_address = residual.data_ptr()
     weight, bias = _parameter(weight, 1.0, x, dtype), _parameter(bias, 0.0, x, dtype)
-    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
     task = task_rows(columns)
     FORWARD(
         x.dtype,
         -(-rows // task),
         forward_scratch(dtype.itemsize),
-        (
-            *(x.data_ptr(), x_row, residual_address, residual_row),
-            *(weight.data_ptr(), bias.data_ptr()),
-            *(y.data_ptr(), total.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
-            *(rows, columns, task, subtract_mean, dropping, threshold, key),
-        ),
-        (eps, keep_scale),
+        {
+            "x": x.data_ptr(),
+            "x_row": x_row,
+            "residual": residual_address,
+            "residual_row": residual_row,
+            "weight": weight.data_ptr(),
+            "bias": bias.data_ptr(),
+            "y": y.data_ptr(),
+            "total": total.data_ptr(),
+            "mean": mean.data_ptr(),
+            "rstd": rstd.data_ptr(),
+            "rows": rows,
+            "columns": columns,
+            "task_rows": task,
+            "subtract_mean": subtract_mean,
+            "eps": eps,
+            **dropout_fields(dropout_p, seed),
+        },
     )
     return y, total, mean, rstd
 
@@ -73,8 +84,8 @@ def _backward(
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     d_total = new_result(x, shape)
-    dropping, threshold, key, keep_scale = _dropout(dropout_p, seed)
-    d_x = new_result(x, shape) if dropping else x.new_empty(0)
+    dropout = dropout_fields(dropout_p, seed)
+    d_x = new_result(x, shape) if dropout["dropout"] else x.new_empty(0)
     dtype = statistics_dtype(x.dtype)
     d_weight = x.new_empty(0 if weight is None else columns, dtype=dtype)
     d_bias = x.new_empty(0 if bias is None else columns, dtype=dtype)
@@ -96,14 +107,28 @@ def _backward(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
         backward_scratch() * dtype.itemsize,
-        (
-            *(x.data_ptr(), x_row, grad_y.data_ptr(), grad_y_row),
-            *(grad_total_address, grad_total_row),
-            *(mean.data_ptr(), rstd.data_ptr(), scale.data_ptr(), d_total.data_ptr()),
-            *(d_x.data_ptr(), partials.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr()),
-            *(rows, columns, chunks, chunk, mean is not rstd, threshold, key),
-        ),
-        (keep_scale,),
+        {
+            "x": x.data_ptr(),
+            "x_row": x_row,
+            "grad_y": grad_y.data_ptr(),
+            "grad_y_row": grad_y_row,
+            "grad_total": grad_total_address,
+            "grad_total_row": grad_total_row,
+            "mean": mean.data_ptr(),
+            "rstd": rstd.data_ptr(),
+            "weight": scale.data_ptr(),
+            "d_total": d_total.data_ptr(),
+            "d_x": d_x.data_ptr(),
+            "partials": partials.data_ptr(),
+            "d_weight": d_weight.data_ptr(),
+            "d_bias": d_bias.data_ptr(),
+            "rows": rows,
+            "columns": columns,
+            "chunks": chunks,
+            "chunk_rows": chunk,
+            "subtract_mean": mean is not rstd,
+            **dropout,
+        },
     )
     if weight is not None:
         d_weight = d_weight.to(weight.dtype)
@@ -119,16 +144,6 @@ def _parameter(parameter: Tensor | None, absent: float, x: Tensor, dtype: torch.
     if parameter.dtype == dtype and parameter.is_contiguous():
         return parameter
     return parameter.to(dtype).contiguous()
-
-
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[bool, int, int, float]:
-    """Whether there is any, the least word kept, the key, and the factor of what is kept."""
-    if dropout_p == 0.0 or seed is None:
-        return False, 0, 0, 1.0
-    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return True, threshold, int(seed), keep_scale
 
 
 _norms = FusedNorms(_forward, _backward)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 
+from ..cpu_common.call_records import SOFTMAX
 from ..cpu_common.constants import LOG2_E, NO_BOUND
 from .call import Kernel, read
 from .gemm import lanes_of
@@ -29,7 +30,7 @@ from .memory import (
     pointer,
     store,
     store_first,
-    take_ticket,
+    take_work,
 )
 from .vector import (
     add_lanes,
@@ -178,17 +179,11 @@ def _weigh_row(row, sign, work, factor, target, first, end, keys, zero):
 
 
 def weigh(argument):
-    """scores (B, H, Lq, Lk) with any leading strides, in elements; weights the same, contiguous.
-
-    key_lengths, query_lengths (B,), band (B, 2), query_documents (B, Lq) and key_documents (B, Lk),
-    int64, or absent (0). dense: bytes with a stride for each of the four dimensions, 0 where
-    broadcast and 1 for the keys; or absent (0). Scratch: a row, if `narrow` says that an item
-    is narrower than what is computed in.
-    """
+    """All rows. Scratch: a row, where an item is narrower than what is computed in."""
     call = read(argument)
     zero = call.zero
-    tickets = integers_at(call.tickets)
-    thread = take_ticket(tickets + 1)
+    counters = integers_at(call.work_counter)
+    thread = take_work(counters + 1)
     queries, keys = call.queries, call.keys
     # A scale of 0 is a sign of 0: -inf must not be multiplied by it once it stands for 'masked'.
     sign, factor = zero, cast(1.0, zero)
@@ -197,7 +192,7 @@ def weigh(argument):
         factor = cast(abs(call.scale) * LOG2_E, zero)
     one = cast(1.0, zero)
     while True:
-        first_row = take_ticket(tickets) * call.task_rows
+        first_row = take_work(counters) * call.task_rows
         if first_row >= call.rows:
             break
         query, head = first_row % queries, first_row // queries
@@ -207,7 +202,7 @@ def weigh(argument):
             row = pointer(call.scores, call.item) + (offset + query * call.scores_query)
             target = pointer(call.weights, call.item) + index * keys
             address = call.weights + index * keys * item_size(call.item)
-            if call.narrow != 0:
+            if item_size(call.item) < item_size(zero):
                 address = call.scratch + thread * call.scratch_bytes
             work = pointer(address, zero)
             first, end = _key_range(call, batch, query)
@@ -243,15 +238,15 @@ def weigh(argument):
 
 
 def differentiate_weights(argument):
-    """weights, grad, d_scores (rows, keys); weights and grad with a row stride, in elements."""
+    """All rows of d_scores."""
     call = read(argument)
     zero = call.zero
-    tickets = integers_at(call.tickets)
+    counters = integers_at(call.work_counter)
     keys = call.keys
     lanes = lanes_of(zero)
     scales, zeros = splat(cast(call.scale, zero)), splat(zero)
     while True:
-        first_row = take_ticket(tickets) * call.task_rows
+        first_row = take_work(counters) * call.task_rows
         if first_row >= call.rows:
             break
         for index in range(first_row, min(first_row + call.task_rows, call.rows)):
@@ -284,19 +279,5 @@ def differentiate_weights(argument):
                 store_first(target + c, scales * w0 * (g0 - dots), rest)
 
 
-FORWARD = Kernel(
-    weigh,
-    (
-        *("scores", "scores_batch", "scores_head", "scores_query", "weights"),
-        *("heads", "queries", "keys", "rows", "task_rows"),
-        *("band_lower", "band_upper", "band", "key_lengths", "query_lengths"),
-        *("query_documents", "key_documents", "narrow"),
-        *("dense", "dense_batch", "dense_head", "dense_query", "dense_key"),
-    ),
-    ("scale",),
-)
-BACKWARD = Kernel(
-    differentiate_weights,
-    ("weights", "weights_row", "grad", "grad_row", "d_scores", "keys", "rows", "task_rows"),
-    ("scale",),
-)
+FORWARD = Kernel(weigh, SOFTMAX.fields("forward"))
+BACKWARD = Kernel(differentiate_weights, SOFTMAX.fields("backward"))

@@ -7,6 +7,7 @@ from torch import Tensor
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ...ops.problem import SoftmaxProblem
 from ..cpu_common.constants import NO_BOUND
+from ..cpu_common.preparation import broadcast_strides
 from ..cpu_common.results import new_result
 from .rows import task_rows
 from .softmax import BACKWARD, FORWARD
@@ -19,35 +20,48 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     if scores.stride(3) != 1:
         scores = scores.contiguous()
     dense, dense_address = mask.dense, 0
-    dense_strides: tuple[int, ...] = (0, 0, 0, 0)
+    dense_strides = [0, 0, 0, 0]
     if dense is not None:
         if dense.shape[3] != 1 and dense.stride(3) != 1:
             dense = dense.contiguous()
-        dense_address, dense_strides = dense.data_ptr(), _broadcast_strides(dense)
-    band, key_lengths, query_lengths, query_documents, key_documents = (
-        None if tensor is None else tensor.contiguous()
-        for tensor in (
-            *(mask.band, mask.key_lengths, mask.query_lengths),
-            *(mask.query_documents, mask.key_documents),
-        )
-    )
+        dense_address, dense_strides = dense.data_ptr(), broadcast_strides(dense)
+    lengths = _contiguous(mask.key_lengths), _contiguous(mask.query_lengths)
+    band = _contiguous(mask.band)
+    documents = _contiguous(mask.query_documents), _contiguous(mask.key_documents)
     computed = statistics_dtype(scores.dtype)
     narrow = scores.dtype != computed
     rows, task = count_rows(scores), task_rows(keys)
+    lower = -NO_BOUND if mask.band_lower is None else max(mask.band_lower, -NO_BOUND)
+    upper = NO_BOUND if mask.band_upper is None else min(mask.band_upper, NO_BOUND)
     FORWARD(
         scores.dtype,
         -(-rows // task),
         keys * computed.itemsize if narrow else 0,
-        (
-            *(scores.data_ptr(), *scores.stride()[:3], weights.data_ptr()),
-            *(heads, queries, keys, rows, task),
-            -NO_BOUND if mask.band_lower is None else max(mask.band_lower, -NO_BOUND),
-            NO_BOUND if mask.band_upper is None else min(mask.band_upper, NO_BOUND),
-            *(_address(band), _address(key_lengths), _address(query_lengths)),
-            *(_address(query_documents), _address(key_documents), narrow),
-            *(dense_address, *dense_strides),
-        ),
-        (scale,),
+        {
+            "scores": scores.data_ptr(),
+            "scores_batch": scores.stride(0),
+            "scores_head": scores.stride(1),
+            "scores_query": scores.stride(2),
+            "weights": weights.data_ptr(),
+            "heads": heads,
+            "queries": queries,
+            "keys": keys,
+            "rows": rows,
+            "task_rows": task,
+            "band_lower": lower,
+            "band_upper": upper,
+            "band": _address(band),
+            "key_lengths": _address(lengths[0]),
+            "query_lengths": _address(lengths[1]),
+            "query_documents": _address(documents[0]),
+            "key_documents": _address(documents[1]),
+            "dense": dense_address,
+            "dense_batch": dense_strides[0],
+            "dense_head": dense_strides[1],
+            "dense_query": dense_strides[2],
+            "dense_key": dense_strides[3],
+            "scale": scale,
+        },
     )
     return weights
 
@@ -62,22 +76,24 @@ def masked_softmax_backward(grad_weights: Tensor, weights: Tensor, scale: float)
         weights.dtype,
         -(-rows // task),
         0,
-        (
-            *(weights.data_ptr(), weights_row, grad.data_ptr(), grad_row, d_scores.data_ptr()),
-            *(keys, rows, task),
-        ),
-        (scale,),
+        {
+            "weights": weights.data_ptr(),
+            "weights_row": weights_row,
+            "grad": grad.data_ptr(),
+            "grad_row": grad_row,
+            "d_scores": d_scores.data_ptr(),
+            "keys": keys,
+            "rows": rows,
+            "task_rows": task,
+            "scale": scale,
+        },
     )
     return d_scores
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides with 0 for every dimension of size 1."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )

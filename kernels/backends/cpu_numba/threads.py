@@ -1,7 +1,7 @@
 """Running one machine function on several threads, and the memory they work in.
 
 The threads are torch's own: its OpenMP runtime is asked directly, so there is one pool in the
-process and `torch.set_num_threads` is obeyed. Work is handed out by an atomic ticket (`take_ticket`
+process and `torch.set_num_threads` is obeyed. Work is handed out by an atomic counter (`take_work`
 in the kernel); each task writes only its own results, in an order of sums that does not depend on
 the thread, so the bits are the same for any number of threads.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-TICKETS = 64  # bytes: eight int64 counters that start at zero
-HEADER = 4096  # bytes for the tickets and the largest record
+COUNTERS = 64  # bytes: eight int64 counters that start at zero
+HEADER = 4096  # bytes for the counters and the largest record
 _ALIGNMENT = 64
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -84,7 +84,7 @@ def _worker(function: int) -> Callable[[int], None]:
 
 
 class Workspace:
-    """Memory for one kernel call: a header of TICKETS and the record, and the threads' scratch.
+    """Memory for one kernel call: a header of COUNTERS and the record, and the threads' scratch.
 
     All aligned to 64 bytes. Contents are arbitrary.
     """

@@ -234,7 +234,7 @@ class AttentionRun {
         {"d_value", {d_value_.values(), of_.item}}, {"d_bias", {{}, type_}},
     };
     if (!of_.bias.empty()) {
-      const bool half = half_of(d_bias_.item()) != rowmax::kWhole;
+      const bool half = half_of(d_bias_.item()) != rowmax::ITEM_COMPUTED;
       results["d_bias"] = {d_bias_.values(), half ? d_bias_.item() : type_};
     }
     return results;
@@ -245,9 +245,9 @@ class AttentionRun {
     return Stored(of_.item, {of_.places(), heads, rows, columns}, &random_);
   }
   static int64_t half_of(Item item) {
-    return item == kBfloat16  ? rowmax::kBfloat16
-           : item == kFloat16 ? rowmax::kFloat16
-                              : rowmax::kWhole;
+    return item == ITEM_BFLOAT16  ? rowmax::ITEM_BFLOAT16
+           : item == ITEM_FLOAT16 ? rowmax::ITEM_FLOAT16
+                              : rowmax::ITEM_COMPUTED;
   }
   template <typename E>
   static const E* data(const std::vector<E>& values) {
@@ -286,7 +286,7 @@ class AttentionRun {
     strides(d_query_, call_.d_query_batch, call_.d_query_head, call_.d_query_row);
     strides(d_key_, call_.d_key_batch, call_.d_key_head, call_.d_key_row);
     strides(d_value_, call_.d_value_batch, call_.d_value_head, call_.d_value_row);
-    call_.half = half_of(of_.item);
+    call_.item_type = half_of(of_.item);
     call_.batch = of_.batch, call_.heads = of_.heads, call_.key_heads = of_.key_heads;
     call_.query_len = of_.query_len, call_.key_len = of_.key_len;
     call_.head_dim = of_.head_dim, call_.value_dim = of_.value_dim;
@@ -326,7 +326,7 @@ class AttentionRun {
       bias_ = Stored(item, of_.bias_shape, &random_);
       bias_.set(of_.bias);
       call_.bias = bias_.data();
-      call_.bias_half = half_of(item);
+      call_.bias_item_type = half_of(item);
       call_.bias_batch = bias_.broadcast_stride(0), call_.bias_head = bias_.broadcast_stride(1);
       call_.bias_row = bias_.broadcast_stride(2), call_.bias_column = bias_.broadcast_stride(3);
     }
@@ -348,13 +348,13 @@ class AttentionRun {
     Stored lse(stored, lse_.shape());
     call_.lse = lse.data();
     const int64_t few =
-        std::min(rowmax::FEW_QUERIES, rowmax::FEW_ROWS / (of_.heads / of_.key_heads));
+        std::min(rowmax::MAX_DECODE_QUERIES, rowmax::MAX_DECODE_ROWS / (of_.heads / of_.key_heads));
     if (of_.query_len > 0 && (of_.packed() || of_.query_len <= few) && random_.chance(0.7)) {
-      call_.few = few;
+      call_.max_decode_queries = few;
       decode();
     }
-    if (of_.query_len > call_.few) {
-      call_.run = random_.between(1, 3);
+    if (of_.query_len > call_.max_decode_queries) {
+      call_.tasks_per_grab = random_.between(1, 3);
       const rowmax::AttentionKernel* kernel = &rowmax::chosen_kernels().attention_forward[type_];
       run(pairs() != nullptr ? pairs()->forward : *kernel, call_, random_.between(1, 3));
     }
@@ -368,13 +368,13 @@ class AttentionRun {
     call_.chunks = std::max<int64_t>(1, chunks);
     const auto finished = aligned_memory(8 * of_.batch * of_.key_heads, 0);
     const auto partials = aligned_memory(kernel.partial_bytes(call_), 0xff);
-    call_.finished = call_.chunks > 1 ? static_cast<int64_t*>(finished.get()) : nullptr;
+    call_.chunks_done = call_.chunks > 1 ? static_cast<int64_t*>(finished.get()) : nullptr;
     call_.partials = partials.get();
     run(kernel, call_, random_.between(1, 3));
   }
 
   const rowmax::PairKernels* pairs() const {
-    return of_.item == kBfloat16 ? rowmax::pair_kernels() : nullptr;
+    return of_.item == ITEM_BFLOAT16 ? rowmax::pair_kernels() : nullptr;
   }
 
   void backward() {
@@ -396,16 +396,16 @@ class AttentionRun {
       const bool in_tiles = of_.bias_shape[2] == full[2] && of_.bias_shape[3] == full[3];
       Item item = type_;
       if (of_.bias_shape != full) {
-        call_.d_bias_sum =
-            in_tiles && random_.between(0, 1) == 1 ? rowmax::kSum : rowmax::kSumWide;
-        item = call_.d_bias_sum == rowmax::kSum ? type_ : kDouble;
+        call_.d_bias_kind =
+            in_tiles && random_.between(0, 1) == 1 ? rowmax::BIAS_GRAD_SUM : rowmax::BIAS_GRAD_SUM_WIDE;
+        item = call_.d_bias_kind == rowmax::BIAS_GRAD_SUM ? type_ : kDouble;
       } else {
-        call_.d_bias_sum = rowmax::kPut;
+        call_.d_bias_kind = rowmax::BIAS_GRAD_STORE;
         if (type_ == kFloat && random_.between(0, 1) == 1) {
-          item = random_.between(0, 1) == 1 ? kBfloat16 : kFloat16;
+          item = random_.between(0, 1) == 1 ? ITEM_BFLOAT16 : ITEM_FLOAT16;
         }
       }
-      call_.d_bias_half = half_of(item);
+      call_.d_bias_item_type = half_of(item);
       d_bias_ = Stored(item, of_.bias_shape);
       d_bias_.set(Values(of_.bias.size(), 0.0));
       call_.d_bias = d_bias_.data();
@@ -424,12 +424,12 @@ class AttentionRun {
     call_.chunk_keys = of_chunk * rowmax::BLOCK_KEYS;
     const bool whole = call_.batch_tasks == of_.batch && call_.head_tasks == of_.key_heads &&
                        call_.chunk_tasks == 1;
-    call_.run = whole ? random_.between(1, 3) : 1;
+    call_.tasks_per_grab = whole ? random_.between(1, 3) : 1;
     const int64_t tiles = of_.batch * of_.heads * ((of_.query_len + call_.tile - 1) / call_.tile);
     const auto turns = aligned_memory(8 * tiles, 0);
     const auto sums = aligned_memory(tiles * call_.tile * of_.head_dim * kFacts[type_].bytes, 0xff);
-    call_.turns = static_cast<int64_t*>(turns.get());
-    call_.d_query_sums = sums.get();
+    call_.dq_semaphore = static_cast<int64_t*>(turns.get());
+    call_.dq_accumulator = sums.get();
     const rowmax::AttentionKernel* kernel = &rowmax::chosen_kernels().attention_backward[type_];
     run(pairs() != nullptr ? pairs()->backward : *kernel, call_, random_.between(1, 3));
   }

@@ -172,7 +172,7 @@ inline Results run_norm(const NormCase& of, Random& random, std::string& fault) 
   call.eps = of.eps;
   call.keep_scale = 1.0;
   if (of.dropout) {
-    call.dropping = true;
+    call.dropout = true;
     call.seed = of.dropout->seed;
     call.threshold = of.dropout->threshold();
     call.keep_scale = of.dropout->keep_scale();
@@ -327,7 +327,7 @@ inline Results run_softmax(const SoftmaxCase& of, Random& random, std::string& f
   const Shape rows = {call.rows, call.keys};
   Stored given(mask.item, rows, &random), grad(mask.item, rows, &random);
   given.set(weights.values()), grad.set(of.grad);
-  call.given = given.data(), call.given_row = given.stride(0);
+  call.weights = given.data(), call.weights_row = given.stride(0);
   call.grad = grad.data(), call.grad_row = grad.stride(0);
   call.d_scores = d_scores.data();
   run(rowmax::chosen_kernels().softmax_backward[mask.item], call, random.between(1, 3));

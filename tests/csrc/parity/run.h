@@ -1,4 +1,4 @@
-// Running a kernel without torch: threads, tickets, and scratch memory that holds NaN.
+// Running a kernel without torch: threads, counters, and scratch memory that holds NaN.
 
 #pragma once
 
@@ -26,8 +26,8 @@ inline std::unique_ptr<void, Free> aligned_memory(int64_t bytes, int byte) {
 
 template <typename Call>
 void run(const rowmax::Kernel<Call>& kernel, Call& call, int64_t threads) {
-  int64_t tickets[8] = {};
-  call.tickets = tickets;
+  int64_t counters[8] = {};
+  call.work_counter = counters;
   std::vector<std::thread> workers;
   for (int64_t n = 0; n < threads; ++n) {
     workers.emplace_back([&kernel, &call] {

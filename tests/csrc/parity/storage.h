@@ -16,7 +16,7 @@
 namespace parity {
 
 // In the order of the tables of row-wise kernels.
-enum Item { kFloat = 0, kDouble = 1, kBfloat16 = 2, kFloat16 = 3 };
+enum Item { kFloat = 0, kDouble = 1, ITEM_BFLOAT16 = 2, ITEM_FLOAT16 = 3 };
 
 struct ItemFacts {
   const char* name;
@@ -83,7 +83,7 @@ inline double read_item(Item item, const unsigned char* from) {
   switch (item) {
     case kFloat: return read_as<float>(from);
     case kDouble: return read_as<double>(from);
-    case kBfloat16: return bfloat16_value(read_as<uint16_t>(from));
+    case ITEM_BFLOAT16: return bfloat16_value(read_as<uint16_t>(from));
     default: return float16_value(read_as<uint16_t>(from));
   }
 }
@@ -91,7 +91,7 @@ inline void write_item(Item item, unsigned char* to, double value) {
   switch (item) {
     case kFloat: return write_as(to, static_cast<float>(value));
     case kDouble: return write_as(to, value);
-    case kBfloat16: return write_as(to, bfloat16_bits(value));
+    case ITEM_BFLOAT16: return write_as(to, bfloat16_bits(value));
     default: return write_as(to, float16_bits(value));
   }
 }
