@@ -13,7 +13,7 @@
 #   make fuzz      random calls of it under the sanitizers, for ten minutes (FUZZ_SECONDS)
 #   make wheel     dist/rowmax-*.whl, for every Python >= 3.10 and torch >= 2.10
 #   make test-wheel  it, in fresh environments of each of TORCHES and PYTHONS
-#   make compile   compile every form of the GPU kernels for GPUs that need not be there, those for
+#   make compile   compile every config of the GPU kernels for GPUs that need not be there, those for
 #                  sm_90 with the oldest Triton as well
 #   make lint      ruff, clang-format, shellcheck and mypy
 #   make count     lines of product and tests, files that are too long, circles of imports
@@ -119,15 +119,15 @@ test-wheel: wheel
 	    $(TORCHES:%=--torch %) $(PYTHONS:%=--python %) $(WHEEL_ARGS)
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
-# The oldest version that the kernels run on compiles the forms of half types for sm_90: its pipelining
+# The oldest version that the kernels run on compiles the configs of half types for sm_90: its pipelining
 # and its ptxas are the ones that differ. It lies in front of the environment's own, which stays.
 # AMD's compiler is asked as well, for a report: what it says fails nothing.
 compile: $(PACKAGE) $(OLDEST_TRITON)/.stamp
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/ahead_of_time
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) \
 	    -k "(sm_90/ and /16/) or sm_90- or other_sizes" tests/ahead_of_time/test_forms.py
-	TRITON_INTERPRET=0 $(BIN)/python -m rowmax.bench forms --arch gfx942 --dtype bfloat16 \
-	    --dim 128 --features plain,rich_dropout
+	TRITON_INTERPRET=0 $(BIN)/python -m rowmax.bench configs --arch gfx942 --dtype bfloat16 \
+	    --dim 128 --features base,score_mod_dropout
 
 $(OLDEST_TRITON)/.stamp: | $(REQUIREMENTS)
 	rm -rf $(OLDEST_TRITON)

@@ -208,7 +208,7 @@ if __name__ == "__main__":
         package_data={
             **{package: ["py.typed"] for package in PACKAGE_DIR},
             "rowmax.kernels": ["py.typed", MISSING],
-            "rowmax.kernels.backends.gpu_triton": ["configurations.json"],
+            "rowmax.kernels.backends.gpu_triton": ["configs.json"],
             "rowmax.transformer": ["py.typed", "attention_page.html"],
         },
         **extension_arguments(),

@@ -30,6 +30,7 @@ from .options import (
     UsageError,
     check_backend,
     check_outputs,
+    current_name,
     listed,
     names_of,
     seconds_of,
@@ -37,7 +38,7 @@ from .options import (
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
 from .render import ratio_chart, speed_page
-from .tuning import forms, smoke, tune
+from .tuning import configs, smoke, tune
 from .verification import command as verification
 
 FULL = Budget(seconds=4.0, least_rounds=5, most_rounds=200)
@@ -66,7 +67,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         "smoke": smoke.run,
         "swap": swap.run,
         "tune": tune.run,
-        "forms": forms.run,
+        "configs": configs.run,
+        "forms": configs.run,  # its former name
         "model": architectures.run,
     }
     try:
@@ -88,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
             "Times rowmax and its peers in turns, in one run, each after it has passed a "
             "correctness check against float64."
         ),
-        epilog="example: python -m rowmax.bench speed --shape 8,8,512,64 --kind plain,dropout",
+        epilog="example: python -m rowmax.bench speed --shape 8,8,512,64 --kind full,dropout",
     )
     command.add_argument(
         "--suite",
@@ -177,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     smoke.add_command(commands)
     swap.add_command(commands)
     tune.add_command(commands)
-    forms.add_command(commands)
+    configs.add_command(commands)
     architectures.add_command(commands)
     return parser
 
@@ -354,14 +356,14 @@ def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
 
 
 def _kinds(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
-    """The suites' own, or those that were asked for, in that order, with combinations of parts."""
+    """The suites' own, or those of --kind, in that order, with combinations of parts."""
     known = _unique(kind for suite in suites for kind in suite.kinds)
     if options.kind is None:
         return known
-    asked = [kind.strip() for kind in options.kind.split(",")]
+    chosen = [current_name("--kind", kind.strip()) for kind in options.kind.split(",")]
     has_attention = any(suite.attention for suite in suites)
-    known += [kind for kind in asked if has_attention and _joined(kind)]
-    return sorted(names_of("--kind", options.kind, _unique(known)), key=asked.index)
+    known += [kind for kind in chosen if has_attention and _joined(kind)]
+    return sorted(names_of("--kind", ",".join(chosen), _unique(known)), key=chosen.index)
 
 
 def _joined(kind: str) -> bool:

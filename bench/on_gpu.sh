@@ -2,17 +2,17 @@
 #
 # Everything that wants a GPU, on a machine that has one, torch, Triton and Numba, and no network.
 #
-#   bash bench/on_gpu.sh contact      in 450 seconds: does it run, which forms, how fast
+#   bash bench/on_gpu.sh contact      in 450 seconds: does it run, which configs, how fast
 #   bash bench/on_gpu.sh prove        in 150 seconds: is it right
 #   bash bench/on_gpu.sh PART ...     some parts of them, or with more time:
 #
 #   contact
 #     smoke      versions, what the GPU can do at most, every feature once against float64
-#     forms      the fastest forms of plain bfloat16 attention, written into the table
-#     speed      plain and causal attention against torch's own kernels
+#     configs    the fastest configs of bfloat16 attention without features, into the table
+#     speed      full and causal attention against torch's own kernels
 #     kinds      grouped heads, windows, dropout, padding, masks and biases
 #     decode     one query against a cache
-#     flex       plain and causal attention against FlexAttention
+#     flex       full and causal attention against FlexAttention
 #     norms      norms and the masked softmax
 #     host       microseconds of a call on the host, and of a CUDA graph's replay
 #   prove
@@ -21,15 +21,16 @@
 #     sanitize   memcheck and racecheck of small odd shapes, where compute-sanitizer is installed
 #   with more time
 #     tests      all tests of the Triton kernels
-#     tune       the fastest forms of everything
+#     tune       the fastest configs of everything
 #     attention  attention, all kinds and shapes, against torch's own kernels
 #     all_norms  norms, all shapes, against torch and torch.compile
 #
 # Nothing is installed. A part has a time limit of its own, writes what it has as it goes and stops
 # no other; a summary is the end. The exit status is 0 where all went well, and 1 otherwise. What
 # they say is in OUT/contact.log, and so on, results are beside it; where this ran on a copy of the
-# checkout, bring OUT/configurations.json back to kernels/backends/gpu_triton/. The parts of prove run side by
-# side, for the CPU is what they wait for; until the end each has a log of its own, OUT/prove.gpu.log.
+# checkout, bring OUT/configs.json back to kernels/backends/gpu_triton/. The parts of prove run side by
+# side, for the CPU is what they wait for, and end by one common end; until then each has a log of its
+# own, OUT/prove.gpu.log.
 #
 # Settings, from the environment:
 #   PYTHON          the interpreter that has torch (python3)
@@ -38,17 +39,17 @@
 #   SECONDS_A_LINE  to spend on timing each line of a table (0.4)
 #   SAMPLE          how many cases of parity (300)
 #   WORKERS         how many processes run tests (16); half of them each part of prove
-#   TABLE           the table of forms that tuning begins with and ends in (the kernels' own)
+#   TABLE           the table of configs that tuning begins with and ends in (the kernels' own)
 #   TEST_ARGS, SPEED_ARGS, TUNE_ARGS  more options for the commands
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # part:seconds
-CONTACT="smoke:70 forms:80 speed:60 kinds:75 decode:30 flex:50 norms:40 host:25"
+CONTACT="smoke:70 configs:80 speed:60 kinds:75 decode:30 flex:50 norms:40 host:25"
 PROVE="gpu:140 parity:140 sanitize:140" # all at once
 MORE="tests:530 tune:530 attention:530 all_norms:530"
-TABLE=${TABLE:-kernels/backends/gpu_triton/configurations.json}
+TABLE=${TABLE:-kernels/backends/gpu_triton/configs.json}
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results/gpu}
 SECONDS_A_LINE=${SECONDS_A_LINE:-0.4}
@@ -86,13 +87,13 @@ LONGEST=(--shape "1,16,16384,128" --shape "1,32,16384,64")
 
 part_smoke() { bench smoke --seconds "$((limit - 8))"; }
 
-part_forms() {
-    tuned --kernel forward,key_gradients,query_gradients,decode --dim 64,128 --dtype bfloat16 \
-        --features plain --limit "$((limit / 3))"
+part_configs() {
+    tuned --kernel forward,backward_dkdv,backward_dq,decode --dim 64,128 --dtype bfloat16 \
+        --features base --limit "$((limit / 3))"
 }
 
 part_speed() {
-    speed speed --suite gpu-attention --kind plain,causal "${LONG[@]}" "${LONGEST[@]}" \
+    speed speed --suite gpu-attention --kind full,causal "${LONG[@]}" "${LONGEST[@]}" \
         --pass forward,backward --peers sdpa-flash,sdpa-cudnn
 }
 
@@ -108,7 +109,7 @@ part_decode() {
 
 # It is compiled anew for each shape, which takes longer than all the rest.
 part_flex() {
-    speed flex --suite gpu-attention --kind plain,causal "${LONG[@]}" --pass forward,backward \
+    speed flex --suite gpu-attention --kind full,causal "${LONG[@]}" --pass forward,backward \
         --peers flex
 }
 
@@ -128,11 +129,11 @@ part_all_norms() { speed all_norms --suite gpu-norms --peers torch,compile; }
 
 # Into a file beside the other results, key by key, so that nothing is lost with the part.
 tuned() {
-    cp "$TABLE" "$OUT/configurations.json" || return 1
-    bench tune --seconds "$((limit - 15))" --output "$OUT/configurations.json" "$@" \
+    cp "$TABLE" "$OUT/configs.json" || return 1
+    bench tune --seconds "$((limit - 15))" --output "$OUT/configs.json" "$@" \
         ${TUNE[@]+"${TUNE[@]}"}
     local status=$?
-    cmp -s "$OUT/configurations.json" "$TABLE" || cp "$OUT/configurations.json" "$TABLE"
+    cmp -s "$OUT/configs.json" "$TABLE" || cp "$OUT/configs.json" "$TABLE"
     return "$status"
 }
 
@@ -194,21 +195,28 @@ link() {
     export PYTHONPATH=$LINKS${PYTHONPATH:+:$PYTHONPATH}
 }
 
-# Runs the part of this name within this many seconds; what became of it goes into LINKS/NAME.
+# Runs the part of this name within this many seconds; its outcome goes into LINKS/NAME.
 run_part() {
-    local name=$1 limit=$2 log=$3 started=$SECONDS status said
+    local name=$1 limit=$2 log=$3 started=$SECONDS status outcome
     echo "=== $name, at most $limit s" | tee -a "$log"
     # In a subshell of its own, because of the pipe: what it exports stays there. The pipe does not
     # wait for what a part that was killed has left behind.
     "part_$name" 2>&1 | timeout "$((limit + 8))" tee -a "$log"
     status=${PIPESTATUS[0]}
     case $status in
-    0) said="ok," ;;
-    124 | 137) said="stopped after" ;;
-    *) said="failed with exit status $status," ;;
+    0) outcome="ok," ;;
+    124 | 137) outcome="stopped after" ;;
+    *) outcome="failed with exit status $status," ;;
     esac
-    echo "$name: $said $((SECONDS - started)) s" >"$LINKS/$name"
+    echo "$name: $outcome $((SECONDS - started)) s" >"$LINKS/$name"
     [[ $status -eq 0 ]]
+}
+
+# The seconds of a part (name:seconds): LIMIT or its own, and no more than are left until `ends`.
+limit_of() {
+    local limit=${LIMIT:-${1#*:}}
+    ((limit <= ends - SECONDS)) || limit=$((ends - SECONDS))
+    echo "$limit"
 }
 
 # Parts (name:seconds) side by side, each with a log of its own; these end up one after another in
@@ -219,7 +227,7 @@ run_together() {
     for part in "$@"; do
         name=${part%:*}
         : >"${log%.log}.$name.log"
-        run_part "$name" "${LIMIT:-${part#*:}}" "${log%.log}.$name.log" >/dev/null &
+        run_part "$name" "$(limit_of "$part")" "${log%.log}.$name.log" >/dev/null &
         running+=($!)
     done
     for part in "$@"; do
@@ -233,10 +241,15 @@ run_together() {
 }
 
 main() {
-    local word part parts proofs limit ends failed=0 summary=()
+    local word words=() part parts proofs limit ends failed=0 summary=()
     local known="$CONTACT $PROVE $MORE"
     [[ ${1:-} == -h || ${1:-} == --help ]] && usage && exit 0
     for word in "${@:-}"; do
+        if [[ $word == forms ]]; then
+            echo "on_gpu.sh: forms is deprecated: use configs" >&2
+            word=configs
+        fi
+        words+=("$word")
         case " contact prove $known " in
         *" $word "* | *" $word:"*) [[ -n $word ]] && continue ;;
         esac
@@ -245,12 +258,13 @@ main() {
     done
     mkdir -p "$OUT" || exit 1
     link
-    for word in "$@"; do
+    for word in "${words[@]}"; do
         : >"$OUT/$word.log"
         case $word in
         contact) parts=$CONTACT ends=$((SECONDS + 440)) ;;
         prove)
             read -r -a proofs <<<"$PROVE"
+            ends=$((SECONDS + 140))
             echo "=== side by side: ${proofs[*]}"
             run_together "$OUT/prove.log" "${proofs[@]}"
             continue
@@ -258,8 +272,7 @@ main() {
         *) parts=$(tr ' ' '\n' <<<"$known" | grep "^$word:") ends=$((SECONDS + 3600)) ;;
         esac
         for part in $parts; do
-            limit=${LIMIT:-${part#*:}}
-            ((limit <= ends - SECONDS)) || limit=$((ends - SECONDS))
+            limit=$(limit_of "$part")
             if ((limit < 5)); then
                 summary+=("${part%:*}: not begun, no time was left") failed=1
             else

@@ -1,8 +1,9 @@
-"""What the commands' options have in common: lists of names, and errors that say what was meant."""
+"""Shared by all commands: lists of names, former names, and errors that say what was expected."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 
 from ..console import UsageError, check_outputs, check_writable, set_threads
@@ -13,11 +14,30 @@ __all__ = [
     "check_backend",
     "check_outputs",
     "check_writable",
+    "current_name",
     "listed",
     "names_of",
+    "renamed",
     "seconds_of",
     "set_threads",
 ]
+
+
+# Former names that each option still accepts.
+RENAMED = {
+    "--kind": {"plain": "full"},
+    "--feature": {"plain": "full"},
+    "--features": {
+        "plain": "base",
+        "rich": "score_mod",
+        "rich_dropout": "score_mod_dropout",
+    },
+    "--kernel": {
+        "key_gradients": "backward_dkdv",
+        "query_gradients": "backward_dq",
+        "bias_gradients": "backward_dbias",
+    },
+}
 
 
 def names_of(option: str, text: str | None, known: Iterable[str]) -> list[str]:
@@ -25,11 +45,26 @@ def names_of(option: str, text: str | None, known: Iterable[str]) -> list[str]:
     known = list(known)
     if text is None:
         return known
-    asked = [name.strip() for name in text.split(",")]
-    for name in asked:
+    chosen = [name.strip() for name in text.split(",")]
+    chosen = [current_name(option, n) if renamed(option, n) in known else n for n in chosen]
+    for name in chosen:
         if name not in known:
             raise UsageError(f"{option}: expected names of {listed(known)}; got {name!r}")
-    return [name for name in known if name in asked]
+    return [name for name in known if name in chosen]
+
+
+def renamed(option: str, name: str) -> str:
+    """`name`, or the name that has replaced it; each part of those that are joined by +."""
+    former = RENAMED.get(option, {})
+    return "+".join(former.get(part, part) for part in name.split("+"))
+
+
+def current_name(option: str, name: str) -> str:
+    """`renamed`, with a message on standard error where it has replaced the name."""
+    current = renamed(option, name)
+    if current != name:
+        print(f"rowmax.bench: {option} {name} is deprecated: use {current}", file=sys.stderr)
+    return current
 
 
 def listed(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ DROPOUT_P = 0.1
 WINDOW = 256  # keys before its own that a query of the kind "window" attends
 MODEL_HEAD_SIZE = 64
 GROUP = 8  # query heads that share a key head in the kind "gqa"
-FEW_QUERIES = 16  # as many queries, or fewer, against more keys are decoding
+MAX_DECODE_QUERIES = 16  # at most so many queries against more keys are decoding
 # A bias or dense mask of a longer sequence, and what torch's paths make of it, would take most of
 # a GPU's memory.
 LONGEST_SQUARE = 4096
@@ -25,10 +25,10 @@ LONGEST_SQUARE = 4096
 # (batch, heads, queries, keys, head size), or (batch, heads, key heads, queries, keys, head size).
 Shape = tuple[int, ...]
 
-# What a kind of attention is made of, joined by "+": "padded+dropout". "plain", "cross" and
-# "decode" ask for nothing; they tell apart what the number of queries and keys makes of a shape.
+# The parts of a kind of attention, joined by "+": "padded+dropout". "full", "cross" and "decode"
+# name no mask; they say how many queries there are to the keys: as many, another number, or few.
 PARTS = (
-    *("plain", "cross", "decode"),
+    *("full", "cross", "decode"),
     *("causal", "padded", "window", "dense", "gqa", "bias", "dropout"),
 )
 _SQUARE_PARTS = frozenset({"causal", "window", "dense", "gqa"})  # as many queries as keys
@@ -125,7 +125,7 @@ SUITES = {
             attention=True,
             dimensions=_ATTENTION_DIMENSIONS,
             kinds=(
-                *("plain", "causal", "padded", "dropout", "causal+dropout", "padded+dropout"),
+                *("full", "causal", "padded", "dropout", "causal+dropout", "padded+dropout"),
                 *("bias", "window", "cross", "decode"),
             ),
             steps=(FORWARD, FORWARD_BACKWARD),
@@ -137,7 +137,7 @@ SUITES = {
             quick_shapes=(*_BASE[:3], _WINDOWED, _CROSS, *_DECODE),
             own_shapes={
                 # the window's shape too, so that there is something to compare it with
-                "plain": (*_BASE, _WINDOWED, (1, 8, 8192, 64)),
+                "full": (*_BASE, _WINDOWED, (1, 8, 8192, 64)),
                 "window": (_WINDOWED,),
                 "cross": (_CROSS,),
                 "decode": _DECODE,
@@ -161,7 +161,7 @@ SUITES = {
             dtypes=(torch.bfloat16,),
             attention=True,
             dimensions=_ATTENTION_DIMENSIONS,
-            kinds=("plain", "causal", "padded", "dropout", "window", "dense", "bias", "gqa"),
+            kinds=("full", "causal", "padded", "dropout", "window", "dense", "bias", "gqa"),
             steps=PASSES,
             peers=(
                 *("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math"),
@@ -251,8 +251,8 @@ def suits(kind: str, shape: Shape) -> bool:
     """Whether there is a case of this kind and shape; where not, none is made.
 
     A dense mask or a bias, of one element a pair, wants a sequence of at most LONGEST_SQUARE;
-    grouped heads want a multiple of GROUP heads, a model a width of whole heads; "plain" is where
-    queries and keys are as many, and otherwise it is "cross" or, with FEW_QUERIES, "decode".
+    grouped heads want a multiple of GROUP heads, a model a width of whole heads; "full" has as many
+    queries as keys, "decode" at most MAX_DECODE_QUERIES and more keys, "cross" is any other.
     """
     if kind in MODEL_KINDS:
         return shape[2] % MODEL_HEAD_SIZE == 0
@@ -260,9 +260,9 @@ def suits(kind: str, shape: Shape) -> bool:
         return True
     parts, sizes = parts_of(kind), sizes_of(shape)
     square = sizes.queries == sizes.keys
-    few = sizes.queries <= FEW_QUERIES and sizes.queries < sizes.keys
-    wanted = "plain" if square else "decode" if few else "cross"
-    if parts & {"plain", "cross", "decode"} and wanted not in parts:
+    decoding = sizes.queries <= MAX_DECODE_QUERIES and sizes.queries < sizes.keys
+    proportion = "full" if square else "decode" if decoding else "cross"
+    if parts & {"full", "cross", "decode"} and proportion not in parts:
         return False
     if parts & {"dense", "bias"} and max(sizes.queries, sizes.keys) > LONGEST_SQUARE:
         return False

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..options import UsageError, listed
+from ..options import UsageError, listed, renamed
 from ..peers.candidates import SUBJECT
 from .intervals import Interval, overlap, ratio_interval
 from .report import SCHEMA
@@ -37,7 +37,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Measured:
-    """One case of a run: what each candidate took, and why others have no time."""
+    """One case of a run: the time of each candidate, or why it has none."""
 
     key: Key
     seconds: Mapping[str, Timed]
@@ -47,7 +47,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """All that is read of a file: nothing of it is left to fail later."""
+    """A file of results, completely parsed and checked."""
 
     source: str
     machine: Mapping[str, str]  # what times depend on
@@ -123,11 +123,11 @@ def run(options: argparse.Namespace) -> int:
     if options.by == "ratio" and options.candidate != SUBJECT:
         raise UsageError(f"--candidate: --by ratio is {SUBJECT}'s, got {options.candidate}")
     changes = changes_between(before, after, options.candidate, options.by)
-    alone = alone_lines(before, after, options.candidate, options.by)
-    if not changes and not alone:
+    unmatched = unmatched_lines(before, after, options.candidate, options.by)
+    if not changes and not unmatched:
         raise UsageError(f"neither file has a case of {options.candidate}")
-    print("\n".join([*lines(before, after, changes, threshold, options.by), *alone]))
-    return 1 if alone or any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
+    print("\n".join([*lines(before, after, changes, threshold, options.by), *unmatched]))
+    return 1 if unmatched or any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
 
 
 def load(path: Path) -> Run:
@@ -166,7 +166,7 @@ def _parsed(document: Mapping[str, Any]) -> Run:
 
 
 def _measured(row: Mapping[str, Any]) -> Measured:
-    names = (_text(row["suite"]), _text(row["dtype"]), _text(row["kind"]))
+    names = (_text(row["suite"]), _text(row["dtype"]), renamed("--kind", _text(row["kind"])))
     key = (*names, tuple(int(size) for size in row["shape"]), _text(row["pass"]))
     peer = row["fastest_peer"]
     if peer is not None and peer not in row["seconds"]:
@@ -195,15 +195,15 @@ def _case(key: Key) -> str:
     return f"{suite} {dtype} {kind} ({','.join(map(str, shape))}) {_STEPS.get(step, step)}"
 
 
-def alone_lines(before: Run, after: Run, candidate: str, by: str) -> list[str]:
-    """The cases that one of the runs has and the other has not, with what it says of them."""
+def unmatched_lines(before: Run, after: Run, candidate: str, by: str) -> list[str]:
+    """The cases that only one of the runs has, and why the candidate failed in the other."""
     found: list[str] = []
     for name, these, other, others in (("A", before, "B", after), ("B", after, "A", before)):
         missing = _measures(others, candidate, by)
-        said = {case.key: case.faults.get(candidate) for case in others.cases}
+        faults = {case.key: case.faults.get(candidate) for case in others.cases}
         for key in _measures(these, candidate, by):
             if key not in missing:
-                why = f", where {candidate} failed: {said[key]}" if said.get(key) else ""
+                why = f", where {candidate} failed: {faults[key]}" if faults.get(key) else ""
                 found.append(f"only in {name}, not in {other}: {_case(key)}{why}")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..machine import gpu
 from ..machine.host import describe, measure_limits
+from ..options import renamed
 from ..peers.candidates import ONLY_BY_NAME, SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
 from . import report
 from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
@@ -34,7 +36,7 @@ def speed(
     *,
     name: str = "yours",
     shapes: Sequence[Shape] = ((8, 8, 512, 64),),
-    kinds: Sequence[str] = ("plain", "causal"),
+    kinds: Sequence[str] = ("full", "causal"),
     dtype: torch.dtype = torch.float32,
     backward: bool = True,
     device: str = "cpu",
@@ -49,7 +51,7 @@ def speed(
             `torch.nn.functional.scaled_dot_product_attention`, in the column `name`; None times
             rowmax and the peers alone. One that is not right is not timed: see a row's `faults`.
         shapes: (B, H, L, D), (B, H, Lq, Lk, D) or (B, Hq, Hkv, Lq, Lk, D) each.
-        kinds: as of `bench speed --kind`: "plain", "causal", "padded+dropout", ...
+        kinds: as of `bench speed --kind`: "full", "causal", "padded+dropout", ...
         backward: also forward and backward together.
         peers: their names; None takes those of the suite that need no compilation.
         seconds: to spend on each line.
@@ -61,6 +63,15 @@ def speed(
     if not suites:
         raise ValueError(f"speed: device: expected cpu or cuda, got {device!r}")
     suite = replace(suites[0], dtypes=(dtype,))
+    for kind in kinds:
+        if renamed("--kind", kind) != kind:
+            current = renamed("--kind", kind)
+            warnings.warn(
+                f"speed: kinds: {kind!r} is deprecated: use {current!r}",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+    kinds = [renamed("--kind", kind) for kind in kinds]
     for kind in kinds:
         if not parts_of(kind) <= set(PARTS):
             raise ValueError(f"speed: kinds: expected {', '.join(PARTS)} joined by +, got {kind!r}")

@@ -110,7 +110,7 @@ def gains_of_masks(rows: Iterable[Row]) -> dict[Gain, Mean]:
         masks = [part for part in kind.split("+") if part in _SPARING]
         if not masks:
             continue
-        unmasked = "+".join(part for part in kind.split("+") if part not in masks) or "plain"
+        unmasked = "+".join(part for part in kind.split("+") if part not in masks) or "full"
         without = times.get((suite, unmasked, dtype, shape, step))
         if without is not None:
             ratio = without / times[suite, kind, dtype, shape, step]

@@ -102,7 +102,7 @@ def _block_mask(parts: frozenset[str], inputs: AttentionInputs) -> BlockMask | N
 
 def flash_attn(kind: str, inputs: AttentionInputs) -> Outputs:
     """The flash-attn package; (B, L, H, D)."""
-    if kind not in ("plain", "causal", "dropout", "window", "gqa"):
+    if kind not in ("full", "causal", "dropout", "window", "gqa"):
         raise UnsupportedError(f"flash_attn_func does not take what {kind} needs")
     from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
 
@@ -117,7 +117,7 @@ def flash_attn(kind: str, inputs: AttentionInputs) -> Outputs:
 
 def xformers_attention(kind: str, inputs: AttentionInputs) -> Outputs:
     """xFormers' memory-efficient attention; (B, L, H, D)."""
-    if kind not in ("plain", "causal", "dropout", "bias"):
+    if kind not in ("full", "causal", "dropout", "bias"):
         raise UnsupportedError(f"memory_efficient_attention is not set up for {kind} here")
     from xformers import ops  # type: ignore[import-not-found, unused-ignore]
 

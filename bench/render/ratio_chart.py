@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench chart A.json ...`: how much faster rowmax is, by kind, as a picture.
+"""`python -m rowmax.bench chart A.json ...`: a bar chart of the ratios to peers, by kind.
 
 A bar is time of the peer / time of rowmax, the geometric mean over the shapes of a kind and pass.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...console import from_extra
-from ..options import UsageError, check_outputs
+from ..options import UsageError, check_outputs, renamed
 
 FASTEST = "fastest"
 FORMATS = (".svg", ".png")
@@ -58,7 +58,7 @@ def ratios_of(rows: list[dict[str, Any]], peers: list[str]) -> dict[tuple[str, s
         if ours is None or not medians:
             continue
         medians[FASTEST] = min(medians.values())
-        of_kind = logs.setdefault((row["kind"], row["pass"]), {})
+        of_kind = logs.setdefault((renamed("--kind", row["kind"]), row["pass"]), {})
         for peer in peers:
             if peer in medians:
                 of_kind.setdefault(peer, []).append(math.log(medians[peer] / ours))

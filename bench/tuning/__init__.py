@@ -1,1 +1,1 @@
-"""The forms of the Triton kernels: compiled, timed and chosen."""
+"""The configs of the Triton kernels: compiled, timed and chosen."""

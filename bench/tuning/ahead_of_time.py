@@ -24,13 +24,13 @@ from triton.runtime.jit import JITFunction
 from ...kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
 from ...kernels.api.attention import attention_problem
 from ...kernels.backends.gpu_triton import plans
-from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MOST_ROWS
+from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MAX_ROWS
 from ...kernels.backends.gpu_triton.attention_launch import attention, attention_backward
-from ...kernels.backends.gpu_triton.configurations import (
+from ...kernels.backends.gpu_triton.configs import (
     TF32_BITS,
-    Configuration,
+    Config,
     Key,
-    compiled_form,
+    launch_config,
 )
 from ...kernels.ops.problem import AttentionProblem
 from .sass import Loop, loops_of
@@ -47,8 +47,8 @@ DTYPES = {
 # Bytes of a thread that may be spilled, if the loop over whole blocks, where almost all time goes,
 # has next to nothing of it. Most lies before and after the loops, and in those over the few blocks
 # that a mask cuts.
-FEW_BYTES = 128
-FEW_INSTRUCTIONS = 0.01  # of the loop's
+MAX_SPILLED_BYTES = 128
+MAX_SPILL_SHARE = 0.01  # of the loop's
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Compiled:
     serialized: bool  # ptxas could not overlap them
     copies: int = 0  # asynchronous ones of 16 bytes, in the code
     cubin: bytes = field(default=b"", repr=False)
-    form: Configuration | None = None
+    config: Config | None = None
 
     def fits(self, arch: str) -> bool:
         return self.bearable and not self.serialized and self.shared <= SHARED_LIMIT[arch]
@@ -72,9 +72,9 @@ class Compiled:
         """Whether it spills nothing, or a little that its loop does not notice."""
         if self.spilled == 0:
             return True
-        if self.spilled > FEW_BYTES or self.loop is None:
+        if self.spilled > MAX_SPILLED_BYTES or self.loop is None:
             return False
-        return self.loop.spills <= FEW_INSTRUCTIONS * self.loop.instructions
+        return self.loop.spills <= MAX_SPILL_SHARE * self.loop.instructions
 
     @functools.cached_property
     def loop(self) -> Loop | None:
@@ -82,7 +82,7 @@ class Compiled:
 
         None for AMD, and where exponentials are computed by other means (float64).
         """
-        if self.form is None or not self.cubin:
+        if self.config is None or not self.cubin:
             return None
         loops = [loop for loop in loops_of(self.cubin) if loop.exponentials >= self.scores]
         return min(loops, key=lambda loop: loop.instructions, default=None)
@@ -90,8 +90,8 @@ class Compiled:
     @property
     def scores(self) -> float:
         """Of a tile, for each thread."""
-        assert self.form is not None
-        return self.form.block_m * self.form.block_n / (32 * self.form.num_warps)
+        assert self.config is not None
+        return self.config.block_m * self.config.block_n / (32 * self.config.num_warps)
 
     @property
     def cycles(self) -> float:
@@ -136,10 +136,10 @@ def problem_of(key: Key) -> AttentionProblem:
     """
     heads, key_heads, query_len, key_len = 4, 4, 1024, 1024
     if key.kernel in ("decode", "combine"):
-        heads, key_heads, query_len, key_len = 8, 1, MOST_ROWS.value // 8, 2 * CHUNK
+        heads, key_heads, query_len, key_len = 8, 1, MAX_ROWS.value // 8, 2 * CHUNK
     mask: Mask = Causal("lower_right") & KeyLengths(torch.tensor([1000, 900]))
     options: dict[str, Any] = {}
-    if "rich" in key.features:
+    if "score_mod" in key.features:
         mask = mask & Dense(torch.ones(query_len, key_len, dtype=torch.bool))
         bias = torch.empty(2, heads, query_len, key_len, dtype=DTYPES[key.bits])
         options = {"bias": bias, "softcap": 30.0, "sinks": torch.empty(heads)}
@@ -147,17 +147,17 @@ def problem_of(key: Key) -> AttentionProblem:
 
 
 def harder_problems(key: Key) -> Iterator[AttentionProblem]:
-    """Others that have the same key and may take more registers: a form must bear them too.
+    """Others of the same key that may take more registers: a config must fit them too.
 
     None for decoding, and none for a wide type with everything at once, the most it can have.
     """
-    if key.kernel in ("decode", "combine") or (key.bits > 16 and "rich" in key.features):
+    if key.kernel in ("decode", "combine") or (key.bits > 16 and "score_mod" in key.features):
         return
     sizes = (4, 1, 512, 512)
-    if "rich" in key.features:
+    if "score_mod" in key.features:
         bias = torch.empty(1, 4, 512, 512, dtype=DTYPES[key.bits])
         yield _problem(key, (4, 4, 512, 512), None, bias=bias)
-        if key.kernel != "bias_gradients":
+        if key.kernel != "backward_dbias":
             lengths = KeyLengths(torch.tensor([500, 300]))
             yield _problem(key, sizes, Documents(torch.arange(512).expand(2, -1) // 100))
             yield _problem(key, sizes, lengths, bias=ALiBi(torch.rand(4)))
@@ -206,14 +206,14 @@ def products_in(bits: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compile_form(key: Key, config: Configuration) -> Compiled:
+def compile_config(key: Key, config: Config) -> Compiled:
     """What `config` compiles to for `key`."""
     pretend(key.arch)
     with products_in(key.bits):
         return compile_kernel(key.kernel, problem_of(key), config)
 
 
-def bears(key: Key, config: Configuration) -> bool:
+def fits_all(key: Key, config: Config) -> bool:
     """Whether `config` fits for the harder problems of `key` as well."""
     pretend(key.arch)
     with products_in(key.bits):
@@ -223,8 +223,8 @@ def bears(key: Key, config: Configuration) -> bool:
         )
 
 
-def compile_kernel(kernel: str, problem: AttentionProblem, config: Configuration) -> Compiled:
-    """The kernel called `kernel` as `problem` would launch it in the form `config`."""
+def compile_kernel(kernel: str, problem: AttentionProblem, config: Config) -> Compiled:
+    """The kernel called `kernel` as `problem` would launch it with `config`."""
     found: list[Compiled] = []
 
     def launch(
@@ -234,14 +234,14 @@ def compile_kernel(kernel: str, problem: AttentionProblem, config: Configuration
         arguments: dict[str, Any],
     ) -> None:
         if function.fn.__name__ == kernel:
-            _, form = compiled_form(function, extent, config)
-            compiled = compile_call(function, **arguments, **form)
-            found.append(replace(compiled, form=config))
+            _, options = launch_config(function, extent, config)
+            compiled = compile_call(function, **arguments, **options)
+            found.append(replace(compiled, config=config))
 
     out, lse = attention(problem, launch)
     if not found:
         bias = problem.bias
-        if kernel == "bias_gradients" and bias is not None:
+        if kernel == "backward_dbias" and bias is not None:
             problem = problem._replace(bias=bias[:1])  # shared, so that there is something to sum
         attention_backward(problem, out, None, out, lse, bias is not None, False, launch)
     return found[0]
@@ -251,7 +251,7 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
     """What `kernel` compiles to for these arguments: always anew, never from Triton's cache."""
     # the kernel's own cache knows a GPU by its number, not by its architecture
     kernel.device_caches.clear()
-    with _compiler_talks() as said:
+    with _compiler_log() as log:
         compiled = kernel.warmup(*arguments, **({"grid": (1,)} | options))
     shared = int(compiled.metadata.shared)
     if compiled.metadata.target.backend == "hip":
@@ -263,34 +263,34 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
             wgmma=0,
             serialized=False,
         )
-    log = said.getvalue()
+    text = log.getvalue()
     return Compiled(
-        registers=_largest(r"Used (\d+) registers", log),
-        spilled=_largest(r"(\d+) bytes spill stores", log),
+        registers=_largest(r"Used (\d+) registers", text),
+        spilled=_largest(r"(\d+) bytes spill stores", text),
         shared=shared,
         wgmma=compiled.asm["ptx"].count("wgmma.mma_async"),
-        serialized="serialized" in log,
+        serialized="serialized" in text,
         copies=compiled.asm["ptx"].count("cp.async.cg.shared.global"),
         cubin=compiled.asm["cubin"],
     )
 
 
 @contextlib.contextmanager
-def _compiler_talks() -> Iterator[io.StringIO]:
+def _compiler_log() -> Iterator[io.StringIO]:
     """What ptxas, as Triton calls it, says of each kernel that is compiled meanwhile."""
-    said = io.StringIO()
+    log = io.StringIO()
     with (
         knobs.nvidia.scope(),
         knobs.compilation.scope(),
-        contextlib.redirect_stdout(said),
+        contextlib.redirect_stdout(log),
     ):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
-        yield said
+        yield log
 
 
 def _largest(pattern: str, text: str) -> int:
-    """The largest of the numbers that `pattern` finds; the compiler must have said some."""
+    """The largest of the numbers that `pattern` finds; the compiler must have printed one."""
     return max(map(int, re.findall(pattern, text)))
 
 
@@ -312,9 +312,9 @@ def compiled_launches() -> Iterator[dict[str, Compiled]]:
             JITFunction.warmup = compile_only
         return SimpleNamespace(run=_launch_nothing, function=None, packed_metadata=None)
 
-    kept = plans.kept
-    JITFunction.warmup, plans.kept = compile_only, {}
+    cache = plans.cache
+    JITFunction.warmup, plans.cache = compile_only, {}
     try:
         yield found
     finally:
-        JITFunction.warmup, plans.kept = warmup, kept
+        JITFunction.warmup, plans.cache = warmup, cache

@@ -60,7 +60,7 @@ FEATURES: dict[str, Feature] = {
     "window": _of_attention("window"),
     "padded": _of_attention("key-lengths"),
     "causal": _of_attention("causal"),
-    "plain": _of_attention("none"),
+    "full": _of_attention("none"),
     "dense": _of_attention("dense"),
     "layer norm": Feature(("layer_norm",), ("weight",)),
     "RMS norm": Feature(("rms_norm",), ("weight",)),

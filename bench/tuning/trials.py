@@ -1,4 +1,4 @@
-"""Times forms of one Triton attention kernel: on inputs of its own, checked, in turns."""
+"""Times configs of one Triton attention kernel: on inputs of its own, checked, in turns."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from ...kernels.backends.gpu_triton.attention_launch import (
     attention_backward,
     launch_kernel,
 )
-from ...kernels.backends.gpu_triton.configurations import (
+from ...kernels.backends.gpu_triton.configs import (
     TF32_BITS,
-    Configuration,
+    Config,
     Key,
-    compiled_form,
+    launch_config,
 )
 from ...kernels.ops.problem import AttentionProblem
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in
 
 BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
-# Forms further behind the best than this after one sample are not timed again.
-HOPELESS = 1.5
+# Configs slower than the best by more than this factor, after one sample, are not timed again.
+MAX_SLOWDOWN = 1.5
 WIDTH = 2048  # heads times head size
 # Of each width of a type: batch and length.
 SIZES = {16: (4, 4096), TF32_BITS: (4, 2048), 32: (4, 2048), 64: (2, 1024)}
-# Largest difference from the form in the table, as a share of the largest element.
+# Largest difference from the config in the table, as a share of the largest element.
 DIFFERENCE = {16: 2e-2, TF32_BITS: 5e-3, 32: 1e-4, 64: 1e-9}
 OUTPUTS = {
     "forward": ("out", "lse"),
     "decode": ("partial", "maxima", "sums"),
-    "key_gradients": ("d_key", "d_value"),
-    "query_gradients": ("d_query", "d_bias"),
-    "bias_gradients": ("d_bias",),
+    "backward_dkdv": ("d_key", "d_value"),
+    "backward_dq": ("d_query", "d_bias"),
+    "backward_dbias": ("d_bias",),
 }
 
 
 class Launched(NamedTuple):
-    """A kernel with all that one launch of it takes, to be launched again in other forms."""
+    """A kernel with all that one launch of it takes, to be launched again in other configs."""
 
     kernel: Any
     extent: tuple[int, int, int]
@@ -64,17 +64,17 @@ class Launched(NamedTuple):
                 found[name] = value if isinstance(value, Tensor) else value[0]
         return found
 
-    def run(self, form: Configuration) -> None:
-        programs, constants = compiled_form(self.kernel, self.extent, form)
+    def run(self, config: Config) -> None:
+        programs, constants = launch_config(self.kernel, self.extent, config)
         self.kernel[(programs,)](**self.arguments, **constants)
 
-    def compile(self, form: Configuration) -> None:
-        _, constants = compiled_form(self.kernel, self.extent, form)
+    def compile(self, config: Config) -> None:
+        _, constants = launch_config(self.kernel, self.extent, config)
         self.kernel.warmup(**self.arguments, **constants, grid=(1,))
 
 
 class Trials:
-    """Measures forms on `device` with `timer`; 16-bit kernels in the type `half`."""
+    """Measures configs on `device` with `timer`; 16-bit kernels in the type `half`."""
 
     def __init__(
         self,
@@ -83,27 +83,27 @@ class Trials:
         half: torch.dtype = torch.bfloat16,
         sizes: Mapping[int, tuple[int, int]] = SIZES,
         width: int = WIDTH,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         self._timer = timer
         self._device = device
         self._dtypes = {16: half, TF32_BITS: torch.float32, 32: torch.float32, 64: torch.float64}
-        self._sizes, self._width, self._say = sizes, width, say
+        self._sizes, self._width, self._log = sizes, width, log
 
-    def time_forms(self, key: Key, forms: Sequence[Configuration]) -> dict[Configuration, float]:
-        """Seconds of each form that works, the geometric mean over several problems."""
-        times: dict[Configuration, list[float]] = {form: [] for form in forms}
+    def time_configs(self, key: Key, configs: Sequence[Config]) -> dict[Config, float]:
+        """Seconds of each config that works, the geometric mean over several problems."""
+        times: dict[Config, list[float]] = {config: [] for config in configs}
         with products_in(key.bits):
             for problem in self.problems(key):
                 measured = self._time_on(problem, key, list(times))
-                times = {form: [*times[form], seconds] for form, seconds in measured.items()}
-        return {form: geometric_mean(seconds) for form, seconds in times.items()}
+                times = {config: [*times[config], seconds] for config, seconds in measured.items()}
+        return {config: geometric_mean(seconds) for config, seconds in times.items()}
 
-    def compile(self, key: Key, forms: Sequence[Configuration]) -> None:
-        """All that `time_forms` would compile."""
+    def compile(self, key: Key, configs: Sequence[Config]) -> None:
+        """All that `time_configs` would compile."""
         with products_in(key.bits):
             for problem in self.problems(key):
-                _compile_all(_launched(problem, key.kernel), forms)
+                _compile_all(_launched(problem, key.kernel), configs)
 
     def problems(self, key: Key) -> Iterator[AttentionProblem]:
         """Problems of the key's features, one with all pairs and one that leaves some out."""
@@ -128,33 +128,33 @@ class Trials:
             options |= {"dropout_p": dropout_p, "seed": 7, "draw_seed": True}
             return attention_problem(q, k, v, mask, bias, **options)
 
-        if "rich" not in key.features:
+        if "score_mod" not in key.features:
             yield problem(None, None)
             yield problem(causal, None)
             return
         yield problem(None, normal(1, heads, queries, length))
-        if key.kernel != "bias_gradients":
+        if key.kernel != "backward_dbias":
             coins = torch.rand(queries, length, generator=generator, device=self._device) < 0.5
             coins[:, 0] = True  # nobody is left without a key
             yield problem(causal & Dense(coins), None)
 
     def _time_on(
-        self, problem: AttentionProblem, key: Key, forms: Sequence[Configuration]
-    ) -> dict[Configuration, float]:
+        self, problem: AttentionProblem, key: Key, configs: Sequence[Config]
+    ) -> dict[Config, float]:
         launched = _launched(problem, key.kernel)
         expected = {name: tensor.clone() for name, tensor in launched.outputs().items()}
-        _compile_all(launched, forms)
+        _compile_all(launched, configs)
         runs = {}
-        for form in forms:
-            fault = self._fault(launched, form, expected, DIFFERENCE[key.bits])
+        for config in configs:
+            fault = self._fault(launched, config, expected, DIFFERENCE[key.bits])
             if fault is None:
-                runs[form] = partial(launched.run, form)
+                runs[config] = partial(launched.run, config)
             else:
-                self._say(f"  {list(form)} {fault}")
-        times = {form: self._timer.sample(run, 1) for form, run in runs.items()}
-        limit = HOPELESS * min(times.values(), default=0.0)
-        close = {str(list(form)): form for form, seconds in times.items() if seconds <= limit}
-        calls = {name: runs[form] for name, form in close.items()}
+                self._log(f"  {list(config)} {fault}")
+        times = {config: self._timer.sample(run, 1) for config, run in runs.items()}
+        limit = MAX_SLOWDOWN * min(times.values(), default=0.0)
+        close = {str(list(config)): config for config, seconds in times.items() if seconds <= limit}
+        calls = {name: runs[config] for name, config in close.items()}
         for name, timing in interleave(calls, BUDGET, self._timer).items():
             times[close[name]] = timing.median
         return times
@@ -162,23 +162,23 @@ class Trials:
     def _fault(
         self,
         launched: Launched,
-        form: Configuration,
+        config: Config,
         expected: Mapping[str, Tensor],
         difference: float,
     ) -> str | None:
-        """Why the form can't be taken; None where it runs and agrees with the one in the table."""
+        """Why the config fails; None where it runs and agrees with the one in the table."""
         try:
             for name, tensor in launched.outputs().items():
                 # d_bias is given as zeros, and may keep them where nothing is attended
                 tensor.fill_(0.0 if name == "d_bias" else torch.nan)
-            launched.run(form)
+            launched.run(config)
             outputs = launched.outputs()
             for name, right in expected.items():
                 found = float((outputs[name] - right).abs().max())
                 largest = float(right.abs().max())
                 if not found <= difference * largest:  # so that NaN is a fault
                     return (
-                        f"differs from the form in the table: {name} {found:.3g} of {largest:.3g}"
+                        f"differs from the config in the table: {name} {found:.3g} of {largest:.3g}"
                     )
         except Exception as error:
             # Too much shared memory, or a stage of the compiler that gave up: no candidate. Where
@@ -195,7 +195,7 @@ def reason(error: Exception) -> str:
 
 
 def _launched(problem: AttentionProblem, kernel: str) -> Launched:
-    """`kernel` as `problem` launches it; it has run, in the form of the table."""
+    """`kernel` as `problem` launches it; it has run, in the config of the table."""
     found: list[Launched] = []
 
     def launch(
@@ -216,14 +216,14 @@ def _launched(problem: AttentionProblem, kernel: str) -> Launched:
     return found[0]
 
 
-def _compile_all(launched: Launched, forms: Sequence[Configuration]) -> None:
+def _compile_all(launched: Launched, configs: Sequence[Config]) -> None:
     """Compiles side by side, so that the GPU waits for the slowest only; errors come up later."""
     if interpreting():
         return
 
-    def attempt(form: Configuration) -> None:
+    def attempt(config: Config) -> None:
         with contextlib.suppress(Exception):
-            launched.compile(form)
+            launched.compile(config)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(attempt, forms))
+        list(pool.map(attempt, configs))

@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench tune`: which form each Triton attention kernel takes, found and kept.
+"""`python -m rowmax.bench tune`: finds and stores the configs of the Triton attention kernels.
 
 On a GPU each candidate is timed. With `--compile`, for GPUs that are not there, the first ones that
 fit are compared by what their loop issues. The table is written after each key, so that a search
@@ -23,24 +23,24 @@ from ...kernels.backends import gpu_triton
 from ..options import UsageError, check_writable, listed, names_of, seconds_of
 
 if TYPE_CHECKING:  # they need Triton
-    from ...kernels.backends.gpu_triton.configurations import Configuration, Key
+    from ...kernels.backends.gpu_triton.configs import Config, Key
     from .trials import Trials
 
-KERNELS = ("forward", "key_gradients", "query_gradients", "decode", "bias_gradients")
-FEATURES = ("plain", "rich", "dropout", "rich_dropout")
-# By the bits of a type, 19 are TF32's. What has no entry takes that of all features at once: a form
-# that bears them bears fewer. Wide types have few entries, since arithmetic is what they wait for.
+KERNELS = ("forward", "backward_dkdv", "backward_dq", "decode", "backward_dbias")
+FEATURES = ("base", "score_mod", "dropout", "score_mod_dropout")
+# By the bits of a type, 19 are TF32's. Features without an entry take that of all features at once:
+# a config that fits with them fits with fewer. Wide types have few entries: arithmetic limits them.
 FEATURES_OF = {
     16: FEATURES,
-    19: ("plain", "rich_dropout"),
-    32: ("rich_dropout",),
-    64: ("rich_dropout",),
+    19: ("base", "score_mod_dropout"),
+    32: ("score_mod_dropout",),
+    64: ("score_mod_dropout",),
 }
 DIMS = (128, 64, 256)
-# Of wide types larger heads than these take the safe form: a row alone fills the registers.
+# Of wide types larger heads than these take the safe config: a row alone fills the registers.
 WIDEST = {16: 256, 19: 128, 32: 128, 64: 64}
 FOREMOST = "sm_90"
-# What serves all GPUs that are not known has half types in two forms a size, and else is safe.
+# What serves all GPUs that are not known has half types in two configs a size, and else is safe.
 SMALL = "sm_89"
 ARCHS = (FOREMOST, "sm_80", "sm_100", SMALL)
 # Bytes of shared memory that one program may have.
@@ -56,15 +56,15 @@ SHARED_LIMIT = {
 # Rows of a tile that a warp of a matrix product has at least. Where a product goes on into another
 # one, Triton puts all warps below each other: of fewer rows, several compute the same scores.
 ROWS_OF_WARP = 16
-CHAINED = ("forward", "key_gradients", "query_gradients")
-ENOUGH = 3  # of the forms that fit, so many are compared
-LIMIT = 300.0  # seconds that the forms of one key are timed, or compiled
-AT_ONCE = 8  # keys whose forms are compiled side by side
+CHAINED = ("forward", "backward_dkdv", "backward_dq")
+COMPARED = 3  # configs that fit, of which the cheapest is taken
+LIMIT = 300.0  # seconds that the configs of one key are timed, or compiled
+AT_ONCE = 8  # keys whose configs are compiled side by side
 BITS = {"bfloat16": 16, "float16": 16, "tf32": 19, "float32": 32, "float64": 64}
-TABLE = Path(gpu_triton.__file__).parent / "configurations.json"
+TABLE = Path(gpu_triton.__file__).parent / "configs.json"
 
 # (BLOCK_M, BLOCK_N, warps, stages), the most promising first and the safest last.
-_QUERIES_STAY = (
+_QUERY_TILE_CONFIGS = (
     (128, 128, 8, 3),
     (128, 128, 8, 2),
     (128, 64, 8, 3),
@@ -86,7 +86,7 @@ _QUERIES_STAY = (
     (32, 16, 4, 1),
     (16, 16, 4, 1),
 )
-_KEYS_STAY = (
+_KEY_TILE_CONFIGS = (
     (64, 128, 8, 3),
     (64, 128, 8, 2),
     (64, 64, 4, 2),
@@ -107,7 +107,7 @@ _KEYS_STAY = (
     (16, 32, 4, 1),
     (16, 16, 4, 1),
 )
-_SUMS_OVER_BATCH = (
+_DBIAS_CONFIGS = (
     (128, 64, 8, 2),
     (64, 64, 8, 2),
     (64, 64, 4, 2),
@@ -120,7 +120,7 @@ _SUMS_OVER_BATCH = (
     (16, 16, 4, 1),
 )
 # Most often there are no more than 16 rows: their number yields first.
-_KEYS_SPLIT = (
+_DECODE_CONFIGS = (
     (64, 64, 4, 3),
     (64, 64, 4, 2),
     (32, 64, 4, 3),
@@ -131,25 +131,25 @@ _KEYS_SPLIT = (
     (16, 32, 4, 1),
     (16, 16, 4, 1),
 )
-_FORMS = {
-    "decode": _KEYS_SPLIT,
-    "forward": _QUERIES_STAY,
-    "query_gradients": _QUERIES_STAY,
-    "key_gradients": _KEYS_STAY,
-    "bias_gradients": _SUMS_OVER_BATCH,
+_CONFIGS = {
+    "decode": _DECODE_CONFIGS,
+    "forward": _QUERY_TILE_CONFIGS,
+    "backward_dq": _QUERY_TILE_CONFIGS,
+    "backward_dkdv": _KEY_TILE_CONFIGS,
+    "backward_dbias": _DBIAS_CONFIGS,
 }
 
-Choice = tuple["Configuration", str]  # the form, and what is said of it
+Choice = tuple["Config", str]  # the config, and a remark for the log
 Choose = Callable[["Key"], "Choice | None"]
 
 
-def candidates(key: Key) -> list[Configuration]:
-    """The forms that are worth a try: a wider type or head wants smaller tiles.
+def candidates(key: Key) -> list[Config]:
+    """The configs that are worth a trial: a wider type or head needs smaller tiles.
 
     Those in which warps repeat each other's scores come last: large heads, or all features at once,
     leave no registers for others.
     """
-    from ...kernels.backends.gpu_triton.configurations import Configuration
+    from ...kernels.backends.gpu_triton.configs import Config
 
     side = {16: 128, 19: 128, 32: 64, 64: 32}[key.bits]
     area, stages = side * side if key.dim < 256 else min(side * side, 64 * 64), 3
@@ -157,28 +157,28 @@ def candidates(key: Key) -> list[Configuration]:
         area, stages = 128 * 64 if key.dim <= 64 else 64 * 64, 2
     if key.bits >= 32:  # without matrix instructions, or with those of float64: all in registers
         area //= 4
-    forms = (Configuration(*form) for form in _FORMS[key.kernel])
+    configs = (Config(*config) for config in _CONFIGS[key.kernel])
     fitting = [
-        form
-        for form in forms
-        if max(form.block_m, form.block_n) <= side
-        and form.block_m * form.block_n <= area
-        and form.num_stages <= stages
+        config
+        for config in configs
+        if max(config.block_m, config.block_n) <= side
+        and config.block_m * config.block_n <= area
+        and config.num_stages <= stages
     ]
-    return sorted(fitting, key=lambda form: repeats(key, form))
+    return sorted(fitting, key=lambda config: repeats(key, config))
 
 
-def repeats(key: Key, form: Configuration) -> bool:
+def repeats(key: Key, config: Config) -> bool:
     """Whether warps compute the same scores: of too few rows for them all.
 
     Not where products are FMAs, nor where sm_100's tensor memory serves all warps.
     """
     if key.kernel not in CHAINED or key.bits not in (16, 19):
         return False
-    rows = form.block_n if key.kernel == "key_gradients" else form.block_m
+    rows = config.block_n if key.kernel == "backward_dkdv" else config.block_m
     if key.arch.startswith("sm_10") and rows >= 64:
         return False
-    return rows < ROWS_OF_WARP * form.num_warps
+    return rows < ROWS_OF_WARP * config.num_warps
 
 
 def keys(
@@ -189,7 +189,7 @@ def keys(
     features: Sequence[str] = FEATURES,
 ) -> list[Key]:
     """Every combination that has an entry of its own, what matters most first."""
-    from ...kernels.backends.gpu_triton.configurations import Key
+    from ...kernels.backends.gpu_triton.configs import Key
 
     found = [
         Key(arch, kernel, width, dim, feature)
@@ -198,9 +198,10 @@ def keys(
         for feature in features
         for dim in dims
         for kernel in kernels
-        if (kernel != "bias_gradients" or "rich" in feature) and feature in FEATURES_OF[width]
+        if (kernel != "backward_dbias" or "score_mod" in feature) and feature in FEATURES_OF[width]
         if dim <= WIDEST[width]
-        if arch != SMALL or (width == 16 and dim <= 128 and feature in ("plain", "rich_dropout"))
+        if arch != SMALL
+        or (width == 16 and dim <= 128 and feature in ("base", "score_mod_dropout"))
     ]
     # a stable sort: heads of 256 after all the others of the type
     return sorted(found, key=lambda key: (key.arch != FOREMOST, key.arch, key.bits, key.dim >= 256))
@@ -212,84 +213,84 @@ def search(
     path: Path,
     seconds: float | None,
     clock: Callable[[], float] = perf_counter,
-    say: Callable[[str], None] = print,
-) -> dict[Key, Configuration]:
-    """Chooses a form for each key until the time is over; writes each into the table at `path`."""
+    log: Callable[[str], None] = print,
+) -> dict[Key, Config]:
+    """Chooses a config for each key until the time is over; stores each in the table at `path`."""
     started = clock()
-    found: dict[Key, Configuration] = {}
+    found: dict[Key, Config] = {}
     wanted = list(wanted)
     for done, key in enumerate(wanted):
         begun = clock()
         if seconds is not None and begun - started >= seconds:
-            say(f"stopped after {seconds:g} seconds: {len(wanted) - done} keys not begun")
+            log(f"stopped after {seconds:g} seconds: {len(wanted) - done} keys not begun")
             break
         choice = choose(key)
         took = f"{clock() - begun:.1f} s"
         if choice is None:
-            say(f"{_name(key)}: no candidate works; the table stays as it is; {took}")
+            log(f"{_name(key)}: no candidate works; the table stays as it is; {took}")
             continue
-        form, remark = choice
-        found[key] = form
-        store(path, {key: form})
-        say(f"{_name(key)}: {list(form)} {remark}; {took}")
+        config, remark = choice
+        found[key] = config
+        store(path, {key: config})
+        log(f"{_name(key)}: {list(config)} {remark}; {took}")
     return found
 
 
 def fastest(
     key: Key,
-    time_forms: Callable[[Key, Sequence[Configuration]], Mapping[Configuration, float]],
-    present: Configuration,
+    time_configs: Callable[[Key, Sequence[Config]], Mapping[Config, float]],
+    present: Config,
 ) -> Choice | None:
-    """The fastest candidate, the form in the table among them; `time_forms` leaves out failures."""
-    forms = _competing(key, present)
-    times = time_forms(key, forms)
+    """The fastest candidate or the config in the table; `time_configs` leaves out failures."""
+    configs = _competing(key, present)
+    times = time_configs(key, configs)
     if not times:
         return None
-    best = min(times, key=lambda form: times[form])
+    best = min(times, key=lambda config: times[config])
     before = times.get(present, math.nan)
     remark = f"{1e3 * times[best]:.3f} ms, was {list(present)} {1e3 * before:.3f} ms"
-    return best, f"{remark}, of {len(times)} that work out of {len(forms)}"
+    return best, f"{remark}, of {len(times)} that work out of {len(configs)}"
 
 
-def _competing(key: Key, present: Configuration) -> list[Configuration]:
+def _competing(key: Key, present: Config) -> list[Config]:
     return list(dict.fromkeys((present, *candidates(key))))
 
 
 def cheapest(
     key: Key,
-    cost: Callable[[Key, Configuration], tuple[float, str] | None],
-    bears: Callable[[Key, Configuration], bool],
-    begin: Configuration | None = None,
+    cost: Callable[[Key, Config], tuple[float, str] | None],
+    fits_all: Callable[[Key, Config], bool],
+    begin: Config | None = None,
 ) -> Choice | None:
     """Of the first candidates that fit the GPU, none before `begin`, the one of least cost.
 
-    `cost` is None where a form does not fit; `bears` is asked of those that do.
+    `cost` is None where a config does not fit; `fits_all` checks the harder problems of the key.
     """
-    forms = candidates(key)
-    if begin in forms:
-        forms = forms[forms.index(begin) :]
-    found: list[tuple[float, Configuration, str]] = []
-    for form in forms:
-        costs = cost(key, form)
-        # what costs more than one that is found need not be asked whether it bears
+    configs = candidates(key)
+    if begin in configs:
+        configs = configs[configs.index(begin) :]
+    found: list[tuple[float, Config, str]] = []
+    for config in configs:
+        costs = cost(key, config)
+        # a dearer config than one that is found needs no check
         if costs is None or any(costs[0] >= other for other, _, _ in found):
             continue
-        if bears(key, form):
-            found.append((costs[0], form, costs[1]))
-        if len(found) >= ENOUGH:
+        if fits_all(key, config):
+            found.append((costs[0], config, costs[1]))
+        if len(found) >= COMPARED:
             break
     if not found:
         return None
-    _, form, remark = min(found, key=lambda one: one[0])
-    return form, remark
+    _, config, remark = min(found, key=lambda one: one[0])
+    return config, remark
 
 
-def store(path: Path, forms: Mapping[Key, Configuration]) -> None:
-    """Adds the forms to the table, or replaces those of the same keys."""
-    names = {_name(key): list(form) for key, form in forms.items()}
+def store(path: Path, configs: Mapping[Key, Config]) -> None:
+    """Adds the configs to the table, or replaces those of the same keys."""
+    names = {_name(key): list(config) for key, config in configs.items()}
     entries = {**read(path), **names}
     lines = [f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)]
-    text = '{"forms": {\n' + ",\n".join(lines) + "\n}}\n"
+    text = '{"configs": {\n' + ",\n".join(lines) + "\n}}\n"
     beside = path.with_name(path.name + ".new")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)  # whole or not at all
@@ -299,9 +300,9 @@ def read(path: Path) -> dict[str, list[int]]:
     """The entries of a table, none where there is no file yet. UsageError where it is no table."""
     try:
         text = path.read_text("utf-8-sig") if path.exists() else ""
-        return dict(json.loads(text)["forms"]) if text else {}
+        return dict(json.loads(text)["configs"]) if text else {}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} is no table of forms: {error}") from error
+        raise UsageError(f"{path} is no table of configs: {error}") from error
 
 
 def _name(key: Key) -> str:
@@ -311,7 +312,7 @@ def _name(key: Key) -> str:
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "tune",
-        help="find the forms of the Triton attention kernels",
+        help="find the configs of the Triton attention kernels",
         description=(
             "Times tile sizes, warps and pipeline stages of the Triton attention kernels on the "
             "GPU that is here, and writes the fastest into the table that the kernels read."
@@ -332,7 +333,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--compile",
         action="store_true",
-        help="without a GPU: the first form of each that compiles without spilling, and fits",
+        help="without a GPU: the first config of each that compiles without spilling, and fits",
     )
     command.add_argument(
         "--arch", metavar="NAMES", help=f"with --compile; default: {','.join(ARCHS)}"
@@ -362,7 +363,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         if not torch.cuda.is_available():
             raise UsageError("tune: torch sees no GPU; --compile does without one")
-        from ...kernels.backends.gpu_triton.configurations import architecture
+        from ...kernels.backends.gpu_triton.configs import architecture
 
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
     check_writable("--output", options.output)
@@ -372,59 +373,59 @@ def run(options: argparse.Namespace) -> int:
         wanted = [key for key in wanted if _name(key) not in present]
     half = getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16
     choose = _by_compiling(options.output) if options.compile else _by_timing(wanted, half, limit)
-    found = search(wanted, choose, options.output, seconds, say=_say)
-    _say(f"{len(found)} of {len(wanted)} forms written to {options.output}")
+    found = search(wanted, choose, options.output, seconds, log=_log)
+    _log(f"{len(found)} of {len(wanted)} configs written to {options.output}")
     return 1 if wanted and not found else 0
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, flush=True)
 
 
 def _by_timing(wanted: Sequence[Key], half: torch.dtype, seconds: float) -> Choose:
     """A key has a process of its own: one that loses the GPU, or never ends, stops no other.
 
-    The forms of some keys are compiled side by side before the first of them is timed.
+    The configs of some keys are compiled side by side before the first of them is timed.
     """
     from ..measure import isolated
 
     ready: set[Key] = set()
 
-    def compile_forms(key: Key) -> None:
+    def compile_configs(key: Key) -> None:
         try:
             list(isolated.results(compiled, key, half, seconds=seconds))
         except isolated.LostError as error:
-            _say(f"  {_name(key)}: compiling: {error}")
+            _log(f"  {_name(key)}: compiling: {error}")
 
     def choose(key: Key) -> Choice | None:
         if key not in ready:
             at = wanted.index(key)
             ready.update(wanted[at : at + AT_ONCE])
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(compile_forms, wanted[at : at + AT_ONCE]))
+                list(pool.map(compile_configs, wanted[at : at + AT_ONCE]))
         try:
             return next(iter(isolated.results(timed, key, half, seconds=seconds)), None)
         except isolated.LostError as error:
-            _say(f"  {_name(key)}: {error}")
+            _log(f"  {_name(key)}: {error}")
             return None
 
     return choose
 
 
 def compiled(key: Key, half: torch.dtype) -> tuple[()]:
-    """Leaves the forms of `key` in Triton's cache."""
+    """Leaves the configs of `key` in Triton's cache."""
     _trials(half).compile(key, _competing(key, _in_table(key)))
     return ()
 
 
 def timed(key: Key, half: torch.dtype) -> list[Choice]:
-    """The fastest form of `key` on the GPU here, if one works."""
-    choice = fastest(key, _trials(half).time_forms, _in_table(key))
+    """The fastest config of `key` on the GPU here, if one works."""
+    choice = fastest(key, _trials(half).time_configs, _in_table(key))
     return [] if choice is None else [choice]
 
 
-def _in_table(key: Key) -> Configuration:
-    from ...kernels.backends.gpu_triton.configurations import lookup
+def _in_table(key: Key) -> Config:
+    from ...kernels.backends.gpu_triton.configs import lookup
 
     return lookup(key)
 
@@ -433,19 +434,19 @@ def _trials(half: torch.dtype) -> Trials:
     from ..measure.timing import timer_for
     from .trials import Trials
 
-    return Trials(timer_for("cuda"), torch.device("cuda"), half, say=_say)
+    return Trials(timer_for("cuda"), torch.device("cuda"), half, log=_log)
 
 
 def _by_compiling(path: Path) -> Choose:
-    """Larger tiles than FOREMOST bears are not tried elsewhere: most would be in vain."""
-    from ...kernels.backends.gpu_triton.configurations import Configuration
+    """Larger tiles than FOREMOST fits_all are not tried elsewhere: most would be in vain."""
+    from ...kernels.backends.gpu_triton.configs import Config
     from . import ahead_of_time
 
-    def cost(key: Key, form: Configuration) -> tuple[float, str] | None:
+    def cost(key: Key, config: Config) -> tuple[float, str] | None:
         try:
-            compiled = ahead_of_time.compile_form(key, form)
+            compiled = ahead_of_time.compile_config(key, config)
         except Exception as error:
-            complain(form, error)
+            complain(config, error)
             return None
         if not compiled.fits(key.arch):
             return None
@@ -453,21 +454,21 @@ def _by_compiling(path: Path) -> Choose:
         remark = f"{compiled.registers} registers, {compiled.shared} bytes shared, {cycles}"
         return compiled.cycles, remark
 
-    def bears(key: Key, form: Configuration) -> bool:
+    def fits_all(key: Key, config: Config) -> bool:
         try:
-            return ahead_of_time.bears(key, form)
+            return ahead_of_time.fits_all(key, config)
         except Exception as error:
-            complain(form, error)
+            complain(config, error)
             return False
 
-    def complain(form: Configuration, error: Exception) -> None:
+    def complain(config: Config, error: Exception) -> None:
         """Whatever stage of the compiler gave up: it may be a fault of the kernel too."""
         first = (str(error) or "no reason given").strip().splitlines()[0]
-        _say(f"  {list(form)} does not compile: {type(error).__name__}: {first}")
+        _log(f"  {list(config)} does not compile: {type(error).__name__}: {first}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))
-        begin = None if known is None or key.arch == FOREMOST else Configuration(*known)
-        return cheapest(key, cost, bears, begin)
+        begin = None if known is None or key.arch == FOREMOST else Config(*known)
+        return cheapest(key, cost, fits_all, begin)
 
     return choose

@@ -37,11 +37,11 @@ class Launches(list[tuple[str, int, tuple[Any, ...]]]):
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One H100, and no plan yet."""
     from rowmax.bench.tuning import ahead_of_time
-    from rowmax.kernels.backends.gpu_triton import configurations, plans
+    from rowmax.kernels.backends.gpu_triton import configs, plans
 
     ahead_of_time.pretend("sm_90")
-    monkeypatch.setattr(configurations, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(plans, "kept", {})
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(plans, "cache", {})
 
 
 @pytest.fixture

@@ -32,9 +32,9 @@ from rowmax.kernels import (
 )
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.backends import gpu_triton
-from rowmax.kernels.backends.gpu_triton import attention_launch, configurations, plans
+from rowmax.kernels.backends.gpu_triton import attention_launch, configs, plans
 from rowmax.kernels.backends.gpu_triton import norm_launch as norms
-from rowmax.kernels.backends.gpu_triton.configurations import Key, in_order
+from rowmax.kernels.backends.gpu_triton.configs import Key, ranked
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
     AttentionProblem,
@@ -113,10 +113,10 @@ def test_a_plan_launches_what_the_first_call_did(name: str, launched: Any) -> No
     first, again = PROBLEMS[name](), PROBLEMS[name]()
     tensors = both(first)
     expected = launched.in_names(tensors)
-    assert len(plans.kept) == 2
+    assert len(plans.cache) == 2
     launched.clear()
     replayed = both(again)
-    assert len(plans.kept) == 2
+    assert len(plans.cache) == 2
     assert len(launched) >= 4
     assert launched.in_names(replayed) == expected
     for key, tensor in tensors.items():
@@ -136,7 +136,7 @@ def test_a_plan_of_shared_tensors_serves_separate_ones(launched: Any) -> None:
     )
     q, k, v = (heads(1, 2, 96) for _ in range(3))
     attention_launch.attention(attention_problem(q, k, v, mask, None, *plain, draw_seed=True))
-    assert len(plans.kept) == 1
+    assert len(plans.cache) == 1
     _, _, arguments = launched[-1]
     assert [part[0] for part in arguments[:3]] == [x.data_ptr() for x in (q, k, v)]
 
@@ -162,7 +162,7 @@ def test_what_is_copied_first_keeps_no_plan(launched: Any) -> None:
             *(q, q, q, None, None, None, None, 0.0, None, None), draw_seed=True
         )
         attention_launch.attention(problem)
-    assert not plans.kept
+    assert not plans.cache
     assert len(launched) == 2
 
 
@@ -170,7 +170,7 @@ def test_plans_do_not_pile_up(launched: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(plans, "_MOST_PLANS", 3)
     for length in range(1, 9):
         attention_launch.attention(problem_of(lengths=(length, length)))
-        assert len(plans.kept) <= 3
+        assert len(plans.cache) <= 3
     assert len(launched) == 8
 
 
@@ -224,7 +224,7 @@ def test_lengths_of_a_training_run(variants: dict[str, set[str]]) -> None:
     for length in (96, 97, 100, 112, 125, 256):
         take(problem_of(Causal(), lengths=(length, length)), backward=True)
     counted = {kernel: len(found) for kernel, found in variants.items()}
-    assert counted == {"forward": 1, "prepare": 1, "key_gradients": 2, "query_gradients": 2}
+    assert counted == {"forward": 1, "backward_preprocess": 1, "backward_dkdv": 2, "backward_dq": 2}
 
 
 @pytest.mark.parametrize("kind", ["dense", "bias"])
@@ -260,12 +260,12 @@ def add_layer_norm_once(x: Tensor, dropout_p: float, seed: int | None) -> None:
     norms.add_layer_norm_backward(problem, y, None, total, mean, rstd)
 
 
-# --- forms that do not fit ------------------------------------------------------------------------
+# --- configs that do not fit ----------------------------------------------------------------------
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, kernel: str, forms: int) -> None:
-    """The first `forms` forms of `kernel` ask for more shared memory than there is."""
-    warmup, left = JITFunction.warmup, Counter({kernel: forms})
+def refusing(monkeypatch: pytest.MonkeyPatch, kernel: str, count: int) -> None:
+    """The first `count` configs of `kernel` ask for more shared memory than there is."""
+    warmup, left = JITFunction.warmup, Counter({kernel: count})
 
     def short(function: Any, **arguments: Any) -> Any:
         if left[function.fn.__name__] > 0:
@@ -279,8 +279,8 @@ def refusing(monkeypatch: pytest.MonkeyPatch, kernel: str, forms: int) -> None:
 def test_the_next_form_is_taken(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing(monkeypatch, "forward", 1)
     problem = problem_of(lengths=(200, 200))
-    _, second, *_ = in_order(configurations.key_of("forward", problem, "sm_90"))
-    with pytest.warns(RuntimeWarning, match=r"forward runs in the form .*shared memory"):
+    _, second, *_ = ranked(configs.key_of("forward", problem, "sm_90"))
+    with pytest.warns(RuntimeWarning, match=r"forward runs with the config .*shared memory"):
         attention_launch.attention(problem)
     ((kernel, programs, _),) = launched
     assert (kernel, programs) == ("forward", -(-200 // second.block_m) * 16)
@@ -289,7 +289,7 @@ def test_the_next_form_is_taken(launched: Any, monkeypatch: pytest.MonkeyPatch) 
         attention_launch.attention(problem)
 
 
-@pytest.mark.parametrize("kernel", ["prepare", "query_gradients"])
+@pytest.mark.parametrize("kernel", ["backward_preprocess", "backward_dq"])
 def test_nothing_is_launched_where_no_form_fits(
     kernel: str, launched: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +297,9 @@ def test_nothing_is_launched_where_no_form_fits(
     out, lse = attention_launch.attention(problem)
     launched.clear()
     refusing(monkeypatch, kernel, 100)
-    with pytest.raises(RuntimeError, match=rf"no form of the Triton kernel {kernel} fits.*shared"):
+    with pytest.raises(
+        RuntimeError, match=rf"no config of the Triton kernel {kernel} fits.*shared"
+    ):
         attention_launch.attention_backward(problem, out, None, out, lse, False, False)
     assert not launched
 
@@ -314,11 +316,11 @@ def test_an_error_that_is_no_form_s_is_not_swallowed(
 
 
 def test_unknown_gpus_are_served_as_the_nearest_lower_one() -> None:
-    key = Key("sm_90", "forward", 16, 128, "plain")
+    key = Key("sm_90", "forward", 16, 128, "base")
     for unknown, known in (("sm_95", "sm_90"), ("sm_107", "sm_103"), ("sm_130", "sm_121")):
-        forms = in_order(key._replace(arch=unknown))
-        assert forms == in_order(key._replace(arch=known))
-        assert forms[-1] == configurations.SAFE
+        found = ranked(key._replace(arch=unknown))
+        assert found == ranked(key._replace(arch=known))
+        assert found[-1] == configs.SAFE
 
 
 @pytest.mark.parametrize("capability,declined", [(75, True), (80, False), (121, False)])

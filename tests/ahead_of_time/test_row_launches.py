@@ -87,7 +87,7 @@ def test_a_row_wise_plan_launches_what_the_first_call_did(
         named = {str(at): each for at, each in enumerate(tensors) if each is not None}
         layouts = [(each.shape, each.stride(), each.dtype) for each in named.values()]
         found.append((launched.in_names(named), layouts))
-        assert len(plans.kept) == 2
+        assert len(plans.cache) == 2
     assert len(launched) >= 2
     assert found[0] == found[1]
 
@@ -111,14 +111,14 @@ def test_what_a_norm_is_compiled_for_tells_plans_apart(launched: Any) -> None:
     for count, of in enumerate(NORMS_OF_OTHER_KINDS.values(), 1):
         for _ in range(2):
             norms.layer_norm(of())
-            assert len(plans.kept) == count
+            assert len(plans.cache) == count
 
 
 def test_rows_that_are_copied_have_a_plan(launched: Any) -> None:
     """The copy is made before, and has the same layout at each call."""
     for _ in range(2):
         norms.layer_norm(LayerNormProblem(rows(64, 48).mT, None, None, 1e-5))
-    assert len(plans.kept) == 1
+    assert len(plans.cache) == 1
     assert len({arguments[0] for _, _, arguments in launched} - {None}) >= 1
 
 
@@ -159,7 +159,7 @@ def test_another_device_is_made_the_current_one(
 
     plans.run(norms._plan_forward, [problem.x.as_subclass(Second), *[None] * 4], (1e-5, 0.0, True))
     assert entered == [torch.device("cuda", 1)]
-    assert len(plans.kept) == 2
+    assert len(plans.cache) == 2
     assert [call[:2] for call in launched] == [expected[:2]] * 2
 
 

@@ -44,7 +44,7 @@ def test_every_combination_once() -> None:
     assert len(cases) == len(set(cases)) == 2 * (2 * (5 * 7 + 2 + 1 + 1) + 3)
     assert {case.step for case in cases if case.kind == "decode"} == {FORWARD}
     windows = {case.shape for case in cases if case.kind == "window"}
-    assert windows < {case.shape for case in cases if case.kind == "plain"}
+    assert windows < {case.shape for case in cases if case.kind == "full"}
 
 
 def test_quick_is_less_of_every_kind() -> None:
@@ -54,7 +54,7 @@ def test_quick_is_less_of_every_kind() -> None:
 
 
 def test_shapes_of_ones_own_take_the_suites_place() -> None:
-    cases = cases_of(CPU, [torch.float16], ["plain", "decode"], [FORWARD], [(2, 2, 1, 9, 4)])
+    cases = cases_of(CPU, [torch.float16], ["full", "decode"], [FORWARD], [(2, 2, 1, 9, 4)])
     assert cases == [Case(CPU, torch.float16, "decode", (2, 2, 1, 9, 4), FORWARD)]
 
 
@@ -83,19 +83,19 @@ def test_kinds_that_a_shape_does_not_suit() -> None:
 @pytest.mark.parametrize(
     "shape, kind",
     [
-        ((2, 8, 20, 4), "plain"),
-        ((2, 8, 1, 4), "plain"),
+        ((2, 8, 20, 4), "full"),
+        ((2, 8, 1, 4), "full"),
         ((2, 8, 17, 20, 4), "cross"),
         ((2, 8, 20, 4, 4), "cross"),
         ((2, 8, 16, 20, 4), "decode"),
         ((2, 8, 2, 1, 20, 4), "decode"),
-        ((2, 8, 2, 20, 20, 4), "plain"),
+        ((2, 8, 2, 20, 20, 4), "full"),
     ],
 )
 def test_a_shape_is_of_one_of_three_kinds(shape: tuple[int, ...], kind: str) -> None:
-    assert [name for name in ("plain", "cross", "decode") if suits(name, shape)] == [kind]
+    assert [name for name in ("full", "cross", "decode") if suits(name, shape)] == [kind]
     assert suits("padded+dropout", shape)
-    assert suits("causal", shape) == (kind == "plain")
+    assert suits("causal", shape) == (kind == "full")
 
 
 def test_a_shape_in_words() -> None:
@@ -111,7 +111,7 @@ def test_every_peer_of_a_suite_has_a_maker() -> None:
 
 def test_flops_of_plain_attention() -> None:
     """Two products of (L x D) by (D x L) and (L x L) by (L x D) a head; five more backward."""
-    pairs = inputs_of("plain").pairs
+    pairs = inputs_of("full").pairs
     assert pairs == 3 * 2 * 10 * 10
     forward = 3 * 2 * (2 * 10 * 10 * 4 + 2 * 10 * 10 * 4)
     assert attention_flops(pairs, 4, FORWARD) == forward

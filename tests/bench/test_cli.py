@@ -121,7 +121,7 @@ def test_peers_that_are_not_installed(
         (["--suite", "cpu-atention"], "--suite: expected names of cpu-attention, cpu-norms"),
         (["--peers", "xform"], "--peers: expected names of sdpa, sdpa-math"),
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
-        (["--kind", "plain,odd"], "got 'odd'"),
+        (["--kind", "full,odd"], "got 'odd'"),
         (["--pass", "sideways"], "--pass: expected names of forward, forward+backward, backward"),
         (["--dtype", "int8"], "--dtype: expected names of float32, bfloat16, float16; got 'int8'"),
         (["--stop-after", "0"], "--stop-after: expected a positive number"),
@@ -223,7 +223,7 @@ def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (["speed", "--suite", "gpu-norms"], "--suite: gpu-norms needs a GPU"),
         (["tune"], "TRITON_INTERPRET is set"),
-        (["tune", "--kernel", "backward"], "--kernel: expected names of forward, key_gradients"),
+        (["tune", "--kernel", "backward"], "--kernel: expected names of forward, backward_dkdv"),
         (["tune", "--dim", "65"], "--dim: expected names of 128, 64, 256"),
         (["tune", "--arch", "sm_90"], "--arch: only with --compile"),
         (["tune", "--seconds", "-1"], "--seconds: expected a positive number"),
@@ -256,15 +256,26 @@ def test_as_a_module() -> None:
     assert "--suite: expected names of" in result.stderr
 
 
+def test_former_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "speed --suite gpu-attention --kind causal,plain,plain+dropout --shape 4,16,64,64"
+    options = cli.build_parser().parse_args([*words.split(), "--pass", "forward"])
+    cases = cli._chosen_cases(options, [SUITES["gpu-attention"]])
+    assert [case.kind for case in cases] == ["causal", "full", "full+dropout"]
+    assert capsys.readouterr().err.splitlines() == [
+        "rowmax.bench: --kind plain is deprecated: use full",
+        "rowmax.bench: --kind plain+dropout is deprecated: use full+dropout",
+    ]
+
+
 def test_cases_in_the_order_asked_for() -> None:
     """What matters most first: kinds as they are named, and all of a shape before the next."""
-    words = "speed --suite gpu-attention --kind window,causal,plain --pass forward"
+    words = "speed --suite gpu-attention --kind window,causal,full --pass forward"
     shapes = ["--shape", "4,16,4096,128", "--shape", "4,32,4096,64"]
     found = {}
     for extra in ([], ["--shape-by-shape"]):
         options = cli.build_parser().parse_args([*words.split(), *shapes, *extra])
         cases = cli._chosen_cases(options, [SUITES["gpu-attention"]])
         found[bool(extra)] = [(case.kind, case.shape[1]) for case in cases]
-    kinds = ("window", "causal", "plain")
+    kinds = ("window", "causal", "full")
     assert found[False] == [(kind, heads) for kind in kinds for heads in (16, 32)]
     assert found[True] == [(kind, heads) for heads in (16, 32) for kind in kinds]

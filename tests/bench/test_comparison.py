@@ -56,6 +56,14 @@ def test_verdicts(
     assert f"geometric mean of B/A {factor:.3f}" in lines[-1]
 
 
+def test_a_former_kind_is_the_same_case(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    older, newer = document(), document()
+    for found, kind in ((older, "plain+dropout"), (newer, "full+dropout")):
+        found["rows"][0]["kind"] = kind
+    assert cli.main(["compare", save("a.json", older), save("b.json", newer)]) == 0
+    assert "full+dropout (8,8,128,64)" in capsys.readouterr().out
+
+
 def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
     slow = document()
     for row in slow["rows"]:

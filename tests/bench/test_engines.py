@@ -20,7 +20,7 @@ from rowmax.bench.peers.packages import UnsupportedError
 SUITE = SUITES["cpu-attention"]
 SQUARE = (3, 8, 40, 16)
 CASES = [
-    *((kind, SQUARE) for kind in ("plain", "causal", "padded", "bias", "causal+padded+bias")),
+    *((kind, SQUARE) for kind in ("full", "causal", "padded", "bias", "causal+padded+bias")),
     ("causal+padded", SQUARE),
     ("window", (2, 2, 300, 16)),
     ("cross", (3, 8, 20, 40, 16)),
@@ -50,14 +50,14 @@ def test_an_engine_computes_the_same(
         with pytest.raises(UnsupportedError, match="no bfloat16 attention"):
             run_pass(engine, inputs, backward=False)
         return
-    gate = Gate(inputs, "plain", naive_attention, backward=False)
+    gate = Gate(inputs, "full", naive_attention, backward=False)
     assert gate.fault(engine, backward=False, is_peer=True) is None
 
 
 def test_openvino_has_no_grouped_heads_for_several_queries() -> None:
     pytest.importorskip("openvino")
     with pytest.raises(UnsupportedError, match="no grouped heads"):
-        run_pass(open_vino(), inputs_of("plain", (1, 8, 2, 5, 5, 8), torch.float32), backward=False)
+        run_pass(open_vino(), inputs_of("full", (1, 8, 2, 5, 5, 8), torch.float32), backward=False)
 
 
 class Prepared:
@@ -89,6 +89,6 @@ def test_an_engine_is_prepared_once_for_the_same_tensors() -> None:
 def test_what_engines_have_not() -> None:
     engine = Engine("E", Prepared())
     with pytest.raises(UnsupportedError, match="E has no backward"):
-        run_pass(engine, inputs_of("plain", SQUARE, torch.float32), backward=True)
+        run_pass(engine, inputs_of("full", SQUARE, torch.float32), backward=True)
     with pytest.raises(UnsupportedError, match="no dropout"):
         run_pass(engine, inputs_of("dropout", SQUARE, torch.float32), backward=False)

@@ -227,19 +227,19 @@ def test_rowmax_is_held_to_more_than_its_peers() -> None:
     def inexact(inputs: AttentionInputs) -> Outputs:
         return (naive_attention(inputs)[0] * (1 + 5e-6),)
 
-    gate = gate_of("plain")
+    gate = gate_of("full")
     assert gate.fault(inexact, is_peer=False) is not None
     assert gate.fault(inexact, is_peer=True) is None
 
 
 def test_in_half_precision_rowmax_is_not_excused_by_scores_in_half() -> None:
     """The path that rounds every score is right for a peer, and no measure of a kernel."""
-    inputs = inputs_of("plain", HALF)
+    inputs = inputs_of("full", HALF)
     assert isinstance(inputs, AttentionInputs)
     inputs = replace(inputs, q=(8 * inputs.q).detach().requires_grad_())  # scores up to 30
-    gate = Gate(inputs, "plain", naive_attention, backward=True)
+    gate = Gate(inputs, "full", naive_attention, backward=True)
     assert gate.fault(naive_attention, backward=True, is_peer=True) is None
-    right = subject(HALF, "plain", "reference")
+    right = subject(HALF, "full", "reference")
     assert gate.fault(right, backward=True, is_peer=False) is None
     fault = gate.fault(naive_attention, backward=True, is_peer=False)
     assert fault is not None
@@ -304,8 +304,8 @@ def test_a_peer_that_cannot_do_a_case_is_no_failure() -> None:
 
 def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no fused backend does the case, that is what the line says, and no failure."""
-    case = case_of("plain", ATTENTION, FORWARD)
-    functions = {"rowmax": subject(ATTENTION, "plain", "auto"), "naive": naive_attention}
+    case = case_of("full", ATTENTION, FORWARD)
+    functions = {"rowmax": subject(ATTENTION, "full", "auto"), "naive": naive_attention}
     (row,) = rows_of(functions, case)
     assert set(row.timings) == {"rowmax", "naive"}
 
@@ -316,7 +316,7 @@ def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dispatch.load(backend), "declines", declines)
     # which answers before a backend is asked whether it declines
     monkeypatch.setattr(dispatch, "fast_path_attention", lambda _name: None)
-    functions["rowmax"] = subject(ATTENTION, "plain", "auto")
+    functions["rowmax"] = subject(ATTENTION, "full", "auto")
     (row,) = rows_of(functions, case)
     assert set(row.timings) == {"naive"}
     assert row.not_done["rowmax"].startswith("native: there is a full moon; numba: ")
@@ -328,15 +328,15 @@ def test_an_error_of_a_fused_backend_is_no_refusal(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("illegal instruction")
 
     monkeypatch.setattr("rowmax.bench.peers.candidates.kernels.attention", fails)
-    functions = {"rowmax": subject(ATTENTION, "plain", "auto")}
-    (row,) = rows_of(functions, case_of("plain", ATTENTION, FORWARD))
+    functions = {"rowmax": subject(ATTENTION, "full", "auto")}
+    (row,) = rows_of(functions, case_of("full", ATTENTION, FORWARD))
     assert row.faults == {"rowmax": "RuntimeError: illegal instruction"}
     assert row.failed
 
 
 def test_scores_that_do_not_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """3 heads of 2 batch elements, 24 x 24 scores of 4 bytes: three matrices, five backward."""
-    inputs = inputs_of("plain")
+    inputs = inputs_of("full")
     matrix = 3 * 2 * 24 * 24 * 4
     function = unfused(naive_attention)
     for backward, matrices in ((False, 3), (True, 5)):
@@ -360,7 +360,7 @@ def test_passes_share_their_inputs() -> None:
 
 
 def test_run_pass_gives_the_gradient_of_every_leaf() -> None:
-    inputs = inputs_of("plain")
+    inputs = inputs_of("full")
     out, *gradients = run_pass(naive_attention, inputs, backward=True)
     assert [gradient.shape for gradient in gradients] == [leaf.shape for leaf in inputs.leaves]
     assert run_pass(naive_attention, inputs, backward=False)[0].requires_grad is False
@@ -368,7 +368,7 @@ def test_run_pass_gives_the_gradient_of_every_leaf() -> None:
 
 
 def test_the_backward_alone_runs_again_and_again() -> None:
-    inputs = inputs_of("plain")
+    inputs = inputs_of("full")
     expected = run_pass(naive_attention, inputs, backward=True)[1:]
     call = measured_call(naive_attention, inputs, BACKWARD)
     for _ in range(3):

@@ -35,6 +35,12 @@ def test_ones_own_attention_has_a_column() -> None:
     assert " mine " in str(found)
 
 
+def test_a_former_kind() -> None:
+    with pytest.warns(DeprecationWarning, match="kinds: 'plain' is deprecated: use 'full'"):
+        (row,) = speed(**{**SMALL, "kinds": ["plain"]}).rows
+    assert row.case.kind == "full"
+
+
 def test_one_that_is_wrong_is_not_timed() -> None:
     def mine(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return 1.1 * F.scaled_dot_product_attention(query, key, value, **options)
@@ -47,7 +53,7 @@ def test_one_that_is_wrong_is_not_timed() -> None:
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"kinds": ["odd"]}, "kinds: expected plain"),
+        ({"kinds": ["odd"]}, "kinds: expected full"),
         ({"shapes": [(1, 2)]}, "shapes: expected 4, 5 or 6 sizes"),
         ({"peers": ["nobody"]}, "got 'nobody'"),
         ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),

@@ -42,7 +42,7 @@ def test_flex_is_asked_for_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    "kind, words", [("dropout", "no dropout"), ("plain", "no backward on the CPU")]
+    "kind, words", [("dropout", "no dropout"), ("full", "no backward on the CPU")]
 )
 def test_what_flex_has_not(kind: str, words: str) -> None:
     inputs = make_inputs(Case(SUITE, FLOAT, kind, (1, 1, 8, 8), FORWARD_BACKWARD))
@@ -124,8 +124,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name, kinds",
     [
-        ("flash-attn", {"plain", "causal", "dropout", "window", "gqa"}),
-        ("xformers", {"plain", "causal", "dropout", "bias"}),
+        ("flash-attn", {"full", "causal", "dropout", "window", "gqa"}),
+        ("xformers", {"full", "causal", "dropout", "bias"}),
     ],
 )
 @pytest.mark.usefixtures("installed")

@@ -18,8 +18,8 @@ from rowmax.bench.cli import build_parser
 from rowmax.bench.measure.cases import SUITES
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "on_gpu.sh"
-TABLE = SCRIPT.parents[1] / "kernels/backends/gpu_triton/configurations.json"
-CONTACT = ("smoke", "forms", "speed", "kinds", "decode", "flex", "norms", "host")
+TABLE = SCRIPT.parents[1] / "kernels/backends/gpu_triton/configs.json"
+CONTACT = ("smoke", "configs", "speed", "kinds", "decode", "flex", "norms", "host")
 PROVE = ("gpu", "parity", "sanitize")
 MORE = ("tests", "tune", "attention", "all_norms")
 
@@ -124,6 +124,18 @@ def test_proofs_run_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "prove.log").read_text().count("\nbroken\n") >= 2
 
 
+def test_proofs_have_one_common_end(tmp_path: Path) -> None:
+    result, _ = run(tmp_path, "prove", LIMIT="500")
+    assert re.findall(r"^=== \w+, at most (\d+) s", result.stdout, re.M) == ["140"] * len(PROVE)
+
+
+def test_a_former_name(tmp_path: Path) -> None:
+    result, calls = run(tmp_path, "forms")
+    assert "on_gpu.sh: forms is deprecated: use configs" in result.stderr
+    assert "\nconfigs: ok" in result.stdout
+    assert len(calls) == 1
+
+
 def test_a_part_that_never_ends(tmp_path: Path) -> None:
     """It is stopped at its limit, and the next one begins."""
     result, calls = run(
@@ -190,8 +202,8 @@ def test_tuning_writes_beside_the_other_results(tmp_path: Path) -> None:
     for fails in ("nothing-of-this", "tune"):
         result, calls = run(tmp_path, "tune", fails=fails)
         assert result.returncode == (1 if fails == "tune" else 0)
-        assert f"--output {tmp_path}/out/configurations.json" in calls[-1]
-        assert (tmp_path / "out" / "configurations.json").read_text() == before == TABLE.read_text()
+        assert f"--output {tmp_path}/out/configs.json" in calls[-1]
+        assert (tmp_path / "out" / "configs.json").read_text() == before == TABLE.read_text()
 
 
 # --- a dry run ------------------------------------------------------------------------------------
@@ -238,11 +250,11 @@ def test_features_in_a_dry_run(tmp_path: Path) -> None:
 def test_tuning_in_a_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     before = TABLE.read_text()
-    said, out = dry_run(tmp_path, "forms", TUNE_ARGS="--kernel forward --dim 64")
+    said, out = dry_run(tmp_path, "configs", TUNE_ARGS="--kernel forward --dim 64")
     assert TABLE.read_text() == before
-    assert "1 of 1 forms written" in said
-    table = json.loads((out / "configurations.json").read_text())["forms"]
-    assert f"sm_90/forward/16/64/plain: {table['sm_90/forward/16/64/plain']}" in said
+    assert "1 of 1 configs written" in said
+    table = json.loads((out / "configs.json").read_text())["configs"]
+    assert f"sm_90/forward/16/64/base: {table['sm_90/forward/16/64/base']}" in said
 
 
 def test_tables_in_a_dry_run(tmp_path: Path) -> None:

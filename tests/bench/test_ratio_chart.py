@@ -22,14 +22,14 @@ def row(kind: str, step: str, **medians: float) -> dict[str, Any]:
 
 def test_a_bar_is_the_geometric_mean_over_shapes() -> None:
     rows = [
-        row("plain", "forward", rowmax=1.0, sdpa=2.0, naive=9.0),
-        row("plain", "forward", rowmax=1.0, sdpa=8.0, naive=3.0),
+        row("plain", "forward", rowmax=1.0, sdpa=2.0, naive=9.0),  # the former name of "full"
+        row("full", "forward", rowmax=1.0, sdpa=8.0, naive=3.0),
         row("causal", "forward", rowmax=2.0, naive=1.0),
         row("causal", "backward", sdpa=1.0),  # rowmax has no time: no bar
     ]
     found = ratios_of(rows, ["sdpa", "fastest"])
-    assert found.keys() == {("plain", "forward"), ("causal", "forward")}
-    assert found["plain", "forward"] == pytest.approx([4.0, math.sqrt(6.0)])
+    assert found.keys() == {("full", "forward"), ("causal", "forward")}
+    assert found["full", "forward"] == pytest.approx([4.0, math.sqrt(6.0)])
     assert math.isnan(found["causal", "forward"][0])
     assert found["causal", "forward"][1] == pytest.approx(0.5)
 

@@ -40,17 +40,17 @@ def group(kind: str, dtype: torch.dtype | None = None, step: str | None = None) 
 
 def test_means_of_groups() -> None:
     rows = [
-        row("plain", 1.0, 2.0),
-        row("plain", 1.0, 8.0, shape=LONG),
-        row("plain", 1.0, 4.0, step=FORWARD_BACKWARD),
+        row("full", 1.0, 2.0),
+        row("full", 1.0, 8.0, shape=LONG),
+        row("full", 1.0, 4.0, step=FORWARD_BACKWARD),
         row("dropout", 1.0, 3.0),
         row("causal+dropout", 1.0, 27.0, dtype=torch.bfloat16),
         row("padded", None, 5.0),
         row("layer_norm", 1.0, 7.0, shape=(8, 8)),
     ]
     means = summary.group_means(rows)
-    assert astuple(means[group("plain", torch.float32, FORWARD)]) == (pytest.approx(4.0), 2.0, 2)
-    assert means[group("plain")].cells == 3
+    assert astuple(means[group("full", torch.float32, FORWARD)]) == (pytest.approx(4.0), 2.0, 2)
+    assert means[group("full")].cells == 3
     assert astuple(means[group(summary.WITH_DROPOUT)]) == (pytest.approx(9.0), 3.0, 2)
     assert means[group(summary.ALL, torch.bfloat16)].ratio == pytest.approx(27.0)
     assert means[group(summary.ALL)].cells == 5
@@ -62,19 +62,19 @@ def test_means_of_groups() -> None:
 
 def test_cells_behind_a_peer() -> None:
     """0.95 is level; the worst comes first, and says who is faster."""
-    rows = [row("plain", 1.0, 0.9), row("causal", 1.0, 0.5), row("padded", 1.0, 0.95)]
+    rows = [row("full", 1.0, 0.9), row("causal", 1.0, 0.5), row("padded", 1.0, 0.95)]
     behind = summary.slower_than_a_peer([*rows, row("bias", None, 1.0)])
     assert [slower.text() for slower in behind] == [
         "causal (1,8,128,64) forward float32: 0.50 of sdpa",
-        "plain (1,8,128,64) forward float32: 0.90 of sdpa",
+        "full (1,8,128,64) forward float32: 0.90 of sdpa",
     ]
 
 
 def test_gains_of_masks() -> None:
     """Against the same shape, pass and dtype without the mask, dropout kept."""
     rows = [
-        row("plain", 6.0),
-        row("plain", 9.0, shape=LONG),
+        row("full", 6.0),
+        row("full", 9.0, shape=LONG),
         row("padded", 3.0),
         row("padded", 1.0, shape=LONG),
         row("window", 0.5),
@@ -87,12 +87,12 @@ def test_gains_of_masks() -> None:
         (gain.kind, gain.unmasked): mean for gain, mean in summary.gains_of_masks(rows).items()
     }
     assert gains.keys() == {
-        ("padded", "plain"),
-        ("window", "plain"),
+        ("padded", "full"),
+        ("window", "full"),
         ("padded+dropout", "dropout"),
     }
-    assert astuple(gains["padded", "plain"]) == (pytest.approx((2.0 * 9.0) ** 0.5), 2.0, 2)
-    assert gains["window", "plain"].ratio == 12.0
+    assert astuple(gains["padded", "full"]) == (pytest.approx((2.0 * 9.0) ** 0.5), 2.0, 2)
+    assert gains["window", "full"].ratio == 12.0
     assert gains["padded+dropout", "dropout"].ratio == 2.0
 
 
@@ -109,7 +109,7 @@ def test_the_text_fits_and_says_it_all() -> None:
     assert means.split() == ["with", "dropout", *["1.50", "(3)"] * 4, "1.50", "(12)"]
     assert "slower than the fastest peer (below 0.95): 4 of 28 cells" in text
     assert "  bias (1,8,128,64) forward bfloat16: 0.75 of sdpa" in text
-    assert any(line.split()[:3] == ["padded", "against", "plain,"] for line in text)
+    assert any(line.split()[:3] == ["padded", "against", "full,"] for line in text)
     document = json.loads(
         json.dumps(report.document(rows, {}, {}, settings={}, load_at_end=None, noise={}))
     )
@@ -120,12 +120,12 @@ def test_the_text_fits_and_says_it_all() -> None:
 
 
 def test_nothing_to_compare() -> None:
-    assert "  none: no line has both rowmax and a peer" in report.summary_lines([row("plain", 1.0)])
+    assert "  none: no line has both rowmax and a peer" in report.summary_lines([row("full", 1.0)])
 
 
 def test_each_reason_is_told_once() -> None:
     told: set[str] = set()
-    first, second = row("plain", 1.0, 2.0), row("causal", 1.0, 2.0)
+    first, second = row("full", 1.0, 2.0), row("causal", 1.0, 2.0)
     for some in (first, second):
         some.not_done["openvino"] = "it can't"
     second.faults["compile"] = "CppCompileError: " + "long " * 200
@@ -143,5 +143,5 @@ def test_each_reason_is_told_once() -> None:
     [(1.2345e-6, "0.0012"), (1.2345e-3, "1.234"), (0.1103, "110.3"), (12.3456, "12346")],
 )
 def test_times_have_four_digits(seconds: float, text: str) -> None:
-    (line,) = report.row_lines(row("plain", seconds), (), set())
+    (line,) = report.row_lines(row("full", seconds), (), set())
     assert line.split()[2] == text

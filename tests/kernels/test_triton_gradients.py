@@ -91,10 +91,10 @@ def test_features(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", BIASES)
-@pytest.mark.parametrize("features", ["plain", "rich"])
+@pytest.mark.parametrize("features", ["plain", "score_mod"])
 def test_biases_and_sinks(shape: str, features: str) -> None:
     options: dict[str, Any] = {"return_lse": True, "backend": "triton"}
-    if features == "rich":
+    if features == "score_mod":
         options |= {"mask": Causal(1) & KeyLengths(lengths(6, 0)), "softcap": 1.5}
         options |= {"dropout_p": 0.2, "seed": 1}
 

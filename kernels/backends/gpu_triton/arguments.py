@@ -1,4 +1,4 @@
-"""Arguments that every launch prepares alike: the device, dropout, contiguous helpers of a mask."""
+"""Arguments that all launches prepare alike: device, dropout, seed, contiguous mask tensors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def beside(seed: Tensor | None, tensor: Tensor) -> Tensor | None:
-    """The seed where the tensor lies: there kernels read it, and nobody waits for its value."""
+def seed_on_device(seed: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """The seed on the tensor's device: kernels read it there, and the host never waits for it."""
     if seed is None or seed.device == tensor.device:
         return seed
     return torch.full((), int(seed), dtype=torch.int64, device=tensor.device)
 
 
 def dropout(dropout_p: float, seed: Tensor | None) -> tuple[int, float, Tensor | None]:
-    """The least word kept, the factor of what is kept, and the key: None without dropout."""
+    """The threshold of a kept word, 1 / (1 - p), and the seed: None without dropout."""
     if dropout_p == 0.0 or seed is None:
         return 0, 1.0, None
     # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left

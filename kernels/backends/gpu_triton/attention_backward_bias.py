@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from .attention_backward_kernels import load_statistics, score_gradients
-from .attention_tiles import CHANGING, head_of, key_blocks, limits, load_rows
+from .attention_tiles import DO_NOT_SPECIALIZE, head_of, key_blocks, limits, load_rows
 from .philox import load_seed
 
 
-@triton.jit(do_not_specialize=CHANGING)
-def bias_gradients(
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
+def backward_dbias(
     query,
     key,
     value,
     grad_out,
     d_bias,
-    shift,
-    rest,
+    lse_log2,
+    lse_log2_low,
     delta,
     band_lower,
     band_upper,
@@ -44,9 +44,9 @@ def bias_gradients(
     key_len,
     batches,
     DTYPE: tl.constexpr,
-    LEFT: tl.constexpr,
-    HOLES: tl.constexpr,
-    DEAD: tl.constexpr,
+    HAS_LOWER_BOUND: tl.constexpr,
+    ARBITRARY_MASK: tl.constexpr,
+    EMPTY_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,7 +61,7 @@ def bias_gradients(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """d_bias of a bias that is shared: dS summed over every dimension in which the bias has size 1.
+    """d_bias of a shared bias: dS summed over every dimension in which the bias has size 1.
 
     d_bias (B | 1, Hq | 1, Lq | 1, Lk | 1), contiguous; EACH_... say which are full. A program sums
     one tile of it, in the order batch, head, query, key. Grid: tiles of d_bias.
@@ -82,15 +82,15 @@ def bias_gradients(
     if DROPOUT:
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start, keep_scale)
 
-    # Triton 3.6 forgets, within nested loops, the constants (strides of 1) in the tuples that the
-    # kernel was given; in a tuple that is made before the loops it keeps them.
-    given = (mask, bias, alibi)
+    # Triton 3.6 forgets, within nested loops, the constants (strides of 1) in the kernel's own
+    # tuple arguments; in a tuple that is made before the loops it keeps them.
+    fixed = (mask, bias, alibi)
     total = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for batch in range(b_first, b_end):
         b = tl.full((), batch, tl.int64)
-        bounds = limits(band_lower, band_upper, given[0], b, query_len, key_len)
+        bounds = limits(band_lower, band_upper, fixed[0], b, query_len, key_len)
         lower, upper, queries, keys = bounds
-        terms = (given[0], given[1], given[2], score_factor, cap_factor, bounds)
+        terms = (fixed[0], fixed[1], fixed[2], score_factor, cap_factor, bounds)
         for h in range(h_first, h_end):
             wide_h = tl.full((), h, tl.int64)
             key_head = wide_h // (heads // key_heads)
@@ -104,7 +104,7 @@ def bias_gradients(
                 query_tile = load_rows(query_of_head, i0, 0, query_len, True, HEAD_DIM)
                 grad_tile = load_rows(grad_of_head, i0, 0, query_len, True, VALUE_DIM)
                 i = i0 + tl.arange(0, BLOCK_M)
-                statistics = (shift, rest, delta, (b * heads + h) * query_len)
+                statistics = (lse_log2, lse_log2_low, delta, (b * heads + h) * query_len)
                 high, low, row_delta = load_statistics(statistics, i0, 0, query_len, True, BLOCK_M)
                 for j0 in range(tl.maximum(j_first, ranges[2]), tl.minimum(j_end, end), BLOCK_N):
                     j = j0 + tl.arange(0, BLOCK_N)

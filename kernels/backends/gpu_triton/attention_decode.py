@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 
 from .attention_forward import attend
-from .attention_tiles import CHANGING, LN_2, LOG2_E, head_of, key_blocks, limits, sequence_of
+from .attention_tiles import (
+    DO_NOT_SPECIALIZE,
+    LN_2,
+    LOG2_E,
+    head_of,
+    key_blocks,
+    limits,
+    sequence_of,
+)
 from .philox import load_seed
 
 # Keys of a chunk. A context of 8,192 keys and 8 key heads then fills an H100's 132 multiprocessors
@@ -24,23 +32,27 @@ from .philox import load_seed
 # few hundredths of its keys and values for a group of 8 heads.
 CHUNK = 512
 # Queries times heads of a group, at most: with more, a tile of `forward` is full without this.
-MOST_ROWS = tl.constexpr(64)
+MAX_ROWS = tl.constexpr(64)
 
 
 def splits_keys(query_len: int, group: int, key_len: int) -> bool:
     """Whether the keys are split over programs: a rule of the shape alone."""
-    return query_len * group <= MOST_ROWS.value and key_len >= 2 * CHUNK
+    return query_len * group <= MAX_ROWS.value and key_len >= 2 * CHUNK
 
 
 @triton.jit
-def _load_queries(query, place, head, i, inside, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _load_queries(
+    query, batch_index, head, i, inside, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """The rows of queries i (M, 1) of the heads `head` (M, 1), zeros where not `inside`."""
     column = tl.arange(0, BLOCK_D)[None, :]
-    row = tl.multiple_of(place * query[1] + head * query[2] + i * query[3], (query[4], query[4]))
+    row = tl.multiple_of(
+        batch_index * query[1] + head * query[2] + i * query[3], (query[4], query[4])
+    )
     return tl.load(query[0] + row + column, mask=inside & (column < HEAD_DIM), other=0.0)
 
 
-@triton.jit(do_not_specialize=CHANGING)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def decode(
     query,
     key,
@@ -65,7 +77,7 @@ def decode(
     key_len,
     chunks,
     DTYPE: tl.constexpr,
-    HOLES: tl.constexpr,
+    ARBITRARY_MASK: tl.constexpr,
     DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,12 +107,14 @@ def decode(
     h = tl.where(row < rows, key_head * GROUP + row // query_len, 0)[:, None]
     i = (row % query_len)[:, None]
 
-    place, first_query, first_key, own_queries, key_len = sequence_of(packed, b, query_len, key_len)
+    batch_index, first_query, first_key, own_queries, key_len = sequence_of(
+        packed, b, query_len, key_len
+    )
     bounds = limits(band_lower, band_upper, mask, b, own_queries, key_len)
     lower, upper, queries, keys = bounds
     # rows of no query lie behind all queries, where nothing is attended
     i = tl.where((row < rows)[:, None], i, own_queries)
-    ranges = key_blocks(0, lower, upper, queries, keys, MOST_ROWS, BLOCK_N)
+    ranges = key_blocks(0, lower, upper, queries, keys, MAX_ROWS, BLOCK_N)
     first, end = tl.maximum(ranges[0], chunk * CHUNK), tl.minimum(ranges[1], (chunk + 1) * CHUNK)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     dropout = None
@@ -108,9 +122,9 @@ def decode(
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start)
 
     at = first_query + i
-    query_tile = _load_queries(query, place, h, at, i < own_queries, BLOCK_D, HEAD_DIM)
-    key = head_of(key, place, key_head, first_key, BLOCK_N, BLOCK_D)
-    value = head_of(value, place, key_head, first_key, BLOCK_N, BLOCK_DV)
+    query_tile = _load_queries(query, batch_index, h, at, i < own_queries, BLOCK_D, HEAD_DIM)
+    key = head_of(key, batch_index, key_head, first_key, BLOCK_N, BLOCK_D)
+    value = head_of(value, batch_index, key_head, first_key, BLOCK_N, BLOCK_DV)
     state = (
         tl.zeros((BLOCK_M, BLOCK_DV), DTYPE),
         tl.full((BLOCK_M,), -float("inf"), DTYPE),
@@ -125,7 +139,7 @@ def decode(
             dropout,
             k0,
             True,
-            HOLES,
+            ARBITRARY_MASK,
             False,
             SOFTCAP,
             PRECISION,
@@ -144,7 +158,7 @@ def decode(
     tl.store(at, out_tile, mask=attending & (column < VALUE_DIM))
 
 
-@triton.jit(do_not_specialize=[*CHANGING, "query_rows"])
+@triton.jit(do_not_specialize=[*DO_NOT_SPECIALIZE, "query_rows"])
 def combine(
     partial,
     maxima,
@@ -172,7 +186,7 @@ def combine(
     i = program % query_len
     h = program // query_len % heads
     b = (program // query_len // heads).to(tl.int64)
-    place, first_query, _, own_queries, _ = sequence_of(packed, b, query_len, 0)
+    batch_index, first_query, _, own_queries, _ = sequence_of(packed, b, query_len, 0)
     rows = GROUP * query_len
     # of chunk 0; the next chunk's is `rows` further on
     row = (b * key_heads + h // GROUP) * chunks * rows + h % GROUP * query_len + i
@@ -204,11 +218,17 @@ def combine(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out_row *= tl.full((1, 1), keep_scale, dtype) / total
-    at = out[0] + place * out[1] + h.to(tl.int64) * out[2] + (first_query + i) * out[3] + column
+    at = (
+        out[0]
+        + batch_index * out[1]
+        + h.to(tl.int64) * out[2]
+        + (first_query + i) * out[3]
+        + column
+    )
     columns = tl.where(i < own_queries, VALUE_DIM, 0)
     tl.store(at, out_row.to(out[0].dtype.element_ty), mask=column < columns)
     wide = lse.dtype.element_ty
     row_lse = (shift.to(wide) + tl.log2(total.to(wide))) * LN_2
     row_lse = tl.where(empty, -float("inf"), row_lse)
-    at = lse + (place * heads + h) * query_rows + first_query + i
+    at = lse + (batch_index * heads + h) * query_rows + first_query + i
     tl.store(at, row_lse, mask=i < own_queries)

@@ -15,17 +15,17 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
-    CHANGING,
+    DO_NOT_SPECIALIZE,
     LN_2,
     LOG2_E,
     accumulate,
     attended_keys,
     head_of,
-    kept_words,
     key_blocks,
     limits,
     load_rows,
     pairs_of,
+    random_words,
     scores_of,
     sequence_of,
     store_rows,
@@ -41,7 +41,7 @@ def attend(
     dropout,
     k0,
     MASKED: tl.constexpr,
-    HOLES: tl.constexpr,
+    ARBITRARY_MASK: tl.constexpr,
     RAW_MAX: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,10 +76,10 @@ def attend(
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     if dropout is not None:
         seed, threshold, batch_start = dropout
-        words = kept_words(i, k0, b + batch_start, h, seed, BLOCK_N, False)
+        words = random_words(i, k0, b + batch_start, h, seed, BLOCK_N, False)
         weights = tl.where(words >= threshold, weights, 0.0)
     value_tile = load_rows(value, k0, first, end, MASKED, VALUE_DIM)
-    if HOLES:
+    if ARBITRARY_MASK:
         # a key that no query of the tile attends may hold NaN, and 0 * NaN is NaN
         attended = attended_keys(pairs[0], product, terms, value_tile.dtype)
         value_tile = tl.where(attended[:, None], value_tile, 0.0).to(value_tile.dtype)
@@ -87,7 +87,7 @@ def attend(
     return out_tile, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=[*CHANGING, "query_rows"])
+@triton.jit(do_not_specialize=[*DO_NOT_SPECIALIZE, "query_rows"])
 def forward(
     query,
     key,
@@ -113,8 +113,8 @@ def forward(
     key_len,
     query_rows,
     DTYPE: tl.constexpr,
-    LEFT: tl.constexpr,
-    HOLES: tl.constexpr,
+    HAS_LOWER_BOUND: tl.constexpr,
+    ARBITRARY_MASK: tl.constexpr,
     NEGATIVE: tl.constexpr,
     DROPOUT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -130,9 +130,9 @@ def forward(
 
     lse (B, Hq, Lq) contiguous; sinks (Hq,) or None; `mask`, `bias`, `alibi` as in
     `attention_tiles`; `packed` as in `sequence_of`: then the tensors have one batch element of
-    `query_rows` queries, and query_len and key_len are the longest ones. Sums are in DTYPE. LEFT:
-    the band has a lower bound. HOLES: a dense mask, documents or a bias may forbid any pair.
-    NEGATIVE: score_factor < 0. Grid: tiles of BLOCK_M queries x Hq x B.
+    `query_rows` queries, and query_len and key_len are the longest ones. Sums are in DTYPE.
+    HAS_LOWER_BOUND: the band has a lower bound. ARBITRARY_MASK: a dense mask, documents or a bias
+    may forbid any pair. NEGATIVE: score_factor < 0. Grid: tiles of BLOCK_M queries x Hq x B.
     """
     tiles = tl.cdiv(query_len, BLOCK_M)
     program = tl.program_id(0)
@@ -142,7 +142,9 @@ def forward(
     b = (program // tiles // heads).to(tl.int64)
     key_head = h // (heads // key_heads)
 
-    place, first_query, first_key, query_len, key_len = sequence_of(packed, b, query_len, key_len)
+    batch_index, first_query, first_key, query_len, key_len = sequence_of(
+        packed, b, query_len, key_len
+    )
     bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
     lower, upper, queries, keys = bounds
     first, end, begin, full_begin, full_end = key_blocks(
@@ -152,11 +154,11 @@ def forward(
     if DROPOUT:
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start)
 
-    query_head = head_of(query, place, h.to(tl.int64), first_query, BLOCK_M, BLOCK_D)
+    query_head = head_of(query, batch_index, h.to(tl.int64), first_query, BLOCK_M, BLOCK_D)
     query_tile = load_rows(query_head, i0, 0, query_len, True, HEAD_DIM)
     wide_head = key_head.to(tl.int64)
-    key = head_of(key, place, wide_head, first_key, BLOCK_N, BLOCK_D)
-    value = head_of(value, place, wide_head, first_key, BLOCK_N, BLOCK_DV)
+    key = head_of(key, batch_index, wide_head, first_key, BLOCK_N, BLOCK_D)
+    value = head_of(value, batch_index, wide_head, first_key, BLOCK_N, BLOCK_DV)
 
     out_tile = tl.zeros((BLOCK_M, BLOCK_DV), DTYPE)
     row_max = tl.full((BLOCK_M,), -float("inf"), DTYPE)
@@ -168,12 +170,14 @@ def forward(
     i = i0 + tl.arange(0, BLOCK_M)
     tile = (query_tile, key, value, i[:, None], first, end, b, h)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
-    if HOLES:
+    if ARBITRARY_MASK:
         full_begin, full_end = end, end
-    PLAIN: tl.constexpr = not (NEGATIVE or SOFTCAP) and alibi is None and bias is None
+    ONLY_SCALED: tl.constexpr = not (NEGATIVE or SOFTCAP) and alibi is None and bias is None
     edges = (begin, full_begin, full_end, end)
     for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
-        if (PHASE == 0 and (LEFT or HOLES)) or (PHASE > 0 and not HOLES):
+        if (PHASE == 0 and (HAS_LOWER_BOUND or ARBITRARY_MASK)) or (
+            PHASE > 0 and not ARBITRARY_MASK
+        ):
             for k0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
                 state = attend(
                     state,
@@ -182,8 +186,8 @@ def forward(
                     dropout,
                     k0,
                     PHASE != 1,
-                    HOLES,
-                    PHASE == 1 and PLAIN,
+                    ARBITRARY_MASK,
+                    PHASE == 1 and ONLY_SCALED,
                     SOFTCAP,
                     PRECISION,
                     HEAD_DIM,
@@ -197,7 +201,7 @@ def forward(
     total = tl.where(empty, 1.0, row_sum)
     factor = tl.full((1,), keep_scale, DTYPE) / total
     out_tile = tl.where(empty[:, None], 0.0, out_tile * factor[:, None])
-    store_rows(out, place, h.to(tl.int64), first_query, i0, query_len, out_tile, VALUE_DIM)
+    store_rows(out, batch_index, h.to(tl.int64), first_query, i0, query_len, out_tile, VALUE_DIM)
 
     wide = lse.dtype.element_ty
     row_lse = (row_max.to(wide) + tl.log2(total.to(wide))) * LN_2
@@ -205,5 +209,5 @@ def forward(
     if sinks is not None:
         nothing = tl.zeros((BLOCK_M,), wide) + tl.load(sinks + h).to(wide)
     row_lse = tl.where(empty, nothing, row_lse)
-    row = (place * heads + h) * query_rows + first_query + i
+    row = (batch_index * heads + h) * query_rows + first_query + i
     tl.store(lse + row, row_lse, mask=i < query_len)

@@ -15,13 +15,13 @@ from ...api.masks import NO_MASK, MaskStructure
 from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem
 from . import plans
-from .arguments import beside, contiguous, dropout
-from .attention_backward_bias import bias_gradients
-from .attention_backward_kernels import key_gradients, prepare, query_gradients
+from .arguments import contiguous, dropout, seed_on_device
+from .attention_backward_bias import backward_dbias
+from .attention_backward_kernels import backward_dkdv, backward_dq, backward_preprocess
 from .attention_decode import CHUNK, combine, decode, splits_keys
 from .attention_forward import forward
 from .attention_tiles import PAIRS_AT_ONCE
-from .configurations import candidates, compiled_form, may_be_dead, precision
+from .configs import candidates, launch_config, may_have_empty_rows, precision
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
@@ -34,34 +34,34 @@ _ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
 Launch = Callable[[Any, AttentionProblem, tuple[int, int, int], dict[str, Any]], None]
 
 
-def _in_forms(launch: plans.Launch) -> Launch:
-    """`launch` with the forms that the table has for a problem."""
+def _with_configs(launch: plans.Launch) -> Launch:
+    """`launch` with the table's configs for each problem."""
 
-    def launch_in_forms(
+    def launch_with_configs(
         kernel: Any,
         problem: AttentionProblem,
         extent: tuple[int, int, int],
         arguments: dict[str, Any],
     ) -> None:
-        forms = candidates(kernel.fn.__name__, problem)
-        launch(kernel, (compiled_form(kernel, extent, form) for form in forms), arguments)
+        configs = candidates(kernel.fn.__name__, problem)
+        launch(kernel, (launch_config(kernel, extent, config) for config in configs), arguments)
 
-    return launch_in_forms
+    return launch_with_configs
 
 
-launch_kernel = _in_forms(plans.at_once)
+launch_kernel = _with_configs(plans.launch_now)
 
 
 def attention(problem: AttentionProblem, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
-    """out and lse; `launch`, if given, takes every kernel in the place of this module."""
+    """out and lse; `launch`, if given, launches every kernel in place of the plans."""
     if launch is not None:
-        return _attention(_prepared(problem), launch=launch)
-    out, lse = plans.run(_planned_attention, *_taken_apart(problem), _put_together)
+        return _attention(_with_readable_tensors(problem), launch=launch)
+    out, lse = plans.run(_planned_attention, *_flatten(problem), _unflatten)
     return out, lse
 
 
 def _planned_attention(problem: AttentionProblem, *, launch: plans.Launch) -> tuple[Tensor, Tensor]:
-    return _attention(problem, launch=_in_forms(launch))
+    return _attention(problem, launch=_with_configs(launch))
 
 
 def _attention(problem: AttentionProblem, *, launch: Launch) -> tuple[Tensor, Tensor]:
@@ -118,7 +118,7 @@ def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, launch: Launch)
             "CHUNK": CHUNK,
             **_tensors(problem),
             **common,
-            **{name: constants[name] for name in constants if name != "LEFT"},
+            **{name: constants[name] for name in constants if name != "HAS_LOWER_BOUND"},
         },
     )
     launch(
@@ -160,10 +160,10 @@ def attention_backward(
         grad_lse = grad_lse.contiguous()
     others = (_readable(grad_out), grad_lse, _readable(out), lse.contiguous(), d_bias)
     if launch is not None:
-        results = _attention_backward(_prepared(problem), *others, launch=launch)
+        results = _attention_backward(_with_readable_tensors(problem), *others, launch=launch)
     else:
         planned = _planned_with_delta if sinks_grad else _planned_backward
-        results = plans.run(planned, *_taken_apart(problem, *others), _put_together)
+        results = plans.run(planned, *_flatten(problem, *others), _unflatten)
     d_sinks = _sinks_gradient(problem, others[3], results[3]) if sinks_grad else None
     return *results[:3], d_bias, d_sinks
 
@@ -173,7 +173,7 @@ def _planned_backward(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ..
 
 
 def _planned_with_delta(*arguments: Any, launch: plans.Launch) -> tuple[Tensor, ...]:
-    return _attention_backward(*arguments, launch=_in_forms(launch))
+    return _attention_backward(*arguments, launch=_with_configs(launch))
 
 
 def _attention_backward(
@@ -186,30 +186,30 @@ def _attention_backward(
     *,
     launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_query, d_key, d_value and delta; d_bias, zeros, is written where it is given."""
+    """d_query, d_key, d_value and delta; d_bias, if not None, must be zeros and is written."""
     query, key, value = problem.query, problem.key, problem.value
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
     dtype = statistics_dtype(query.dtype)
-    shift = torch.empty_like(lse, dtype=dtype)
-    rest = None if lse.dtype == dtype else torch.empty_like(shift)
-    delta = torch.empty_like(shift)
+    lse_log2 = torch.empty_like(lse, dtype=dtype)
+    lse_log2_low = None if lse.dtype == dtype else torch.empty_like(lse_log2)
+    delta = torch.empty_like(lse_log2)
     shared = d_bias is not None and tuple(d_bias.shape) != problem.shape
 
     batch, heads, query_len, key_len = problem.shape
     constants = _constants(problem)
     arguments = {
         "grad_out": _rows(grad_out),
-        "shift": shift,
-        "rest": rest,
+        "lse_log2": lse_log2,
+        "lse_log2_low": lse_log2_low,
         "delta": delta,
         "scale": problem.scale,
-        "DEAD": may_be_dead(problem),
+        "EMPTY_ROWS": may_have_empty_rows(problem),
         **_tensors(problem),
         **_common(problem),
         **constants,
     }
     launch(
-        prepare,
+        backward_preprocess,
         problem,
         (query_len, 1, heads * batch),
         {
@@ -217,8 +217,8 @@ def _attention_backward(
             "out": _rows(out),
             "lse": lse,
             "grad_lse": grad_lse,
-            "shift": shift,
-            "rest": rest,
+            "lse_log2": lse_log2,
+            "lse_log2_low": lse_log2_low,
             "delta": delta,
             "heads": heads,
             "query_len": query_len,
@@ -229,7 +229,7 @@ def _attention_backward(
     )
     key_heads = key.shape[1]
     launch(
-        key_gradients,
+        backward_dkdv,
         problem,
         (1, key_len, key_heads * batch),
         {
@@ -240,29 +240,29 @@ def _attention_backward(
             **arguments,
         },
     )
-    whole = None if shared else d_bias
+    unshared = None if shared else d_bias
     launch(
-        query_gradients,
+        backward_dq,
         problem,
         (query_len, 1, heads * batch),
         {
             "d_query": _rows(d_query),
-            "d_bias": _broadcast(whole, problem),
+            "d_bias": _broadcast(unshared, problem),
             **_packed(problem),
             **arguments,
         },
     )
     if shared and d_bias is not None:
-        each = [size > 1 for size in d_bias.shape]
+        full = [size > 1 for size in d_bias.shape]
         launch(
-            bias_gradients,
+            backward_dbias,
             problem,
             (d_bias.shape[2], d_bias.shape[3], d_bias.shape[0] * d_bias.shape[1]),
             {
                 "d_bias": d_bias,
                 "batches": batch,
                 **dict(
-                    zip(("EACH_BATCH", "EACH_HEAD", "EACH_QUERY", "EACH_KEY"), each, strict=True)
+                    zip(("EACH_BATCH", "EACH_HEAD", "EACH_QUERY", "EACH_KEY"), full, strict=True)
                 ),
                 **arguments,
             },
@@ -283,36 +283,36 @@ _NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
 _TENSOR = object()  # stands where a problem has one
 
 
-def _taken_apart(
+def _flatten(
     problem: AttentionProblem, *others: Tensor | None
 ) -> tuple[list[Tensor | None], tuple[Any, ...], str | None]:
-    """The tensors of a call in a fixed order, the rest of it, and what else it depends on."""
+    """The tensors of a call in a fixed order, its constants, and torch's setting for products."""
     query = problem.query
     setting = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
-    rest: tuple[Any, ...] = problem[3:]
+    constants: tuple[Any, ...] = problem[3:]
     mask = problem.mask
-    if _NO_TENSORS.issuperset(map(type, rest)) and (
+    if _NO_TENSORS.issuperset(map(type, constants)) and (
         mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
     ):
-        return [*problem[:3], *others], rest, setting
+        return [*problem[:3], *others], constants, setting
     fields = problem.flat()
-    given = [field for field in fields if isinstance(field, Tensor)]
-    rest = tuple([_TENSOR if isinstance(field, Tensor) else field for field in fields[3:]])
-    return [*given, *others], rest, setting
+    tensors = [field for field in fields if isinstance(field, Tensor)]
+    constants = tuple([_TENSOR if isinstance(field, Tensor) else field for field in fields[3:]])
+    return [*tensors, *others], constants, setting
 
 
-def _put_together(given: Sequence[Tensor | None], rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The problem, prepared, and the other tensors: what `_taken_apart` was given."""
-    tensors = iter(given)
-    heads = [next(tensors) for _ in range(3)]
-    fields = (*heads, *[next(tensors) if field is _TENSOR else field for field in rest])
-    whole = any(isinstance(field, MaskStructure) for field in rest)
+def _unflatten(tensors: Sequence[Tensor | None], constants: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The problem, with readable tensors, and the other tensors: the inverse of `_flatten`."""
+    remaining = iter(tensors)
+    heads = [next(remaining) for _ in range(3)]
+    fields = (*heads, *[next(remaining) if field is _TENSOR else field for field in constants])
+    whole = any(isinstance(field, MaskStructure) for field in constants)
     problem = AttentionProblem._make(fields) if whole else AttentionProblem.from_flat(fields)
-    return _prepared(problem), *tensors
+    return _with_readable_tensors(problem), *remaining
 
 
-def _prepared(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with everything a kernel reads in a form that it can read."""
+def _with_readable_tensors(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with every tensor in a layout that the kernels can read."""
     mask = problem.mask
     return problem._replace(
         query=_readable(problem.query),
@@ -326,7 +326,7 @@ def _prepared(problem: AttentionProblem) -> AttentionProblem:
             key_documents=_in_rows(mask.key_documents),
         ),
         sinks=contiguous(problem.sinks),
-        seed=beside(problem.seed, problem.query),
+        seed=seed_on_device(problem.seed, problem.query),
     )
 
 
@@ -346,11 +346,11 @@ def _rows(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _broadcast(tensor: Tensor | None, problem: AttentionProblem) -> tuple[Any, ...] | None:
-    """The tensor and its strides, 0 for each dimension of size 1; and a 1 if keys are read at once.
+    """The tensor, its strides (0 for dimensions of size 1), and a 1 if keys are read in chunks.
 
-    They are in whole chunks, where each starts at a multiple of PAIRS_AT_ONCE and lies within the
-    tensor, no more kinds of tensors than Triton tells apart by itself; and for half types, since
-    the other ones' products fill the registers by themselves.
+    Keys are read in chunks of PAIRS_AT_ONCE where every row is made of whole, aligned chunks: a
+    case that Triton tells apart anyway, so it costs no further compilation. Only half types do so,
+    since the other ones' products fill the registers by themselves.
     """
     if tensor is None:
         return None
@@ -367,7 +367,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _packed(problem: AttentionProblem) -> dict[str, Any]:
-    """Where packed sequences start, and how many rows lse has a head."""
+    """The starts of packed sequences, and the rows of lse per head."""
     starts = (problem.query_starts, problem.key_starts)
     return {
         "packed": None if problem.query_starts is None else starts,
@@ -420,13 +420,13 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
 
 
 def _constants(problem: AttentionProblem) -> dict[str, Any]:
-    """What an attention kernel is compiled for."""
+    """The constexpr arguments of an attention kernel."""
     mask, dtype = problem.mask, problem.query.dtype
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
     return {
         "DTYPE": tl.float64 if statistics_dtype(dtype) == torch.float64 else tl.float32,
-        "LEFT": mask.band_lower is not None or mask.band is not None,
-        "HOLES": (
+        "HAS_LOWER_BOUND": mask.band_lower is not None or mask.band is not None,
+        "ARBITRARY_MASK": (
             mask.dense is not None or mask.query_documents is not None or problem.bias is not None
         ),
         "DROPOUT": problem.dropout_p > 0.0,

@@ -33,7 +33,7 @@ PAIRS_AT_ONCE = tl.constexpr(16)
 # What may change from one step of a loop to the next, and so must not be compiled for: Triton knows
 # multiples of 16 and 1 of any other int. Of a tuple it looks at every element, so that band_lower
 # and band_upper stand apart from the mask.
-CHANGING = [
+DO_NOT_SPECIALIZE = [
     *("query_len", "key_len", "chunks", "batches", "band_lower", "band_upper"),
     *("seed", "threshold", "batch_start"),
 ]
@@ -69,12 +69,12 @@ def sequence_of(packed, b, query_len, key_len):
         first_query, first_key = tl.load(packed[0] + b), tl.load(packed[1] + b)
         queries = (tl.load(packed[0] + b + 1) - first_query).to(tl.int32)
         keys = (tl.load(packed[1] + b + 1) - first_key).to(tl.int32)
-        place = (tl.zeros_like(first_query), first_query, first_key, queries, keys)
+        sequence = (tl.zeros_like(first_query), first_query, first_key, queries, keys)
     else:
         nothing = tl.full((), 0, tl.int64)
         lengths = (tl.full((), query_len, tl.int32), tl.full((), key_len, tl.int32))
-        place = (b, nothing, nothing, lengths[0], lengths[1])
-    return place
+        sequence = (b, nothing, nothing, lengths[0], lengths[1])
+    return sequence
 
 
 @triton.jit
@@ -254,10 +254,10 @@ def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
         allowed = allowed & ((_apart(marks) if dtype == tl.float64 else marks) != 0)
     added = allowed
     if bias is not None:
-        given = load_pairs(bias, i, j, b, h, bounds, allowed)
-        if dtype == tl.float64 and given.dtype != tl.float64:
-            given = _apart(given)
-        added = given.to(dtype)
+        bias_tile = load_pairs(bias, i, j, b, h, bounds, allowed)
+        if dtype == tl.float64 and bias_tile.dtype != tl.float64:
+            bias_tile = _apart(bias_tile)
+        added = bias_tile.to(dtype)
         allowed = allowed & (added > -float("inf"))
     return allowed, added
 
@@ -324,7 +324,7 @@ def accumulate(total, left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def kept_words(i, j0, b, h, seed, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def random_words(i, j0, b, h, seed, N: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """The random word of every weight of a tile: (N, M) with KEYS_FIRST, else (M, N).
 
     Four neighbouring keys share one Philox call; j0 is a multiple of 4.

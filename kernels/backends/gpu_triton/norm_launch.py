@@ -7,7 +7,7 @@ from torch import Tensor
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..fused_norms import FusedNorms
 from . import plans
-from .arguments import beside, contiguous, dropout
+from .arguments import contiguous, dropout, seed_on_device
 from .norm_backward import average_rows, differentiate, sum_chunks
 from .norm_forward import normalise, normalise_blocks
 from .rows import backward_tile, chunk_rows, forward_tile, stages
@@ -34,7 +34,7 @@ def _forward(
         _plan_forward,
         [
             *(rows_of(x)[0], None if residual is None else rows_of(residual)[0]),
-            *(contiguous(weight), contiguous(bias), beside(seed, x)),
+            *(contiguous(weight), contiguous(bias), seed_on_device(seed, x)),
         ],
         (eps, dropout_p, subtract_mean),
     )
@@ -78,12 +78,12 @@ def _plan_forward(
         "seed": seed,
     }
     tile = forward_tile(columns, x.dtype)
-    form = {"COLUMNS": tile.columns, "num_warps": tile.warps}
+    config = {"COLUMNS": tile.columns, "num_warps": tile.warps}
     if columns <= tile.columns:
         programs = -(-rows // tile.rows)
-        launch(normalise, [(programs, {"ROWS": tile.rows, **form})], arguments)
+        launch(normalise, [(programs, {"ROWS": tile.rows, **config})], arguments)
     else:
-        launch(normalise_blocks, [(rows, form)], arguments)
+        launch(normalise_blocks, [(rows, config)], arguments)
     return y, total, mean, rstd
 
 
@@ -121,7 +121,13 @@ def _backward(
         [
             *(rows_of(x)[0], rows_of(grad_y)[0]),
             None if grad_total is None else rows_of(grad_total)[0],
-            *(contiguous(mean), rstd.contiguous(), contiguous(weight), bias, beside(seed, x)),
+            *(
+                contiguous(mean),
+                rstd.contiguous(),
+                contiguous(weight),
+                bias,
+                seed_on_device(seed, x),
+            ),
         ],
         (dropout_p,),
     )
@@ -165,14 +171,14 @@ def _plan_backward(
         "rows": rows,
         "columns": columns,
     }
-    form = {"COLUMNS": tile.columns, "num_warps": tile.warps}
+    config = {"COLUMNS": tile.columns, "num_warps": tile.warps}
     if blocks > 1:
-        launch(average_rows, [(rows, form)], shared)
+        launch(average_rows, [(rows, config)], shared)
     threshold, keep_scale, seed = dropout(dropout_p, seed)
     inputs = 2 if grad_total is None else 3
     launch(
         differentiate,
-        [(chunks * blocks, {**form, "ROWS": tile.rows, "STAGES": stages(tile, x.dtype, inputs)})],
+        [(chunks * blocks, {**config, "ROWS": tile.rows, "STAGES": stages(tile, x.dtype, inputs)})],
         {
             **shared,
             "grad_total": grad_total,

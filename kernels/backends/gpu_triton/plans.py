@@ -1,8 +1,8 @@
-"""What the kernels of a call are launched with, found once for all calls of the same signature.
+"""Launch plans: what the kernels of a call are launched with, found once a signature.
 
-The first call of a signature takes its arguments apart (strides, grids, constants), finds the forms
-that fit the GPU, and compiles its kernels before it launches the first of them. What it found is
-kept; later calls allocate, fill addresses in and launch.
+The first call of a signature takes its arguments apart (strides, grids, constants), finds the
+configs that fit the GPU, and compiles its kernels before it launches the first of them. The plan
+that it makes is cached; later calls allocate, fill addresses in and launch.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ...ops.torch_internals import empty_strided_on
 from . import interpreting
 from .arguments import on_device
 
-# How many programs there are, and the arguments of a kernel that make them so many.
-Form = tuple[int, dict[str, Any]]
-# (kernel, forms in the order in which to try them, all other arguments)
-Launch = Callable[[Any, Iterable[Form], dict[str, Any]], None]
-# (*arguments, launch=) -> what the kernels write
+# (number of programs, the arguments of the kernel that decide it)
+LaunchConfig = tuple[int, dict[str, Any]]
+# (kernel, configs in the order in which to try them, all other arguments)
+Launch = Callable[[Any, Iterable[LaunchConfig], dict[str, Any]], None]
+# (*arguments, launch=) -> the tensors that the kernels write
 Build = Callable[..., tuple[Tensor, ...]]
-# (tensors, constants) -> the arguments of a Build, in forms that kernels can read
-Prepare = Callable[[Sequence[Tensor | None], tuple[Any, ...]], tuple[Any, ...]]
+# (tensors, constants) -> the arguments of a Build, in layouts that kernels can read
+Unflatten = Callable[[Sequence[Tensor | None], tuple[Any, ...]], tuple[Any, ...]]
 
-_MOST_PLANS = 1024
-# What says that a form does not suit: resources, Triton's compiler or ptxas; LLVM's and MLIR's
+_MAX_PLANS = 1024
+# The errors of a config that does not fit: resources, Triton's compiler or ptxas; LLVM's and MLIR's
 # passes, and the driver that loads the result, raise RuntimeError.
-_UNFIT = (TritonError, CompilationError, RuntimeError)
+_CONFIG_ERRORS = (TritonError, CompilationError, RuntimeError)
 _ALIGNMENT = 512  # of torch's own memory on a GPU
 
 
 class Compiled(NamedTuple):
-    """A kernel in a form that the device of the call has loaded."""
+    """A kernel that is compiled with one config and loaded on the device of the call."""
 
     kernel: Any
     run: Callable[..., None]  # Triton's launcher
@@ -62,179 +62,181 @@ def _is_profiled() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def at_once(kernel: Any, forms: Iterable[Form], arguments: dict[str, Any]) -> None:
-    """A `Launch` of the first form, through Triton's own way."""
-    programs, form = next(iter(forms))
+def launch_now(kernel: Any, configs: Iterable[LaunchConfig], arguments: dict[str, Any]) -> None:
+    """A `Launch` of the first config, by Triton's own launcher."""
+    programs, config = next(iter(configs))
     tensor = next(_tensors_in(tuple(arguments.values())))
     if programs > 0:
         with on_device(tensor):
-            kernel[(programs,)](**arguments, **form)
+            kernel[(programs,)](**arguments, **config)
 
 
-def compiled(kernel: Any, forms: Iterable[Form], arguments: dict[str, Any]) -> Compiled | None:
-    """The kernel in the first form that fits the device; None where there is nothing to compute.
+def compiled(
+    kernel: Any, configs: Iterable[LaunchConfig], arguments: dict[str, Any]
+) -> Compiled | None:
+    """The kernel with the first config that fits the device; None where nothing is to compute.
 
     Raises:
-        RuntimeError: no form does; says which were tried and what came.
+        RuntimeError: no config fits; the message lists those that were tried, and their errors.
     """
     tried: list[str] = []
     name = kernel.fn.__name__
-    for programs, form in forms:
+    for programs, config in configs:
         if programs == 0:
             return None
-        every = arguments | form
+        named = arguments | config
         try:
-            found = kernel.warmup(grid=(programs,), **every)
-            run = found.run  # loads it: what the device lacks shows here
-        except _UNFIT as error:
-            tried.append(f"{_text(form)}: {' '.join(str(error).split())[:200]}")
+            found = kernel.warmup(grid=(programs,), **named)
+            run = found.run  # loads it: a lack of resources shows here
+        except _CONFIG_ERRORS as error:
+            tried.append(f"{_text(config)}: {' '.join(str(error).split())[:200]}")
             continue
         if tried:
             warnings.warn(
-                f"rowmax: {name} runs in the form ({_text(form)}), because others do not fit this "
-                f"GPU: {'; '.join(tried)}",
+                f"rowmax: {name} runs with the config ({_text(config)}), because others do not fit "
+                f"this GPU: {'; '.join(tried)}",
                 RuntimeWarning,
                 stacklevel=2,
             )
         handles = (found.function, found.packed_metadata)
-        in_order = tuple(every[part] for part in kernel.arg_names)
-        return Compiled(found, run, (programs, 1, 1), handles, in_order)
+        positional = tuple(named[part] for part in kernel.arg_names)
+        return Compiled(found, run, (programs, 1, 1), handles, positional)
     raise RuntimeError(
-        f"rowmax: no form of the Triton kernel {name} fits this GPU and nothing was launched; "
+        f"rowmax: no config of the Triton kernel {name} fits this GPU and nothing was launched; "
         "tried " + "; ".join(tried)
     )
 
 
-def _text(form: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in form.items())
+def _text(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in config.items())
 
 
 class _Address(NamedTuple):
-    """Stands for the address of a tensor, the one of this number."""
+    """A placeholder for the address of the tensor with this number."""
 
-    of: int
+    tensor: int
 
 
-# (where in the arguments, of which tensor, None or what follows it in a tuple)
-_Plain = list[tuple[int, int, tuple[Any, ...] | None]]
+# (index of the argument, number of the tensor, None or the rest of the argument's tuple)
+_Pointers = list[tuple[int, int, tuple[Any, ...] | None]]
 _Nested = list[tuple[int, tuple[Any, ...]]]  # the same for tuples of several tensors
 
 
 class Plan(NamedTuple):
-    steps: list[tuple[Compiled, _Plain, _Nested]]
-    # what a call returns of its own: sizes, strides and dtypes
-    new: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
-    results: list[int]  # which of them are returned, in order
-    # what it needs in between, all in one piece of memory: bytes, and where each begins
-    between: int
-    starts: list[int]
+    steps: list[tuple[Compiled, _Pointers, _Nested]]
+    outputs: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]  # sizes, strides, dtype
+    results: list[int]  # indices of the outputs that are returned, in order
+    # temporary tensors, all in one allocation: its bytes, and the offset of each
+    workspace_bytes: int
+    workspace_offsets: list[int]
     empty: Callable[..., Tensor]
 
     def run(self, addresses: list[int | None], device: int) -> tuple[Tensor, ...]:
-        """What the kernels write; `addresses` are those of the tensors that they are given."""
-        steps, new, results, between, starts, empty = self
-        made = [empty(size, stride, dtype) for size, stride, dtype in new]
-        addresses += [tensor.data_ptr() for tensor in made]
-        if between:
-            memory = empty((between,), (1,), torch.uint8)
-            base = memory.data_ptr()
-            addresses += [base + start for start in starts]
+        """The tensors that the kernels write; `addresses` are those of the inputs."""
+        steps, outputs, results, workspace_bytes, workspace_offsets, empty = self
+        allocated = [empty(size, stride, dtype) for size, stride, dtype in outputs]
+        addresses += [tensor.data_ptr() for tensor in allocated]
+        if workspace_bytes:
+            workspace = empty((workspace_bytes,), (1,), torch.uint8)
+            base = workspace.data_ptr()
+            addresses += [base + offset for offset in workspace_offsets]
         stream = triton.runtime.driver.active.get_current_stream(device)
         profiled = _is_profiled()
-        for compiled, plain, nested in steps:
+        for compiled, pointers, nested in steps:
             arguments = list(compiled.arguments)
-            for at, which, rest in plain:
-                arguments[at] = addresses[which] if rest is None else (addresses[which], *rest)
+            for at, tensor, rest in pointers:
+                arguments[at] = addresses[tensor] if rest is None else (addresses[tensor], *rest)
             for at, value in nested:
                 arguments[at] = _filled(value, addresses)
             compiled.launch(stream, arguments, profiled)
-        return tuple([made[at] for at in results])
+        return tuple([allocated[at] for at in results])
 
 
-kept: dict[Any, Plan] = {}
+cache: dict[Any, Plan] = {}
 
 
-def _as_given(given: Sequence[Tensor | None], rest: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*given, *rest)
+def _joined(inputs: Sequence[Tensor | None], constants: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*inputs, *constants)
 
 
 def run(
     build: Build,
-    given: list[Tensor | None],
-    rest: tuple[Any, ...],
+    inputs: list[Tensor | None],
+    constants: tuple[Any, ...],
     setting: Any = None,
-    prepare: Prepare = _as_given,
+    unflatten: Unflatten = _joined,
 ) -> Any:
-    """What `build` returns, by kernels that are compiled before the first of them is launched.
+    """Returns what `build` does, by kernels that are compiled before the first is launched.
 
-    Its arguments are what `prepare` makes of the tensors, of which the first says the device, and
-    of constants. `setting` is whatever else it depends on. It may allocate and launch, no more.
+    Its arguments are what `unflatten` makes of the inputs, the first of which has the device of the
+    call, and the constants. `setting` is whatever else it depends on. `build` may allocate and
+    launch, no more.
     """
     if interpreting():
-        return build(*prepare(given, rest), launch=at_once)
-    device = given[0].device  # type: ignore[union-attr]
+        return build(*unflatten(inputs, constants), launch=launch_now)
+    device = inputs[0].device  # type: ignore[union-attr]
     current = triton.runtime.driver.active.get_current_device()
     if device.index is not None and device.index != current:
         with torch.cuda.device(device):  # Triton compiles for, and launches on, the current one
-            return run(build, given, rest, setting, prepare)
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in given]
+            return run(build, inputs, constants, setting, unflatten)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in inputs]
     signature = (
-        *(build, device, rest, setting),
+        *(build, device, constants, setting),
         *[
             None
             if tensor is None or address is None
             else (tensor.shape, tensor.stride(), tensor.dtype, address % 16)
-            for tensor, address in zip(given, addresses, strict=True)
+            for tensor, address in zip(inputs, addresses, strict=True)
         ],
     )
-    plan = kept.get(signature)
+    plan = cache.get(signature)
     if plan is None:
         # objects of their own: one tensor that is key and value now may be two at the next call
-        given = [None if tensor is None else tensor.detach() for tensor in given]
-        return _first(signature, given, build, prepare(given, rest))
+        inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+        return _first(signature, inputs, build, unflatten(inputs, constants))
     return plan.run(addresses, current)
 
 
 def _first(
-    signature: Any, given: list[Tensor | None], build: Build, arguments: tuple[Any, ...]
+    signature: Any, inputs: list[Tensor | None], build: Build, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
-    """Compiles all, launches all, and keeps the plan where each call can be filled in."""
-    wanted: list[tuple[Any, ...]] = []
-    results = build(*arguments, launch=lambda *call: wanted.append(call))
-    found = [step for call in wanted if (step := compiled(*call)) is not None]
+    """Compiles all, launches all, and caches the plan if later calls can be filled in."""
+    launches: list[tuple[Any, ...]] = []
+    results = build(*arguments, launch=lambda *call: launches.append(call))
+    steps = [step for call in launches if (step := compiled(*call)) is not None]
     driver = triton.runtime.driver.active
     stream = driver.get_current_stream(driver.get_current_device())
-    for step in found:
+    for step in steps:
         step.launch(stream, step.arguments, _is_profiled())
-    places = {id(tensor): at for at, tensor in enumerate(given) if tensor is not None}
-    if not {id(tensor) for tensor in _tensors_in(arguments)} <= places.keys():
-        return results  # something was copied into a form that kernels can read
-    new = _placed(results, places, len(given))
-    used = _tensors_in(tuple(step.arguments for step in found))
-    between = _placed(used, places, len(given) + len(new))
-    end, starts = 0, []
-    for tensor in between:
-        starts.append(end)
-        end += -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT
-    if len(kept) >= _MOST_PLANS:
-        kept.clear()
-    kept[signature] = Plan(
-        [_step(each, places) for each in found],
-        [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in new],
-        [places[id(tensor)] - len(given) for tensor in results],
-        end,
-        starts,
+    numbers = {id(tensor): at for at, tensor in enumerate(inputs) if tensor is not None}
+    if not {id(tensor) for tensor in _tensors_in(arguments)} <= numbers.keys():
+        return results  # an input was copied into a layout that kernels can read
+    outputs = _number(results, numbers, len(inputs))
+    used = _tensors_in(tuple(step.arguments for step in steps))
+    temporary = _number(used, numbers, len(inputs) + len(outputs))
+    workspace_bytes, workspace_offsets = 0, []
+    for tensor in temporary:
+        workspace_offsets.append(workspace_bytes)
+        workspace_bytes += -(-_extent(tensor) // _ALIGNMENT) * _ALIGNMENT
+    if len(cache) >= _MAX_PLANS:
+        cache.clear()
+    cache[signature] = Plan(
+        [_step(each, numbers) for each in steps],
+        [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in outputs],
+        [numbers[id(tensor)] - len(inputs) for tensor in results],
+        workspace_bytes,
+        workspace_offsets,
         empty_strided_on(results[0].device.type),
     )
     return results
 
 
-def _placed(tensors: Iterable[Tensor], places: dict[int, int], start: int) -> list[Tensor]:
-    """Those that had no place; they are given the places from `start` on."""
+def _number(tensors: Iterable[Tensor], numbers: dict[int, int], start: int) -> list[Tensor]:
+    """Numbers the tensors that have no number yet, from `start` on, and returns them."""
     found: list[Tensor] = []
     for tensor in tensors:
-        if id(tensor) not in places:
-            places[id(tensor)] = start + len(found)
+        if id(tensor) not in numbers:
+            numbers[id(tensor)] = start + len(found)
             found.append(tensor)
     return found
 
@@ -247,23 +249,23 @@ def _extent(tensor: Tensor) -> int:
     return (reach + 1) * tensor.itemsize
 
 
-def _step(found: Compiled, places: dict[int, int]) -> tuple[Compiled, _Plain, _Nested]:
-    """`found`, and where its arguments want addresses."""
-    plain: _Plain = []
+def _step(found: Compiled, numbers: dict[int, int]) -> tuple[Compiled, _Pointers, _Nested]:
+    """`found`, and where its arguments hold addresses."""
+    pointers: _Pointers = []
     nested: _Nested = []
     constants: list[Any] = []
     for at, value in enumerate(found.arguments):
-        marked = _marked(value, places)
+        marked = _marked(value, numbers)
         constants.append(value if marked is value else None)  # a plan keeps no tensor
         if isinstance(marked, _Address):
-            plain.append((at, marked.of, None))
+            pointers.append((at, marked.tensor, None))
         elif marked is not value:
             first, *rest = marked
             if isinstance(first, _Address) and next(_tensors_in(value[1:]), None) is None:
-                plain.append((at, first.of, tuple(rest)))
+                pointers.append((at, first.tensor, tuple(rest)))
             else:
                 nested.append((at, marked))
-    return found._replace(arguments=tuple(constants)), plain, nested
+    return found._replace(arguments=tuple(constants)), pointers, nested
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -274,18 +276,18 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
-def _marked(value: Any, places: dict[int, int]) -> Any:
+def _marked(value: Any, numbers: dict[int, int]) -> Any:
     """`value` with an address in the place of each tensor; itself where it has none."""
     if isinstance(value, Tensor):
-        return _Address(places[id(value)])
+        return _Address(numbers[id(value)])
     if isinstance(value, tuple) and next(_tensors_in(value), None) is not None:
-        return tuple(_marked(part, places) for part in value)
+        return tuple(_marked(part, numbers) for part in value)
     return value
 
 
 def _filled(value: Any, addresses: list[int | None]) -> Any:
     if type(value) is _Address:
-        return addresses[value.of]
+        return addresses[value.tensor]
     if type(value) is tuple:
         return tuple([_filled(part, addresses) for part in value])
     return value

@@ -59,7 +59,7 @@ def _plan_forward(
     rows, tile = count_rows(scores), forward_tile(keys, scores.dtype)
     launch(
         weigh,
-        _forms(rows, keys, tile),
+        _configs(rows, keys, tile),
         {
             "scores": scores,
             "scores_strides": scores.stride()[:3],
@@ -88,9 +88,9 @@ def _plan_forward(
 def masked_softmax_backward(grad_weights: Tensor, weights: Tensor, scale: float) -> Tensor:
     if not weights.numel():
         return weights.new_empty(weights.shape)
-    given: list[Tensor | None] = [rows_of(weights)[0], rows_of(grad_weights)[0]]
+    inputs: list[Tensor | None] = [rows_of(weights)[0], rows_of(grad_weights)[0]]
     d_scores: Tensor
-    (d_scores,) = plans.run(_plan_backward, given, (scale,))
+    (d_scores,) = plans.run(_plan_backward, inputs, (scale,))
     return d_scores
 
 
@@ -101,7 +101,7 @@ def _plan_backward(
     rows, keys = count_rows(weights), weights.shape[-1]
     launch(
         differentiate_weights,
-        _forms(rows, keys, forward_tile(keys, weights.dtype)),
+        _configs(rows, keys, forward_tile(keys, weights.dtype)),
         {
             "weights": weights,
             "weights_row": rows_of(weights)[1],
@@ -116,7 +116,7 @@ def _plan_backward(
     return (d_scores,)
 
 
-def _forms(rows: int, keys: int, tile: Tile) -> list[plans.Form]:
+def _configs(rows: int, keys: int, tile: Tile) -> list[plans.LaunchConfig]:
     sizes = {"ROWS": tile.rows, "KEYS": tile.columns, "WHOLE": keys <= tile.columns}
     return [(-(-rows // tile.rows), {**sizes, "num_warps": tile.warps})]
 

@@ -118,8 +118,8 @@ def shrink() -> None:
     trials.SIZES.update(dict.fromkeys(trials.SIZES, (1, MOST)))
     trials.Trials.__init__.__defaults__ = (torch.bfloat16, trials.SIZES, 128, print)
     vars(tune)["gpu_triton"] = SimpleNamespace(interpreting=lambda: False)
-    few = {name: forms[-2:] for name, forms in tune._FORMS.items()}
-    tune._FORMS.update(few)
+    few = {name: configs[-2:] for name, configs in tune._CONFIGS.items()}
+    tune._CONFIGS.update(few)
 
 
 if any("rowmax.bench" in word or "forkserver" in word for word in sys.orig_argv):

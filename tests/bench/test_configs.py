@@ -1,4 +1,4 @@
-"""What the compiler says of each form, as a table; `make compile` asks the compiler itself."""
+"""What the compiler says of each config, as a table; `make compile` asks the compiler itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("triton")
 
 from rowmax.bench import cli
-from rowmax.bench.tuning import ahead_of_time, forms
+from rowmax.bench.tuning import ahead_of_time, configs
 from rowmax.kernels.backends import gpu_triton
-from rowmax.kernels.backends.gpu_triton.configurations import Configuration, Key, lookup
+from rowmax.kernels.backends.gpu_triton.configs import Config, Key, lookup
 
 
 @pytest.fixture
@@ -17,25 +17,36 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
     """What is asked of the compiler, which knows no head of 64."""
     asked: list[Key] = []
 
-    def compile_form(key: Key, form: Configuration) -> ahead_of_time.Compiled:
-        assert form == lookup(key)
+    def compile_config(key: Key, config: Config) -> ahead_of_time.Compiled:
+        assert config == lookup(key)
         asked.append(key)
         if key.dim == 64:
             raise RuntimeError("PassManager::run failed\nand more")
         return ahead_of_time.Compiled(99, 8, 65536, 12, False)
 
-    monkeypatch.setattr(ahead_of_time, "compile_form", compile_form)
+    monkeypatch.setattr(ahead_of_time, "compile_config", compile_config)
     monkeypatch.setattr(gpu_triton, "interpreting", lambda: False)
     return asked
 
 
 def test_a_line_for_each_key(compiles: list[Key], capsys: pytest.CaptureFixture[str]) -> None:
     """One that does not compile is told, and is no end of it."""
-    words = ["--arch", "gfx942", "--dtype", "bfloat16", "--dim", "64,128", "--features", "rich"]
-    assert cli.main(["forms", *words, "--kernel", "forward,bias_gradients"]) == 0
-    lines = capsys.readouterr().out.strip().splitlines()
+    words = [
+        "--arch",
+        "gfx942",
+        "--dtype",
+        "bfloat16",
+        "--dim",
+        "64,128",
+        "--features",
+        "score_mod",
+    ]
+    assert cli.main(["configs", *words, "--kernel", "forward,backward_dbias"]) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    lines = captured.out.strip().splitlines()
     assert lines[0] == "gfx942, at most 64 KiB of shared memory a program"
-    assert lines[2].split(" | ")[1:4] == list(forms.COLUMNS[1:4])
+    assert lines[2].split(" | ")[1:4] == list(configs.COLUMNS[1:4])
     found = [line.strip("| ").split(" | ") for line in lines[4:]]
     assert [(row[0], int(row[2])) for row in found] == [(key.kernel, key.dim) for key in compiles]
     assert len(found) == 4
@@ -46,10 +57,31 @@ def test_a_line_for_each_key(compiles: list[Key], capsys: pytest.CaptureFixture[
             assert row[5] == "does not compile: RuntimeError: PassManager::run failed"
 
 
+def test_former_names(compiles: list[Key], capsys: pytest.CaptureFixture[str]) -> None:
+    """The command and its names are still understood, each with a message."""
+    words = ["--dtype", "bfloat16", "--dim", "128"]
+    former = ["--kernel", "key_gradients,forward", "--features", "rich,plain"]
+    assert cli.main(["forms", *words, *former]) == 0
+    messages = capsys.readouterr().err.splitlines()
+    for old, new in (
+        ("the command forms", "configs"),
+        ("--kernel key_gradients", "backward_dkdv"),
+        ("--features rich", "score_mod"),
+        ("--features plain", "base"),
+    ):
+        assert f"rowmax.bench: {old} is deprecated: use {new}" in messages
+    assert len(messages) == 4
+    assert {(key.kernel, key.features) for key in compiles} == {
+        (kernel, features)
+        for kernel in ("forward", "backward_dkdv")
+        for features in ("base", "score_mod")
+    }
+
+
 @pytest.mark.parametrize("words", [["--arch", "sm_12"], ["--kernel", "all"], ["--dim", "80"]])
 def test_wrong_calls(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
-        cli.main(["forms", *words])
+        cli.main(["configs", *words])
     assert raised.value.code == 2
     assert f"{words[0]}: expected names of" in capsys.readouterr().err
 
@@ -59,6 +91,6 @@ def test_what_is_interpreted_cannot_be_compiled(
 ) -> None:
     monkeypatch.setattr(gpu_triton, "interpreting", lambda: True)
     with pytest.raises(SystemExit) as raised:
-        cli.main(["forms"])
+        cli.main(["configs"])
     assert raised.value.code == 2
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -1,12 +1,13 @@
-"""`python -m rowmax.bench forms`: what the compiler makes of the Triton attention kernels' forms.
+"""`python -m rowmax.bench configs`: compiles the Triton attention kernels with their configs.
 
-For GPUs that need not be here. One line of a Markdown table for each key: its form, and what that
-takes. It reports, and judges nothing: `make compile` does.
+For GPUs that need not be here. A Markdown table has a line for each key: its config, and the
+registers and memory that it takes. The command only reports; the checks are in `make compile`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,14 @@ from ..options import UsageError, listed, names_of
 from .tune import BITS, DIMS, FEATURES, FOREMOST, KERNELS, SHARED_LIMIT, keys
 
 if TYPE_CHECKING:  # they need Triton
-    from ...kernels.backends.gpu_triton.configurations import Key
+    from ...kernels.backends.gpu_triton.configs import Key
 
 COLUMNS = (
-    *("kernel", "bits", "head", "features", "form", "registers", "spilled", "shared", "wgmma"),
+    *("kernel", "bits", "head", "features", "config", "registers", "spilled", "shared", "wgmma"),
     *("loop", "cycles"),
 )
 EXPLANATION = (
-    "form: BLOCK_M x BLOCK_N, warps, stages; registers: of a thread; spilled: bytes of a thread "
+    "config: BLOCK_M x BLOCK_N, warps, stages; registers: of a thread; spilled: bytes of a thread "
     "(AMD: registers); shared: KiB of a program; wgmma: instructions in the code; loop: those of a "
     "turn over a whole block; cycles: in which a multiprocessor issues them, for 4,096 scores"
 )
@@ -30,13 +31,14 @@ EXPLANATION = (
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "forms",
-        help="compile the forms of the Triton attention kernels and show what they take",
+        "configs",
+        aliases=["forms"],
+        help="compile the configs of the Triton attention kernels and show what they take",
         description=(
-            "Compiles the Triton attention kernels, in the forms of their table, for GPUs that "
+            "Compiles the Triton attention kernels, in the configs of their table, for GPUs that "
             f"need not be here, and prints what the compiler says. {EXPLANATION}."
         ),
-        epilog="example: python -m rowmax.bench forms --arch sm_90 --dtype bfloat16 --dim 64,128",
+        epilog="example: python -m rowmax.bench configs --arch sm_90 --dtype bfloat16 --dim 64,128",
     )
     command.add_argument("--arch", metavar="NAMES", default=FOREMOST, help="default: %(default)s")
     command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
@@ -47,15 +49,17 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status, 0 whatever the compiler says."""
+    if options.command == "forms":
+        print("rowmax.bench: the command forms is deprecated: use configs", file=sys.stderr)
     kernels = names_of("--kernel", options.kernel, KERNELS)
     dims = [int(dim) for dim in names_of("--dim", options.dim, map(str, DIMS))]
     dtypes = names_of("--dtype", options.dtype, BITS)
     features = names_of("--features", options.features, FEATURES)
     archs = names_of("--arch", options.arch, SHARED_LIMIT)
     if find_spec("triton") is None:
-        raise UsageError('forms: Triton is not installed: pip install "rowmax[triton]"')
+        raise UsageError('configs: Triton is not installed: pip install "rowmax[triton]"')
     if gpu_triton.interpreting():
-        raise UsageError("forms: TRITON_INTERPRET is set; what is interpreted can't be compiled")
+        raise UsageError("configs: TRITON_INTERPRET is set; what is interpreted can't be compiled")
     bits = dict.fromkeys(BITS[name] for name in dtypes)
     for arch in archs:
         print(f"\n{arch}, at most {SHARED_LIMIT[arch] / 1024:g} KiB of shared memory a program\n")
@@ -67,14 +71,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _cells(key: Key) -> list[str]:
-    from ...kernels.backends.gpu_triton.configurations import lookup
-    from .ahead_of_time import compile_form
+    from ...kernels.backends.gpu_triton.configs import lookup
+    from .ahead_of_time import compile_config
 
-    form = lookup(key)
-    text = f"{form.block_m} x {form.block_n}, {form.num_warps}, {form.num_stages}"
+    config = lookup(key)
+    text = f"{config.block_m} x {config.block_n}, {config.num_warps}, {config.num_stages}"
     name = [key.kernel, str(key.bits), str(key.dim), key.features, text]
     try:
-        compiled = compile_form(key, form)
+        compiled = compile_config(key, config)
     except Exception as error:
         # any stage of the compiler may give up, each with an error of its own: that is a finding
         reason = (str(error) or "no reason given").strip().splitlines()[0]
