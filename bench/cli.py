@@ -41,8 +41,8 @@ from .render import ratio_chart, speed_page
 from .tuning import configs, smoke, tune
 from .verification import command as verification
 
-FULL = Budget(seconds=4.0, least_rounds=5, most_rounds=200)
-QUICK = Budget(seconds=1.0, least_rounds=3, most_rounds=50)
+FULL = Budget(seconds=4.0, min_rounds=5, max_rounds=200)
+QUICK = Budget(seconds=1.0, min_rounds=3, max_rounds=50)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -231,7 +231,7 @@ def _measure(
     limits = _measure_limits(suites)
     _print(report.machine_lines(machine, limits, suites))
     rows: list[Row] = []
-    told: set[str] = set()  # reasons for what is missing, each of which is printed once
+    printed: set[str] = set()  # reasons for what is missing, each of which is printed once
 
     def complained() -> list[str]:
         noisy = sum(map(report.is_noisy, rows))
@@ -245,13 +245,13 @@ def _measure(
     def is_over() -> bool:
         return stop_after is not None and perf_counter() - started > stop_after
 
-    for (suite, dtype), of_suite in itertools.groupby(cases, key=lambda c: (c.suite, c.dtype)):
+    for (suite, dtype), suite_cases in itertools.groupby(cases, key=lambda c: (c.suite, c.dtype)):
         if is_over():
             break
         columns = [name for name in peers_of(suite) if name in peers]
         _print(report.header_lines(suite, dtype, columns))
         kind = None
-        for _, group in itertools.groupby(of_suite, key=lambda case: (case.kind, case.shape)):
+        for _, group in itertools.groupby(suite_cases, key=lambda case: (case.kind, case.shape)):
             if is_over():
                 break
             same = list(group)
@@ -265,7 +265,7 @@ def _measure(
                 if probed:
                     watch.probe()
                 rows.append(row)
-                _print(report.row_lines(row, columns, told))
+                _print(report.row_lines(row, columns, printed))
                 if options.json is not None:
                     _write_json(options.json, document())
     _print(report.detail_lines(rows))
@@ -336,7 +336,7 @@ def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
     own = _shapes(options)
     cases: list[Case] = []
     for suite in suites:
-        of_suite = cases_of(
+        suite_cases = cases_of(
             suite,
             suite.dtypes,
             [kind for kind in kinds if kind in suite.kinds or (suite.attention and _joined(kind))],
@@ -345,11 +345,11 @@ def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
             quick=options.quick,
         )
         if options.shape_by_shape:
-            shapes = _unique(case.shape for case in of_suite)
-            of_suite.sort(
+            shapes = _unique(case.shape for case in suite_cases)
+            suite_cases.sort(
                 key=lambda case: (suite.dtypes.index(case.dtype), shapes.index(case.shape))
             )
-        cases += of_suite
+        cases += suite_cases
     if not cases:
         raise UsageError("nothing to measure: no chosen kind suits a chosen shape")
     return cases

@@ -61,7 +61,7 @@ export PYTHONUNBUFFERED=1
 
 usage() { sed -n '3,/^$/{s/^#\{1\} \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
-# A command that may take so many seconds: asked to stop at the end of them, killed 5 s later.
+# Runs a command for at most this many seconds: SIGINT at their end, SIGKILL 5 s later.
 within() {
     local seconds=$1
     shift

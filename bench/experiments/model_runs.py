@@ -39,7 +39,7 @@ _TIMED_ROUNDS = 7
 _WARM_UP, _TRIAL = 2, 3
 # Of --minutes: what is kept for translation, loading and a machine that slows down.
 _RESERVE = 0.25
-_LEAST_STEPS = 20
+_MIN_STEPS = 20
 # Each architecture is tried in short at each of these, times the corpus's own rate, and keeps the
 # one that does best on held-out text: one rate for all would favour whom it suits. Where that is
 # the first or the last of them, the search goes on beyond it, by so many more at most.
@@ -109,7 +109,7 @@ def matched(arch: str, like: ModelConfig) -> AnyModelConfig:
         return like
     wanted = parameters_of(like)
 
-    def of_width(half: int) -> AnyModelConfig:
+    def config_of(half: int) -> AnyModelConfig:
         return model_config(
             arch,
             {
@@ -125,11 +125,11 @@ def matched(arch: str, like: ModelConfig) -> AnyModelConfig:
     low, high = 1, 2_048  # parameters grow with the width: the first half-width with too many
     while low < high:
         middle = (low + high) // 2
-        if parameters_of(of_width(middle)) < wanted:
+        if parameters_of(config_of(middle)) < wanted:
             low = middle + 1
         else:
             high = middle
-    candidates = [of_width(half) for half in (low - 1, low) if half > 0]
+    candidates = [config_of(half) for half in (low - 1, low) if half > 0]
     return min(candidates, key=lambda config: abs(parameters_of(config) - wanted))
 
 
@@ -143,7 +143,7 @@ def sequential_steps(config: AnyModelConfig, length: int) -> dict[str, int]:
     return {"training": layers * length, "translating": layers * length}
 
 
-def _say(message: str) -> None:
+def _log(message: str) -> None:
     print(message, flush=True)
 
 
@@ -157,7 +157,7 @@ def measure(
     test_sentences: int,
     lengths: Sequence[int],
     backend: str,
-    say: Callable[[str], None] = _say,
+    log: Callable[[str], None] = _log,
 ) -> dict[str, Any]:
     """Everything, as it stands in the JSON."""
     began = perf_counter()
@@ -178,9 +178,9 @@ def measure(
         left = 60 * minutes - (perf_counter() - began)
         share = left / (len(data) - place)
         text = readers[name]()
-        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, say))
+        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, log))
     configs = _configs(demo_config(max(lengths)), architectures)
-    say("timing a step against L")
+    log("timing a step against L")
     result["step_ms"] = time_steps(configs, lengths, backend)
     result["lengths"] = list(lengths)
     result["sequential"] = {
@@ -210,7 +210,7 @@ def _corpus(
     steps: int | None,
     seconds: float,
     backend: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     began = perf_counter()
     for_words = text.train[:_VOCABULARY_PAIRS]
@@ -227,12 +227,12 @@ def _corpus(
     if steps is None:
         left = (seconds - (perf_counter() - began)) * (1 - _RESERVE)
         steps = int(left / (runs_each * sum(a_step.values())))
-        if steps < _LEAST_STEPS:
+        if steps < _MIN_STEPS:
             raise UsageError(
                 f"--minutes: too few for {text.name}: time for {steps} steps of each run, "
-                f"expected at least {_LEAST_STEPS}; fewer --seeds, --data or --arch need less"
+                f"expected at least {_MIN_STEPS}; fewer --seeds, --data or --arch need less"
             )
-    say(
+    log(
         f"{text.name}: {steps:,} steps, {seeds} seeds; training takes about "
         f"{steps * runs_each * sum(a_step.values()) / 60:.0f} minutes"
     )
@@ -241,7 +241,7 @@ def _corpus(
     rates = {}
     for arch, config in configs.items():
         rates[arch], losses = _best_rate(config, dataset, held_out, training, backend)
-        say(
+        log(
             f"  {arch}: learning rate {rates[arch]:g}; held-out loss of a short run "
             + ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in losses.items())
         )
@@ -252,7 +252,7 @@ def _corpus(
             chosen = replace(training, seed=seed, learning_rate=rates[arch])
             one = _train(config, dataset, chosen, text, tokenizer, backend)
             runs[arch].append(one)
-            say(
+            log(
                 f"  {arch} seed {seed}: BLEU {one['bleu']:.2f}, exact match "
                 f"{one['exact_match']:.1f} %, {one['tokens_per_second']:,.0f} tokens/s"
             )

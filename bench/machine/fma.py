@@ -126,7 +126,7 @@ def dot_chains(rounds: int) -> float:
 
 
 def expected(rounds: int, factor: float, addend: float) -> float:
-    """What `fma_chains` returns, computed in float64."""
+    """The result of `fma_chains`, computed in float64."""
     values = np.arange(CHAINS)[:, None] + np.arange(LANES)[None, :] / LANES
     for _ in range(rounds):
         values = values * factor + addend

@@ -1,4 +1,4 @@
-"""The GPU that the numbers were taken on, and what it can do at most."""
+"""The GPU of a measurement, and its measured limits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def text(gpu: dict[str, Any]) -> str:
     """`describe()` as a line of the report."""
     memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
     parts = [f"{gpu['name']}, capability {gpu['capability']}", memory]
-    parts += [f"{what} {gpu[what]}" for what in ("driver", "cuda", "cudnn", "triton") if gpu[what]]
+    parts += [f"{key} {gpu[key]}" for key in ("driver", "cuda", "cudnn", "triton") if gpu[key]]
     return ", ".join(parts)
 
 
@@ -93,7 +93,7 @@ def _driver() -> str | None:
         return None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (said.stdout.splitlines() or [""])[0].strip() or None
+    return (done.stdout.splitlines() or [""])[0].strip() or None

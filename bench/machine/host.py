@@ -1,4 +1,4 @@
-"""What the numbers were taken on: hardware, versions, load, and the machine's own limits."""
+"""The machine of a measurement: hardware, versions, load, and measured limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LARGE = 2**28  # bytes, beyond any cache
 
 
 class Limits(Protocol):
-    """What a device can do at most, measured in the same run."""
+    """The limits of a device, measured in the same run."""
 
     @property
     def flops(self) -> float:
@@ -31,7 +31,7 @@ class Limits(Protocol):
     @property
     def copy_bytes(self) -> float | None:
         """Bytes read and written a second by a copy, whatever its size; None where that depends
-        on the size, so that a copy is to be timed beside what is held against it.
+        on the size, so that a copy is to be timed beside the calls that are compared with it.
         """
 
     def text(self) -> str:

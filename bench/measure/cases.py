@@ -1,4 +1,4 @@
-"""What is measured: suites, their shapes and kinds, and the work that each case is worth."""
+"""The cases that are measured: suites, their shapes and kinds, and the work of each case."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DROPOUT_P = 0.1
 WINDOW = 256  # keys before its own that a query of the kind "window" attends
 MODEL_HEAD_SIZE = 64
 GROUP = 8  # query heads that share a key head in the kind "gqa"
-MAX_DECODE_QUERIES = 16  # at most so many queries against more keys are decoding
+MAX_DECODE_QUERIES = 16  # against more keys than that; with more queries it is "cross"
 # A bias or dense mask of a longer sequence, and what torch's paths make of it, would take most of
 # a GPU's memory.
-LONGEST_SQUARE = 4096
+MAX_SQUARE_LENGTH = 4096
 
 # For norms (rows, columns). For attention (batch, heads, length, head size), or
 # (batch, heads, queries, keys, head size), or (batch, heads, key heads, queries, keys, head size).
@@ -91,7 +91,7 @@ class Suite:
         return len(shape) in (4, 5, 6) if self.attention else len(shape) == len(self.dimensions)
 
 
-def _of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
+def _shapes_of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
     """Batches of 16384 tokens in a model of width 2048, as papers on attention measure them."""
     return tuple(
         (16384 // length, 2048 // head_size, length, head_size)
@@ -167,8 +167,8 @@ SUITES = {
                 *("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math"),
                 *("flex", "compile", "flash-attn", "xformers"),
             ),
-            shapes=_of_16k_tokens((1024, 2048, 4096, 8192, 16384)),
-            quick_shapes=_of_16k_tokens((2048, 8192)),
+            shapes=_shapes_of_16k_tokens((1024, 2048, 4096, 8192, 16384)),
+            quick_shapes=_shapes_of_16k_tokens((2048, 8192)),
         ),
         Suite(
             name="gpu-norms",
@@ -250,7 +250,7 @@ def shape_text(shape: Shape) -> str:
 def suits(kind: str, shape: Shape) -> bool:
     """Whether there is a case of this kind and shape; where not, none is made.
 
-    A dense mask or a bias, of one element a pair, wants a sequence of at most LONGEST_SQUARE;
+    A dense mask or a bias, of one element a pair, wants a sequence of at most MAX_SQUARE_LENGTH;
     grouped heads want a multiple of GROUP heads, a model a width of whole heads; "full" has as many
     queries as keys, "decode" at most MAX_DECODE_QUERIES and more keys, "cross" is any other.
     """
@@ -264,7 +264,7 @@ def suits(kind: str, shape: Shape) -> bool:
     proportion = "full" if square else "decode" if decoding else "cross"
     if parts & {"full", "cross", "decode"} and proportion not in parts:
         return False
-    if parts & {"dense", "bias"} and max(sizes.queries, sizes.keys) > LONGEST_SQUARE:
+    if parts & {"dense", "bias"} and max(sizes.queries, sizes.keys) > MAX_SQUARE_LENGTH:
         return False
     if "gqa" in parts and (len(shape) != 4 or sizes.heads % GROUP != 0):
         return False

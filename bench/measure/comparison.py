@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench compare A.json B.json`: what became faster or slower, and how surely.
+"""`python -m rowmax.bench compare A.json B.json`: the changes between two runs.
 
 Exit status 1 where a case became slower by more than the threshold and the 95 % intervals of both
 runs do not overlap, or where a case is in one of the runs alone; 2 for a wrong call.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..options import UsageError, listed, renamed
-from ..peers.candidates import SUBJECT
+from ..peers.candidates import ROWMAX
 from .intervals import Interval, overlap, ratio_interval
 from .report import SCHEMA
 from .timing import geometric_mean
@@ -50,7 +50,7 @@ class Run:
     """A file of results, completely parsed and checked."""
 
     source: str
-    machine: Mapping[str, str]  # what times depend on
+    machine: Mapping[str, str]  # the fields that times depend on
     memory: str
     complaints: Sequence[str]
     cases: Sequence[Measured]
@@ -112,7 +112,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="time itself, or time over the fastest peer's in the same run, which another machine "
         "or a busier one changes less; default: %(default)s",
     )
-    command.add_argument("--candidate", default=SUBJECT, help="default: %(default)s")
+    command.add_argument("--candidate", default=ROWMAX, help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--threshold: expected a number >= 0, got {options.threshold}")
     threshold = options.threshold / 100
     before, after = (load(path) for path in (options.before, options.after))
-    if options.by == "ratio" and options.candidate != SUBJECT:
-        raise UsageError(f"--candidate: --by ratio is {SUBJECT}'s, got {options.candidate}")
+    if options.by == "ratio" and options.candidate != ROWMAX:
+        raise UsageError(f"--candidate: --by ratio is {ROWMAX}'s, got {options.candidate}")
     changes = changes_between(before, after, options.candidate, options.by)
     unmatched = unmatched_lines(before, after, options.candidate, options.by)
     if not changes and not unmatched:

@@ -1,4 +1,4 @@
-"""The correctness gate: nothing is timed that is not right.
+"""The correctness gate: only correct candidates are timed.
 
 rowmax.kernels passes where it is as accurate as the naive path: by the oracle, the tolerance and
 the test cases of `rowmax.kernels.testing`, outputs and gradients alike, with the very weights
@@ -33,7 +33,7 @@ PEER_FACTORS = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, t
 
 @dataclass(frozen=True)
 class Piece:
-    """What results are held to in a part of the outputs."""
+    """The expected values of a part of the outputs."""
 
     parts: tuple[Index, ...] | None  # of each result; None where it is everything
     expected: tuple[Expected, ...]
@@ -53,7 +53,7 @@ class Gate:
         self._pieces: dict[bool, list[Piece]] = {}
 
     def fault(self, function: Function, *, backward: bool, is_peer: bool) -> str | None:
-        """What is wrong with `function`, a peer or rowmax's own; None when it passes.
+        """The failure of `function`, a peer or rowmax's own; None when it passes.
 
         A model that fails gets more chances, each with its weights moved by a few roundings.
         """
@@ -91,12 +91,12 @@ class Gate:
         for whole_piece, part in self._inputs.pieces():
             piece: Any = replace(whole_piece, dropout_p=0.0) if is_peer else whole_piece
             if isinstance(piece, AttentionInputs) and part is not None:
-                piece = piece.with_kept(part)
+                piece = piece.with_keep_mask(part)
             expected = self._expected(piece)
             if is_peer:
                 pairs = zip(expected, self._run(piece), strict=True)
                 expected = tuple(one._replace(naive=naive) for one, naive in pairs)
-            yield Piece(None if part is None else part.of_results(), expected)
+            yield Piece(None if part is None else part.result_indices(), expected)
 
     def _expected(self, piece: Inputs) -> tuple[Expected, ...]:
         if isinstance(piece, NormInputs):

@@ -21,20 +21,20 @@ EPS = 1e-5
 SEED = 20170612
 # The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB,
 # of which the oracle holds nine at its peak.
-MOST_SCORES = 2**27
+MAX_SCORES = 2**27
 
 Outputs = tuple[Tensor, ...]
 Index = tuple[slice, slice]  # of batch elements and of heads
 
 
 class Part(NamedTuple):
-    """Where a part of the inputs, and what is computed from it, lies in the whole."""
+    """The slices of a part of the inputs, and of the results that depend on it."""
 
     queries: Index
     keys: Index
     bias: Index
 
-    def of_results(self) -> tuple[Index, ...]:
+    def result_indices(self) -> tuple[Index, ...]:
         """Of out and of the gradients of q, k, v and the bias."""
         return self.queries, self.queries, self.keys, self.keys, self.bias
 
@@ -50,7 +50,7 @@ class AttentionInputs:
     lengths: Tensor | None  # (B,) int64: how many keys are real
     mask: Mask | None  # the same in the words of rowmax.kernels
     dropout_p: float
-    kept: Tensor | None = None  # bool (B, H, Lq, Lk): what dropout keeps, of a piece
+    keep_mask: Tensor | None = None  # bool (B, H, Lq, Lk), True = dropout keeps, of a piece
     bias: Tensor | None = None  # (1, H, Lq, Lk), added to the scaled scores
     window: int | None = None  # keys before its own that a query attends, and none after it
 
@@ -74,7 +74,7 @@ class AttentionInputs:
 
     @property
     def bytes_to_move(self) -> int:
-        """What any forward pass must read and write."""
+        """Bytes that any forward pass must read and write."""
         return self.q.nbytes + self.k.nbytes + self.v.nbytes + self.d_out.nbytes
 
     def to_copy(self) -> Tensor:
@@ -90,7 +90,7 @@ class AttentionInputs:
         """
         batch, heads, queries_len, _ = self.q.shape
         key_heads, keys_len = self.k.shape[1:3]
-        whole = heads * queries_len * keys_len <= MOST_SCORES and self.bias is None
+        whole = heads * queries_len * keys_len <= MAX_SCORES and self.bias is None
         for is_last in (False, True):
             b = slice(batch - 1, batch) if is_last else slice(0, 1)
             if self.bias is not None:
@@ -115,7 +115,7 @@ class AttentionInputs:
             d_out=self.d_out[part.queries],
             allowed=allowed,
             bias=None if bias is None else bias[part.bias].detach().requires_grad_(),
-            kept=None if self.kept is None else self.kept[part.queries],
+            keep_mask=None if self.keep_mask is None else self.keep_mask[part.queries],
         )
 
     def split(self) -> list[AttentionInputs]:
@@ -137,13 +137,13 @@ class AttentionInputs:
             joined[index] = joined[index].unflatten(1, (-1, self.group)).sum(2)
         return tuple(joined)
 
-    def with_kept(self, part: Part) -> AttentionInputs:
+    def with_keep_mask(self, part: Part) -> AttentionInputs:
         """Of heads that are not the first, whose weights the seed alone would not tell."""
         if self.dropout_p == 0.0:
             return self
         lengths = (self.q.shape[2], self.k.shape[2])
         return replace(
-            self, kept=_kept_weights(part.queries, lengths, self.dropout_p, self.q.device)
+            self, keep_mask=_keep_mask(part.queries, lengths, self.dropout_p, self.q.device)
         )
 
     def test_case(self, *, backward: bool) -> AttentionCase:
@@ -153,7 +153,7 @@ class AttentionInputs:
             options=dropout,
             grad_out=self.d_out if backward else None,
             with_lse=False,
-            kept=self.kept,
+            kept=self.keep_mask,
         )
 
 
@@ -190,11 +190,12 @@ class NormInputs:
         grads = (self.d_out,) if backward else ()
         if kind == "masked_softmax":
             return RowCase(kind, {"scores": self.x}, grads, self.mask)
-        given = {"x": self.x, "residual": self.residual, "weight": self.weight, "bias": self.bias}
+        parameters = {"residual": self.residual, "weight": self.weight, "bias": self.bias}
         options: dict[str, Any] = {"eps": EPS}
         if self.dropout_p > 0.0:
             options |= {"dropout_p": self.dropout_p, "seed": SEED}
-        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+        tensors = {"x": self.x}
+        tensors |= {name: tensor for name, tensor in parameters.items() if tensor is not None}
         return RowCase(kind, tensors, grads, options=options)
 
 
@@ -322,7 +323,7 @@ def _norm_inputs(case: Case, draw: _Draw) -> NormInputs:
     )
 
 
-def _kept_weights(
+def _keep_mask(
     queries: Index, lengths: tuple[int, int], dropout_p: float, device: torch.device
 ) -> Tensor:
     """bool (batch elements, heads, Lq, Lk): True where SEED keeps the weight.

@@ -1,4 +1,4 @@
-"""What a handful of timings allows one to say: intervals of a median, outliers, who is faster."""
+"""Statistics of a few timings: intervals of a median, outliers, which candidate is faster."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def median_interval(samples: Sequence[float]) -> Interval:
 
 
 def outliers(samples: Sequence[float]) -> int:
-    """How many samples lie beyond Tukey's fences; they are counted, never left out."""
+    """The number of samples beyond Tukey's fences; they are counted, never left out."""
     if len(samples) < 4:
         return 0
     low, _, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""Work in a process of its own: what ends it, or never ends in it, costs no other work.
+"""Work in a process of its own: a crash or a hang there costs no other work.
 
 A kernel that reads beside its tensors leaves its process without the GPU, and one that never ends
 leaves it waiting for ever.
@@ -30,7 +30,7 @@ class LostError(Exception):
 
 
 def results(function: Callable[..., Iterable[T]], *arguments: Any, seconds: float) -> Iterator[T]:
-    """What `function` yields in a process of its own, as it comes.
+    """The results that `function` yields in a process of its own, as they come.
 
     Raises:
         LostError: an error there, whose traceback stands on standard error, a process that died,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..machine import gpu
 from ..machine.host import describe, measure_limits
 from ..options import renamed
-from ..peers.candidates import ONLY_BY_NAME, SLOW_TO_START, SUBJECT, Function, peers_of, sdpa
+from ..peers.candidates import ONLY_BY_NAME, ROWMAX, SLOW_TO_START, Function, peers_of, sdpa
 from . import report
 from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
 from .runner import Row, candidates, run_cases
@@ -82,7 +82,7 @@ def speed(
     for peer in peers or ():
         if peer not in here:
             raise ValueError(f"speed: peers: expected names of {', '.join(here)}, got {peer!r}")
-    if name in (*here, SUBJECT):
+    if name in (*here, ROWMAX):
         raise ValueError(f"speed: name: {name!r} is the name of another column")
     left_out = (*SLOW_TO_START, *ONLY_BY_NAME)
     chosen = peers if peers is not None else [n for n in here if n not in left_out]
@@ -96,7 +96,7 @@ def speed(
     text = report.machine_lines(describe(), {device: limits}, [suite])
     text += report.header_lines(suite, dtype, columns)
     rows: list[Row] = []
-    told: set[str] = set()
+    printed: set[str] = set()
     last: str | None = None
     budget = Budget(seconds, 5, 200)
     for case in cases:
@@ -108,5 +108,5 @@ def speed(
             functions[name] = partial(sdpa, function=function)
         for row in run_cases([case], functions, budget, limits, timer):
             rows.append(row)
-            text += report.row_lines(row, columns, told)
+            text += report.row_lines(row, columns, printed)
     return Speeds(rows, "\n".join([*text, *report.detail_lines(rows)]))

@@ -197,7 +197,7 @@ def _by(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def torch_path() -> dict[str, dict[str, Any]]:
-    """What torch itself offers: the encoder as it is, the Transformer on SDPA and F.layer_norm."""
+    """Torch's own path: the encoder as it is, the Transformer on SDPA and F.layer_norm."""
     return {"transformer": _unfused_norms() | {"attention": _attention_by_sdpa}}
 
 

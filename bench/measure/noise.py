@@ -16,10 +16,10 @@ from ...console import from_extra
 
 PROBE_ROUNDS = 1 << 18  # of the loop that tells the clock's speed: some milliseconds
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
-# What a quiet run stays below.
-MOST_DRIFT = 0.05  # of the processor's speed, from the fastest probe to the slowest
-MOST_STOLEN = 0.05  # of the time of the probes, that other programs took
-MOST_NOISY = 0.25  # of the lines, marked ~
+# Upper limits of a quiet run.
+MAX_DRIFT = 0.05  # of the processor's speed, from the fastest probe to the slowest
+MAX_STOLEN = 0.05  # of the time of the probes, that other programs took
+MAX_NOISY = 0.25  # of the lines, marked ~
 
 
 def keep_freed_memory() -> bool:
@@ -129,10 +129,10 @@ def complaints(
     cpus = os.cpu_count() or 1
     if load is not None and load[0] > 0.5 * cpus:
         found.append(f"the load average was {load[0]:.1f} on {cpus} CPUs before it began")
-    if watch.drift > MOST_DRIFT:
+    if watch.drift > MAX_DRIFT:
         found.append(f"the processor's speed drifted by {100 * watch.drift:.0f}%")
-    if watch.stolen > MOST_STOLEN:
+    if watch.stolen > MAX_STOLEN:
         found.append(f"other programs took {100 * watch.stolen:.0f}% of a core")
-    if lines and noisy_lines > MOST_NOISY * lines:
+    if lines and noisy_lines > MAX_NOISY * lines:
         found.append(f"{noisy_lines} of {lines} lines are marked ~")
     return found

@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench overhead`: what a call costs when there is next to nothing to compute.
+"""`python -m rowmax.bench overhead`: the fixed cost of a call.
 
 Attention at (B, H, L, D) = (1, 1, 4, 8), layer norm at (4, 8), float32: the checks, the dispatch
 and the way to the kernel and back, beside torch's own functions, timed in turns. On a GPU attention
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         timer = LaunchTimer()
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     print(f"\n{'us a call (medians)':34} {'rowmax':>8} {'torch':>8}")
-    budget = Budget(seconds=seconds, least_rounds=5, most_rounds=10_000)
+    budget = Budget(seconds=seconds, min_rounds=5, max_rounds=10_000)
     found: dict[str, dict[str, float]] = {}
 
     def line(name: str, ours: Call, theirs: Call, timer: Timer) -> None:
@@ -98,7 +98,7 @@ def recorded(call: Callable[[], Any]) -> Call:
 
 
 def calls(backend: str = "auto", device: str = "cpu") -> dict[str, tuple[bool, Call, Call]]:
-    """What is timed: whether with gradients, rowmax's call, and torch's of the same."""
+    """A pair of timed calls, rowmax's and torch's, and whether they compute gradients."""
     generator = torch.Generator().manual_seed(0)
     on_gpu = device == "cuda"
     size, dtype = ((1, 4, 128, 64), torch.bfloat16) if on_gpu else ((1, 1, 4, 8), torch.float32)

@@ -10,7 +10,7 @@ import torch
 
 from ..machine import gpu
 from ..machine.host import Limits
-from ..peers.candidates import SUBJECT, absent
+from ..peers.candidates import ROWMAX, absent
 from . import summary
 from .cases import (
     BACKWARD,
@@ -62,7 +62,7 @@ def machine_lines(
 def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list[str]:
     notes = [
         "median ms",
-        f"ratio: fastest peer / {SUBJECT} (=: level, the 95% intervals overlap)",
+        f"ratio: fastest peer / {ROWMAX} (=: level, the 95% intervals overlap)",
         "peak: share of the limit",
     ]
     notes += [f"{_HEADINGS[name]}: {name}" for name in peers if name in _HEADINGS]
@@ -70,15 +70,15 @@ def header_lines(suite: Suite, dtype: torch.dtype, peers: Sequence[str]) -> list
     if dtype.itemsize == 2 and suite.attention and not suite.on_gpu:
         lines += _wrapped(
             "the limit is that of float32; what takes dot-product instructions for bfloat16 "
-            f"({SUBJECT} and some peers, where the CPU has them) may pass it"
+            f"({ROWMAX} and some peers, where the CPU has them) may pass it"
         )
-    cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (SUBJECT, *peers))
+    cells = "".join(f"{heading(name):>{_cell_width(name)}}" for name in (ROWMAX, *peers))
     line = f" {'shape':<{_shape_width(suite)}}pass{cells}{'ratio':>6}{'rate':>6}{'peak':>5}"
     return [*lines, line, "-" * len(line)]
 
 
 def kind_line(case: Case) -> str:
-    """What the lines below it have in common, and what their rate and limit are."""
+    """The heading of a kind: its name, and the unit and the limit of its rates."""
     unit, _ = _rate_unit(case)
     if case.suite.model:
         return f"{case.kind} ({unit}; {_MODEL_KINDS[case.kind]})"
@@ -88,10 +88,10 @@ def kind_line(case: Case) -> str:
     return f"{case.kind} ({unit}; limit: {limit})"
 
 
-def row_lines(row: Row, peers: Sequence[str], told: set[str]) -> list[str]:
-    """The line, and below it why a candidate is missing from it; each reason once in `told`."""
+def row_lines(row: Row, peers: Sequence[str], printed: set[str]) -> list[str]:
+    """The line, and below it why a candidate is missing from it; each reason once in `printed`."""
     suite = row.case.suite
-    cells = "".join(_cell(row, name) for name in (SUBJECT, *peers))
+    cells = "".join(_cell(row, name) for name in (ROWMAX, *peers))
     ratio = "-" if row.ratio is None else f"{row.ratio:.2f}" + ("=" if row.level else "")
     rate = "-" if row.rate is None else f"{row.rate / _rate_unit(row.case)[1]:.3g}"
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
@@ -100,14 +100,14 @@ def row_lines(row: Row, peers: Sequence[str], told: set[str]) -> list[str]:
     line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
     reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
     reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
-    new = [reason for reason in reasons if reason not in told]
-    told.update(new)
+    new = [reason for reason in reasons if reason not in printed]
+    printed.update(new)
     return [line, *(text for reason in new for text in _wrapped(reason))]
 
 
 def detail_lines(rows: Sequence[Row]) -> list[str]:
     """The second table: what the first has no room for, rowmax beside its fastest peer."""
-    found = ["", f"in detail: {SUBJECT} / its fastest peer; outliers of all candidates' rounds"]
+    found = ["", f"in detail: {ROWMAX} / its fastest peer; outliers of all candidates' rounds"]
     width = max((len(_detail_name(row)) for row in rows), default=4) + 1
     head = f" {'case':<{width}}{'ratio, 95%':>14}{'GFLOP/s':>8}{'GB/s':>7}"
     head += f"{'peak MiB':>14}{'first call, s':>14}{'outliers':>10}"
@@ -142,20 +142,20 @@ def _seconds(seconds: float) -> str:
 
 def _pair(row: Row, values: Mapping[str, str]) -> str:
     peer = row.fastest_peer
-    return f"{values.get(SUBJECT, '-')} / {'-' if peer is None else values.get(peer, '-')}"
+    return f"{values.get(ROWMAX, '-')} / {'-' if peer is None else values.get(peer, '-')}"
 
 
 def _achieved(row: Row, work: int | None) -> str:
-    if work is None or SUBJECT not in row.timings:
+    if work is None or ROWMAX not in row.timings:
         return "-"
-    rate = work / row.timings[SUBJECT].median / 1e9
+    rate = work / row.timings[ROWMAX].median / 1e9
     return "<0.01" if rate < 0.01 else f"{rate:.3g}"
 
 
 def noise_lines(
     complaints: Sequence[str], cpus: list[int] | None, watch: Watch, memory: str
 ) -> list[str]:
-    """What the run had to put up with; it says so itself when it is not to be quoted."""
+    """The noise of the run; a noisy run says that it is not to be quoted."""
     where = "not pinned" if cpus is None else f"pinned to CPUs {', '.join(map(str, cpus))}"
     found = [f"{where}, memory {memory}"]
     if watch.probes:
@@ -172,7 +172,7 @@ def _wrapped_at(text: str, when: Sequence[str]) -> list[str]:
 
 
 def heading(name: str) -> str:
-    """What stands over a candidate's column."""
+    """The heading of a candidate's column."""
     return _HEADINGS.get(name, name)
 
 
@@ -189,7 +189,7 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
             f"noise: {noisy} of {len(rows)} lines, marked ~, hold a timing whose quartiles are "
             f"more than {100 * NOISY:.0f}% apart"
         )
-    not_done = sum(SUBJECT in row.not_done for row in rows)
+    not_done = sum(ROWMAX in row.not_done for row in rows)
     if not_done:
         lines.append(f"{not_done} of {len(rows)} lines rowmax does not do: see 'not done' above")
     faults = sum(len(row.faults) for row in rows)
@@ -248,7 +248,7 @@ def document(
 
 
 def _rate_unit(case: Case) -> tuple[str, float]:
-    """What rates are given in, and how much that is."""
+    """The unit of rates, and its value."""
     if case.suite.model:
         return "1000 tokens/s", 1e3
     if bound_by_memory(case.suite, case.kind):

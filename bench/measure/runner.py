@@ -14,7 +14,15 @@ import torch
 
 from ...kernels.testing.memory import peak_bytes
 from ..machine.host import Limits
-from ..peers.candidates import SUBJECT, Function, measured_call, naive, peers_of, run_pass, subject
+from ..peers.candidates import (
+    ROWMAX,
+    Function,
+    measured_call,
+    naive,
+    peers_of,
+    rowmax_function,
+    run_pass,
+)
 from ..peers.packages import UnsupportedError
 from .cases import (
     Case,
@@ -40,8 +48,8 @@ class Row:
 
     case: Case
     timings: dict[str, Timing]
-    faults: dict[str, str]  # what the gate found, or the error that was raised
-    not_done: dict[str, str]  # what a candidate is not made for, and so was not asked to do
+    faults: dict[str, str]  # the failure at the gate, or the error that was raised
+    not_done: dict[str, str]  # reasons of candidates that do not support the case
     failed: bool  # whether rowmax is among the faults, or the gate's findings are
     first_call: dict[str, float]  # seconds of the first call, compilation included
     rate: float | None  # rowmax: operations a second, or bytes a second for a norm
@@ -53,32 +61,32 @@ class Row:
 
     @property
     def fastest_peer(self) -> str | None:
-        peers = {name: t.median for name, t in self.timings.items() if name != SUBJECT}
+        peers = {name: t.median for name, t in self.timings.items() if name != ROWMAX}
         return min(peers, key=lambda name: peers[name]) if peers else None
 
     @property
     def ratio(self) -> float | None:
         """Time of the fastest peer in times of rowmax: above 1, rowmax is faster."""
         peer = self.fastest_peer
-        if peer is None or SUBJECT not in self.timings:
+        if peer is None or ROWMAX not in self.timings:
             return None
-        return self.timings[peer].median / self.timings[SUBJECT].median
+        return self.timings[peer].median / self.timings[ROWMAX].median
 
     @property
     def ratio_interval(self) -> Interval | None:
         """Where the ratio lies when both medians are in their 95 % intervals."""
         peer = self.fastest_peer
-        if peer is None or SUBJECT not in self.timings:
+        if peer is None or ROWMAX not in self.timings:
             return None
-        return ratio_interval(self.timings[peer].interval, self.timings[SUBJECT].interval)
+        return ratio_interval(self.timings[peer].interval, self.timings[ROWMAX].interval)
 
     @property
     def level(self) -> bool:
         """Whether neither rowmax nor the fastest peer is faster: their intervals overlap."""
         peer = self.fastest_peer
-        if peer is None or SUBJECT not in self.timings:
+        if peer is None or ROWMAX not in self.timings:
             return False
-        return overlap(self.timings[peer].interval, self.timings[SUBJECT].interval)
+        return overlap(self.timings[peer].interval, self.timings[ROWMAX].interval)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -118,7 +126,7 @@ class Row:
 def candidates(case: Case, peers: Iterable[str], backend: str) -> dict[str, Function]:
     """rowmax first, then the peers of the case's suite that were asked for."""
     makers = peers_of(case.suite)
-    functions = {SUBJECT: subject(case.suite, case.kind, backend)}
+    functions = {ROWMAX: rowmax_function(case.suite, case.kind, backend)}
     functions |= {name: makers[name](case.kind) for name in makers if name in tuple(peers)}
     return functions
 
@@ -147,7 +155,7 @@ def isolated_rows(
             yield row
     except LostError as error:
         for case in cases[done:]:
-            yield Row(case, {}, {SUBJECT: str(error)}, {}, True, {}, None, None, None)
+            yield Row(case, {}, {ROWMAX: str(error)}, {}, True, {}, None, None, None)
 
 
 def run_cases(
@@ -184,15 +192,15 @@ def _run_case(
     memory: dict[str, int | None] = {}
     failed = False
     for name, function in functions.items():
-        is_subject = name == SUBJECT
+        is_rowmax = name == ROWMAX
         started = perf_counter()
         try:
             with warnings.catch_warnings():
-                if not is_subject:  # torch warns of each reason why a path can't do the case
+                if not is_rowmax:  # torch warns of each reason why a path can't do the case
                     warnings.simplefilter("ignore", UserWarning)
                 run_pass(function, inputs, backward=case.backward)
                 first_call[name] = perf_counter() - started
-                fault = gate.fault(function, backward=case.backward, is_peer=not is_subject)
+                fault = gate.fault(function, backward=case.backward, is_peer=not is_rowmax)
             if fault is None:
                 calls[name] = measured_call(function, inputs, case.step)
                 memory[name] = peak_bytes(calls[name], case.suite.device)
@@ -204,8 +212,8 @@ def _run_case(
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
-            failed |= is_subject
-            if is_subject and case.suite.on_gpu:  # where it can't be run again to see more
+            failed |= is_rowmax
+            if is_rowmax and case.suite.on_gpu:  # where it can't be run again to see more
                 traceback.print_exc()
         if fault is not None:
             faults[name] = fault
@@ -219,8 +227,8 @@ def _run_case(
     for name in calls.keys() - timings.keys() - {COPY}:
         faults[name] = "out of GPU memory beside the other candidates"
     rate = share = None
-    if SUBJECT in timings:
-        rate = _work(case, inputs) / timings[SUBJECT].median
+    if ROWMAX in timings:
+        rate = _work(case, inputs) / timings[ROWMAX].median
         limit = limits.copy_bytes if case.bound_by_memory else limits.flops
         if yardstick is not None and copy is not None:
             limit = 2 * yardstick.nbytes / copy.median
@@ -244,7 +252,7 @@ def release_memory() -> None:
 
 
 def _work(case: Case, inputs: Inputs) -> int:
-    """What the rate counts: operations, or bytes where memory is the limit."""
+    """The work that the rate counts: operations, or bytes where memory is the limit."""
     if isinstance(inputs, ModelInputs):
         return inputs.tokens
     work = _bytes(case, inputs) if case.bound_by_memory else _operations(case, inputs)

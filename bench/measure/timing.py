@@ -24,8 +24,8 @@ class Budget:
     """How long one case may take: rounds until `seconds` are over, within the limits."""
 
     seconds: float
-    least_rounds: int
-    most_rounds: int
+    min_rounds: int
+    max_rounds: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class LaunchTimer(HostTimer):
 
 
 class Event(Protocol):
-    """What `torch.cuda.Event` offers of use here."""
+    """The part of `torch.cuda.Event` that is used here."""
 
     def record(self) -> None: ...
     def elapsed_time(self, end: Any, /) -> float: ...
@@ -92,7 +92,7 @@ class EventTimer:
     would stay in the cache as well, to be moved to memory at the expense of the call.
     """
 
-    MOST_FLUSHES = 16  # for a call that itself waits for the GPU, and so can't be launched ahead
+    MAX_FLUSHES = 16  # for a call that itself waits for the GPU, and so can't be launched ahead
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class EventTimer:
         started = self.now()
         function()  # nothing is queued before it: this is how long the host takes to launch it
         launching = self.now() - started
-        flushes = min(1 + math.ceil(launching / self._flush_seconds), self.MOST_FLUSHES)
+        flushes = min(1 + math.ceil(launching / self._flush_seconds), self.MAX_FLUSHES)
         pairs = []
         for _ in range(repeats):
             for _ in range(flushes):
@@ -190,8 +190,8 @@ def interleave(
             samples[name] = []
 
     started = timer.now()
-    for done in range(budget.most_rounds):
-        if done >= budget.least_rounds and timer.now() - started >= budget.seconds:
+    for done in range(budget.max_rounds):
+        if done >= budget.min_rounds and timer.now() - started >= budget.seconds:
             break
         for name in tuple(functions):
             seconds = sample(name, repeats[name])

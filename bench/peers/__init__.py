@@ -1,1 +1,1 @@
-"""What is timed beside rowmax: torch's own paths, packages and inference engines."""
+"""The peers that rowmax is compared with: torch's own paths, packages, inference engines."""

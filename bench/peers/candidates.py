@@ -37,7 +37,7 @@ from .packages import (
 Function = Callable[[Any], Outputs]
 Maker = Callable[[str], Function]  # from the kind of case
 
-SUBJECT = "rowmax"
+ROWMAX = "rowmax"
 
 
 def run_pass(function: Function, inputs: Any, *, backward: bool) -> Outputs:
@@ -50,7 +50,7 @@ def run_pass(function: Function, inputs: Any, *, backward: bool) -> Outputs:
 
 
 def measured_call(function: Function, inputs: Any, step: str) -> Callable[[], Outputs]:
-    """What is timed of a pass; for the backward alone, the forward has been done."""
+    """The call of a pass that is timed; for the backward alone, the forward has been done."""
     if step == BACKWARD:
         outputs = function(inputs)
         gradients = partial(torch.autograd.grad, outputs[0], inputs.leaves, inputs.d_out)
@@ -247,7 +247,7 @@ MODEL_PEERS: dict[str, Maker] = {
 SLOW_TO_START = ("flex", "compile")  # left out by --quick
 # rowmax's own backends, beside the one that --backend means: for who writes or prefers one.
 ONLY_BY_NAME = ("numba", "native")
-# What a peer that is not torch's own is imported as.
+# The modules of peers that are not torch's own.
 PACKAGES = {
     "flash-attn": ("flash_attn",),
     "xformers": ("xformers",),
@@ -272,7 +272,7 @@ def peers_of(suite: Suite) -> dict[str, Maker]:
     return {name: makers[name] for name in suite.peers if not absent(name)}
 
 
-def subject(suite: Suite, kind: str, backend: str) -> Function:
+def rowmax_function(suite: Suite, kind: str, backend: str) -> Function:
     """rowmax.kernels itself. With "auto", a fused backend or none: the unfused path that `auto`
     falls back to is a peer by another name.
     """

@@ -50,7 +50,7 @@ def open_vino() -> Engine:
 
 
 def _score_mask(inputs: AttentionInputs) -> Tensor | None:
-    """What the engines take beside q, k and v: bool (B or 1, 1, Lq, Lk), or the bias."""
+    """The mask or bias that the engines take: bool (B or 1, 1, Lq, Lk), or the bias."""
     if inputs.bias is not None:
         if inputs.allowed is None:
             return inputs.bias.detach()

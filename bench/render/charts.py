@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 WIDTH = 420
 SERIES = 8  # colours that there are; a ninth series begins again with the first
-MOST_TICKS = 7
+MAX_TICKS = 7
 _LEFT, _RIGHT, _TOP = 52, 12, 14
 _PLOT = 230  # height of a plot with two axes
 
@@ -110,7 +110,7 @@ def curves(
     y_scale = _log_scale(ys, _TOP + _PLOT, _TOP)
     # what was measured, where it is a handful of lengths, rather than round numbers beside it
     own = sorted(set(xs))
-    ticks = own if joined and len(own) <= MOST_TICKS else x_scale.ticks()
+    ticks = own if joined and len(own) <= MAX_TICKS else x_scale.ticks()
     found = [_vertical(tick, x_scale, _TOP, _TOP + _PLOT) for tick in ticks]
     for tick in y_scale.ticks():
         y = y_scale(tick)

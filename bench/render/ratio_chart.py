@@ -58,10 +58,10 @@ def ratios_of(rows: list[dict[str, Any]], peers: list[str]) -> dict[tuple[str, s
         if ours is None or not medians:
             continue
         medians[FASTEST] = min(medians.values())
-        of_kind = logs.setdefault((renamed("--kind", row["kind"]), row["pass"]), {})
+        by_peer = logs.setdefault((renamed("--kind", row["kind"]), row["pass"]), {})
         for peer in peers:
             if peer in medians:
-                of_kind.setdefault(peer, []).append(math.log(medians[peer] / ours))
+                by_peer.setdefault(peer, []).append(math.log(medians[peer] / ours))
     return {
         key: [math.exp(sum(found[p]) / len(found[p])) if p in found else math.nan for p in peers]
         for key, found in logs.items()
@@ -107,8 +107,8 @@ def _draw(
                 axes.barh(at + index, value, 0.9, color=colour)
                 axes.text(value, at + index, f" {value:.2f}", va="center", color=_INK, size=8)
         at += len(peers) + 0.6
-    most = max(value for values in ratios.values() for value in values if not math.isnan(value))
-    if most > _LINEAR_TO:
+    largest = max(value for values in ratios.values() for value in values if not math.isnan(value))
+    if largest > _LINEAR_TO:
         axes.set_xscale("log")
     axes.axvline(1.0, color=_INK, linewidth=1)
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from ..peers.candidates import SUBJECT
+from ..peers.candidates import ROWMAX
 from . import document
 from .charts import Bar, Point, bars, curves
 
 _STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
-MOST_BARS = 16  # of a chart
+MAX_BARS = 16  # of a chart
 
 
 def html(results: Mapping[str, Any]) -> str:
@@ -76,14 +76,14 @@ def _ratio_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
             for row in group
             if row["ratio"] is not None
         ]
-        for start in range(0, len(items), MOST_BARS):
-            some = items[start : start + MOST_BARS]
+        for start in range(0, len(items), MAX_BARS):
+            some = items[start : start + MAX_BARS]
             axis = "fastest peer / rowmax (grey: level)"
             yield bars(f"{kind}, {dtype}, {suite}", some, axis, reference=1.0)
 
 
 def _length(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int] | None:
-    """What a family of shapes has in common, and the length (of keys) that tells them apart."""
+    """The sizes that a family of shapes shares, and the length (of keys) in which they differ."""
     shape = row["shape"]
     if not row["suite"].endswith("attention"):
         return None
@@ -122,7 +122,7 @@ def _rooflines(results: Mapping[str, Any]) -> Iterator[str]:
             continue
         series: dict[str, list[Point]] = {}
         for row in group:
-            timing = row["seconds"].get(SUBJECT)
+            timing = row["seconds"].get(ROWMAX)
             if timing is None or not row["flops"] or not row["bytes_to_move"]:
                 continue
             rate, intensity = row["flops"] / timing["median"], row["flops"] / row["bytes_to_move"]
@@ -134,7 +134,7 @@ def _rooflines(results: Mapping[str, Any]) -> Iterator[str]:
             low, high = min(*xs, ridge) / 2, max(*xs, ridge) * 2
             roof = [(low, low * copy), (ridge, peak), (high, peak)]
             axes = ("operations a byte", "operations a second")
-            yield curves(f"{SUBJECT}, {suite}", series, axes, roof, joined=False)
+            yield curves(f"{ROWMAX}, {suite}", series, axes, roof, joined=False)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -143,7 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     head += ["of limit", "peak MiB", "first call, s"]
     cells = []
     for row in rows:
-        timing = row["seconds"].get(SUBJECT)
+        timing = row["seconds"].get(ROWMAX)
         interval = row["ratio_interval"]
         cells.append(
             [

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not there; reads what the compiler says of them.
+"""Compiles the Triton kernels for GPUs that are not there, and reads the compiler's log.
 
 A process that compiles must not have TRITON_INTERPRET set: Triton decides at its import.
 """
@@ -53,7 +53,7 @@ MAX_SPILL_SHARE = 0.01  # of the loop's
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel needs of a multiprocessor."""
+    """The resources of a multiprocessor that a compiled kernel takes."""
 
     registers: int
     spilled: int  # bytes of spill stores; AMD: registers
@@ -95,7 +95,7 @@ class Compiled:
 
     @property
     def cycles(self) -> float:
-        """That a multiprocessor's four schedulers need to issue the loop for 4,096 scores."""
+        """Cycles in which a multiprocessor's four schedulers issue the loop for 4,096 scores."""
         return math.inf if self.loop is None else 32 * self.loop.instructions / self.scores
 
 
@@ -207,7 +207,7 @@ def products_in(bits: int) -> Iterator[None]:
 
 
 def compile_config(key: Key, config: Config) -> Compiled:
-    """What `config` compiles to for `key`."""
+    """The kernel of `key`, compiled with `config`."""
     pretend(key.arch)
     with products_in(key.bits):
         return compile_kernel(key.kernel, problem_of(key), config)
@@ -248,7 +248,7 @@ def compile_kernel(kernel: str, problem: AttentionProblem, config: Config) -> Co
 
 
 def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
-    """What `kernel` compiles to for these arguments: always anew, never from Triton's cache."""
+    """`kernel` compiled for these arguments: always anew, never from Triton's cache."""
     # the kernel's own cache knows a GPU by its number, not by its architecture
     kernel.device_caches.clear()
     with _compiler_log() as log:
@@ -277,7 +277,7 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
 
 @contextlib.contextmanager
 def _compiler_log() -> Iterator[io.StringIO]:
-    """What ptxas, as Triton calls it, says of each kernel that is compiled meanwhile."""
+    """The log of ptxas, as Triton calls it, for each kernel that is compiled meanwhile."""
     log = io.StringIO()
     with (
         knobs.nvidia.scope(),

@@ -15,7 +15,7 @@ _ADDRESS = re.compile(r"0x([0-9a-f]+)")
 
 @dataclass(frozen=True)
 class Loop:
-    """What a warp issues in one turn."""
+    """The instructions that a warp issues in one iteration."""
 
     instructions: int
     exponentials: int  # base 2, in the special function unit
@@ -35,7 +35,9 @@ def loops_of(cubin: bytes) -> list[Loop]:
         targets = _ADDRESS.findall(operation) if operation.startswith("BRA") else []
         if targets and int(targets[-1], 16) < at:
             start = int(targets[-1], 16)
-            loops.append(_loop([what for where, what in code if start <= where <= at]))
+            loops.append(
+                _loop([operation for address, operation in code if start <= address <= at])
+            )
     return loops
 
 

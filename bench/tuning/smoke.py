@@ -1,7 +1,7 @@
 """`python -m rowmax.bench smoke`: does each feature of the Triton kernels run on this GPU at all?
 
 Each one in bfloat16 and float32 has a process of its own, in which every launch is waited for, and
-is held to float64, forward and backward. Before them stands what the machine is and can do at most.
+is compared with float64, forward and backward. The report begins with the machine and its limits.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ class Feature(NamedTuple):
     sizes: Shape | None = None  # of attention
 
 
-def _of_attention(kind: str, sizes: Shape = _USUAL) -> Feature:
+def _attention_feature(kind: str, sizes: Shape = _USUAL) -> Feature:
     return Feature(("attention",), (kind,), sizes)
 
 
-# The slowest first: what is compiled for them takes longest, and they run side by side.
+# The slowest first: their kernels take longest to compile, and they run side by side.
 FEATURES: dict[str, Feature] = {
-    "everything": _of_attention("everything", _GROUPED),
-    "heads of 72": _of_attention("causal", Shape(2, 4, 4, 100, 100, 72, 72)),
+    "everything": _attention_feature("everything", _GROUPED),
+    "heads of 72": _attention_feature("causal", Shape(2, 4, 4, 100, 100, 72, 72)),
     "packed": Feature(("attention_varlen",), ("causal",), Shape(3, 4, 2, 150, 150, 64, 64)),
     "add and norm": Feature(("add_layer_norm",), ("weight", "dropout")),
-    "alibi": _of_attention("alibi"),
-    "softcap": _of_attention("softcap"),
-    "bias": _of_attention("bias"),
-    "documents": _of_attention("documents"),
-    "decoding": _of_attention("causal", Shape(2, 8, 2, 1, 2100, 128, 128)),
-    "grouped": _of_attention("causal", _GROUPED),
-    "dropout": _of_attention("dropout-causal"),
-    "window": _of_attention("window"),
-    "padded": _of_attention("key-lengths"),
-    "causal": _of_attention("causal"),
-    "full": _of_attention("none"),
-    "dense": _of_attention("dense"),
+    "alibi": _attention_feature("alibi"),
+    "softcap": _attention_feature("softcap"),
+    "bias": _attention_feature("bias"),
+    "documents": _attention_feature("documents"),
+    "decoding": _attention_feature("causal", Shape(2, 8, 2, 1, 2100, 128, 128)),
+    "grouped": _attention_feature("causal", _GROUPED),
+    "dropout": _attention_feature("dropout-causal"),
+    "window": _attention_feature("window"),
+    "padded": _attention_feature("key-lengths"),
+    "causal": _attention_feature("causal"),
+    "full": _attention_feature("none"),
+    "dense": _attention_feature("dense"),
     "layer norm": Feature(("layer_norm",), ("weight",)),
     "RMS norm": Feature(("rms_norm",), ("weight",)),
-    "sinks": _of_attention("sinks"),
+    "sinks": _attention_feature("sinks"),
     "masked softmax": Feature(("masked_softmax",), ("key-lengths", "causal", "dense")),
 }
 TYPES = ("bfloat16", "float32")
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _lines(name: str, dtype: str, ends: float) -> tuple[bool, list[str]]:
-    """Whether a feature is right, and what is said of it."""
+    """Whether a feature is right, and the lines that report it."""
     started = perf_counter()
     if started >= ends:
         return False, [f"{name} {dtype}: not begun, no time was left"]

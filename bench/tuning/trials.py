@@ -31,7 +31,7 @@ from ...kernels.ops.problem import AttentionProblem
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in
 
-BUDGET = Budget(seconds=1.0, least_rounds=5, most_rounds=40)
+BUDGET = Budget(seconds=1.0, min_rounds=5, max_rounds=40)
 # Configs slower than the best by more than this factor, after one sample, are not timed again.
 MAX_SLOWDOWN = 1.5
 WIDTH = 2048  # heads times head size

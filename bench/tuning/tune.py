@@ -40,7 +40,7 @@ DIMS = (128, 64, 256)
 # Of wide types larger heads than these take the safe config: a row alone fills the registers.
 WIDEST = {16: 256, 19: 128, 32: 128, 64: 64}
 FOREMOST = "sm_90"
-# What serves all GPUs that are not known has half types in two configs a size, and else is safe.
+# Serves all unknown GPUs: half types have two configs a size, all others the safe ones.
 SMALL = "sm_89"
 ARCHS = (FOREMOST, "sm_80", "sm_100", SMALL)
 # Bytes of shared memory that one program may have.
@@ -462,7 +462,7 @@ def _by_compiling(path: Path) -> Choose:
             return False
 
     def complain(config: Config, error: Exception) -> None:
-        """Whatever stage of the compiler gave up: it may be a fault of the kernel too."""
+        """Any stage of the compiler may have failed: it may be a fault of the kernel too."""
         first = (str(error) or "no reason given").strip().splitlines()[0]
         _log(f"  {list(config)} does not compile: {type(error).__name__}: {first}")
 

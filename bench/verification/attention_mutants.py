@@ -97,18 +97,18 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         if fault == "upper-left":
             call = replace(call, mask=_at_upper_left(call.mask))
-        given = call.bias if bias is None else bias
-        problem = replace(call, q=q, k=k, v=v, bias=given, sinks=sinks).naive_problem()
+        bias_or_alibi = call.bias if bias is None else bias
+        problem = replace(call, q=q, k=k, v=v, bias=bias_or_alibi, sinks=sinks).naive_problem()
         parts = _parts_of(problem, fault)
         out, lse = _forward(problem, parts, fault)
         stored = out.to(q.dtype)
         ctx.save_for_backward(stored, lse)
-        ctx.given = problem, parts, fault, bias
+        ctx.call = problem, parts, fault, bias
         return stored, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        problem, parts, fault, bias = ctx.given
+        problem, parts, fault, bias = ctx.call
         out, lse = ctx.saved_tensors
         d_out, d_lse = grads
         if d_out is None:
@@ -120,8 +120,8 @@ class _Tiled(torch.autograd.Function):
             d_bias = _bias_gradient(d_bias, four, fault).view(bias.shape).to(bias.dtype)
         return (
             d_query.to(problem.query.dtype),
-            _of_key_heads(d_key, problem.key, fault),
-            _of_key_heads(d_value, problem.value, fault),
+            _sum_over_group(d_key, problem.key, fault),
+            _sum_over_group(d_value, problem.value, fault),
             d_bias if bias is not None else None,
             d_sinks,
             None,
@@ -160,10 +160,10 @@ def _parts_of(problem: AttentionProblem, fault: str | None) -> _Parts:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     keep = torch.ones((), dtype=dtype)
     if problem.dropout_p > 0.0 and problem.seed is not None:
-        kept = attention_keep(problem.seed, problem.dropout_p, shape)
+        keep_mask = attention_keep(problem.seed, problem.dropout_p, shape)
         factor = 1 / (1 - problem.dropout_p)
         power = {"dropout-unscaled": 0, "dropout-scale-squared": 2}.get(fault or "", 1)
-        keep = kept.to(dtype) * factor**power
+        keep = keep_mask.to(dtype) * factor**power
     return _Parts(query, key, value, bias, allowed, keep)
 
 
@@ -215,14 +215,14 @@ def _forward(problem: AttentionProblem, parts: _Parts, fault: str | None) -> tup
         factor = torch.exp(row_max - shift)
         if fault == "no-rescale":
             factor = torch.ones_like(factor)
-        of_sum = torch.ones_like(factor) if fault == "sum-not-rescaled" else factor
-        row_sum = row_sum * of_sum + weights.sum(-1, keepdim=True)
+        sum_factor = torch.ones_like(factor) if fault == "sum-not-rescaled" else factor
+        row_sum = row_sum * sum_factor + weights.sum(-1, keepdim=True)
         if fault == "statistics-in-half":
             row_sum = _halved(row_sum)
-        kept = weights * _of_tile(parts.keep, tile)
+        dropped = weights * _tile_of(parts.keep, tile)
         if fault == "weights-in-half":
-            kept = _halved(kept)
-        out = out * factor + kept @ parts.value[:, :, tile]
+            dropped = _halved(dropped)
+        out = out * factor + dropped @ parts.value[:, :, tile]
         row_max = new_max
     empty = row_sum == 0.0
     lse = (row_max + row_sum.log()).masked_fill(empty, -torch.inf)
@@ -254,7 +254,7 @@ def _backward(
     for number, tile in enumerate(_tiles(parts.key.shape[2], fault)):
         scaled, scores = _scores(problem, parts, tile, fault)
         weights = torch.exp(scores - shift)
-        keep = _of_tile(parts.keep, tile)
+        keep = _tile_of(parts.keep, tile)
         if fault == "dropout-in-forward-only":
             keep = torch.ones_like(keep)
         d_value[:, :, tile] = (weights * keep).transpose(-1, -2) @ d_out
@@ -266,8 +266,8 @@ def _backward(
         if problem.softcap is not None and fault != "no-softcap-derivative":
             d_scores = d_scores * (1 - torch.tanh(scaled / problem.softcap) ** 2)
         d_key[:, :, tile] = d_scores.transpose(-1, -2) @ parts.query
-        of_tile = d_scores @ parts.key[:, :, tile]
-        d_query = of_tile if fault == "dq-of-last-tile" else d_query + of_tile
+        contribution = d_scores @ parts.key[:, :, tile]
+        d_query = contribution if fault == "dq-of-last-tile" else d_query + contribution
         if fault == "dk-dv-swapped" and number == 0 and d_key.shape == d_value.shape:
             d_key[:, :, tile], d_value[:, :, tile] = (
                 d_value[:, :, tile].clone(),
@@ -282,11 +282,11 @@ def _backward(
     return d_query, d_key, d_value, d_bias, d_sinks
 
 
-def _of_tile(keep: Tensor, tile: slice) -> Tensor:
+def _tile_of(keep: Tensor, tile: slice) -> Tensor:
     return keep[..., tile] if keep.dim() else keep
 
 
-def _of_key_heads(gradient: Tensor, tensor: Tensor, fault: str | None) -> Tensor:
+def _sum_over_group(gradient: Tensor, tensor: Tensor, fault: str | None) -> Tensor:
     heads = tensor.shape[1]
     if heads and gradient.shape[1] != heads:
         if fault == "heads-interleaved":

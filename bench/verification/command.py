@@ -162,9 +162,9 @@ class _Progress(suite.Listener):
             from tqdm import tqdm
         self._bar = tqdm(total=total, leave=False, unit=" checks")
 
-    def step(self, what: str) -> None:
+    def step(self, description: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(what, refresh=False)
+            self._bar.set_description(description, refresh=False)
             self._bar.update()
 
     def ran(self, implementation: str, run: Run) -> None:

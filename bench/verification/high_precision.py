@@ -25,11 +25,11 @@ from ...kernels.testing.rows import RowCase, norm_case
 DIGITS = 50
 STEP = mpf(10) ** -15  # of the differences, whose own error is about its square
 # Errors of the oracle that pass, relative to the largest element: float64 has eps 2.2e-16.
-WITHIN = 1e-13
+TOLERANCE = 1e-13
 
 SIZES = Shape(2, 4, 2, 3, 4, 2, 3)
 ATTENTION = {
-    "plain": Kind(),
+    "none": Kind(),
     "causal, scale": Kind(lambda s, d: Causal("lower_right"), options={"scale": -0.7}),
     "lengths, sinks": Kind(lambda s, d: KeyLengths(torch.tensor([0, 3])), sinks=True),
     "bias, softcap": Kind(
@@ -46,7 +46,7 @@ NORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class OracleCheck:
-    """How far the oracle is from 50 digits on one small case."""
+    """The error of the oracle against 50 digits on one small case."""
 
     name: str
     error: float  # the largest of all its tensors, relative to the tensor's largest element
@@ -55,14 +55,14 @@ class OracleCheck:
 
     @property
     def passed(self) -> bool:
-        return self.error <= WITHIN
+        return self.error <= TOLERANCE
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "error": self.error, "worst": self.worst}
 
 
 def count(ops: tuple[str, ...]) -> int:
-    """How many `check` finds."""
+    """The number of checks that `check` makes."""
     return (len(ATTENTION) if "attention" in ops else 0) + sum(op in ops for op in NORMS)
 
 
@@ -93,56 +93,58 @@ def _attention(name: str, case: AttentionCase) -> OracleCheck:
     dim, value_dim, key_heads = case.q.shape[3], case.v.shape[3], case.k.shape[1]
     scale, softcap = mpf(problem.scale), problem.softcap
 
-    def forward(given: dict[str, list[Any]]) -> tuple[list[Any], list[Any]]:
+    def forward(inputs: dict[str, list[Any]]) -> tuple[list[Any], list[Any]]:
         out, lse = [], []
         for b, h, i in product(range(batch), range(heads), range(rows)):
             shared = b * key_heads + h // (heads // key_heads)
             at = (b * heads + h) * rows + i
             terms, total = [], mpf(0)
-            if "sinks" in given:
-                total += mpmath.exp(given["sinks"][h])
+            if "sinks" in inputs:
+                total += mpmath.exp(inputs["sinks"][h])
             for j in range(keys):
                 if not may[at * keys + j]:
                     terms.append(mpf(0))
                     continue
                 score = scale * sum(
-                    given["q"][at * dim + d] * given["k"][(shared * keys + j) * dim + d]
+                    inputs["q"][at * dim + d] * inputs["k"][(shared * keys + j) * dim + d]
                     for d in range(dim)
                 )
                 if softcap is not None:
                     score = softcap * mpmath.tanh(score / softcap)
-                if "bias" in given:
-                    score += given["bias"][(h * rows + i) * keys + j]
+                if "bias" in inputs:
+                    score += inputs["bias"][(h * rows + i) * keys + j]
                 terms.append(mpmath.exp(score))
                 total += terms[-1]
             lse.append(mpmath.log(total) if total else None)
             for d in range(value_dim):
                 summed = sum(
-                    terms[j] * keep[at * keys + j] * given["v"][(shared * keys + j) * value_dim + d]
+                    terms[j]
+                    * keep[at * keys + j]
+                    * inputs["v"][(shared * keys + j) * value_dim + d]
                     for j in range(keys)
                 )
                 out.append(summed / total if total else mpf(0))
         return out, lse
 
-    def received(given: dict[str, list[Any]]) -> Any:
-        out, lse = forward(given)
+    def loss(inputs: dict[str, list[Any]]) -> Any:
+        out, lse = forward(inputs)
         from_lse = sum(g * x for g, x in zip(grad_lse, lse, strict=True) if x is not None)
         return sum(g * x for g, x in zip(grad_out, out, strict=True)) + from_lse
 
     out, lse = forward(leaves)
     exact = {"out": out, "lse": [mpf("-inf") if x is None else x for x in lse]}
-    return _compared(name, case.oracle(), exact | _differences(leaves, received))
+    return _compared(name, case.oracle(), exact | _differences(leaves, loss))
 
 
 def _keep(case: AttentionCase) -> list[Any]:
-    """What dropout multiplies each weight by, as Philox says."""
+    """The factor of each weight under dropout, from Philox's words."""
     count = torch.Size(case.shape).numel()
     dropout_p = case.options.get("dropout_p", 0.0)
     if dropout_p == 0.0:
         return [mpf(1)] * count
-    kept = attention_keep(torch.tensor(case.options["seed"]), dropout_p, case.shape)
+    keep_mask = attention_keep(torch.tensor(case.options["seed"]), dropout_p, case.shape)
     factor = 1 / (1 - mpf(dropout_p))
-    return [factor if one else mpf(0) for one in kept.flatten().tolist()]
+    return [factor if one else mpf(0) for one in keep_mask.flatten().tolist()]
 
 
 def _rows(op: str, case: RowCase) -> OracleCheck:
@@ -151,17 +153,19 @@ def _rows(op: str, case: RowCase) -> OracleCheck:
     rows, columns = case.x.shape
     dropout_p = mpf(case.options.get("dropout_p", 0.0))
     eps = mpf(1e-6 if op == "rms_norm" else 1e-5)
-    kept = [True] * (rows * columns) if case.keep is None else case.keep.flatten().tolist()
+    keep_mask = [True] * (rows * columns) if case.keep is None else case.keep.flatten().tolist()
 
-    def forward(given: dict[str, list[Any]]) -> list[list[Any]]:
+    def forward(inputs: dict[str, list[Any]]) -> list[list[Any]]:
         y, total = [], []
         for row in range(rows):
             part = slice(row * columns, (row + 1) * columns)
-            x = given["x"][part]
+            x = inputs["x"][part]
             if op == "add_layer_norm":
                 x = [
                     r + (v / (1 - dropout_p) if keeps else 0)
-                    for r, v, keeps in zip(given["residual"][part], x, kept[part], strict=True)
+                    for r, v, keeps in zip(
+                        inputs["residual"][part], x, keep_mask[part], strict=True
+                    )
                 ]
                 total += x
             if op != "rms_norm":
@@ -169,20 +173,20 @@ def _rows(op: str, case: RowCase) -> OracleCheck:
                 x = [v - mean for v in x]
             root = mpmath.sqrt(sum(v * v for v in x) / columns + eps)
             for column, v in enumerate(x):
-                value = v / root * given["weight"][column]
-                y.append(value + (given["bias"][column] if "bias" in given else 0))
+                value = v / root * inputs["weight"][column]
+                y.append(value + (inputs["bias"][column] if "bias" in inputs else 0))
         return [y, total] if op == "add_layer_norm" else [y]
 
-    def received(given: dict[str, list[Any]]) -> Any:
+    def loss(inputs: dict[str, list[Any]]) -> Any:
         return sum(
             g * x
-            for grad, output in zip(grads, forward(given), strict=True)
+            for grad, output in zip(grads, forward(inputs), strict=True)
             for g, x in zip(grad, output, strict=True)
         )
 
     exact = dict(zip(("out", "sum"), forward(leaves), strict=False))
     found = {name: expected.exact for name, expected in case.expected.items()}
-    return _compared(op, found, exact | _differences(leaves, received))
+    return _compared(op, found, exact | _differences(leaves, loss))
 
 
 def _differences(

@@ -1,4 +1,4 @@
-"""What can be verified: a backend of rowmax.kernels, or any callable with SDPA's signature."""
+"""The implementations to verify: a backend of rowmax.kernels, or a callable like torch's SDPA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold whatever the numbers are: each property checked on the implementation itself."""
+"""Invariants: properties that hold for all inputs, checked on the implementation itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = (257, 96)
 
 @dataclass(frozen=True)
 class Invariant:
-    """A property found to hold or not; `fault` says what was found instead."""
+    """A property that was checked; `fault` describes a violation, None where it holds."""
 
     op: str
     name: str
@@ -248,12 +248,12 @@ def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> s
     poisoned[..., 100, 3] = torch.nan
     got = _results(implementation, replace(case, inputs={**case.inputs, name: poisoned}), op)
     others = torch.arange(ROWS[0]) != 100
-    kept = [key for key in expected if key not in ("d_weight", "d_bias")]
+    names = [key for key in expected if key not in ("d_weight", "d_bias")]
     if not bool(got["out"][..., 100, :].isnan().any()):
         return "out: a row that holds NaN gives numbers"
     return _difference(
-        {key: got[key][..., others, :] for key in kept},
-        {key: expected[key][..., others, :] for key in kept},
+        {key: got[key][..., others, :] for key in names},
+        {key: expected[key][..., others, :] for key in names},
     )
 
 
@@ -269,7 +269,7 @@ ROW_WISE = {
 
 
 def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
-    """How many `check` finds for each dtype."""
+    """The number of checks that `check` makes for each dtype."""
     here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
     return sum(len(ATTENTION if op == "attention" else ROW_WISE) for op in here)
 

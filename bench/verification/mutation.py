@@ -21,10 +21,10 @@ CONTROL = attention_mutants.Mutant().name
 
 @dataclass(frozen=True)
 class Mutation:
-    """What became of one broken kernel in one dtype; `control` is the same kernel unbroken."""
+    """The result of one broken kernel in one dtype; `control` is the same kernel unbroken."""
 
     fault: str
-    what: str
+    description: str
     dtype: torch.dtype
     rejected_by: str | None  # a case and what it found; None: it lives
     rejections: int  # cases that reject it, of `cases` that it was run on
@@ -38,7 +38,7 @@ class Mutation:
     def as_json(self) -> dict[str, Any]:
         return {
             "fault": self.fault,
-            "what": self.what,
+            "description": self.description,
             "dtype": dtype_text(self.dtype),
             "rejected_by": self.rejected_by,
             "rejections": self.rejections,
@@ -52,17 +52,17 @@ def faults_of(ops: Sequence[str], dtype: torch.dtype) -> dict[str, tuple[str, st
     found: dict[str, tuple[str, str]] = {}
     half = dtype.itemsize < 4
     if "attention" in ops:
-        for name, what in attention_mutants.FAULTS.items():
+        for name, description in attention_mutants.FAULTS.items():
             if not (half and name in attention_mutants.WIDE_ONLY):
-                found[name] = "attention", what
-    for name, (op, what) in row_mutants.FAULTS.items():
+                found[name] = "attention", description
+    for name, (op, description) in row_mutants.FAULTS.items():
         if op in ops and not (half and name in row_mutants.WIDE_ONLY):
-            found[name] = op, what
+            found[name] = op, description
     return found
 
 
 def count(ops: Sequence[str], dtype: torch.dtype) -> int:
-    """How many `check` finds."""
+    """The number of checks that `check` makes."""
     return len(faults_of(ops, dtype)) + ("attention" in ops)
 
 
@@ -72,21 +72,21 @@ def check(
     """The unbroken kernel first, then each fault; `thorough` counts all cases that reject it."""
     if "attention" in ops:
         control = attention_mutants.Mutant()
-        what = "the kernel that the others are made from, which must pass"
-        yield _mutation(control, control.name, what, dtype, cases, "attention", True)
-    for name, (op, what) in faults_of(ops, dtype).items():
+        description = "the kernel that the others are made from, which must pass"
+        yield _mutation(control, control.name, description, dtype, cases, "attention", True)
+    for name, (op, description) in faults_of(ops, dtype).items():
         mutant: Implementation
         if op == "attention":
             mutant = attention_mutants.Mutant(name)
         else:
             mutant = row_mutants.RowMutant(name)
-        yield _mutation(mutant, name, what, dtype, cases, op, thorough)
+        yield _mutation(mutant, name, description, dtype, cases, op, thorough)
 
 
 def _mutation(
     mutant: Implementation,
     name: str,
-    what: str,
+    description: str,
     dtype: torch.dtype,
     cases: Sequence[NamedCase],
     op: str,
@@ -106,4 +106,4 @@ def _mutation(
                 by = f"{case.kind} {case.shape}: {found.faults[0]}"
             if not thorough:
                 break
-    return Mutation(name, what, dtype, by, rejections, runs, name == CONTROL)
+    return Mutation(name, description, dtype, by, rejections, runs, name == CONTROL)

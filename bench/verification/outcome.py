@@ -1,4 +1,4 @@
-"""What a run of the suite found."""
+"""The results of a run of the suite."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .runs import Run
 if TYPE_CHECKING:  # it needs mpmath
     from .high_precision import OracleCheck
 
-SCHEMA = "rowmax-verify-1"
+SCHEMA = "rowmax-verify-2"
 
 
 @dataclass
 class Findings:
-    """All that was found of one implementation."""
+    """All results of one implementation."""
 
     name: str
     runs: list[Run] = field(default_factory=list)
@@ -56,8 +56,8 @@ class Findings:
         """(dtype, "outputs" or "gradients") -> elements by error in ulps, see ULP_BINS."""
         found: dict[tuple[torch.dtype, str], list[int]] = {}
         for run, accuracy in self.accuracies():
-            what = "gradients" if accuracy.tensor.startswith("d_") else "outputs"
-            counts = found.setdefault((run.case.dtype, what), [0] * len(ULP_BINS))
+            group = "gradients" if accuracy.tensor.startswith("d_") else "outputs"
+            counts = found.setdefault((run.case.dtype, group), [0] * len(ULP_BINS))
             for at, count in enumerate(accuracy.histogram):
                 counts[at] += count
         return {key: tuple(counts) for key, counts in found.items()}
@@ -96,8 +96,8 @@ class Report:
                 found.append(f"{one.name}: declined every case")
         for mutation in self.mutations:
             if not mutation.passed:
-                what = f"fails: {mutation.rejected_by}" if mutation.control else "is not noticed"
-                found.append(f"mutant {mutation.fault}, {dtype_text(mutation.dtype)}: {what}")
+                outcome = f"fails: {mutation.rejected_by}" if mutation.control else "is not noticed"
+                found.append(f"mutant {mutation.fault}, {dtype_text(mutation.dtype)}: {outcome}")
         return found
 
     def as_json(self) -> str:
@@ -111,14 +111,14 @@ class Report:
             "rule": {"factor": FACTOR, "summation": SUMMATION},
             "ulp_bins": [edge for edge in ULP_BINS if edge != float("inf")],
             "oracle": [check.as_json() for check in self.oracle],
-            "subjects": [
+            "implementations": [
                 {
                     "name": one.name,
                     "passed": one.passed,
                     "cases": [_case(run) for run in one.runs],
                     "ulp_histograms": [
-                        {"dtype": dtype_text(dtype), "of": what, "counts": list(counts)}
-                        for (dtype, what), counts in one.histograms().items()
+                        {"dtype": dtype_text(dtype), "of": group, "counts": list(counts)}
+                        for (dtype, group), counts in one.histograms().items()
                     ],
                     "invariants": [found.as_json() for found in one.invariants],
                 }

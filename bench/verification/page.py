@@ -10,7 +10,7 @@ from ..render import document
 from ..render.charts import columns, strips
 from .outcome import Findings, Report
 
-MOST_FAILURES = 100
+MAX_FAILURES = 100
 
 
 def html(report: Report) -> str:
@@ -29,7 +29,7 @@ def _body(report: Report) -> Iterator[str]:
         yield document.paragraph("✓ passed: nothing was found wrong", "good")
     else:
         yield document.paragraph(f"✗ {len(report.failures)} findings", "bad")
-        yield document.table(["findings"], [[text] for text in report.failures[:MOST_FAILURES]])
+        yield document.table(["findings"], [[text] for text in report.failures[:MAX_FAILURES]])
     yield document.paragraph(
         "Every result and gradient is compared with a float64 oracle. The ratio is its error over "
         "the error that the naive path makes in the same dtype on the same inputs, the worse of "
@@ -59,7 +59,7 @@ def _body(report: Report) -> Iterator[str]:
                     dtype_text(one.dtype),
                     ("✓ " if one.passed else "✗ ")
                     + ("passes" if one.rejected_by is None else "rejected"),
-                    one.what,
+                    one.description,
                     one.rejected_by or "",
                 ]
                 for one in report.mutations
@@ -109,11 +109,11 @@ def _ratios(findings: Findings) -> Iterator[str]:
 def _histograms(findings: Findings) -> Iterator[str]:
     found = findings.histograms()
     names = [*(f"{edge:g}" for edge in ULP_BINS[:-1]), "more"]
-    for what in ("outputs", "gradients"):
+    for group in ("outputs", "gradients"):
         series = {
             dtype_text(dtype): [100 * count / max(1, sum(counts)) for count in counts]
             for (dtype, of), counts in found.items()
-            if of == what
+            if of == group
         }
         if series:
-            yield columns(f"{what}: error in ulp, up to", names, series, "units in the last place")
+            yield columns(f"{group}: error in ulp, up to", names, series, "units in the last place")

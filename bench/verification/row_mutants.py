@@ -57,11 +57,11 @@ class RowMutant:
         self, op: str, x: Tensor, residual: Tensor | None = None, **more: Any
     ) -> tuple[Tensor, ...]:
         stored = x.dtype
-        given = {"x": x, "residual": residual, "weight": more.pop("weight", None)}
-        given["bias"] = more.pop("bias", None)
+        tensors = {"x": x, "residual": residual, "weight": more.pop("weight", None)}
+        tensors["bias"] = more.pop("bias", None)
         wide = {
             name: tensor.to(torch.promote_types(stored, torch.float32))
-            for name, tensor in given.items()
+            for name, tensor in tensors.items()
             if tensor is not None
         }
         return tuple(y.to(stored) for y in self._wide_norm(op, wide, more, stored))

@@ -29,7 +29,7 @@ CHECKS = ("oracle", "accuracy", "invariants", "mutations")
 
 @dataclass(frozen=True)
 class Settings:
-    """What to check; every name is one of OPS, ALL_KINDS, DTYPES and CHECKS."""
+    """The selection of checks; every name is one of OPS, ALL_KINDS, DTYPES and CHECKS."""
 
     ops: tuple[str, ...] = OPS
     kinds: tuple[str, ...] = ALL_KINDS
@@ -50,10 +50,10 @@ class Settings:
 
 
 class Listener:
-    """Is told how far the run is; this one says nothing."""
+    """Callbacks of a run's progress, which do nothing here."""
 
     def begin(self, total: int) -> None: ...
-    def step(self, what: str) -> None: ...
+    def step(self, description: str) -> None: ...
     def ran(self, implementation: str, run: Run) -> None: ...
 
 
@@ -133,7 +133,7 @@ def run(
     """All checks, dtype by dtype, so that each oracle serves all and is then let go."""
     started, began = perf_counter(), process_time()
     report = Report(
-        describe(), settings.as_json() | {"subjects": [one.name for one in implementations]}
+        describe(), settings.as_json() | {"implementations": [one.name for one in implementations]}
     )
     report.findings = [Findings(implementation.name) for implementation in implementations]
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
@@ -145,17 +145,17 @@ def run(
     for name, of_dtype in cases.items():
         dtype = DTYPES[name]
         for implementation, findings in zip(implementations, report.findings, strict=True):
-            what = f"{implementation.name}, {name}"
+            description = f"{implementation.name}, {name}"
             if "accuracy" in settings.checks:
                 for case in of_dtype:
                     if case.op in implementation.ops:
                         findings.runs.append(run_case(case, implementation))
                         listener.ran(implementation.name, findings.runs[-1])
-                    listener.step(what)
+                    listener.step(description)
             if "invariants" in settings.checks:
                 for invariant in invariants.check(implementation, settings.ops, dtype):
                     findings.invariants.append(invariant)
-                    listener.step(what)
+                    listener.step(description)
         if "mutations" in settings.checks:
             full = _mutation_cases(settings, of_dtype, dtype)
             for found in mutation.check(settings.ops, dtype, full, thorough=False):
@@ -177,7 +177,7 @@ def cases_of(settings: Settings, dtype: torch.dtype) -> list[NamedCase]:
 def _mutation_cases(
     settings: Settings, cases: list[NamedCase], dtype: torch.dtype
 ) -> list[NamedCase]:
-    """What mutants are run on: all kinds, however the run was narrowed, at the quick shapes.
+    """The cases of mutants: all kinds, however the run was narrowed, at the quick shapes.
 
     A mutant of dropout is right wherever nothing is dropped: that is no fault of the tolerance.
     """
@@ -211,15 +211,15 @@ def _high_precision() -> ModuleType:
     return high_precision
 
 
-def _names(argument: str, given: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+def _names(argument: str, names: Iterable[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """The names given, in the order of `known`; all of them when None."""
-    if given is None:
+    if names is None:
         return tuple(known)
-    asked = [given] if isinstance(given, str) else list(given)
-    for name in asked:
+    chosen = [names] if isinstance(names, str) else list(names)
+    for name in chosen:
         if name not in known:
             raise ValueError(f"verify: {argument}: expected names of {known}, got {name!r}")
-    return tuple(name for name in known if name in asked)
+    return tuple(name for name in known if name in chosen)
 
 
 def sizes_of(shape: Sequence[int]) -> Shape:

@@ -15,7 +15,7 @@ from .outcome import Findings, Report
 from .runs import Run
 
 WIDTH = 100
-MOST_FAILURES = 20  # of an implementation that are listed; the JSON holds all
+MAX_FAILURES = 20  # of an implementation that are listed; the JSON holds all
 
 
 def lines(report: Report) -> list[str]:
@@ -60,10 +60,10 @@ def implementation_lines(findings: Findings) -> list[str]:
     failures = findings.failures
     if failures:
         found.append(f"failures: {len(failures)}")
-        for failure in failures[:MOST_FAILURES]:
+        for failure in failures[:MAX_FAILURES]:
             found += _wrapped(failure, "  ")
-        if len(failures) > MOST_FAILURES:
-            found.append(f"  ... and {len(failures) - MOST_FAILURES} more")
+        if len(failures) > MAX_FAILURES:
+            found.append(f"  ... and {len(failures) - MAX_FAILURES} more")
     return found
 
 
@@ -140,10 +140,10 @@ def _histogram_table(findings: Findings) -> list[str]:
     edges = [f"{edge:g}" for edge in ULP_BINS[:-1]]
     heads = "".join(f"{edge:>6}" for edge in edges) + "  more"
     found = ["", f"{'error in ulp, % up to':<22}{heads}"]
-    for (dtype, what), counts in findings.histograms().items():
+    for (dtype, group), counts in findings.histograms().items():
         total = max(1, sum(counts))
         cells = "".join(f"{_percent(count, total):>6}" for count in counts)
-        found.append(f" {dtype_text(dtype) + ', ' + what:<21}{cells}")
+        found.append(f" {dtype_text(dtype) + ', ' + group:<21}{cells}")
     return found
 
 
@@ -177,9 +177,11 @@ def mutation_lines(mutations: Sequence[Mutation]) -> list[str]:
     for fault in dict.fromkeys(mutation.fault for mutation in mutations):
         same = {mutation.dtype: mutation for mutation in mutations if mutation.fault == fault}
         cells = "".join(f"{_status(same.get(dtype)):>10}" for dtype in dtypes)
-        what = next(iter(same.values())).what
+        description = next(iter(same.values())).description
         room = WIDTH - 29 - 10 * len(dtypes)
-        found.append(f" {fault:<26}{cells}  {textwrap.shorten(what, room, placeholder='...')}")
+        found.append(
+            f" {fault:<26}{cells}  {textwrap.shorten(description, room, placeholder='...')}"
+        )
     broken = [mutation for mutation in mutations if not mutation.control]
     living = [mutation for mutation in broken if not mutation.passed]
     found.append(f" rejected: {len(broken) - len(living)} of {len(broken)}")

@@ -18,26 +18,26 @@ SQUARE = Shape(2, 2, 2, 40, 40, 16, 16)
 LONG = Shape(1, 2, 2, 3, 4096, 8, 8)
 
 
-def _plain(sizes: Shape, draw: Draw) -> AttentionCase:
+def _base(sizes: Shape, draw: Draw) -> AttentionCase:
     return attention_case(Kind(), sizes, draw)
 
 
 def large_scores(draw: Draw) -> AttentionCase:
     """Scores in the hundreds: exp of them overflows in any type but float64."""
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     return replace(case, q=case.q * 200)
 
 
 def very_negative(draw: Draw) -> AttentionCase:
     """All scores around -1000: exp of them underflows unless the row maximum comes off."""
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     shared = torch.full((1, 1, 1, SQUARE.Lk), -1000.0).to(draw.dtype)
     return replace(case, bias=shared)
 
 
 def rising_scores(draw: Draw) -> AttentionCase:
     """The row maximum moves with every key, and so is rescaled in every tile."""
-    case = _plain(Shape(1, 2, 2, 20, 150, 16, 16), draw)
+    case = _base(Shape(1, 2, 2, 20, 150, 16, 16), draw)
     rising = torch.linspace(-30.0, 30.0, 150).view(1, 1, 1, -1).to(draw.dtype)
     return replace(case, bias=rising)
 
@@ -52,7 +52,7 @@ def falling_scores(draw: Draw) -> AttentionCase:
 def tiny_values(draw: Draw) -> AttentionCase:
     """q, k, v and the gradients near the smallest normal number's root."""
     factor = torch.finfo(draw.dtype).tiny ** 0.5
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     assert case.grad_out is not None
     return replace(
         case,
@@ -66,13 +66,13 @@ def tiny_values(draw: Draw) -> AttentionCase:
 def large_values(draw: Draw) -> AttentionCase:
     """Values near the largest number's root, beside scores of order one."""
     factor = torch.finfo(draw.dtype).max ** 0.5 / 8
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     return replace(case, v=case.v * factor)
 
 
 def denormals(draw: Draw) -> AttentionCase:
     """Values below the smallest normal number, which some units flush to zero."""
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     v = (case.v.double() * torch.finfo(draw.dtype).tiny / 8).to(draw.dtype)
     assert bool((v.abs() < torch.finfo(draw.dtype).tiny).all())
     return replace(case, v=v)
@@ -80,7 +80,7 @@ def denormals(draw: Draw) -> AttentionCase:
 
 def near_ties(draw: Draw) -> AttentionCase:
     """Keys that differ in the last place only: all weights are nearly equal."""
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     one = case.k[:, :, :1].expand_as(case.k)
     coins = draw.coins(0.5, *one.shape)
     k = torch.where(coins, one * (1 + torch.finfo(draw.dtype).eps), one)
@@ -90,7 +90,7 @@ def near_ties(draw: Draw) -> AttentionCase:
 
 def one_hot_rows(draw: Draw) -> AttentionCase:
     """Each query has one key that takes all of the weight."""
-    case = _plain(SQUARE, draw)
+    case = _base(SQUARE, draw)
     unit = torch.nn.functional.one_hot(torch.arange(SQUARE.Lk) % SQUARE.D, SQUARE.D)
     k = unit.to(draw.dtype).expand_as(case.k) * 16
     bias = torch.full((SQUARE.Lq, SQUARE.Lk), -200.0).fill_diagonal_(200.0)
@@ -99,7 +99,7 @@ def one_hot_rows(draw: Draw) -> AttentionCase:
 
 def long_equal_sums(draw: Draw) -> AttentionCase:
     """4096 keys of the same weight: a sum that loses its small terms, or counts in half, shows."""
-    case = _plain(LONG, draw)
+    case = _base(LONG, draw)
     ones = torch.ones_like(case.v) + 0.25 * draw.normal(*case.v.shape)
     return replace(case, k=torch.zeros_like(case.k), v=ones.to(draw.dtype))
 

@@ -51,10 +51,10 @@ class Draw:
         """bool, True with probability `share`."""
         return torch.rand(size, generator=self.generator) < share
 
-    def lengths(self, most: int, count: int) -> Tensor:
-        """(count,) ints in [0, most]; the first is `most`, the second 0, as far as there are."""
-        drawn = torch.randint(most + 1, (count,), generator=self.generator)
-        for at, value in enumerate((most, 0)[:count]):
+    def lengths(self, maximum: int, count: int) -> Tensor:
+        """(count,) ints in [0, maximum], of which the first is `maximum` and the second 0."""
+        drawn = torch.randint(maximum + 1, (count,), generator=self.generator)
+        for at, value in enumerate((maximum, 0)[:count]):
             drawn[at] = value
         return drawn
 
@@ -101,7 +101,7 @@ MakeBias = Callable[[Shape, Draw], Tensor | ALiBi]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is special about a call."""
+    """The mask, bias and options of a call."""
 
     mask: MakeMask | None = None
     bias: MakeBias | None = None
@@ -269,14 +269,14 @@ def packed_case(case: AttentionCase, queries: Tensor, keys: Tensor) -> PackedCas
     """Sequences of these lengths, each (B,), packed; `case` has them padded, and no such masks."""
     lengths = KeyLengths(keys) & QueryLengths(queries)
     # rows beyond a sequence's end are no rows at all when packed
-    unreal = torch.arange(case.q.shape[2]) >= queries.view(-1, 1, 1)
+    padding = torch.arange(case.q.shape[2]) >= queries.view(-1, 1, 1)
     assert case.grad_out is not None  # random_gradients draws both
     assert case.grad_lse is not None
     padded = replace(
         case,
         mask=lengths & case.mask if isinstance(case.mask, Mask) else lengths,
-        grad_out=case.grad_out.masked_fill(unreal.unsqueeze(-1), 0.0),
-        grad_lse=case.grad_lse.masked_fill(unreal, 0.0),
+        grad_out=case.grad_out.masked_fill(padding.unsqueeze(-1), 0.0),
+        grad_lse=case.grad_lse.masked_fill(padding, 0.0),
     )
     return PackedCase(case, padded, (queries, keys))
 

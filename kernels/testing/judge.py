@@ -1,4 +1,4 @@
-"""What a kernel's results are held to: the rule of `tolerance.py` on everything that a case has."""
+"""The assertion on a kernel: the rule of `tolerance.py` for every result of a case."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ def peak_bytes(call: Callable[[], object], device: str) -> int | None:
     try:
         forget_peak()
         before = _resident("VmRSS")
-        kept = call()
+        result = call()
         peak = _resident("VmHWM") - before
     except OSError:
         return None
-    del kept
+    del result
     return max(0, peak)
 
 

@@ -48,7 +48,7 @@ class TestCase(Protocol):
 def expected_of(
     exact: Results, naive: Results, magnitudes: Results, terms: int
 ) -> dict[str, Expected]:
-    """What results are held to that are sums of at most `terms` terms.
+    """The `Expected` of results that are sums of at most `terms` terms.
 
     In float64 the oracle is as wide as what it judges, and the naive path's error is not known. A
     sum of n terms, in whatever order, is then allowed the error that is to be expected of it,
@@ -114,9 +114,9 @@ class AttentionCase:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What a call gets beside q, k and v."""
-        given = {"mask": self.mask, "bias": self.bias, "sinks": self.sinks}
-        return {name: value for name, value in given.items() if value is not None} | self.options
+        """The keyword arguments of the call."""
+        keywords = {"mask": self.mask, "bias": self.bias, "sinks": self.sinks}
+        return {name: value for name, value in keywords.items() if value is not None} | self.options
 
     # --- the same call, changed -------------------------------------------------------------------
 
@@ -174,9 +174,9 @@ class AttentionCase:
         out = result.out.to(self.q.dtype)
         if self.grad_out is not None:
             rounded = ((out - result.out) * self.grad_out).sum(-1).detach()
-            given = self.grad_lse
-            kept = -rounded if given is None else given.to(rounded.dtype) - rounded
-            masked = kept.masked_fill(result.lse == -torch.inf, 0.0)
+            grad_lse = self.grad_lse
+            total = -rounded if grad_lse is None else grad_lse.to(rounded.dtype) - rounded
+            masked = total.masked_fill(result.lse == -torch.inf, 0.0)
             leaves = replace(leaves, grad_lse=masked)
         found = leaves._results((out, result.lse))
         return found if self.with_lse else {name: found[name] for name in found if name != "lse"}
@@ -258,11 +258,11 @@ class PackedCase:
     def run(self, kernel: Kernel, device: torch.device | str | None = None) -> Results:
         arguments = self._arguments
         device = torch.device(device or arguments.q.device)
-        given = {"q": arguments.q, "k": arguments.k, "v": arguments.v}
+        inputs = {"q": arguments.q, "k": arguments.k, "v": arguments.v}
         received = {"grad_out": arguments.grad_out, "grad_lse": arguments.grad_lse}
         packed: dict[str, Any] = {
             name: self._pack(name.removeprefix("grad_"), tensor)
-            for name, tensor in {**given, **received}.items()
+            for name, tensor in {**inputs, **received}.items()
             if tensor is not None
         }
         leaves = replace(arguments, **packed).on(device).leaves()
@@ -277,8 +277,8 @@ class PackedCase:
         """(B, H, L, D) -> (total, H, D), and lse (B, H, L) -> (H, total)."""
         if name.endswith("sinks"):
             return tensor
-        of_keys = name.removeprefix("d_") in ("k", "v")
-        lengths = self._lengths[1 if of_keys else 0]
+        is_key = name.removeprefix("d_") in ("k", "v")
+        lengths = self._lengths[1 if is_key else 0]
         parts = [tensor[b, :, :length] for b, length in enumerate(lengths.tolist())]
         if name == "lse":
             return torch.cat(parts, dim=1)
@@ -294,7 +294,7 @@ def random_gradients(case: AttentionCase, generator: torch.Generator) -> Attenti
 
 
 def outputs_of(returned: Any) -> tuple[Tensor, ...]:
-    """What a kernel returned, as a tuple; an lse of None is none."""
+    """The tensors that a kernel returned, without an lse of None."""
     outputs = returned if isinstance(returned, tuple | list) else (returned,)
     outputs = tuple(output for output in outputs if output is not None)
     if not outputs or not all(isinstance(output, Tensor) for output in outputs):
@@ -313,7 +313,7 @@ def gradients_of(
     outputs, gradients = [], []
     for output, gradient in zip(results.values(), received, strict=False):
         if gradient is not None and output.requires_grad:
-            # a shape that is wrong is told with the outputs, and has no gradients
+            # a wrong shape is reported with the outputs, and has no gradients
             if gradient.shape != output.shape:
                 return _detached(results)
             outputs.append(output)
@@ -387,8 +387,8 @@ def _magnitudes(case: AttentionCase, stored: float) -> Results:
         summed = d_shifted.sum_to_size(shape)
         if in_half and shape != tuple(weights.shape):
             rounded = (d_out * result.out).norm(dim=-1, keepdim=True) * stored / 12**0.5
-            of_row = (result.weights * rounded).sum_to_size((*weights.shape[:3], shape[3]))
-            drawn = 2 * of_row.square().sum_to_size(shape).sqrt()
+            per_row = (result.weights * rounded).sum_to_size((*weights.shape[:3], shape[3]))
+            drawn = 2 * per_row.square().sum_to_size(shape).sqrt()
             summed = summed + drawn / torch.finfo(torch.float32).eps
         terms["d_bias"] = summed.view(bias.shape)
     if problem.sinks is not None:

@@ -48,12 +48,12 @@ def named_cases(
     if dtype not in DTYPES:
         raise ValueError(f"named_cases: `dtype`: expected one of {DTYPES}, got {dtype}")
     found: list[NamedCase] = []
-    of_attention = tuple(kind for kind in chosen if kind in KINDS)
+    attention_kinds = tuple(kind for kind in chosen if kind in KINDS)
     if "attention" in ops:
         sizes = shapes or (QUICK_SHAPES if quick else SHAPES)
-        found += attention_cases(dtype, sizes, of_attention, empty=not shapes)
+        found += attention_cases(dtype, sizes, attention_kinds, empty=not shapes)
     if "attention_varlen" in ops:
-        found += packed_cases(dtype, shapes or PACKED_SHAPES, of_attention)
+        found += packed_cases(dtype, shapes or PACKED_SHAPES, attention_kinds)
     found += row_cases(
         tuple(op for op in ops if op not in ATTENTION_OPS), dtype, chosen, quick=quick
     )

@@ -43,7 +43,7 @@ _NORMS: tuple[tuple[str, Callable[[Tensor], float]], ...] = (("largest", _larges
 
 
 class Expected(NamedTuple):
-    """What one result is held to; all of one shape."""
+    """The reference values of one result, all of one shape."""
 
     exact: Tensor  # the oracle's, float64
     naive: Tensor  # the naive path's, in the dtype that the result must have
@@ -139,8 +139,8 @@ def measure(
     rounding = rounding + SUMMATION * torch.finfo(sum_dtype).eps * magnitude[finite]
     fault, ratio, of_limit = None, 0.0, 0.0
     measured: dict[str, tuple[float, float, float]] = {}
-    for norm, of in _NORMS:
-        size, naive_size, allowance = of(error), of(naive_error), of(rounding)
+    for norm, norm_of in _NORMS:
+        size, naive_size, allowance = norm_of(error), norm_of(naive_error), norm_of(rounding)
         limit = (FACTOR if factor is None else factor) * naive_size + allowance
         measured[norm] = size, naive_size, limit
         floor = allowance / (2 if actual.dtype == torch.float64 else 8)
@@ -169,7 +169,7 @@ def measure(
 
 
 def expected_of_model(exact: Tensor, naive: Tensor, largest: float | None = None) -> Expected:
-    """What a result of a whole model is held to, the terms of whose sums are not at hand.
+    """The `Expected` of a result of a whole model, the terms of whose sums are not known.
 
     Each term counts as `largest`, by default the largest value of `exact`. In float64, where the
     naive path's error is not known, a chain of layers is allowed sixteen roundings of that.
@@ -190,7 +190,7 @@ def in_ulps(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def histogram(ulps: Tensor) -> tuple[int, ...]:
-    """How many elements lie in each of ULP_BINS, lower ends excluded."""
+    """The number of elements in each of ULP_BINS, lower ends excluded."""
     edges = torch.tensor(ULP_BINS[:-1], dtype=torch.float64, device=ulps.device)
     counts = torch.bincount(torch.bucketize(ulps.flatten(), edges), minlength=len(ULP_BINS))
     return tuple(counts.tolist())

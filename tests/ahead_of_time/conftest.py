@@ -70,7 +70,7 @@ def addressed(value: Any) -> Any:
 
 @pytest.fixture
 def steps_of() -> Callable[[Callable[[], Any]], int]:
-    """How many functions the backend calls: a measure of its own cost, the same everywhere."""
+    """The number of functions that the backend calls: its own cost, the same on any machine."""
 
     def measure(call: Callable[[], Any]) -> int:
         counted: list[str] = []

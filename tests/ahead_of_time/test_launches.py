@@ -1,4 +1,4 @@
-"""What is launched, without a GPU: nothing is compiled here, and a recorder takes the launches.
+"""The launches of attention, without a GPU: nothing is compiled, a recorder takes the launches.
 
 What the first call of a signature finds must serve later ones, and nothing that changes from step
 to step may ask for another compiled kernel.
@@ -44,7 +44,7 @@ HALF = torch.bfloat16
 
 
 def binding(kernel: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """What Triton makes of a call: each argument's type and what is known of it, and options."""
+    """Triton's specialisation of a call: each argument's type and properties, and options."""
     _, specialization, options = kernel.device_caches[0][4](**arguments)
     return specialization, options
 

@@ -1,4 +1,4 @@
-"""What norms and softmax launch, without a GPU: as in test_launches.py."""
+"""The launches of norms and softmax, without a GPU: as in test_launches.py."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_the_gpus_suites_on_the_cpu(
 
 
 def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was measured is there, and what was not is said."""
+    """The file holds what was measured, and the output counts the rest."""
     path = tmp_path / "speed.json"
     chosen = ["--suite", "cpu-norms", "--shape", "16,8", "--shape", "8,8", "--json", str(path)]
     assert cli.main([*TINY, *chosen, "--stop-after", "1e-9"]) == 0
@@ -268,7 +268,7 @@ def test_former_kinds(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cases_in_the_order_asked_for() -> None:
-    """What matters most first: kinds as they are named, and all of a shape before the next."""
+    """Kinds in the order of --kind; with --shape-by-shape, all kinds of a shape before the next."""
     words = "speed --suite gpu-attention --kind window,causal,full --pass forward"
     shapes = ["--shape", "4,16,4096,128", "--shape", "4,32,4096,64"]
     found = {}

@@ -1,4 +1,4 @@
-"""What the compiler says of each config, as a table; `make compile` asks the compiler itself."""
+"""`bench configs`, without a compiler; `make compile` runs the real one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rowmax.kernels.backends.gpu_triton.configs import Config, Key, lookup
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
-    """What is asked of the compiler, which knows no head of 64."""
+    """The keys that are compiled, by a compiler that fails for heads of 64."""
     asked: list[Key] = []
 
     def compile_config(key: Key, config: Config) -> ahead_of_time.Compiled:
@@ -30,7 +30,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
 
 
 def test_a_line_for_each_key(compiles: list[Key], capsys: pytest.CaptureFixture[str]) -> None:
-    """One that does not compile is told, and is no end of it."""
+    """A key that does not compile has a line too, and the rest follows."""
     words = [
         "--arch",
         "gfx942",

@@ -40,8 +40,8 @@ from rowmax.bench.peers.candidates import (
     naive_attention,
     naive_norm,
     peers_of,
+    rowmax_function,
     run_pass,
-    subject,
     unfused,
 )
 from rowmax.bench.peers.packages import UnsupportedError
@@ -100,13 +100,13 @@ def gate_of(kind: str, suite: Suite = ATTENTION) -> Judge:
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
-@pytest.mark.parametrize("most_scores", [bench_inputs.MOST_SCORES, 0], ids=["whole", "by_head"])
+@pytest.mark.parametrize("most_scores", [bench_inputs.MAX_SCORES, 0], ids=["whole", "by_head"])
 def test_the_reference_passes(
     suite: Suite, kind: str, most_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout too: the gate knows which weights the seed drops."""
-    monkeypatch.setattr(bench_inputs, "MOST_SCORES", most_scores)
-    function = subject(suite, kind, "reference")
+    monkeypatch.setattr(bench_inputs, "MAX_SCORES", most_scores)
+    function = rowmax_function(suite, kind, "reference")
     gate = gate_of(kind, suite).gate
     for backward in (False, True):
         assert gate.fault(function, backward=backward, is_peer=False) is None
@@ -176,7 +176,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-@pytest.mark.parametrize("most_scores", [bench_inputs.MOST_SCORES, 0], ids=["whole", "by_head"])
+@pytest.mark.parametrize("most_scores", [bench_inputs.MAX_SCORES, 0], ids=["whole", "by_head"])
 @pytest.mark.parametrize("suite", [ATTENTION, HALF], ids=["float32", "bfloat16"])
 def test_a_broken_kernel_is_rejected(
     suite: Suite,
@@ -186,7 +186,7 @@ def test_a_broken_kernel_is_rejected(
 ) -> None:
     if suite is HALF and broken in (half_precision, wrong_gradient_only):
         return  # no more wrong than the type itself
-    monkeypatch.setattr(bench_inputs, "MOST_SCORES", most_scores)
+    monkeypatch.setattr(bench_inputs, "MAX_SCORES", most_scores)
     for is_peer in (False, True):
         fault = gate_of("padded", suite).fault(broken, is_peer=is_peer)
         assert fault is not None
@@ -239,7 +239,7 @@ def test_in_half_precision_rowmax_is_not_excused_by_scores_in_half() -> None:
     inputs = replace(inputs, q=(8 * inputs.q).detach().requires_grad_())  # scores up to 30
     gate = Gate(inputs, "full", naive_attention, backward=True)
     assert gate.fault(naive_attention, backward=True, is_peer=True) is None
-    right = subject(HALF, "full", "reference")
+    right = rowmax_function(HALF, "full", "reference")
     assert gate.fault(right, backward=True, is_peer=False) is None
     fault = gate.fault(naive_attention, backward=True, is_peer=False)
     assert fault is not None
@@ -305,7 +305,7 @@ def test_a_peer_that_cannot_do_a_case_is_no_failure() -> None:
 def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no fused backend does the case, that is what the line says, and no failure."""
     case = case_of("full", ATTENTION, FORWARD)
-    functions = {"rowmax": subject(ATTENTION, "full", "auto"), "naive": naive_attention}
+    functions = {"rowmax": rowmax_function(ATTENTION, "full", "auto"), "naive": naive_attention}
     (row,) = rows_of(functions, case)
     assert set(row.timings) == {"rowmax", "naive"}
 
@@ -316,7 +316,7 @@ def test_auto_is_no_time_of_the_unfused_path(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(dispatch.load(backend), "declines", declines)
     # which answers before a backend is asked whether it declines
     monkeypatch.setattr(dispatch, "fast_path_attention", lambda _name: None)
-    functions["rowmax"] = subject(ATTENTION, "full", "auto")
+    functions["rowmax"] = rowmax_function(ATTENTION, "full", "auto")
     (row,) = rows_of(functions, case)
     assert set(row.timings) == {"naive"}
     assert row.not_done["rowmax"].startswith("native: there is a full moon; numba: ")
@@ -328,7 +328,7 @@ def test_an_error_of_a_fused_backend_is_no_refusal(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("illegal instruction")
 
     monkeypatch.setattr("rowmax.bench.peers.candidates.kernels.attention", fails)
-    functions = {"rowmax": subject(ATTENTION, "full", "auto")}
+    functions = {"rowmax": rowmax_function(ATTENTION, "full", "auto")}
     (row,) = rows_of(functions, case_of("full", ATTENTION, FORWARD))
     assert row.faults == {"rowmax": "RuntimeError: illegal instruction"}
     assert row.failed

@@ -11,7 +11,7 @@ from rowmax.bench.measure import runner
 from rowmax.bench.measure.cases import FORWARD, SUITES, Case, cases_of
 from rowmax.bench.measure.isolated import LostError, results
 from rowmax.bench.measure.timing import Budget
-from rowmax.bench.peers.candidates import SUBJECT
+from rowmax.bench.peers.candidates import ROWMAX
 
 # Functions of Python's own, which every process can import.
 COMES_TO_ITS_END = "(n for n in range(5))"
@@ -48,7 +48,7 @@ def test_a_warning_that_means_nothing_is_hidden(said: str, hidden: bool) -> None
     ids=["dies", "raises", "never-ends"],
 )
 def test_what_does_not_end_well(text: str, reason: str, seconds: float) -> None:
-    """What came before is there, and work after it goes on."""
+    """Earlier results are there, and later work goes on."""
     assert list(results(eval, "[7]", seconds=60)) == [7]  # what others are forked from is there now
     coming = results(eval, text, seconds=seconds)
     assert next(coming) == 0
@@ -65,7 +65,7 @@ def test_rows_that_are_lost_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(runner.isolated_rows(*measured, seconds=60))
     assert [row.case for row in rows] == cases
     assert not any(row.failed for row in rows)
-    assert all(set(row.timings) == {SUBJECT, "torch"} for row in rows)
+    assert all(set(row.timings) == {ROWMAX, "torch"} for row in rows)
 
     def one_row(*_: object, seconds: float) -> Iterator[runner.Row]:
         yield rows[0]
@@ -77,5 +77,5 @@ def test_rows_that_are_lost_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not first.failed
     assert second.failed
     assert second.case == cases[1]
-    assert second.faults == {SUBJECT: "its process ended with status -9"}
+    assert second.faults == {ROWMAX: "its process ended with status -9"}
     assert second.as_json()["seconds"] == {}

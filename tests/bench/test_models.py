@@ -13,7 +13,7 @@ from rowmax.bench.measure import models
 from rowmax.bench.measure.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
 from rowmax.bench.measure.gate import Gate
 from rowmax.bench.measure.inputs import make_inputs
-from rowmax.bench.peers.candidates import naive, peers_of, subject
+from rowmax.bench.peers.candidates import naive, peers_of, rowmax_function
 
 MODEL = SUITES["model"]
 SDPA = F.scaled_dot_product_attention
@@ -28,7 +28,7 @@ def gate_of(kind: str) -> Gate:
 def test_every_path_passes_the_gate(kind: str) -> None:
     gate = gate_of(kind)
     functions = {name: make(kind) for name, make in peers_of(MODEL).items()}
-    functions["reference"] = subject(MODEL, kind, "reference")
+    functions["reference"] = rowmax_function(MODEL, kind, "reference")
     for name, function in functions.items():
         assert gate.fault(function, backward=True, is_peer=name != "reference") is None, name
 

@@ -197,7 +197,7 @@ def test_what_comes_back(tmp_path: Path) -> None:
 
 
 def test_tuning_writes_beside_the_other_results(tmp_path: Path) -> None:
-    """What is found lies there key by key, and in the table at the end, whatever became of it."""
+    """Results are stored there key by key, and in the table at the end, even after a failure."""
     before = TABLE.read_text()
     for fails in ("nothing-of-this", "tune"):
         result, calls = run(tmp_path, "tune", fails=fails)
@@ -212,7 +212,7 @@ def test_tuning_writes_beside_the_other_results(tmp_path: Path) -> None:
 def dry_run(
     folder: Path, *words: str, before: str | None = None, **settings: str
 ) -> tuple[str, Path]:
-    """What the parts say, all of which must end well, and where results are."""
+    """The output of the parts, all of which must succeed, and the folder of results."""
     paths = [str(Path(__file__).parent / "no_gpu"), *([] if before is None else [before])]
     out = folder / "out"
     environment = {

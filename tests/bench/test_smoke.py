@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench smoke`: a line a feature, whatever becomes of it (and test_on_gpu.py)."""
+"""`python -m rowmax.bench smoke`: a line a feature, passed, failed or crashed.."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of the lines: means by group, cells behind a peer, gains by masks, and the text."""
+"""The summary of lines: means by group, cells behind a peer, gains by masks, and the text."""
 
 from __future__ import annotations
 
@@ -124,14 +124,14 @@ def test_nothing_to_compare() -> None:
 
 
 def test_each_reason_is_told_once() -> None:
-    told: set[str] = set()
+    printed: set[str] = set()
     first, second = row("full", 1.0, 2.0), row("causal", 1.0, 2.0)
     for some in (first, second):
         some.not_done["openvino"] = "it can't"
     second.faults["compile"] = "CppCompileError: " + "long " * 200
     peers = ("sdpa", "compile", "openvino")
-    assert report.row_lines(first, peers, told)[1:] == ["  openvino not done: it can't"]
-    line, *reasons = report.row_lines(second, peers, told)
+    assert report.row_lines(first, peers, printed)[1:] == ["  openvino not done: it can't"]
+    line, *reasons = report.row_lines(second, peers, printed)
     assert line.split()[-6:] == ["2000", "fault", "-", "2.00", "-", "-"]
     assert len(reasons) == 4  # cut off
     assert reasons[0].startswith("  compile not timed: CppCompileError: long long")

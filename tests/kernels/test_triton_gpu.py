@@ -1,4 +1,4 @@
-"""What only a GPU shows of the Triton kernels: CUDA graphs, compiled code, sizes that fill it.
+"""Tests of the Triton kernels that need a GPU: CUDA graphs, compiled code, sizes that fill it.
 
 `compute-sanitizer` runs over the tests called `sanitized` too (bench/on_gpu.sh).
 """

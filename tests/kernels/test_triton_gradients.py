@@ -154,7 +154,7 @@ def test_opcheck_of_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bounds_too_small_touch_no_other_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU can't check: rows in reach are right, and so are sequences within bounds."""
+    """Nothing is checked on the device: rows in reach are right, as are sequences within bounds."""
     seen: list[AttentionProblem] = []
 
     def noting(problem: AttentionProblem, *options: Any) -> tuple[Tensor, Tensor]:

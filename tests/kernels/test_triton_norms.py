@@ -1,4 +1,4 @@
-"""What only the Triton norms have: blocks of long rows, chunks of rows, dropout by tiles."""
+"""Specific to the Triton norms: blocks of long rows, chunks of rows, dropout by tiles."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .configs import candidates, launch_config, may_have_empty_rows, precision
 
 _LOG2_E = math.log2(math.e)
 _NO_BOUND = 2**30
-# What divides the strides of a tensor's rows: the kernels are compiled for it.
+# Divisors of the strides of a tensor's rows: the kernels are compiled for them.
 _ALIGNMENTS = {size: tl.constexpr(size) for size in (1, 2, 4, 8, 16)}
 
 

@@ -1,4 +1,4 @@
-"""What the attention kernels share: ranges of keys and queries, scores, masks, dropout.
+"""Shared by the attention kernels: ranges of keys and queries, scores, masks, dropout.
 
 Tiles are written for any orientation: `i` and `j`, the positions of queries and keys, are tensors
 that broadcast against each other, (M, 1) and (1, N) or (1, M) and (N, 1); the head `h` is one for
@@ -30,9 +30,9 @@ LN_2 = tl.constexpr(math.log(2.0))
 NO_BOUND = tl.constexpr(2**30)  # a band bound that no position reaches
 # Keys that a dense mask or a bias is read for at once, where its rows allow: 16 bytes or more.
 PAIRS_AT_ONCE = tl.constexpr(16)
-# What may change from one step of a loop to the next, and so must not be compiled for: Triton knows
-# multiples of 16 and 1 of any other int. Of a tuple it looks at every element, so that band_lower
-# and band_upper stand apart from the mask.
+# Arguments that change from call to call and must not be compiled for: Triton specialises any other
+# int for multiples of 16 and for 1, every element of a tuple too, so that band_lower and band_upper
+# stand apart from the mask.
 DO_NOT_SPECIALIZE = [
     *("query_len", "key_len", "chunks", "batches", "band_lower", "band_upper"),
     *("seed", "threshold", "batch_start"),
@@ -185,7 +185,7 @@ def _apart(tile):
 
 @triton.jit
 def within(i, j, bounds, MASKED: tl.constexpr):
-    """Which pairs lie within (lower, upper, queries, keys) of `limits`.
+    """A mask of the pairs within (lower, upper, queries, keys) of `limits`.
 
     One test a pair: how far it lies behind the first of its row, without a sign, against how many
     the row has.
@@ -206,7 +206,7 @@ def within(i, j, bounds, MASKED: tl.constexpr):
 
 @triton.jit
 def chunks_within(i, j, bounds):
-    """Which chunks of PAIRS_AT_ONCE keys begin within the bounds of queries and keys."""
+    """A mask of the chunks of PAIRS_AT_ONCE keys that begin within the bounds."""
     inside = (i < bounds[2]) & (j // PAIRS_AT_ONCE * PAIRS_AT_ONCE < bounds[3])
     if i.shape[0] == 1:
         inside = tl.max_constancy(inside, (PAIRS_AT_ONCE, 1))
@@ -233,7 +233,7 @@ def load_pairs(pairs, i, j, b, h, bounds, allowed):
 
 @triton.jit
 def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
-    """Which queries and keys are pairs, and the bias of each pair (without one, anything).
+    """A mask of the pairs that may attend, and the bias of each pair (without one, anything).
 
     `terms` are (mask, bias, alibi, score_factor, cap_factor, bounds), the last (lower, upper,
     queries, keys) of `limits`. Without MASKED every pair is within the bounds.
@@ -294,7 +294,7 @@ def scores_of(product, pairs, i, j, b, h, terms, MASKED: tl.constexpr, SOFTCAP: 
 
 @triton.jit
 def attended_keys(allowed, product, terms, dtype: tl.constexpr):
-    """Which columns of `allowed` (M, N), of `pairs_of`, are true in some row: (N,).
+    """A mask (N,) of the columns of `allowed` (M, N), of `pairs_of`, that are true in some row.
 
     The product that `allowed` belongs to, of factors in `dtype`, changes nothing of it. It keeps
     the test in the layout of the scores, which matrix instructions decide: it would else be

@@ -152,7 +152,7 @@ def differentiate(
                 # order it, push them out of registers; tiles of two rows have room for both.
                 if ROWS != 2:
                     tl.debug_barrier()
-                # What follows from the columns alone would be kept in registers from row to row,
+                # Words that depend on the columns alone would stay in registers from row to row,
                 # and push others out of them: in a whole row it is made to follow from the row.
                 start = tl.where(row < rows, first, 0)
             factors = draw_factors((threshold, keep_scale, seed), row, start, COLUMNS, dtype)

@@ -19,12 +19,12 @@ import triton.language as tl
 from .philox import load_seed, philox4x32
 
 NORM_STREAM = tl.constexpr(0x6E6F726D)
-_SELDOM_SPECIAL = ["rows", "threshold", "seed"]
+DO_NOT_SPECIALIZE = ["rows", "threshold", "seed"]
 
 
 @triton.jit
 def draw_factors(dropout, row, first, COLUMNS: tl.constexpr, dtype: tl.constexpr):
-    """What dropout multiplies a tile by, `keep_scale` or 0: (ROWS, COLUMNS).
+    """The dropout factors of a tile, `keep_scale` or 0: (ROWS, COLUMNS).
 
     dropout: (threshold, keep_scale, seed). row (ROWS, 1) int64; `first`, the first column, is a
     multiple of 4, one for the tile or (ROWS, 1).
@@ -84,7 +84,7 @@ def _store_normal(
     tl.store(y + row * columns + column, result.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=_SELDOM_SPECIAL)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def normalise(
     x,
     x_row,
@@ -129,7 +129,7 @@ def normalise(
     _store_normal(value, shift, row_rstd, weight, bias, y, row, 0, rows, columns, COLUMNS)
 
 
-@triton.jit(do_not_specialize=_SELDOM_SPECIAL)
+@triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
 def normalise_blocks(
     x,
     x_row,

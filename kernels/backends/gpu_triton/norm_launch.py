@@ -90,7 +90,7 @@ def _plan_forward(
 def _without_values(
     x: Tensor, alone: bool, subtract_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_forward` returns where there are no columns or no rows."""
+    """The results of `_forward` for an input without columns or rows."""
     y = x.new_empty(x.shape)
     rstd = x.new_full(x.shape[:-1], float("nan"), dtype=statistics_dtype(x.dtype))
     return y, y if alone else x.new_empty(x.shape), rstd.clone() if subtract_mean else rstd, rstd

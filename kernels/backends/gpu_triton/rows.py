@@ -16,7 +16,7 @@ from ...ops.layout import statistics_dtype
 _TILE_BYTES = 8 << 10
 _BLOCK_BYTES = 16 << 10
 _WARP_BYTES = 2 << 10
-_MOST_WARPS = 16
+_MAX_WARPS = 16
 # The longest row kept in registers. The backward pass keeps two inputs and two sums of that size;
 # in float64 its arithmetic takes more of them than there are.
 _FORWARD_ROW_BYTES = 64 << 10
@@ -27,7 +27,7 @@ _AHEAD_BYTES = 96 << 10
 # multiprocessors, and up to four times as many where there are rows enough.
 _CHUNKS = 264
 _CHUNK_ROWS = 64
-_LEAST_CHUNK_ROWS = 16
+_MIN_CHUNK_ROWS = 16
 
 
 class Tile(NamedTuple):
@@ -53,22 +53,22 @@ def _tile(columns: int, dtype: torch.dtype, row_bytes: int) -> Tile:
     if width * itemsize > row_bytes:
         width = _BLOCK_BYTES // itemsize
     height = max(1, _TILE_BYTES // (width * itemsize))
-    return Tile(height, width, min(_MOST_WARPS, height * width * itemsize // _WARP_BYTES))
+    return Tile(height, width, min(_MAX_WARPS, height * width * itemsize // _WARP_BYTES))
 
 
 def chunk_rows(rows: int, tile: Tile) -> int:
-    """How many rows a program sums into one partial gradient: whole tiles.
+    """The rows that a program sums into one partial gradient: whole tiles.
 
     A chunk costs two rows of sums to write and to read again, so it should have many; but there
     should be chunks for all multiprocessors.
     """
     chunks = _CHUNKS * max(1, min(4, rows // (_CHUNKS * _CHUNK_ROWS)))
-    wanted = max(_LEAST_CHUNK_ROWS, -(-rows // chunks))
+    wanted = max(_MIN_CHUNK_ROWS, -(-rows // chunks))
     return -(-wanted // tile.rows) * tile.rows
 
 
 def stages(tile: Tile, dtype: torch.dtype, inputs: int) -> int:
-    """How many tiles of all inputs are on their way or in use at a time.
+    """Pipeline stages: the tiles of all inputs that are loading or in use at a time.
 
     In float64 arithmetic, not memory, is the limit.
     """

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
-MOST = 16  # of a number of a shape
+MAX_SIZE = 16  # of a number of a shape
 
 
 def is_gpu(value: Any) -> bool:
@@ -99,7 +99,7 @@ def shrink() -> None:
     shape_of = cli._shape
 
     def shrunk(text: str) -> cases.Shape:
-        return tuple(min(size, MOST) for size in shape_of(text))
+        return tuple(min(size, MAX_SIZE) for size in shape_of(text))
 
     cli._shape = shrunk
     for name in ("gpu-attention", "gpu-norms"):
@@ -108,18 +108,18 @@ def shrink() -> None:
         kinds = suite.kinds if suite.attention else ("add_layer_norm",)
         cases.SUITES[name] = replace(suite, kinds=kinds, shapes=small, quick_shapes=small)
     gpu.measure_limits.__defaults__ = ("cuda", 32, 2**12, 1)
-    timing.EventTimer.MOST_FLUSHES = 1
+    timing.EventTimer.MAX_FLUSHES = 1
     for name, feature in list(smoke.FEATURES.items()):
         if name not in ("packed", "masked softmax"):
             del smoke.FEATURES[name]
         elif feature.sizes is not None:
-            sizes = type(feature.sizes)(*(min(size, MOST) for size in feature.sizes))
+            sizes = type(feature.sizes)(*(min(size, MAX_SIZE) for size in feature.sizes))
             smoke.FEATURES[name] = feature._replace(sizes=sizes)
-    trials.SIZES.update(dict.fromkeys(trials.SIZES, (1, MOST)))
+    trials.SIZES.update(dict.fromkeys(trials.SIZES, (1, MAX_SIZE)))
     trials.Trials.__init__.__defaults__ = (torch.bfloat16, trials.SIZES, 128, print)
     vars(tune)["gpu_triton"] = SimpleNamespace(interpreting=lambda: False)
-    few = {name: configs[-2:] for name, configs in tune._CONFIGS.items()}
-    tune._CONFIGS.update(few)
+    last = {name: configs[-2:] for name, configs in tune._CONFIGS.items()}
+    tune._CONFIGS.update(last)
 
 
 if any("rowmax.bench" in word or "forkserver" in word for word in sys.orig_argv):

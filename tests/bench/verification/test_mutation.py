@@ -12,7 +12,7 @@ from rowmax.bench.verification.row_mutants import FAULTS as ROW_FAULTS
 from rowmax.kernels.testing import tolerance
 from rowmax.kernels.testing.suite import OPS
 
-# What the check was made for, by the names it gives them.
+# The faults that the check was made for, by their names.
 ASKED_FOR = (
     *("mask-off-by-one", "no-rescale", "scale-after-mask", "dropout-unscaled", "dk-dv-swapped"),
     *("statistics-in-half", "last-tile-skipped"),

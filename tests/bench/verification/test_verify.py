@@ -149,7 +149,7 @@ def test_every_kind_has_cases_and_every_shape_a_reason() -> None:
 
 def test_the_oracle_is_right_and_a_wrong_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(check.passed for check in high_precision.check(("rms_norm", "layer_norm")))
-    kinds = {"plain": high_precision.ATTENTION["plain"]}
+    kinds = {"none": high_precision.ATTENTION["none"]}
     monkeypatch.setattr(high_precision, "ATTENTION", kinds)
     (right,) = high_precision.check(("attention",))
     assert right.passed
@@ -201,11 +201,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     document = json.loads(written.read_text("utf-8"))
     assert document["schema"] == SCHEMA
     assert document["passed"]
-    (subject,) = document["subjects"]
-    assert subject["name"] == "reference"
-    result = subject["cases"][0]["results"][0]
+    (implementation,) = document["implementations"]
+    assert implementation["name"] == "reference"
+    result = implementation["cases"][0]["results"][0]
     assert set(result) >= {"largest_error", "relative_rms_error", "largest_ulps", "ratio"}
-    elements = sum(sum(one["counts"]) for one in subject["ulp_histograms"])
+    elements = sum(sum(one["counts"]) for one in implementation["ulp_histograms"])
     assert elements > 1000
     assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
 
