@@ -167,7 +167,7 @@ def test_what_is_copied_first_keeps_no_plan(launched: Any) -> None:
 
 
 def test_plans_do_not_pile_up(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MOST_PLANS", 3)
+    monkeypatch.setattr(plans, "_MAX_PLANS", 3)
     for length in range(1, 9):
         attention_launch.attention(problem_of(lengths=(length, length)))
         assert len(plans.cache) <= 3

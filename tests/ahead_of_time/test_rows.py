@@ -43,13 +43,21 @@ def masked_softmax(x: Tensor, weight: Tensor) -> None:
 
 
 OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], None], set[str]]] = {
-    "add_layer_norm": (add_layer_norm, {"normalise", "differentiate", "sum_chunks"}),
-    "rms_norm": (rms_norm, {"normalise", "differentiate", "sum_chunks"}),
-    "masked_softmax": (masked_softmax, {"weigh", "differentiate_weights"}),
+    "add_layer_norm": (
+        add_layer_norm,
+        {"norm_forward", "norm_backward", "norm_backward_sum_partials"},
+    ),
+    "rms_norm": (rms_norm, {"norm_forward", "norm_backward", "norm_backward_sum_partials"}),
+    "masked_softmax": (masked_softmax, {"softmax_forward", "softmax_backward"}),
 }
 # The case that spills: the compiler is a register short.
 FEW_BYTES = {("rms_norm", 64, torch.float64, "sm_100"): 4}
-LONG = {"normalise_blocks", "average_rows", "differentiate", "sum_chunks"}
+LONG = {
+    "norm_forward_blocked",
+    "norm_backward_row_means",
+    "norm_backward",
+    "norm_backward_sum_partials",
+}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])

@@ -47,7 +47,7 @@ def _load_weight(weight, column, columns, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def average_rows(
+def norm_backward_row_means(
     x,
     x_row,
     grad_y,
@@ -78,7 +78,7 @@ def average_rows(
 
 
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "threshold", "seed"])
-def differentiate(
+def norm_backward(
     x,
     x_row,
     grad_y,
@@ -107,7 +107,7 @@ def differentiate(
 
     x, grad_y, grad_total, d_total, d_x (rows, columns); weight (columns,); mean, rstd (rows,). x,
     grad_y and grad_total have a row stride of their own, in elements; all else is contiguous.
-    means (rows, 2) as `average_rows` leaves them; without it a block must be a whole row. Partials
+    means (rows, 2) of `norm_backward_row_means`; without it a block must be a whole row. Partials
     (chunks, columns): every chunk's d_weight and d_bias. Absent ones are None; RMS norm has no
     `mean`. Program p has block p % blocks of chunk p // blocks, a multiple of ROWS rows.
     """
@@ -173,7 +173,7 @@ def _add_chunks(partials, total, chunk, column, chunks, columns):
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def sum_chunks(
+def norm_backward_sum_partials(
     weight_partials,
     bias_partials,
     d_weight,

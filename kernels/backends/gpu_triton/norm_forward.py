@@ -85,7 +85,7 @@ def _store_normal(
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def normalise(
+def norm_forward(
     x,
     x_row,
     residual,
@@ -130,7 +130,7 @@ def normalise(
 
 
 @triton.jit(do_not_specialize=DO_NOT_SPECIALIZE)
-def normalise_blocks(
+def norm_forward_blocked(
     x,
     x_row,
     residual,
@@ -149,7 +149,7 @@ def normalise_blocks(
     seed,
     COLUMNS: tl.constexpr,
 ):
-    """Longer rows, one a program, read twice in blocks of COLUMNS; arguments as in `normalise`.
+    """Longer rows, one a program, read twice in blocks of COLUMNS; arguments as in `norm_forward`.
 
     `mean` in the formulas is that of the first block here, and `shift` all that the row's mean
     differs by. Where that is much, so is the variance: it is at least shift^2 / (blocks - 1).

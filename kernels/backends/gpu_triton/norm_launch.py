@@ -8,8 +8,8 @@ from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..fused_norms import FusedNorms
 from . import plans
 from .arguments import contiguous, dropout, seed_on_device
-from .norm_backward import average_rows, differentiate, sum_chunks
-from .norm_forward import normalise, normalise_blocks
+from .norm_backward import norm_backward, norm_backward_row_means, norm_backward_sum_partials
+from .norm_forward import norm_forward, norm_forward_blocked
 from .rows import backward_tile, chunk_rows, forward_tile, stages
 
 # The tile in which partial sums are added: many loads in flight, and blocks of columns enough.
@@ -81,9 +81,9 @@ def _plan_forward(
     config = {"COLUMNS": tile.columns, "num_warps": tile.warps}
     if columns <= tile.columns:
         programs = -(-rows // tile.rows)
-        launch(normalise, [(programs, {"ROWS": tile.rows, **config})], arguments)
+        launch(norm_forward, [(programs, {"ROWS": tile.rows, **config})], arguments)
     else:
-        launch(normalise_blocks, [(rows, config)], arguments)
+        launch(norm_forward_blocked, [(rows, config)], arguments)
     return y, total, mean, rstd
 
 
@@ -173,11 +173,11 @@ def _plan_backward(
     }
     config = {"COLUMNS": tile.columns, "num_warps": tile.warps}
     if blocks > 1:
-        launch(average_rows, [(rows, config)], shared)
+        launch(norm_backward_row_means, [(rows, config)], shared)
     threshold, keep_scale, seed = dropout(dropout_p, seed)
     inputs = 2 if grad_total is None else 3
     launch(
-        differentiate,
+        norm_backward,
         [(chunks * blocks, {**config, "ROWS": tile.rows, "STAGES": stages(tile, x.dtype, inputs)})],
         {
             **shared,
@@ -196,7 +196,7 @@ def _plan_backward(
     if weight is not None or bias is not None:
         sizes = {"CHUNKS": _SUMMED_CHUNKS, "COLUMNS": _SUMMED_COLUMNS, "num_warps": 8}
         launch(
-            sum_chunks,
+            norm_backward_sum_partials,
             [(-(-columns // _SUMMED_COLUMNS), sizes)],
             {
                 "weight_partials": weight_partials,

@@ -46,7 +46,7 @@ def _key_range(ranges, batch, query, keys, present):
 def _load_scores(
     scores,
     pattern,
-    place,
+    position,
     sign,
     start,
     queries,
@@ -57,10 +57,10 @@ def _load_scores(
     """sign * scores of a tile, -inf where the mask forbids; (ROWS, KEYS).
 
     scores: where each row begins. pattern: (query_documents, key_documents, dense, dense_strides).
-    place: (batch, head, query, first, end), each (ROWS, 1); no row has end > keys.
+    position: (batch, head, query, first, end), each (ROWS, 1); no row has end > keys.
     """
     query_documents, key_documents, dense, dense_strides = pattern
-    batch, head, query, first, end = place
+    batch, head, query, first, end = position
     key = start + tl.arange(0, KEYS)[None, :]
     allowed = (key >= first) & (key < end)
     # Whole vectors are read where a part is allowed, so that they can be read as vectors.
@@ -97,7 +97,7 @@ def _store_tile(target, values, row, start, rows, keys, KEYS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "rows", "band_lower", "band_upper"])
-def weigh(
+def softmax_forward(
     scores,
     scores_strides,
     weights,
@@ -132,12 +132,12 @@ def weigh(
     query, head, batch = row % queries, row // queries % heads, row // queries // heads
     ranges = (band_lower, band_upper, band, key_lengths, query_lengths)
     first, end = _key_range(ranges, batch, query, keys, present)
-    place = (batch, head, query, first, tl.where(present, end, 0))
+    position = (batch, head, query, first, tl.where(present, end, 0))
     pattern = (query_documents, key_documents, dense, dense_strides)
     scores += batch * scores_strides[0] + head * scores_strides[1] + query * scores_strides[2]
     scale = tl.full((1, 1), factor, dtype)
     if WHOLE:
-        score = _load_scores(scores, pattern, place, sign, 0, queries, keys, KEYS, dtype)
+        score = _load_scores(scores, pattern, position, sign, 0, queries, keys, KEYS, dtype)
         weight = tl.exp2((score - _finite(tl.max(score, axis=1, keep_dims=True))) * scale)
         weight *= _inverse(tl.sum(weight, axis=1, keep_dims=True))
         _store_tile(weights, weight, row, 0, rows, keys, KEYS)
@@ -145,7 +145,7 @@ def weigh(
         largest = tl.full((ROWS, 1), -float("inf"), dtype)
         total = tl.zeros((ROWS, 1), dtype)
         for start in range(0, keys, KEYS):
-            score = _load_scores(scores, pattern, place, sign, start, queries, keys, KEYS, dtype)
+            score = _load_scores(scores, pattern, position, sign, start, queries, keys, KEYS, dtype)
             grown = tl.maximum(largest, tl.max(score, axis=1, keep_dims=True))
             weight = tl.exp2((score - _finite(grown)) * scale)
             total *= tl.exp2((largest - _finite(grown)) * scale)
@@ -153,7 +153,7 @@ def weigh(
             largest = grown
         largest, inverse = _finite(largest), _inverse(total)
         for start in range(0, keys, KEYS):
-            score = _load_scores(scores, pattern, place, sign, start, queries, keys, KEYS, dtype)
+            score = _load_scores(scores, pattern, position, sign, start, queries, keys, KEYS, dtype)
             weight = tl.exp2((score - largest) * scale) * inverse
             _store_tile(weights, weight, row, start, rows, keys, KEYS)
 
@@ -173,7 +173,7 @@ def _load_pair(pair, row, start, rows, keys, KEYS: tl.constexpr, dtype: tl.const
 
 
 @triton.jit(do_not_specialize=["rows"])
-def differentiate_weights(
+def softmax_backward(
     weights,
     weights_row,
     grad,

@@ -11,7 +11,7 @@ from ...ops.problem import SoftmaxProblem
 from . import plans
 from .arguments import contiguous
 from .rows import Tile, forward_tile
-from .softmax import differentiate_weights, weigh
+from .softmax import softmax_backward, softmax_forward
 
 _LOG2_E = 1.4426950408889634
 
@@ -58,7 +58,7 @@ def _plan_forward(
     )
     rows, tile = count_rows(scores), forward_tile(keys, scores.dtype)
     launch(
-        weigh,
+        softmax_forward,
         _configs(rows, keys, tile),
         {
             "scores": scores,
@@ -100,7 +100,7 @@ def _plan_backward(
     d_scores = weights.new_empty(weights.shape)
     rows, keys = count_rows(weights), weights.shape[-1]
     launch(
-        differentiate_weights,
+        softmax_backward,
         _configs(rows, keys, forward_tile(keys, weights.dtype)),
         {
             "weights": weights,
