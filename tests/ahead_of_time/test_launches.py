@@ -72,7 +72,7 @@ def problem_of(
 
 IDS = torch.arange(96).expand(2, -1).contiguous() // 10
 PROBLEMS: dict[str, Callable[[], AttentionProblem]] = {
-    "plain": problem_of,
+    "full": problem_of,
     "layout": lambda: problem_of(Causal(), layout="blhd"),
     "padded": lambda: problem_of(Causal() & KeyLengths(torch.tensor([96, 50]))),
     "dropout": lambda: problem_of(dropout_p=0.1, seed=3),
@@ -130,12 +130,12 @@ def test_a_plan_launches_what_the_first_call_did(name: str, launched: Any) -> No
 def test_a_plan_of_shared_tensors_serves_separate_ones(launched: Any) -> None:
     """Tensors that were one object at the first call have places of their own."""
     shared, mask = heads(1, 2, 96), KeyLengths(torch.tensor([50]))
-    plain = (None, None, 0.0, None, None)  # scale, softcap, dropout_p, seed, sinks
+    defaults = (None, None, 0.0, None, None)  # scale, softcap, dropout_p, seed, sinks
     attention_launch.attention(
-        attention_problem(shared, shared, shared, mask, None, *plain, draw_seed=True)
+        attention_problem(shared, shared, shared, mask, None, *defaults, draw_seed=True)
     )
     q, k, v = (heads(1, 2, 96) for _ in range(3))
-    attention_launch.attention(attention_problem(q, k, v, mask, None, *plain, draw_seed=True))
+    attention_launch.attention(attention_problem(q, k, v, mask, None, *defaults, draw_seed=True))
     assert len(plans.cache) == 1
     _, _, arguments = launched[-1]
     assert [part[0] for part in arguments[:3]] == [x.data_ptr() for x in (q, k, v)]

@@ -151,13 +151,13 @@ def test_steps_follow_from_minutes(monkeypatch):
     text = model_runs.Corpus(
         "x", pairs, pairs, pairs, 300, PRESETS["demo"].model, TrainingConfig(warmup=10)
     )
-    said: list[str] = []
-    model_runs._corpus(text, ["transformer", "gru"], 3, None, 1200.0, "auto", said.append)
+    messages: list[str] = []
+    model_runs._corpus(text, ["transformer", "gru"], 3, None, 1200.0, "auto", messages.append)
     assert len(set(seen)) == 1
     assert 205 <= seen[0] <= 212
-    assert "15 minutes" in said[0]
+    assert "15 minutes" in messages[0]
     with pytest.raises(UsageError, match=r"--minutes: too few for x: time for 1\d steps"):
-        model_runs._corpus(text, ["transformer", "gru"], 1, None, 40.0, "auto", said.append)
+        model_runs._corpus(text, ["transformer", "gru"], 1, None, 40.0, "auto", messages.append)
 
 
 def test_the_best_rate(monkeypatch):

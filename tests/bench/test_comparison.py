@@ -1,4 +1,4 @@
-"""`bench compare` and the history: what is told, and the exit status that holds the line."""
+"""`bench compare` and the history: the output, and the exit status that holds the line."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFix
     slow["settings"] = {**slow["settings"], "memory": "kept"}
     files = [save("a.json", document()), save("b.json", slow)]
     assert cli.main(["compare", *files]) == 1
-    told = capsys.readouterr().out
-    assert "other machines (cpu)" in told
-    assert "B was noisy: it was busy" in told
-    assert "A has fresh memory for results, B kept" in told
+    output = capsys.readouterr().out
+    assert "other machines (cpu)" in output
+    assert "B was noisy: it was busy" in output
+    assert "A has fresh memory for results, B kept" in output
     assert cli.main(["compare", *files, "--by", "ratio"]) == 0
 
 
@@ -128,9 +128,9 @@ def test_cases_of_one_run_alone_are_named(
 def test_runs_with_nothing_in_common(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
     files = [save("all.json", document()), save("none.json", {**document(), "rows": []})]
     assert cli.main(["compare", *files]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[-5] == "no case in common"
-    assert all(line.startswith("only in A, not in B: cpu-") for line in told[-4:])
+    output = capsys.readouterr().out.splitlines()
+    assert output[-5] == "no case in common"
+    assert all(line.startswith("only in A, not in B: cpu-") for line in output[-4:])
 
 
 @pytest.mark.parametrize(

@@ -26,15 +26,15 @@ def test_results_come_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "said,hidden",
+    "message,hidden",
     [
         ("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to", True),
         ("Attempting something else", False),
     ],
 )
-def test_a_warning_that_means_nothing_is_hidden(said: str, hidden: bool) -> None:
+def test_a_warning_that_means_nothing_is_hidden(message: str, hidden: bool) -> None:
     """torch's, of a thread that has no CUDA context yet."""
-    text = f"[{FOREMOST}[0] == 'ignore' and {FOREMOST}[1].match({said!r}) is not None]"
+    text = f"[{FOREMOST}[0] == 'ignore' and {FOREMOST}[1].match({message!r}) is not None]"
     assert list(results(eval, text, seconds=60)) == [hidden]
 
 

@@ -240,41 +240,41 @@ def dry_run(
 
 def test_features_in_a_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    said, _ = dry_run(tmp_path, "smoke")
-    assert "no GPU at all, capability 9.0" in said
-    assert "measured here: bfloat16 matrix product" in said
-    assert len(re.findall(r"^ +[\d.]+ (attention|masked_softmax).* ok$", said, re.M)) > 4
-    assert "4 of 4 are right" in said
+    output, _ = dry_run(tmp_path, "smoke")
+    assert "no GPU at all, capability 9.0" in output
+    assert "measured here: bfloat16 matrix product" in output
+    assert len(re.findall(r"^ +[\d.]+ (attention|masked_softmax).* ok$", output, re.M)) > 4
+    assert "4 of 4 are right" in output
 
 
 def test_tuning_in_a_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     before = TABLE.read_text()
-    said, out = dry_run(tmp_path, "configs", TUNE_ARGS="--kernel forward --dim 64")
+    output, out = dry_run(tmp_path, "configs", TUNE_ARGS="--kernel forward --dim 64")
     assert TABLE.read_text() == before
-    assert "1 of 1 configs written" in said
+    assert "1 of 1 configs written" in output
     table = json.loads((out / "configs.json").read_text())["configs"]
-    assert f"sm_90/forward/16/64/base: {table['sm_90/forward/16/64/base']}" in said
+    assert f"sm_90/forward/16/64/base: {table['sm_90/forward/16/64/base']}" in output
 
 
 def test_tables_in_a_dry_run(tmp_path: Path) -> None:
     """Beside a NumPy that is too new for its Numba, which the GPU does not want."""
     pytest.importorskip("triton")
     (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
-    said, out = dry_run(tmp_path, "decode", "norms", "host", before=str(tmp_path))
+    output, out = dry_run(tmp_path, "decode", "norms", "host", before=str(tmp_path))
     for part, rows in (("decode", 3), ("norms", 2)):
         results = json.loads((out / f"{part}.json").read_text())["rows"]
         assert len(results) == rows
         assert all(row["seconds"]["rowmax"]["median"] > 0 for row in results)
-    assert "sdpa-cudnn not timed: RuntimeError" in said  # a peer that can't is a line
+    assert "sdpa-cudnn not timed: RuntimeError" in output  # a peer that can't is a line
     assert set(json.loads((out / "host.json").read_text())) == {"machine", "seconds"}
-    assert "attention, forward and backward, replay" in said
+    assert "attention, forward and backward, replay" in output
 
 
 def test_tests_in_a_dry_run(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     pytest.importorskip("xdist")
-    said, _ = dry_run(tmp_path, "parity", SAMPLE="2")
-    assert "2 passed" in said
-    said, _ = dry_run(tmp_path, "gpu", TEST_ARGS="--collect-only")
-    assert "test_reduced_overhead" in said
+    output, _ = dry_run(tmp_path, "parity", SAMPLE="2")
+    assert "2 passed" in output
+    output, _ = dry_run(tmp_path, "gpu", TEST_ARGS="--collect-only")
+    assert "test_reduced_overhead" in output

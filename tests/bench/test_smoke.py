@@ -63,7 +63,7 @@ def test_no_time_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong,said",
+    "wrong,message",
     [
         (["--feature", "bia"], "--feature: expected names of everything, "),
         (["--dtype", "float64"], "--dtype: expected names of bfloat16, float32"),
@@ -72,9 +72,9 @@ def test_no_time_is_left() -> None:
     ],
 )
 def test_what_can_not_be_meant(
-    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["smoke", *wrong])
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

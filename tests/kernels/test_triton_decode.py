@@ -232,7 +232,7 @@ def test_results_do_not_depend_on_the_batch() -> None:
 
 QUERIES, KEYS = [1, 0, 2, 1], [70, 5, 131, 0]
 PACKED: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "full": {},
     "causal": {"mask": Causal("lower_right")},
     "window_alibi": {
         "mask": Window(30, 2, "lower_right"),

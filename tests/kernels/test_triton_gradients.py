@@ -60,7 +60,7 @@ MASKS: dict[str, Mask] = {
     ),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "full": {},
     **{name: {"mask": mask} for name, mask in MASKS.items()},
     "softcap": {"softcap": 0.8},
     "alibi": {"bias": ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), 2)},
@@ -91,7 +91,7 @@ def test_features(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", BIASES)
-@pytest.mark.parametrize("features", ["plain", "score_mod"])
+@pytest.mark.parametrize("features", ["base", "score_mod"])
 def test_biases_and_sinks(shape: str, features: str) -> None:
     options: dict[str, Any] = {"return_lse": True, "backend": "triton"}
     if features == "score_mod":
@@ -106,7 +106,7 @@ def test_biases_and_sinks(shape: str, features: str) -> None:
 
 STARTS = torch.tensor([0, 4, 4, 5]), torch.tensor([0, 3, 5, 7])
 PACKED: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "full": {},
     "causal": OPTIONS["causal"],
     "dropout": OPTIONS["dropout"],
 }
