@@ -209,6 +209,7 @@ if __name__ == "__main__":
             **{package: ["py.typed"] for package in PACKAGE_DIR},
             "rowmax.kernels": ["py.typed", MISSING],
             "rowmax.kernels.backends.gpu_triton": ["configs.json"],
+            "rowmax.bench.render": ["page.html"],
             "rowmax.transformer": ["py.typed", "attention_page.html"],
         },
         **extension_arguments(),

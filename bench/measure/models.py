@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ... import kernels
 from ...kernels import Causal, KeyLengths
+from ...kernels.testing.tolerance import CHANCES, perturbed
 from ...transformer import interface
 from ...transformer import model as reference_model
 from ...transformer.config import ModelConfig
@@ -28,8 +29,6 @@ from .cases import MODEL_HEAD_SIZE, Case
 VOCABULARY = 1000
 LAYERS = 2  # and as many again of the Transformer's decoder
 SEED = 20170612
-MOVES = 3
-MOVED_BY = 16.0  # roundings
 
 Outputs = tuple[Tensor, ...]
 
@@ -67,18 +66,10 @@ class ModelInputs:
         return self.x.detach()
 
     def moved(self) -> Iterator[ModelInputs]:
-        """The same with all weights moved by a few roundings, several times.
-
-        Where the input of a ReLU is within a rounding of 0, both sides are right, and gradients
-        jump: a path may be on the other side than float64, by chance. What is wrong stays wrong.
-        """
+        """The same with all weights `perturbed`, several times."""
         generator = torch.Generator().manual_seed(SEED)
-        for _ in range(MOVES):
-            weights = []
-            for weight in self.weights:
-                chance = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
-                moved = weight.detach() * (1.0 + MOVED_BY * torch.finfo(weight.dtype).eps * chance)
-                weights.append(moved.to(weight.dtype).requires_grad_())
+        for _ in range(CHANCES):
+            weights = (perturbed(weight, generator).requires_grad_() for weight in self.weights)
             yield replace(self, weights=tuple(weights))
 
 

@@ -13,10 +13,9 @@ import copy
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,14 +111,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def run(options: argparse.Namespace) -> int:
     names = names_of("--model", options.model, MODELS)
-    if options.model is None and _minilm_folder() is None:
-        names = [name for name in names if name != "minilm"]
-        print(f"without minilm: {_MINILM_NEEDS}")
     seconds = seconds_of("--seconds", options.seconds) or 8.0
     budget = Budget(seconds, 3 if options.quick else 5, 200)
     set_threads(options.threads)
     if options.json is not None:
         check_writable("--json", options.json)
+    if options.model is None and _minilm_folder() is None:
+        names = [name for name in names if name != "minilm"]
+        print(f"without minilm: {_MINILM_NEEDS}")
     machine = describe()
     print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
@@ -141,13 +140,10 @@ def run(options: argparse.Namespace) -> int:
                 rows.append(row)
                 print(_line(row), flush=True)
                 if options.json is not None:
-                    text = {"machine": machine, "load": load_average(), "rows": _as_json(rows)}
+                    lines = [asdict(row) for row in rows]
+                    text = {"machine": machine, "load": load_average(), "rows": lines}
                     options.json.write_text(json.dumps(text, indent=1), encoding="utf-8")
     return 1 if failed else 0
-
-
-def _as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
 
 
 def _variants(model: nn.Module) -> dict[str, nn.Module]:

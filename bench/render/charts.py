@@ -1,7 +1,7 @@
 """Charts as inline SVG: a few hundred marks at most, no script, colours by the page's style.
 
 Each is 420 units wide, so that its text can be read on a phone, and holds a <title> for every mark.
-Colours are the classes s0 to s7 (series), `grid`, `mark` and `label` of `document.py`.
+Colours are the classes s0 to s7 (series), `grid`, `mark` and `label` of `page.html`.
 """
 
 from __future__ import annotations

@@ -7,50 +7,44 @@ from itertools import groupby
 from typing import Any
 
 from ..peers.candidates import ROWMAX
-from . import document
 from .charts import Bar, Point, bars, curves
+from .document import Section, page
 
 _STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
 MAX_BARS = 16  # of a chart
 
 
 def html(results: Mapping[str, Any]) -> str:
-    return document.page("rowmax speed", _body(results))
+    return page("rowmax speed", _sections(results))
 
 
-def _body(results: Mapping[str, Any]) -> Iterator[str]:
+def _sections(results: Mapping[str, Any]) -> Iterator[Section]:
     machine, rows = results["machine"], results["rows"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     gpu = f"; {machine['gpu']['name']}" if "gpu" in machine else ""
-    yield document.paragraph(
-        f"{machine['cpu']}, {machine['instruction_set']}, {machine['torch_threads']} threads{gpu}; "
-        f"Python {machine['python']}, {packages}; {results['settings']['started']}",
-        "soft",
-    )
-    complaints = results["noise"]["complaints"]
-    for complaint in complaints:
-        yield document.paragraph(f"✗ noisy: {complaint}", "bad")
-    yield document.paragraph(
-        "The ratio is the fastest peer's time over rowmax's, medians of calls timed in turns in "
-        "one run: right of the dashed line rowmax is faster. The lines across the bars are 95% "
+    hardware = f"{machine['cpu']}, {machine['instruction_set']}, {machine['torch_threads']} threads"
+    software = f"Python {machine['python']}, {packages}; {results['settings']['started']}"
+    yield Section(text=f"{hardware}{gpu}; {software}", style="soft")
+    for complaint in results["noise"]["complaints"]:
+        yield Section(text=f"✗ noisy: {complaint}", style="bad")
+    yield Section(
+        text="The ratio is the fastest peer's time over rowmax's, medians of calls timed in turns "
+        "in one run: right of the dashed line rowmax is faster. The lines across the bars are 95% "
         "intervals; where those of both times overlap, neither is faster: level."
     )
-    yield document.heading("Ratio to the fastest peer")
-    yield document.charts(_ratio_charts(rows))
-    curves_found = list(_length_charts(rows))
-    if curves_found:
-        yield document.heading("Time against length")
-        yield document.charts(curves_found)
+    yield Section("Ratio to the fastest peer", figures=list(_ratio_charts(rows)))
+    length_charts = list(_length_charts(rows))
+    if length_charts:
+        yield Section("Time against length", figures=length_charts)
     roofs = list(_rooflines(results))
     if roofs:
-        yield document.heading("Roofline")
-        yield document.paragraph(
+        yield Section(
+            "Roofline",
             "Operations a second against operations for each byte that must be moved. The line is "
             "the limit measured in the same run: the rate of a large copy, then of arithmetic. "
-            "What fits the caches may lie above its slope."
+            "What fits the caches may lie above its slope.",
+            figures=roofs,
         )
-        yield document.charts(roofs)
-    yield document.heading("All lines")
     yield _table(rows)
 
 
@@ -137,7 +131,7 @@ def _rooflines(results: Mapping[str, Any]) -> Iterator[str]:
             yield curves(f"{ROWMAX}, {suite}", series, axes, roof, joined=False)
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[dict[str, Any]]) -> Section:
     names = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
     head = ["case", *(f"{name}, ms" for name in names), "ratio", "95%", "GFLOP/s", "GB/s"]
     head += ["of limit", "peak MiB", "first call, s"]
@@ -158,7 +152,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 "-" if timing is None else f"{timing['first_call']:.2g}",
             ]
         )
-    return document.table(head, cells)
+    return Section("All lines", head=head, rows=cells)
 
 
 def _milliseconds(timing: Mapping[str, Any] | None) -> str:

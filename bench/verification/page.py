@@ -6,54 +6,53 @@ from collections.abc import Iterator
 
 from ...kernels.testing.cases import dtype_text
 from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS
-from ..render import document
 from ..render.charts import columns, strips
+from ..render.document import Section, page
 from .outcome import Findings, Report
 
 MAX_FAILURES = 100
 
 
 def html(report: Report) -> str:
-    return document.page("rowmax verify", _body(report))
+    return page("rowmax verify", _sections(report))
 
 
-def _body(report: Report) -> Iterator[str]:
+def _sections(report: Report) -> Iterator[Section]:
     machine = report.machine
-    yield document.paragraph(
-        f"{machine['cpu']}, {machine['torch_threads']} threads, torch "
+    yield Section(
+        text=f"{machine['cpu']}, {machine['torch_threads']} threads, torch "
         f"{machine['packages']['torch']}, rowmax {machine['packages']['rowmax']}; "
         f"{report.seconds:.0f} s",
-        "soft",
+        style="soft",
     )
     if report.passed:
-        yield document.paragraph("✓ passed: nothing was found wrong", "good")
+        yield Section(text="✓ passed: nothing was found wrong", style="good")
     else:
-        yield document.paragraph(f"✗ {len(report.failures)} findings", "bad")
-        yield document.table(["findings"], [[text] for text in report.failures[:MAX_FAILURES]])
-    yield document.paragraph(
-        "Every result and gradient is compared with a float64 oracle. The ratio is its error over "
-        "the error that the naive path makes in the same dtype on the same inputs, the worse of "
-        f"the largest and the root mean square. It passes up to {FACTOR:g} (the dashed line), plus "
-        f"rounding: one eps of the result and {SUMMATION:g} eps of float32 of the terms summed."
+        rows = [[text] for text in report.failures[:MAX_FAILURES]]
+        text = f"✗ {len(report.failures)} findings"
+        yield Section(text=text, style="bad", head=["findings"], rows=rows)
+    yield Section(
+        text="Every result and gradient is compared with a float64 oracle. The ratio is its error "
+        "over the error that the naive path makes in the same dtype on the same inputs, the worse "
+        f"of the largest and the root mean square. It passes up to {FACTOR:g} (the dashed line), "
+        f"plus rounding: one eps of the result and {SUMMATION:g} eps of float32 of the terms "
+        "summed."
     )
-    for findings in report.findings:
-        yield from _implementation(findings)
+    yield from map(_implementation, report.findings)
     if report.oracle:
-        yield document.heading("The oracle against mpmath, 50 digits")
         rows = [
             ["✓ " + check.name if check.passed else "✗ " + check.name, f"{check.error:.1e}"]
             for check in report.oracle
         ]
-        yield document.table(["case", "largest relative error"], rows)
+        head = ["case", "largest relative error"]
+        yield Section("The oracle against mpmath, 50 digits", head=head, rows=rows)
     if report.mutations:
-        yield document.heading("Mutation check")
-        yield document.paragraph(
+        yield Section(
+            "Mutation check",
             "Kernels broken on purpose. Each must be rejected by the same suite and tolerance; "
-            "one that lives would make every pass above worthless."
-        )
-        yield document.table(
-            ["fault", "dtype", "", "what is wrong", "first rejected by"],
-            [
+            "one that lives would make every pass above worthless.",
+            head=["fault", "dtype", "", "what is wrong", "first rejected by"],
+            rows=[
                 [
                     one.fault,
                     dtype_text(one.dtype),
@@ -67,17 +66,15 @@ def _body(report: Report) -> Iterator[str]:
         )
 
 
-def _implementation(findings: Findings) -> Iterator[str]:
-    yield document.heading(findings.name)
-    if findings.runs:
-        yield document.charts([*_ratios(findings), *_histograms(findings)])
-    if findings.invariants:
-        rows = [
-            [one.op, one.name, dtype_text(one.dtype), "✓" if one.passed else f"✗ {one.fault}"]
-            for one in findings.invariants
-            if one.declined is None
-        ]
-        yield document.table(["function", "invariant", "dtype", "holds"], rows)
+def _implementation(findings: Findings) -> Section:
+    figures = [*_ratios(findings), *_histograms(findings)] if findings.runs else []
+    head = ["function", "invariant", "dtype", "holds"] if findings.invariants else []
+    rows = [
+        [one.op, one.name, dtype_text(one.dtype), "✓" if one.passed else f"✗ {one.fault}"]
+        for one in findings.invariants
+        if one.declined is None
+    ]
+    return Section(findings.name, figures=figures, head=head, rows=rows)
 
 
 def _ratios(findings: Findings) -> Iterator[str]:

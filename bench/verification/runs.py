@@ -27,10 +27,6 @@ class Run:
         return max((found.ratio for found in self.accuracies), default=0.0)
 
     @property
-    def of_limit(self) -> float:
-        return max((found.of_limit for found in self.accuracies), default=0.0)
-
-    @property
     def faults(self) -> list[str]:
         found = [f"{one.tensor}: {one.fault}" for one in self.accuracies if one.fault is not None]
         return found if self.error is None else [self.error]

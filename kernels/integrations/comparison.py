@@ -21,9 +21,6 @@ from .report import SwapReport, columns
 from .swap import Filter, swap
 from .torch_modules.instances import Form
 
-_CHANCES = 4  # runs at most, until one passes; see `_move_weights`
-_MOVED_BY = 16.0  # roundings
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -214,9 +211,11 @@ def compare(
             which.train(model.training)
         return differences_of(*runs)
 
+    from ..testing.tolerance import CHANCES  # not at import: it would load all of testing
+
     found = [differences()]
     generator = torch.Generator().manual_seed(0)
-    while len(found) < _CHANCES and not all(row.agrees for row in _shown(found)):
+    while len(found) <= CHANCES and not all(row.agrees for row in _shown(found)):
         _move_weights((original, other, truth), generator)
         found.append(differences())
     layers = _shown(found)
@@ -367,18 +366,13 @@ def _counted(tensor: Tensor, counts: Tensor | None) -> Tensor:
 
 
 def _move_weights(models: Sequence[nn.Module], generator: torch.Generator) -> None:
-    """Moves all weights by a few roundings, the same in each model.
+    """Moves all weights, the same in each model: see `perturbed`."""
+    from ..testing.tolerance import perturbed
 
-    Where the input of a ReLU is within a rounding of 0, both sides are right, and gradients jump:
-    one of the models may be on the other side than float64. Moved, it is there by chance only,
-    while what is wrong stays wrong.
-    """
     with torch.no_grad():
         for same in zip(*(model.parameters() for model in models), strict=True):
-            first = same[0]
-            if first.is_floating_point():
-                chance = torch.rand(first.shape, generator=generator).to(first.device) - 0.5
-                moved = first * (1 + _MOVED_BY * torch.finfo(first.dtype).eps * chance)
+            if same[0].is_floating_point():
+                moved = perturbed(same[0], generator)
                 for parameter in same:
                     parameter.copy_(moved)
 

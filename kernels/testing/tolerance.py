@@ -22,6 +22,9 @@ from torch import Tensor
 
 FACTOR = 2.0  # times the naive path's error
 SUMMATION = 2.0  # roundings of a long sum, in units of eps times the terms' magnitudes
+# The chances of a model beyond the first, each with `perturbed` weights; and by how much they move.
+CHANCES = 3
+_MOVED_BY = 16.0  # roundings
 
 # Upper ends of the histogram's bins, in units in the last place; the last bin has none.
 ULP_BINS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 256.0, 1024.0, math.inf)
@@ -179,6 +182,18 @@ def expected_of_model(exact: Tensor, naive: Tensor, largest: float | None = None
         largest = _largest(finite) if finite.numel() else 0.0
     times = (16.0 - 1.0) / SUMMATION if naive.dtype == torch.float64 else 1.0
     return Expected(exact, naive, torch.full_like(exact, times * largest))
+
+
+def perturbed(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """`weight` with each element moved by a few roundings, either way.
+
+    Where the input of a ReLU is within a rounding of 0, both sides are right, and gradients jump: a
+    model may be on the other side than float64. With moved weights it is there by chance only,
+    while what is wrong stays wrong.
+    """
+    weight = weight.detach()
+    chance = torch.rand(weight.shape, generator=generator).to(weight.device) - 0.5
+    return (weight * (1.0 + _MOVED_BY * torch.finfo(weight.dtype).eps * chance)).to(weight.dtype)
 
 
 def in_ulps(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -218,8 +218,5 @@ def test_the_search_goes_on_where_the_best_is_the_last(best, found, tried):
         (["--output", "/dev/null/x"], "--output: can't make /dev/null/x"),
     ],
 )
-def test_refused(options, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["model", *options])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_refused(options, message, refused):
+    assert message in refused("model", *options)

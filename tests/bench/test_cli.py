@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,15 +105,12 @@ def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
     assert "fault" not in row
 
 
-def test_peers_that_are_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_peers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     monkeypatch.setattr("rowmax.bench.peers.candidates.find_spec", lambda _: None)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["speed", "--suite", "cpu-attention", "--peers", "sdpa,onnxruntime,openvino"])
-    assert exit_info.value.code == 2
     words = '--peers: not installed here: onnxruntime, openvino; pip install "rowmax[peers]" brings'
-    assert words in capsys.readouterr().err
+    assert words in refused(
+        "speed", "--suite", "cpu-attention", "--peers", "sdpa,onnxruntime,openvino"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,13 +136,8 @@ def test_peers_that_are_not_installed(
         (["--json", "/nonexistent-folder/x.json"], "--json: can't write /nonexistent-folder"),
     ],
 )
-def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["speed", *arguments])
-    assert exit_info.value.code == 2
-    captured = capsys.readouterr()
-    assert words in captured.err
-    assert captured.out == ""
+def test_wrong_calls(arguments: list[str], words: str, refused: Any) -> None:
+    assert words in refused("speed", *arguments)
 
 
 def test_a_kernel_that_fails_the_gate_is_exit_status_1(
@@ -229,24 +222,16 @@ def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["tune", "--seconds", "-1"], "--seconds: expected a positive number"),
     ],
 )
-def test_wrong_calls_without_a_gpu(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_calls_without_a_gpu(arguments: list[str], words: str, refused: Any) -> None:
     pytest.importorskip("triton")
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(arguments)
-    assert exit_info.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words in refused(*arguments)
 
 
-def test_nothing_to_measure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_to_measure(monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["speed", "--suite", "gpu-attention", "--shape", "1,12,8,8", "--kind", "gqa"])
-    assert exit_info.value.code == 2
-    assert "nothing to measure" in capsys.readouterr().err
+    assert "nothing to measure" in refused(
+        "speed", "--suite", "gpu-attention", "--shape", "1,12,8,8", "--kind", "gqa"
+    )
 
 
 def test_as_a_module() -> None:

@@ -43,7 +43,7 @@ def test_results_are_drawn(suffix: str, tmp_path: Path) -> None:
     assert output.stat().st_size > 1000
 
 
-def test_what_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_drawn(tmp_path: Path, refused: Any) -> None:
     """A sentence and exit status 2."""
     empty, other = tmp_path / "empty.json", tmp_path / "other.json"
     machine = {"machine": {"cpu": "a"}, "noise": {"complaints": []}}
@@ -54,7 +54,4 @@ def test_what_cannot_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (other, "a.svg", "no result of `speed --json`"),
         (empty, "a.pdf", "--output: expected"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            main(["chart", str(file), "--output", str(tmp_path / output)])
-        assert ended.value.code == 2
-        assert words in capsys.readouterr().err
+        assert words in refused("chart", str(file), "--output", str(tmp_path / output))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from time import perf_counter
+from typing import Any
 
 import pytest
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure import isolated
 from rowmax.bench.measure.isolated import LostError
 from rowmax.bench.tuning import smoke
@@ -71,10 +71,5 @@ def test_no_time_is_left() -> None:
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
     ],
 )
-def test_what_can_not_be_meant(
-    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["smoke", *wrong])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_what_can_not_be_meant(wrong: list[str], message: str, refused: Any) -> None:
+    assert message in refused("smoke", *wrong)

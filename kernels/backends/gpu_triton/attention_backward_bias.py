@@ -44,7 +44,7 @@ def backward_dbias(
     key_len,
     batches,
     DTYPE: tl.constexpr,
-    HAS_LOWER_BOUND: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     ARBITRARY_MASK: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,

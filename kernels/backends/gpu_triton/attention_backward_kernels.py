@@ -234,7 +234,7 @@ def backward_dkdv(
     key_len,
     query_rows,
     DTYPE: tl.constexpr,
-    HAS_LOWER_BOUND: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     ARBITRARY_MASK: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -273,22 +273,10 @@ def backward_dkdv(
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start, keep_scale)
 
     wide_head = key_head.to(tl.int64)
-    key_tile = load_rows(
-        head_of(key, batch_index, wide_head, first_key, BLOCK_N, BLOCK_D),
-        j0,
-        0,
-        keys,
-        True,
-        HEAD_DIM,
-    )
-    value_tile = load_rows(
-        head_of(value, batch_index, wide_head, first_key, BLOCK_N, BLOCK_DV),
-        j0,
-        0,
-        keys,
-        True,
-        VALUE_DIM,
-    )
+    key_rows = head_of(key, batch_index, wide_head, first_key, BLOCK_N, BLOCK_D)
+    key_tile = load_rows(key_rows, j0, 0, keys, True, HEAD_DIM)
+    value_rows = head_of(value, batch_index, wide_head, first_key, BLOCK_N, BLOCK_DV)
+    value_tile = load_rows(value_rows, j0, 0, keys, True, VALUE_DIM)
     state = (tl.zeros((BLOCK_N, BLOCK_D), DTYPE), tl.zeros((BLOCK_N, BLOCK_DV), DTYPE))
 
     if ARBITRARY_MASK:
@@ -314,12 +302,8 @@ def backward_dkdv(
                 query_head = head_of(query, batch_index, wide_h, first_query, BLOCK_M, BLOCK_D)
                 grad_head = head_of(grad_out, batch_index, wide_h, first_query, BLOCK_M, BLOCK_DV)
                 tile = (key_tile, value_tile, query_head, grad_head, j0, first, end, b, h)
-                statistics = (
-                    lse_log2,
-                    lse_log2_low,
-                    delta,
-                    (batch_index * heads + h) * query_rows + first_query,
-                )
+                row = (batch_index * heads + h) * query_rows + first_query
+                statistics = (lse_log2, lse_log2_low, delta, row)
                 state = _add_queries(
                     state,
                     tile,
@@ -428,7 +412,7 @@ def backward_dq(
     key_len,
     query_rows,
     DTYPE: tl.constexpr,
-    HAS_LOWER_BOUND: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     ARBITRARY_MASK: tl.constexpr,
     EMPTY_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -482,9 +466,7 @@ def backward_dq(
         full_begin, full_end = end, end
     edges = (begin, full_begin, full_end, end)
     for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
-        if (PHASE == 0 and (HAS_LOWER_BOUND or ARBITRARY_MASK)) or (
-            PHASE > 0 and not ARBITRARY_MASK
-        ):
+        if (PHASE == 0 and (HAS_LOWER or ARBITRARY_MASK)) or (PHASE > 0 and not ARBITRARY_MASK):
             for j0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
                 d_query_tile = _add_keys(
                     d_query_tile,

@@ -113,7 +113,7 @@ def forward(
     key_len,
     query_rows,
     DTYPE: tl.constexpr,
-    HAS_LOWER_BOUND: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
     ARBITRARY_MASK: tl.constexpr,
     NEGATIVE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -131,7 +131,7 @@ def forward(
     lse (B, Hq, Lq) contiguous; sinks (Hq,) or None; `mask`, `bias`, `alibi` as in
     `attention_tiles`; `packed` as in `sequence_of`: then the tensors have one batch element of
     `query_rows` queries, and query_len and key_len are the longest ones. Sums are in DTYPE.
-    HAS_LOWER_BOUND: the band has a lower bound. ARBITRARY_MASK: a dense mask, documents or a bias
+    HAS_LOWER: the band has a lower bound. ARBITRARY_MASK: a dense mask, documents or a bias
     may forbid any pair. NEGATIVE: score_factor < 0. Grid: tiles of BLOCK_M queries x Hq x B.
     """
     tiles = tl.cdiv(query_len, BLOCK_M)
@@ -175,9 +175,7 @@ def forward(
     ONLY_SCALED: tl.constexpr = not (NEGATIVE or SOFTCAP) and alibi is None and bias is None
     edges = (begin, full_begin, full_end, end)
     for PHASE in tl.static_range(3):  # blocks that the band cuts, whole ones, cut ones
-        if (PHASE == 0 and (HAS_LOWER_BOUND or ARBITRARY_MASK)) or (
-            PHASE > 0 and not ARBITRARY_MASK
-        ):
+        if (PHASE == 0 and (HAS_LOWER or ARBITRARY_MASK)) or (PHASE > 0 and not ARBITRARY_MASK):
             for k0 in range(edges[PHASE], edges[PHASE + 1], BLOCK_N):
                 state = attend(
                     state,

@@ -118,7 +118,7 @@ def _decode(problem: AttentionProblem, out: Tensor, lse: Tensor, launch: Launch)
             "CHUNK": CHUNK,
             **_tensors(problem),
             **common,
-            **{name: constants[name] for name in constants if name != "HAS_LOWER_BOUND"},
+            **{name: constants[name] for name in constants if name != "HAS_LOWER"},
         },
     )
     launch(
@@ -425,7 +425,7 @@ def _constants(problem: AttentionProblem) -> dict[str, Any]:
     head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
     return {
         "DTYPE": tl.float64 if statistics_dtype(dtype) == torch.float64 else tl.float32,
-        "HAS_LOWER_BOUND": mask.band_lower is not None or mask.band is not None,
+        "HAS_LOWER": mask.band_lower is not None or mask.band is not None,
         "ARBITRARY_MASK": (
             mask.dense is not None or mask.query_documents is not None or problem.bias is not None
         ),
