@@ -14,6 +14,7 @@ from rowmax.bench.measure.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Ca
 from rowmax.bench.measure.gate import Gate
 from rowmax.bench.measure.inputs import make_inputs
 from rowmax.bench.peers.candidates import naive, peers_of, rowmax_function
+from rowmax.kernels.testing.tolerance import CHANCES
 
 MODEL = SUITES["model"]
 SDPA = F.scaled_dot_product_attention
@@ -64,7 +65,7 @@ def test_a_gradient_that_jumps_has_more_chances() -> None:
     assert calls == [True, False]
     always = True
     assert gate.fault(function, backward=True, is_peer=False) is not None
-    assert len(calls) == 2 + 1 + models.CHANCES
+    assert len(calls) == 2 + 1 + CHANCES
 
 
 def test_what_was_replaced_is_put_back() -> None:
