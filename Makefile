@@ -125,7 +125,7 @@ test-wheel: wheel
 compile: $(PACKAGE) $(OLDEST_TRITON)/.stamp
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/ahead_of_time
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_INTERPRET=0 $(BIN)/python -m pytest $(TEST_ARGS) \
-	    -k "(sm_90/ and /16/) or sm_90- or other_sizes" tests/ahead_of_time/test_forms.py
+	    -k "(sm_90/ and /16/) or sm_90- or other_sizes" tests/ahead_of_time/test_configs.py
 	TRITON_INTERPRET=0 $(BIN)/python -m rowmax.bench configs --arch gfx942 --dtype bfloat16 \
 	    --dim 128 --features base,score_mod_dropout
 

@@ -49,7 +49,7 @@ _PREFIX, _TEMPORARY = "checkpoint-", ".incomplete-"
 _BEGUN = re.compile(rf"{re.escape(_TEMPORARY)}((old-)?{_PREFIX}\d+|probe)(-\d+)?")
 _DIGITS = 8
 # Bytes of a file that is read whole: of JSON, and of safetensors beyond the tensors themselves.
-_MOST_JSON, _MOST_HEADER = 2**26, 2**22
+_MAX_JSON, _MAX_HEADER = 2**26, 2**22
 
 
 class CheckpointError(Exception):
@@ -137,7 +137,7 @@ def load(path: Path) -> Checkpoint:
         from safetensors import SafetensorError
     digests = _manifest(path)
 
-    def content(name: str, limit: int = _MOST_JSON) -> bytes:
+    def content(name: str, limit: int = _MAX_JSON) -> bytes:
         if name not in digests:
             raise CheckpointError(f"{path}: {name} is missing")
         return _read(path, name, digests[name], limit)
@@ -156,9 +156,9 @@ def load(path: Path) -> Checkpoint:
                 f"vocabulary of {model.vocab_size}"
             )
         # Files as large as the model's own tensors, and Adam's two moments of each.
-        weights = _tensors(content("model.safetensors", size + _MOST_HEADER))
+        weights = _tensors(content("model.safetensors", size + _MAX_HEADER))
         check_tensors(weights, expected, path)
-        moments = content("optimizer.safetensors", 2 * size + _MOST_HEADER)
+        moments = content("optimizer.safetensors", 2 * size + _MAX_HEADER)
         optimizer = _tensors(moments)
     except (ConfigError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -306,7 +306,7 @@ def _has_manifest(path: Path) -> bool:
     manifest = path / _MANIFEST
     try:
         return manifest.is_file() and (
-            _object(_limited(manifest, _MOST_JSON)).get("format") == FORMAT
+            _object(_limited(manifest, _MAX_JSON)).get("format") == FORMAT
         )
     except (OSError, ValueError):
         return False
@@ -392,7 +392,7 @@ def _manifest(path: Path) -> dict[str, str]:
     if not (path / _MANIFEST).is_file():
         raise CheckpointError(f"{path}: not a checkpoint of rowmax.transformer (no {_MANIFEST})")
     try:
-        manifest = _object(_limited(path / _MANIFEST, _MOST_JSON))
+        manifest = _object(_limited(path / _MANIFEST, _MAX_JSON))
         kind, version = manifest.get("format"), manifest.get("version")
         if kind != FORMAT:
             raise CheckpointError(

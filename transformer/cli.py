@@ -30,7 +30,7 @@ from .config import (
     preset_config,
 )
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
-from .decoding import MOST_ALPHA, SentenceTooLongError, translate
+from .decoding import MAX_ALPHA, SentenceTooLongError, translate
 from .evaluation import require_sacrebleu, score
 from .interface import TranslationModel
 from .options import Handler, parser
@@ -173,8 +173,8 @@ def _require_same(saved: Checkpoint, model: AnyModelConfig, training: TrainingCo
 
 def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
-    if not 0 <= args.length_penalty <= MOST_ALPHA:
-        raise UsageError(f"--length-penalty: expected 0 to {MOST_ALPHA}, got {args.length_penalty}")
+    if not 0 <= args.length_penalty <= MAX_ALPHA:
+        raise UsageError(f"--length-penalty: expected 0 to {MAX_ALPHA}, got {args.length_penalty}")
     saved = checkpoints.load_average(args.model, args.average)
     if args.beam > saved.model.vocab_size:
         raise UsageError(

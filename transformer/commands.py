@@ -17,7 +17,7 @@ from .interface import TranslationModel
 from .tokenizer import Tokenizer
 
 _PAGE = (".html",)
-_MOST_PIXELS = 2**25  # of the positional encoding
+_MAX_PIXELS = 2**25  # of the positional encoding
 # For the sentence's model: from the command line to a model and its tokenizer.
 Loader = Callable[[argparse.Namespace], tuple[TranslationModel, Tokenizer]]
 
@@ -99,10 +99,10 @@ def positions(args: argparse.Namespace) -> int:
         raise AttendError(
             f"--d-model: expected an even number (sine and cosine), got {args.d_model}"
         )
-    if args.length * args.d_model > _MOST_PIXELS:
+    if args.length * args.d_model > _MAX_PIXELS:
         raise AttendError(
             f"--length {args.length}, --d-model {args.d_model}: a picture has at most "
-            f"{_MOST_PIXELS:,} numbers"
+            f"{_MAX_PIXELS:,} numbers"
         )
     _write(args.out, pictures.positions(args.length, args.d_model, suffix))
     return 0

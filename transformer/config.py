@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 _C = TypeVar("_C")
 
 
-MOST_STEPS = 2**31 - 1
+MAX_STEPS = 2**31 - 1
 LARGEST_VOCABULARY = 2**24
 
 
@@ -26,7 +26,7 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 def _require_positive_int(name: str, got: object) -> None:
     is_int = isinstance(got, int) and not isinstance(got, bool)
     _require(is_int and got > 0, name, "a positive integer", got)  # type: ignore[operator]
-    most = _MOST.get(name, MOST_STEPS)
+    most = _MOST.get(name, MAX_STEPS)
     _require(got <= most, name, f"at most {most:,}", got)  # type: ignore[operator]
 
 
@@ -40,14 +40,14 @@ _MOST = {
     "d_ff": 2**18,
     "max_length": 2**20,
 }
-_MOST_POSITIONS = 2**28  # numbers of the table of positions: 1 GiB
+_MAX_POSITIONS = 2**28  # numbers of the table of positions: 1 GiB
 
 
 def _require_table(max_length: int, d_model: int) -> None:
     _require(
-        max_length * d_model <= _MOST_POSITIONS,
+        max_length * d_model <= _MAX_POSITIONS,
         "max_length",
-        f"max_length * d_model at most {_MOST_POSITIONS:,}",
+        f"max_length * d_model at most {_MAX_POSITIONS:,}",
         max_length,
     )
 

@@ -14,7 +14,7 @@ from .tokenizer import BOS, EOS, Tokenizer
 # A translation may be this much longer than its source (section 6.1).
 EXTRA_LENGTH = 50
 # Of the length penalty, whose power of any length is then a number in float32.
-MOST_ALPHA = 5
+MAX_ALPHA = 5
 
 
 class SentenceTooLongError(ValueError):
@@ -77,8 +77,8 @@ def beam_search(
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
-    if not 0 <= alpha <= MOST_ALPHA:
-        raise ValueError(f"alpha: expected 0 to {MOST_ALPHA}, got {alpha}")
+    if not 0 <= alpha <= MAX_ALPHA:
+        raise ValueError(f"alpha: expected 0 to {MAX_ALPHA}, got {alpha}")
     if len(source) == 0:
         return []
     model.eval()

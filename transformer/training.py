@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, CheckpointError
-from .config import MOST_STEPS, TrainingConfig
+from .config import MAX_STEPS, TrainingConfig
 from .data import Dataset
 from .interface import TranslationModel
 from .progress import progress_on
@@ -175,7 +175,7 @@ class Trainer:
         epoch: Any = state.get("epoch")
         position: Any = state.get("position")
         plan: list[np.ndarray] = []
-        if _is_count(step, MOST_STEPS) and _is_count(epoch, step):
+        if _is_count(step, MAX_STEPS) and _is_count(epoch, step):
             plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, epoch)
         if not plan or not _is_count(position, min(step, len(plan))):
             raise CheckpointError(
