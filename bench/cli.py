@@ -46,6 +46,19 @@ QUICK = Budget(seconds=1.0, min_rounds=3, max_rounds=50)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Those that have a module of their own, with `add_command` and `run`, in the order of --help.
+_COMMANDS: dict[str, Any] = {
+    "compare": comparison,
+    "chart": ratio_chart,
+    "verify": verification,
+    "overhead": overhead,
+    "smoke": smoke,
+    "swap": swap,
+    "tune": tune,
+    "configs": configs,
+    "model": architectures,
+}
+
 T = TypeVar("T")
 
 _PREFIX = "rowmax.bench: "
@@ -58,21 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
-    commands = {
-        "speed": speed,
-        "compare": comparison.run,
-        "chart": ratio_chart.run,
-        "verify": verification.run,
-        "overhead": overhead.run,
-        "smoke": smoke.run,
-        "swap": swap.run,
-        "tune": tune.run,
-        "configs": configs.run,
-        "forms": configs.run,  # its former name
-        "model": architectures.run,
-    }
     try:
-        return commands[options.command](options)
+        return int(options.run(options))
     except UsageError as error:
         parser.exit(2, f"{_PREFIX}{error}\n")
 
@@ -172,15 +172,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="of results on the CPU: as the C library's own settings have it, with the cost of "
         "fresh pages (default), or kept by the process from call to call",
     )
-    comparison.add_command(commands)
-    ratio_chart.add_command(commands)
-    verification.add_command(commands)
-    overhead.add_command(commands)
-    smoke.add_command(commands)
-    swap.add_command(commands)
-    tune.add_command(commands)
-    configs.add_command(commands)
-    architectures.add_command(commands)
+    command.set_defaults(run=speed)
+    for name, module in _COMMANDS.items():
+        module.add_command(commands)
+        commands.choices[name].set_defaults(run=module.run)
     return parser
 
 

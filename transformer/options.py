@@ -40,16 +40,16 @@ def parser(run: Mapping[str, Handler]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands, run["train"])
-    _add_translate(commands, run["translate"])
-    _add_evaluate(commands, run["evaluate"])
-    _add_demo(commands, run["demo"])
-    _add_pictures(commands, run["attend"], run["positions"])
+    for add in (_add_train, _add_translate, _add_evaluate, _add_demo, _add_attend):
+        _add_machine(add(commands))
+    add_positions(commands, _positive)
+    for name, command in commands.choices.items():
+        command.set_defaults(run=run[name])
     return main_parser
 
 
-def _add_train(commands: Any, run: Handler) -> None:
-    train = commands.add_parser(
+def _add_train(commands: Any) -> argparse.ArgumentParser:
+    train: argparse.ArgumentParser = commands.add_parser(
         "train",
         help="train a model on parallel text",
         description="Train a model. It needs text (two files, one TSV, or the built-in corpus) and "
@@ -126,12 +126,11 @@ def _add_train(commands: Any, run: Handler) -> None:
     )
     for option, kind, text in training_options:
         training.add_argument(f"--{option}", type=kind, help=text)
-    _add_machine(train)
-    train.set_defaults(run=run)
+    return train
 
 
-def _add_translate(commands: Any, run: Handler) -> None:
-    command = commands.add_parser(
+def _add_translate(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
         "translate",
         help="translate sentences",
         description="Translate the sentences given as arguments, or else each line of standard "
@@ -139,12 +138,11 @@ def _add_translate(commands: Any, run: Handler) -> None:
     )
     command.add_argument("sentences", nargs="*", metavar="SENTENCE")
     _add_model(command)
-    _add_machine(command)
-    command.set_defaults(run=run)
+    return command
 
 
-def _add_evaluate(commands: Any, run: Handler) -> None:
-    command = commands.add_parser(
+def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
         help="compare a model's translations with references",
         description="Translate a test set and report BLEU and chrF with sacrebleu's signatures, "
@@ -162,12 +160,11 @@ def _add_evaluate(commands: Any, run: Handler) -> None:
         "--translations", type=Path, metavar="FILE", help="also write the translations here"
     )
     command.add_argument("--json", action="store_true", help="print the scores as JSON")
-    _add_machine(command)
-    command.set_defaults(run=run)
+    return command
 
 
-def _add_demo(commands: Any, run: Handler) -> None:
-    command = commands.add_parser(
+def _add_demo(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
         "demo",
         help="train on the built-in corpus, translate, and compare the naive and the fused path",
         description="Train the demo preset on the built-in Korean-English corpus, score it on "
@@ -182,17 +179,14 @@ def _add_demo(commands: Any, run: Handler) -> None:
         help="checkpoints; those of an earlier demo there are replaced (default: %(default)s)",
     )
     command.add_argument("--steps", type=_positive, help="train for fewer or more steps")
-    _add_machine(command)
-    command.set_defaults(run=run)
+    return command
 
 
-def _add_pictures(commands: Any, attend_run: Handler, positions_run: Handler) -> None:
+def _add_attend(commands: Any) -> argparse.ArgumentParser:
     attend = add_attend(commands, _positive)
     _add_decoding(attend)
-    _add_machine(attend)
-    attend.set_defaults(run=attend_run, arch=None)
-    positions = add_positions(commands, _positive)
-    positions.set_defaults(run=positions_run)
+    attend.set_defaults(arch=None)
+    return attend
 
 
 def _add_text(command: argparse.ArgumentParser, title: str) -> None:
