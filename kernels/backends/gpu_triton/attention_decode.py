@@ -46,9 +46,8 @@ def _load_queries(
 ):
     """The rows of queries i (M, 1) of the heads `head` (M, 1), zeros where not `inside`."""
     column = tl.arange(0, BLOCK_D)[None, :]
-    row = tl.multiple_of(
-        batch_index * query[1] + head * query[2] + i * query[3], (query[4], query[4])
-    )
+    row = batch_index * query[1] + head * query[2] + i * query[3]
+    row = tl.multiple_of(row, (query[4], query[4]))
     return tl.load(query[0] + row + column, mask=inside & (column < HEAD_DIM), other=0.0)
 
 
@@ -218,13 +217,8 @@ def combine(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     out_row *= tl.full((1, 1), keep_scale, dtype) / total
-    at = (
-        out[0]
-        + batch_index * out[1]
-        + h.to(tl.int64) * out[2]
-        + (first_query + i) * out[3]
-        + column
-    )
+    row_start = batch_index * out[1] + h.to(tl.int64) * out[2] + (first_query + i) * out[3]
+    at = out[0] + row_start + column
     columns = tl.where(i < own_queries, VALUE_DIM, 0)
     tl.store(at, out_row.to(out[0].dtype.element_ty), mask=column < columns)
     wide = lse.dtype.element_ty
