@@ -80,10 +80,10 @@ test-narrow: $(PACKAGE)
 
 # The kernels are built once more, from the sources and flags that setup.py names.
 test-cpp: $(REQUIREMENTS)
-	$(BIN)/python tests/csrc/run_parity.py --calls 3000
+	$(BIN)/python -m tests.csrc.run_parity --calls 3000
 
 test-aarch64: $(REQUIREMENTS)
-	$(BIN)/python tests/csrc/run_parity.py --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
+	$(BIN)/python -m tests.csrc.run_parity --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
 
 # The extension built with sanitizers lies beside the packages in a folder of its own, which comes
 # before the editable install. torch's own allocations get red zones through the preloaded runtime;
@@ -95,8 +95,8 @@ UNDER_SANITIZERS = env PYTHONPATH=$(SANITIZED)/lib PYTHONMALLOC=malloc \
     ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 
 sanitize: $(SANITIZED)/.stamp
-	ROWMAX_SANITIZE=address,undefined $(BIN)/python tests/csrc/run_parity.py
-	ROWMAX_SANITIZE=thread $(BIN)/python tests/csrc/run_parity.py --calls 300
+	ROWMAX_SANITIZE=address,undefined $(BIN)/python -m tests.csrc.run_parity
+	ROWMAX_SANITIZE=thread $(BIN)/python -m tests.csrc.run_parity --calls 300
 	$(UNDER_SANITIZERS) $(BIN)/python -m pytest $(TEST_ARGS) -k "native or test_plain" \
 	    tests/csrc tests/kernels $(SANITIZE_ARGS)
 

@@ -52,6 +52,19 @@ def call_records() -> list[str]:
     return lines
 
 
+def call_fields() -> list[str]:
+    """Where each record has its fields, by name."""
+    lines = ["struct CallField {", "  const char* name;", "  size_t offset, size;", "};"]
+    lines += ["template <typename Call>", "inline constexpr CallField CALL_FIELDS[1] = {};"]
+    for record in _records():
+        of = record.name
+        names = [field.name for field in record.every_field()]
+        lines += ["template <>", f"inline constexpr CallField CALL_FIELDS<{of}>[] = {{"]
+        lines += [f'    {{"{n}", offsetof({of}, {n}), sizeof({of}::{n})}},' for n in names]
+        lines.append("};")
+    return lines
+
+
 def _declaration(kind: str, comment: str, names: list[str]) -> list[str]:
     item = kind.rstrip("*")
     line = f"  {kind} {names[0]};"
@@ -72,7 +85,7 @@ def write_header(path: Path, includes: Iterable[str], body: list[str]) -> None:
     lines = [
         "// Made by csrc/write_headers.py.",
         "#pragma once",
-        *(f"#include <{name}>" for name in includes),
+        *(f"#include {name}" for name in includes),
         "namespace rowmax {",
         *body,
         "}  // namespace rowmax",
@@ -85,7 +98,12 @@ def write_header(path: Path, includes: Iterable[str], body: list[str]) -> None:
 
 def write(folder: Path) -> None:
     write_header(folder / "constants.h", (), constants())
-    write_header(folder / "call_records.h", ("stdint.h",), call_records())
+    write_header(folder / "call_records.h", ("<stdint.h>",), call_records())
+
+
+def write_fields(folder: Path) -> None:
+    """What a program that is told fields by name needs, beside the others."""
+    write_header(folder / "call_fields.h", ("<stddef.h>", '"call_records.h"'), call_fields())
 
 
 if __name__ == "__main__":

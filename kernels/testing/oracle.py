@@ -201,7 +201,9 @@ class AttentionCase:
         """For each result, its sum with every term replaced by its magnitude, in float64.
 
         A weight exp(score - max) carries the rounding of its score, so its relative error grows
-        with the magnitude of the scores in its row: 1 + max_j |q| @ |k_j| * scale + |bias|.
+        with the magnitude of the scores in its row: 1 + max_j |q| @ |k_j| * scale + |bias|. The
+        backward pass computes it anew as exp(score - lse), and in float64 lse, stored no wider than
+        all else, adds its own rounding.
 
         In half precision the gradient of a sink, one number a head, is a sum over rows of the
         rounding of the stored out, of which the naive path's is a single draw: two standard
@@ -370,6 +372,8 @@ def _magnitudes(case: AttentionCase, stored: float) -> Results:
     terms = {"out": (weights * result.keep) @ value, "lse": row.squeeze(-1) + finite_lse.abs()}
     if case.grad_out is None:
         return terms
+    if stored == torch.finfo(torch.float64).eps:
+        weights = weights + result.weights * finite_lse.abs().unsqueeze(-1)
     d_out = case.grad_out.abs()
     d_weights = (d_out @ value.transpose(-1, -2)) * result.keep
     delta = (d_weights * result.weights).sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..api.masks import Causal, Dense, KeyLengths, Mask
-from ..backends.reference import rows_keep
+from ..backends.reference import keep_scale, rows_keep
 from .cases import Draw, NamedCase
 from .oracle import (
     Kernel,
@@ -160,7 +160,7 @@ class RowCase:
         total = exact.get("sum", wide["x"])
         deviation = total if self.op == "rms_norm" else total - total.mean(-1, keepdim=True)
         rstd = (deviation.square().mean(-1, keepdim=True) + self._eps["eps"]).rsqrt()
-        kept = 1 / (1 - self._eps["dropout_p"])
+        kept = keep_scale(self._eps["dropout_p"])
         terms = wide["x"].abs() * kept + wide["residual"].abs() if "sum" in exact else total.abs()
         size = terms * rstd
         weight = wide["weight"].abs() if "weight" in wide else torch.ones_like(total)
@@ -207,7 +207,7 @@ def norm_equation(
     """The norm as its paper says it, in the dtype of the inputs."""
     x = inputs["x"]
     if keep is not None:
-        x = x * keep / (1 - dropout_p)
+        x = x * keep * keep_scale(dropout_p)
     outputs: tuple[Tensor, ...] = ()
     if op == "add_layer_norm":
         x = (inputs["residual"] + x).to(stored).to(x.dtype)

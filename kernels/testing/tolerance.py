@@ -101,8 +101,14 @@ def faults_of(
     results: dict[str, Tensor], expected: dict[str, Expected], sum_dtype: torch.dtype
 ) -> list[str]:
     """One line for each result that is outside the tolerance."""
-    found = accuracies(results, expected, sum_dtype)
-    return [f"{one.tensor}: {one.fault}" for one in found if one.fault is not None]
+    missing = [f"{name}: is missing" for name in expected if name not in results]
+    found = {
+        name: _compared(actual, expected[name], sum_dtype, FACTOR).fault
+        if name in expected
+        else "is no result of this function"
+        for name, actual in results.items()
+    }
+    return [f"{name}: {fault}" for name, fault in found.items() if fault is not None] + missing
 
 
 def measure(
@@ -118,57 +124,78 @@ def measure(
     luckily below an eighth of the rounding allowed counts as that eighth; in float64, where the
     oracle is no wider than what it judges, half the rounding allowed stands in for it.
     """
+    found = _compared(actual, expected, sum_dtype, FACTOR if factor is None else factor)
+    if found.error is None or found.exact is None:
+        return Accuracy(name, found.fault)
+    ratio, of_limit = 0.0, 0.0
+    for size, naive_size, allowance, limit in found.norms:
+        floor = allowance / (2 if actual.dtype == torch.float64 else 8)
+        ratio = max(ratio, size / max(naive_size, floor))
+        of_limit = max(of_limit, size / limit)
+    ulps = in_ulps(found.error, found.exact, actual.dtype)
+    scale = max(_rms(found.exact), torch.finfo(actual.dtype).tiny)
+    (largest, naive_largest, _, limit), (rms, naive_rms, _, _) = found.norms
+    return Accuracy(
+        name,
+        found.fault,
+        largest,
+        rms / scale,
+        naive_largest,
+        naive_rms / scale,
+        float(ulps.max()),
+        histogram(ulps),
+        ratio,
+        of_limit,
+        limit,
+    )
+
+
+class _Compared(NamedTuple):
+    """One tensor beside what it is held to, where that is finite."""
+
+    fault: str | None
+    error: Tensor | None = None
+    exact: Tensor | None = None
+    # of each norm: the error's, the naive error's, that of the rounding allowed, and the limit
+    norms: tuple[tuple[float, float, float, float], ...] = ()
+
+
+def _compared(
+    actual: Tensor, expected: Expected, sum_dtype: torch.dtype, factor: float
+) -> _Compared:
     exact, naive, magnitude = expected
     if actual.shape != exact.shape:
-        return Accuracy(name, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+        return _Compared(f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
     if actual.dtype != naive.dtype:
-        return Accuracy(name, f"{actual.dtype}, expected {naive.dtype}")
-    wide = actual.to(torch.float64)
+        return _Compared(f"{actual.dtype}, expected {naive.dtype}")
+    wide, naive = actual.to(torch.float64), naive.to(torch.float64)
     finite = torch.isfinite(exact)
-    if not torch.equal(wide[~finite], exact[~finite]):
-        return Accuracy(name, "differs where the oracle is not finite")
-    if not torch.isfinite(wide[finite]).all():
-        return Accuracy(name, "NaN or infinity where the oracle is finite")
-    if not finite.any():
-        return Accuracy(name, None)
-    exact = exact[finite]
-    error = wide[finite] - exact
-    naive_error = naive.to(torch.float64)[finite] - exact
+    if not finite.all():
+        if not torch.equal(wide[~finite], exact[~finite]):
+            return _Compared("differs where the oracle is not finite")
+        exact, wide, naive, magnitude = (of[finite] for of in (exact, wide, naive, magnitude))
+    if not torch.isfinite(wide).all():
+        return _Compared("NaN or infinity where the oracle is finite")
+    if exact.numel() == 0:
+        return _Compared(None)
+    error, naive_error = wide - exact, naive - exact
     # where the naive path itself overflows or gives NaN, that allows nothing
     naive_error = naive_error.where(naive_error.isfinite(), 0.0)
     stored = torch.finfo(actual.dtype)
     # `tiny` covers underflow
     rounding = stored.eps * exact.abs() + stored.tiny
-    rounding = rounding + SUMMATION * torch.finfo(sum_dtype).eps * magnitude[finite]
-    fault, ratio, of_limit = None, 0.0, 0.0
-    measured: dict[str, tuple[float, float, float]] = {}
+    rounding = rounding + SUMMATION * torch.finfo(sum_dtype).eps * magnitude
+    fault, norms = None, []
     for norm, norm_of in _NORMS:
         size, naive_size, allowance = norm_of(error), norm_of(naive_error), norm_of(rounding)
-        limit = (FACTOR if factor is None else factor) * naive_size + allowance
-        measured[norm] = size, naive_size, limit
-        floor = allowance / (2 if actual.dtype == torch.float64 else 8)
-        ratio = max(ratio, size / max(naive_size, floor))
-        of_limit = max(of_limit, size / limit)
+        limit = factor * naive_size + allowance
+        norms.append((size, naive_size, allowance, limit))
         if not size <= limit and fault is None:
             fault = (
                 f"{norm} error {size:.3e} > {limit:.3e}, the naive path's is {naive_size:.3e}, "
                 f"of values up to {_largest(exact):.3e}"
             )
-    ulps = in_ulps(error, exact, actual.dtype)
-    scale = max(_rms(exact), stored.tiny)
-    return Accuracy(
-        name,
-        fault,
-        measured["largest"][0],
-        measured["rms"][0] / scale,
-        measured["largest"][1],
-        measured["rms"][1] / scale,
-        float(ulps.max()),
-        histogram(ulps),
-        ratio,
-        of_limit,
-        measured["largest"][2],
-    )
+    return _Compared(fault, error, exact, tuple(norms))
 
 
 def expected_of_model(exact: Tensor, naive: Tensor, largest: float | None = None) -> Expected:

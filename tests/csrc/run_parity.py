@@ -1,34 +1,48 @@
-"""The kernels of csrc/ without torch: compiled with tests/csrc/parity, and run.
+"""The kernels of csrc/ without torch: compiled into a program, which random calls are sent to.
 
-    python tests/csrc/run_parity.py                             each instruction set of this machine
-    python tests/csrc/run_parity.py --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
-    ROWMAX_SANITIZE=thread python tests/csrc/run_parity.py      with ThreadSanitizer
+    python -m tests.csrc.run_parity                     each instruction set of this machine
+    python -m tests.csrc.run_parity --compiler aarch64-linux-gnu-g++ --emulator qemu-aarch64
+    ROWMAX_SANITIZE=thread python -m tests.csrc.run_parity              with ThreadSanitizer
+    python -m tests.csrc.run_parity --first-seed 7 --calls 1            one call again
 
 Sources and flags are setup.py's, so that what runs here is what the extension holds. Another
-processor's compiler gets the portable form alone. Exit status 1 where results are wrong, 2 where a
-tool is missing.
+processor's compiler gets the portable form alone. Calls are those of the fuzz (`draw.py`), only
+smaller, and what judges them is the rule of `rowmax.kernels.testing`; `runner.py` takes them to the
+kernels. Exit status 1 where results are wrong, 2 where a tool is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import platform
-import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from rowmax.kernels.backends.reference import attention_keep
+from rowmax.kernels.testing.oracle import AttentionCase, TestCase
+
+from .draw import Call
+from .runner import Launches, Runner, RunnerError
+
 ROOT = Path(__file__).resolve().parents[2]
+MOST_STEPS = 1_500_000  # of a call, so that an emulated processor is not busy with it for long
 PACKAGES = {  # Debian's, by what is missing
     "g++": "g++",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
 }
-# A sanitizer's report is a SIGABRT, at which the program says its seed.
+# A sanitizer's report ends the program.
 REPORTS = {
     "ASAN_OPTIONS": "abort_on_error=1:handle_segv=2",
     "TSAN_OPTIONS": "abort_on_error=1:halt_on_error=1",
@@ -58,16 +72,63 @@ def main() -> None:
     write_build(build, compiler, target.split("-")[0] == platform.machine())
     if subprocess.run([ninja, "--quiet", "-C", str(build)], check=False).returncode != 0:
         sys.exit(1)
-    calls = [str(options.calls), str(options.first_seed)]
-    failed = False
-    for settings in forms([*emulator, str(build / "parity")]):
-        done = subprocess.run(
-            [*emulator, str(build / "parity"), *calls],
-            env={**REPORTS, **os.environ, **settings},
-            check=False,
-        )
-        failed = failed or done.returncode != 0
-    sys.exit(1 if failed else 0)
+
+    command = [*emulator, str(build / "runner")]
+    seeds = range(options.first_seed, options.first_seed + options.calls)
+    workers = max(1, min(os.cpu_count() or 1, len(seeds)))
+    faulty: Counter[str] = Counter()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        parts = [seeds[first::workers] for first in range(workers)]
+        for found in pool.map(make_calls, [command] * workers, parts):
+            faulty.update(found)
+    for form, count in faulty.items():
+        print(f"{len(seeds) - count} of {len(seeds)} calls are as accurate as naive: {form}")
+    sys.exit(1 if faulty.total() else 0)
+
+
+def make_calls(command: list[str], seeds: range) -> Counter[str]:
+    """The calls of these seeds in each form of the program: how many of each have faults."""
+    torch.set_num_threads(1)
+    runners, backend = forms(command), Launches()
+    faulty = Counter({str(runner): 0 for runner in runners})
+    for seed in seeds:
+        call = Call(seed, MOST_STEPS)
+        batch_start = call.random.choice((0, 0, 5)) if isinstance(call.case, AttentionCase) else 0
+        call.case = dropped_from(call.case, batch_start)
+        for runner in runners:
+            backend.use(runner, seed, batch_start)
+            try:
+                faults = call.faults(backend)
+            except AssertionError as error:
+                faults = [str(error)]
+            except RunnerError as error:
+                faults = [str(error)]
+                runner.start()
+            for fault in faults:
+                print(f"seed {seed}: {runner}: {call.text}: {fault}", flush=True)
+            faulty[str(runner)] += bool(faults)
+    for runner in runners:
+        runner.stop()
+    return faulty
+
+
+def dropped_from(case: TestCase, batch_start: int) -> TestCase:
+    """The case with what is kept by dropout that counts batch elements from `batch_start`."""
+    if not isinstance(case, AttentionCase) or case.options.get("dropout_p", 0.0) == 0.0:
+        return case
+    seed = torch.tensor(case.options["seed"])
+    kept = attention_keep(seed, case.options["dropout_p"], case.shape, batch_start)
+    return replace(case, kept=kept)
+
+
+def forms(command: list[str]) -> list[Runner]:
+    """The program in each form that the processor can run."""
+    environment = REPORTS | dict(os.environ)
+    widest = Runner(command, environment)
+    settings = [{"ROWMAX_BFLOAT16_DOTS": "0"}] if widest.pairs else []
+    narrower = (bits for bits in (256, 128) if bits < 8 * widest.vector_bytes)
+    settings += [{"ROWMAX_VECTOR_BITS": str(bits)} for bits in narrower]
+    return [widest, *(Runner(command, environment | each) for each in settings)]
 
 
 def require(tool: str, advice: str | None = None) -> str:
@@ -84,9 +145,11 @@ def require(tool: str, advice: str | None = None) -> str:
 
 
 def write_build(build: Path, compiler: str, native: bool) -> None:
-    """A ninja file that compiles each kernel source for each instruction set, and the test."""
+    """A ninja file that compiles each kernel source for each instruction set, and the program."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
-    runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
+    write_headers = runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))
+    write_headers["write"](build)
+    write_headers["write_fields"](build)
     instruction_sets = setup["INSTRUCTION_SETS"]
     if not native:
         instruction_sets = {"portable": instruction_sets["portable"]}
@@ -113,20 +176,9 @@ def write_build(build: Path, compiler: str, native: bool) -> None:
             compile_source(f"{isa}-{Path(source).stem}", ROOT / "csrc" / source, own)
     compile_source("dispatch", ROOT / "csrc" / "kernels" / "dispatch.cpp", [])
     warnings = ["-Wall", "-Wextra", "-Werror", "-O2"]
-    compile_source("main", ROOT / "tests" / "csrc" / "parity" / "main.cpp", warnings)
-    lines += [f"build parity: link {' '.join(objects)}", "default parity", ""]
+    compile_source("runner", ROOT / "tests" / "csrc" / "runner.cpp", warnings)
+    lines += [f"build runner: link {' '.join(objects)}", "default runner", ""]
     (build / "build.ninja").write_text("\n".join(lines))
-
-
-def forms(command: list[str]) -> list[dict[str, str]]:
-    """The environment's settings that choose each form that the processor can run."""
-    done = subprocess.run([*command, "0"], check=True, capture_output=True, text=True)
-    found = re.search(r"vectors of (\d+) bits(, bfloat16)?", done.stdout)
-    assert found is not None, done.stdout
-    widest = int(found[1])
-    settings = [{}, {"ROWMAX_BFLOAT16_DOTS": "0"}] if found[2] else [{}]
-    narrower = (bits for bits in (256, 128) if bits < widest)
-    return [*settings, *({"ROWMAX_VECTOR_BITS": str(bits)} for bits in narrower)]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from rowmax.bench.verification.implementations import Backend
 from rowmax.kernels.testing.oracle import Kernel, outputs_of
 
-from . import fuzz
+from . import draw, fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +39,12 @@ def test_a_hundred_calls_of_the_fuzz() -> None:
     done = run("-m", "tests.csrc.fuzz", "--first-seed", "0", "--calls", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "100 calls from seed 0 on, 0 failures\n"
+
+
+@pytest.mark.usefixtures("extension", "threads")
+def test_in_float64_lse_has_a_rounding_of_its_own() -> None:
+    """Tiny scores of many keys: lse is log(keys), and the weights that it gives are no nearer."""
+    assert draw.Call(1558).faults(Backend("native")) == []
 
 
 class Wrong(Backend):
@@ -92,8 +98,46 @@ print("end")
     ]
 
 
+# A program that says it has vectors of 128 bits, and answers no call or leaves all memory as it is.
+RUNNER = """
+import struct, sys
+def number():
+    return struct.unpack("q", sys.stdin.buffer.read(8))[0]
+def say(data):
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+say(struct.pack("3q", 16, 2, 0))
+while sys.stdin.buffer.read(1):
+    if sys.argv[1] == "ends":
+        sys.exit(7)
+    buffers = [sys.stdin.buffer.read(number()) for _ in range(number())]
+    sys.stdin.buffer.read(32 + 16)
+    sys.stdin.buffer.read(number() * 48)
+    say(struct.pack("q", -1) + b"".join(buffers))
+"""
+MAKE_CALLS = """
+import sys
+from tests.csrc.run_parity import make_calls
+print(dict(make_calls([sys.executable, "-c", *sys.argv[1:]], range(3))))
+"""
+
+
+@pytest.mark.parametrize(
+    "behaviour, fault",
+    [("ends", "the program ended with status 7"), ("idles", "out: NaN or infinity where")],
+)
+def test_the_parity_notices_a_wrong_kernel(behaviour: str, fault: str) -> None:
+    pytest.importorskip("numba")
+    done = run("-c", MAKE_CALLS, RUNNER, behaviour)
+    assert done.returncode == 0, done.stderr
+    *faults, counts = done.stdout.splitlines()
+    assert faults[0].startswith("seed 0: vectors of 128 bits: ")
+    assert fault in done.stdout
+    assert counts == "{'vectors of 128 bits': 3}"
+
+
 def test_a_missing_compiler_is_named() -> None:
-    done = run("tests/csrc/run_parity.py", "--compiler", "aarch64-linux-gnu-g++-0")
+    done = run("-m", "tests.csrc.run_parity", "--compiler", "aarch64-linux-gnu-g++-0")
     assert done.returncode == 2
     assert done.stderr.startswith("aarch64-linux-gnu-g++-0 is missing: ")
 

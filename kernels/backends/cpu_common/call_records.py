@@ -214,9 +214,10 @@ NORM = Record(
             *strides("grad_y grad_total", "row"),
             *written("d_total", "(rows, columns), contiguous"),
             *written("d_x", "as d_total, or absent"),
-            *written(
+            shared(
                 "partials",
                 "(chunks, 2, columns in whole vectors) T: each chunk's d_weight and d_bias",
+                "void",
             ),
             *written("d_weight d_bias", "(columns,) T, or absent"),
             *fields(INTEGER, "chunks chunk_rows"),

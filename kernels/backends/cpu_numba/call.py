@@ -40,7 +40,8 @@ class Kernel:
 
     def __init__(self, kernel: Callable[..., None], fields: Sequence[Field]) -> None:
         self.kernel = kernel
-        shared = tuple(field.name for field in fields if field.shared) or _SHARED
+        shared = tuple(field.name for field in fields if field.shared)
+        shared = (*_SHARED[: len(_SHARED) - len(shared)], *shared)
         set_by_run = {*_HEAD, *shared}
         given = [field for field in fields if field.name not in set_by_run]
         self.names = tuple(field.name for field in given)

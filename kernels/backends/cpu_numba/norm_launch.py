@@ -102,7 +102,7 @@ def _backward(
     # Without any row one chunk still writes the zeros of d_weight and d_bias.
     chunks = max(1, -(-rows // chunk))
     lanes = lanes_in(dtype)
-    partials = x.new_empty(chunks * 2 * (-(-columns // lanes) * lanes), dtype=dtype)
+    partials = chunks * 2 * (-(-columns // lanes) * lanes) * dtype.itemsize
     BACKWARD(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
@@ -119,7 +119,6 @@ def _backward(
             "weight": scale.data_ptr(),
             "d_total": d_total.data_ptr(),
             "d_x": d_x.data_ptr(),
-            "partials": partials.data_ptr(),
             "d_weight": d_weight.data_ptr(),
             "d_bias": d_bias.data_ptr(),
             "rows": rows,
@@ -129,6 +128,7 @@ def _backward(
             "subtract_mean": mean is not rstd,
             **dropout,
         },
+        partials,
     )
     if weight is not None:
         d_weight = d_weight.to(weight.dtype)

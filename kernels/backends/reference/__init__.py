@@ -15,7 +15,7 @@ from .norms import (
     rms_norm,
     rms_norm_backward,
 )
-from .philox import attention_keep, keep_threshold, philox4x32, rows_keep
+from .philox import attention_keep, keep_scale, keep_threshold, philox4x32, rows_keep
 from .softmax import masked_softmax, masked_softmax_backward
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "attention_keep",
     "attention_out",
     "declines",
+    "keep_scale",
     "keep_threshold",
     "layer_norm",
     "layer_norm_backward",

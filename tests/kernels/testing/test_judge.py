@@ -23,6 +23,8 @@ from rowmax.kernels.testing import (
     named_cases,
     packed_case,
 )
+from rowmax.kernels.testing.cases import Draw
+from rowmax.kernels.testing.rows import norm_case
 from rowmax.kernels.testing.suite import ATTENTION_OPS
 from rowmax.kernels.testing.tolerance import Expected, measure
 
@@ -85,6 +87,13 @@ def test_norms_of_torch_pass() -> None:
             ),
             case,
         )
+
+
+def test_a_norm_whose_dropout_keeps_nothing() -> None:
+    draw = Draw(3, torch.float32)
+    options = {"dropout_p": 1.0, "seed": 5}
+    case = norm_case("add_layer_norm", draw.normal(4, 9), draw, ("weight",), options)
+    assert_as_accurate_as_naive(kernels.add_layer_norm, case)
 
 
 def test_packed_sequences_of_ones_own() -> None:
