@@ -54,6 +54,8 @@ PACKAGE := $(VENV)/.stamp-package
 OLDEST_TRITON := build/triton-3.6.0
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+# What the build makes headers of.
+DEFINITIONS := $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
 SCRIPTS := bench/on_gpu.sh .ci/run
 CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
@@ -103,7 +105,8 @@ sanitize: $(SANITIZED)/.stamp
 fuzz: $(SANITIZED)/.stamp
 	$(UNDER_SANITIZERS) $(BIN)/python -m tests.csrc.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-$(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(wildcard package/*.py kernels/*.py kernels/*/*.py)
+$(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(DEFINITIONS) csrc/write_headers.py \
+    $(wildcard package/*.py kernels/*.py kernels/*/*.py)
 	ROWMAX_EXTENSION=require ROWMAX_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
 	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@touch $@
@@ -172,7 +175,7 @@ $(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 # Built against the torch of the environment; without a compiler the package is pure Python.
-$(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC)
+$(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC) $(DEFINITIONS) csrc/write_headers.py
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -186,7 +186,11 @@ def extension_arguments() -> dict[str, Any]:
     extension: Extension = CppExtension(
         "rowmax.kernels._C",
         sources=[f"csrc/{source}" for source in SOURCES],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*"))],
+        depends=[
+            str(path.relative_to(ROOT))
+            for pattern in ("csrc/**/*", "kernels/backends/cpu_common/*.py")
+            for path in sorted(ROOT.glob(pattern))
+        ],
         extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
         extra_link_args=SANITIZE,
         py_limited_api=True,
