@@ -55,7 +55,8 @@ OLDEST_TRITON := build/triton-3.6.0
 
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 # What the build makes headers of.
-DEFINITIONS := $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
+DEFINITIONS := kernels/api/masks.py kernels/ops/problem.py \
+    $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
 SCRIPTS := bench/on_gpu.sh .ci/run
 CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax

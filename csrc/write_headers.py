@@ -1,11 +1,13 @@
 """Write the headers that the CPU backends' Python defines: `python csrc/write_headers.py FOLDER`.
 
 `constants.h` has the numbers of `kernels/backends/cpu_common/constants.py`, and `call_records.h`
-the structs that `call_records.py` beside it describes.
+the structs that `call_records.py` beside it describes. `problems.h` has the fields of the problems
+of `kernels/ops/problem.py`, as parameters of operators.
 """
 
 from __future__ import annotations
 
+import ast
 import itertools
 import runpy
 import sys
@@ -80,6 +82,53 @@ def _records() -> Iterable[Any]:
     return runpy.run_path(str(DEFINITIONS / "call_records.py"))["RECORDS"]  # type: ignore[no-any-return]
 
 
+# What a field's annotation is in torch's schema, in C++ as a parameter and as a member.
+_PARAMETERS = {
+    "Tensor": ("Tensor", "Tensor", "View"),
+    "Tensor | None": ("Tensor?", "MaybeTensor", "MaybeTensor"),
+    "int": ("int", "int64_t", "int64_t"),
+    "int | None": ("int?", "MaybeInt", "MaybeInt"),
+    "float": ("float", "double", "double"),
+    "float | None": ("float?", "std::optional<double>", "std::optional<double>"),
+}
+
+
+def problems() -> list[str]:
+    """A struct for the mask and for each problem with one, and its fields as parameters."""
+    mask = _fields("api/masks.py", "MaskStructure")
+    lines = ["struct MaskStructure {", *_members(mask), "};", "template <typename... Type>"]
+    lines.append("struct Types {};")
+    for name in ("AttentionProblem", "SoftmaxProblem"):
+        fields = _fields("ops/problem.py", name)
+        lines += ["", f"struct {name} {{", *_members(fields), "};"]
+        flat: list[tuple[str, str]] = []
+        for field, kind in fields:
+            flat += mask if kind == "MaskStructure" else [(field, kind)]
+        schema = ", ".join(f"{_PARAMETERS[kind][0]} {field}" for field, kind in flat)
+        types = ", ".join(_PARAMETERS[kind][1] for _, kind in flat)
+        lines.append(f'inline constexpr const char* k{name} = "{schema}";')
+        lines.append(f"using {name}Types = Types<{types}>;")
+    return lines
+
+
+def _members(fields: list[tuple[str, str]]) -> list[str]:
+    return [f"  {_PARAMETERS.get(kind, (kind,))[-1]} {field};" for field, kind in fields]
+
+
+def _fields(file: str, name: str) -> list[tuple[str, str]]:
+    """The fields of a NamedTuple and their annotations, read without importing torch."""
+    tree = ast.parse((ROOT / "kernels" / file).read_text("utf-8"))
+    (found,) = (x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == name)
+    fields = []
+    for statement in found.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            kind = statement.annotation
+            if isinstance(kind, ast.Subscript) and isinstance(kind.slice, ast.Tuple):
+                kind = kind.slice.elts[0]  # of Annotated[kind, spec]
+            fields.append((statement.target.id, ast.unparse(kind)))
+    return fields
+
+
 def write_header(path: Path, includes: Iterable[str], body: list[str]) -> None:
     """Write the header unless it stands there already, so that nothing is built anew."""
     lines = [
@@ -99,6 +148,7 @@ def write_header(path: Path, includes: Iterable[str], body: list[str]) -> None:
 def write(folder: Path) -> None:
     write_header(folder / "constants.h", (), constants())
     write_header(folder / "call_records.h", ("<stdint.h>",), call_records())
+    write_header(folder / "problems.h", ("<optional>", '"binding/launch.h"'), problems())
 
 
 def write_fields(folder: Path) -> None:

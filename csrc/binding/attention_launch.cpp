@@ -9,47 +9,10 @@
 
 #include "binding/attention_plan.h"
 #include "constants.h"
+#include "problems.h"
 
 namespace rowmax {
 namespace {
-
-using MaybeInt = std::optional<int64_t>;
-
-View view_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
-  return {
-      tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes().data(),
-      tensor.strides().data()};
-}
-
-// The fields of kernels/ops/problem.py's AttentionProblem, flat.
-struct Problem {
-  View query, key, value;
-  MaybeTensor bias, alibi_slopes, alibi_offset, sinks;
-  MaybeTensor dense, key_lengths, query_lengths, query_documents, key_documents, band;
-  MaybeInt band_lower, band_upper;
-  double scale;
-  std::optional<double> softcap;
-  double dropout_p;
-  MaybeTensor seed;
-  int64_t batch_start;
-  MaybeTensor query_starts, key_starts;
-  int64_t longest_query, longest_key;
-};
-constexpr const char* kProblem =
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes,"
-    " Tensor? alibi_offset, Tensor? sinks, Tensor? dense_mask, Tensor? key_lengths,"
-    " Tensor? query_lengths, Tensor? query_documents, Tensor? key_documents, Tensor? band,"
-    " int? band_lower, int? band_upper, float scale, float? softcap, float dropout_p,"
-    " Tensor? seed, int batch_start, Tensor? query_starts, Tensor? key_starts,"
-    " int longest_query, int longest_key) -> ()";
-template <typename... Type>
-struct Types {};
-using ProblemTypes = Types<
-    Tensor, Tensor, Tensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
-    MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeInt, MaybeInt, double,
-    std::optional<double>, double, MaybeTensor, int64_t, MaybeTensor, MaybeTensor, int64_t,
-    int64_t>;
 
 int64_t item_type_of(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? ITEM_BFLOAT16
@@ -74,7 +37,7 @@ struct Launch {
   int type;
   int64_t element, lanes;
 
-  Launch(const Problem& problem, const View& out) {
+  Launch(const AttentionProblem& problem, const View& out) {
     const View &query = problem.query, &key = problem.key, &value = problem.value;
     const ScalarType dtype = query.dtype;
     type = dtype == ScalarType::Double ? 1 : 0;
@@ -110,24 +73,24 @@ struct Launch {
       call.query_len = query.sizes[2];
       call.key_len = key.sizes[2];
     }
-    set_mask(problem);
+    set_mask(problem.mask);
     set_scores(problem);
   }
 
-  void set_mask(const Problem& problem) {
-    call.band_lower = problem.band_lower.value_or(-NO_BOUND);
-    call.band_upper = problem.band_upper.value_or(NO_BOUND);
-    call.band = address<int64_t>(problem.band);
-    call.key_lengths = address<int64_t>(problem.key_lengths);
-    call.query_lengths = address<int64_t>(problem.query_lengths);
-    if (problem.query_documents) {
-      call.query_documents = address<int64_t>(problem.query_documents);
-      call.key_documents = address<int64_t>(problem.key_documents);
-      call.query_documents_batch = problem.query_documents->stride(0);
-      call.key_documents_batch = problem.key_documents->stride(0);
+  void set_mask(const MaskStructure& mask) {
+    call.band_lower = mask.band_lower.value_or(-NO_BOUND);
+    call.band_upper = mask.band_upper.value_or(NO_BOUND);
+    call.band = address<int64_t>(mask.band);
+    call.key_lengths = address<int64_t>(mask.key_lengths);
+    call.query_lengths = address<int64_t>(mask.query_lengths);
+    if (mask.query_documents) {
+      call.query_documents = address<int64_t>(mask.query_documents);
+      call.key_documents = address<int64_t>(mask.key_documents);
+      call.query_documents_batch = mask.query_documents->stride(0);
+      call.key_documents_batch = mask.key_documents->stride(0);
     }
-    if (problem.dense) {
-      const Tensor& dense = *problem.dense;
+    if (mask.dense) {
+      const Tensor& dense = *mask.dense;
       call.dense = static_cast<const uint8_t*>(dense.data_ptr());
       call.dense_batch = broadcast_stride(dense, 0);
       call.dense_head = broadcast_stride(dense, 1);
@@ -136,7 +99,7 @@ struct Launch {
     }
   }
 
-  void set_scores(const Problem& problem) {
+  void set_scores(const AttentionProblem& problem) {
     if (problem.bias) {
       const Tensor& bias = *problem.bias;
       call.bias = bias.data_ptr();
@@ -189,7 +152,7 @@ void decode(Launch& launch) {
 }
 
 // out and, unless it is absent, lse (B, Hq, Lq): float64 or, where out is of a half type, float32.
-void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
+void forward(const View& out, const MaybeTensor& lse, const AttentionProblem& problem) {
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
   if (lse) {
@@ -226,7 +189,7 @@ void forward(const View& out, const MaybeTensor& lse, const Problem& problem) {
 void backward(
     const View& out, const Tensor& lse, const View& grad_out, const MaybeTensor& grad_lse,
     const View& d_query, const View& d_key, const View& d_value, const MaybeTensor& d_bias,
-    const MaybeTensor& delta, const Problem& problem) {
+    const MaybeTensor& delta, const AttentionProblem& problem) {
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
   const ScalarType dtype = out.dtype;
@@ -287,7 +250,7 @@ void backward(
 }
 
 // The arguments of an operator as a problem.
-Problem problem_of(
+AttentionProblem problem_of(
     const Tensor& query, const Tensor& key, const Tensor& value, const auto&... others) {
   return {view_of(query, "query"), view_of(key, "key"), view_of(value, "value"), others...};
 }
@@ -308,23 +271,23 @@ struct Operators<Types<Field...>> {
         delta, problem_of(field...));
   }
 };
-using Attention = Operators<ProblemTypes>;
+using Attention = Operators<AttentionProblemTypes>;
 
 }  // namespace
 
 void fast_path_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
     std::optional<int64_t> band_upper) {
-  Problem problem{query, key, value};
+  AttentionProblem problem{query, key, value};
   problem.scale = scale;
-  problem.band_upper = band_upper;
+  problem.mask.band_upper = band_upper;
   forward(out, std::nullopt, problem);
 }
 
 }  // namespace rowmax
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
-  const std::string problem = rowmax::kProblem;
+  const std::string problem = std::string(rowmax::kAttentionProblem) + ") -> ()";
   m.def(("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem).c_str());
   m.def(("attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
          " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"

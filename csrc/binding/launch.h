@@ -21,6 +21,7 @@ namespace rowmax {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using MaybeInt = std::optional<int64_t>;
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -34,6 +35,13 @@ struct View {
   int64_t dimensions;
   const int64_t *sizes, *strides;
 };
+
+inline View view_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  return {
+      tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes().data(),
+      tensor.strides().data()};
+}
 
 template <typename T>
 const T* address(const MaybeTensor& tensor) {

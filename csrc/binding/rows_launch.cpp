@@ -4,6 +4,7 @@
 #include "binding/rows_launch.h"
 
 #include "constants.h"
+#include "problems.h"
 
 namespace rowmax {
 namespace {
@@ -185,43 +186,52 @@ void norm_backward(
   });
 }
 
-// scores (B, H, Lq, Lk) with contiguous rows, weights like it, contiguous; the mask's fields as in
-// kernels/api/masks.py's MaskStructure, contiguous but for the dense mask's leading dimensions.
-void softmax_forward(
-    Tensor scores, Tensor weights, MaybeTensor dense, MaybeTensor key_lengths,
-    MaybeTensor query_lengths, MaybeTensor query_documents, MaybeTensor key_documents,
-    MaybeTensor band, std::optional<int64_t> band_lower, std::optional<int64_t> band_upper,
-    double scale) {
+// scores (B, H, Lq, Lk) with contiguous rows, weights like it, contiguous; the mask's tensors
+// contiguous but for the dense one's leading dimensions.
+void softmax_forward(const Tensor& weights, const SoftmaxProblem& problem) {
   const int64_t no_bound = NO_BOUND;
+  const View& scores = problem.scores;
+  const MaskStructure& mask = problem.mask;
   SoftmaxCall call{};
-  call.scores = scores.data_ptr();
-  call.scores_batch = scores.stride(0);
-  call.scores_head = scores.stride(1);
-  call.scores_query = scores.stride(2);
+  call.scores = scores.data;
+  call.scores_batch = scores.strides[0];
+  call.scores_head = scores.strides[1];
+  call.scores_query = scores.strides[2];
   call.weights = weights.data_ptr();
-  call.heads = scores.size(1);
-  call.queries = scores.size(2);
-  call.keys = scores.size(3);
-  call.rows = scores.size(0) * call.heads * call.queries;
+  call.heads = scores.sizes[1];
+  call.queries = scores.sizes[2];
+  call.keys = scores.sizes[3];
+  call.rows = scores.sizes[0] * call.heads * call.queries;
   call.task_rows = task_rows(call.keys);
-  call.band_lower = std::max(band_lower.value_or(-no_bound), -no_bound);
-  call.band_upper = std::min(band_upper.value_or(no_bound), no_bound);
-  call.band = address<int64_t>(band);
-  call.key_lengths = address<int64_t>(key_lengths);
-  call.query_lengths = address<int64_t>(query_lengths);
-  call.query_documents = address<int64_t>(query_documents);
-  call.key_documents = address<int64_t>(key_documents);
-  if (dense) {
-    call.dense = static_cast<const uint8_t*>(dense->data_ptr());
-    call.dense_batch = broadcast_stride(*dense, 0);
-    call.dense_head = broadcast_stride(*dense, 1);
-    call.dense_query = broadcast_stride(*dense, 2);
-    call.dense_key = broadcast_stride(*dense, 3);
+  call.band_lower = std::max(mask.band_lower.value_or(-no_bound), -no_bound);
+  call.band_upper = std::min(mask.band_upper.value_or(no_bound), no_bound);
+  call.band = address<int64_t>(mask.band);
+  call.key_lengths = address<int64_t>(mask.key_lengths);
+  call.query_lengths = address<int64_t>(mask.query_lengths);
+  call.query_documents = address<int64_t>(mask.query_documents);
+  call.key_documents = address<int64_t>(mask.key_documents);
+  if (mask.dense) {
+    const Tensor& dense = *mask.dense;
+    call.dense = static_cast<const uint8_t*>(dense.data_ptr());
+    call.dense_batch = broadcast_stride(dense, 0);
+    call.dense_head = broadcast_stride(dense, 1);
+    call.dense_query = broadcast_stride(dense, 2);
+    call.dense_key = broadcast_stride(dense, 3);
   }
-  call.scale = scale;
-  const auto& kernel = chosen_kernels().softmax_forward[item_of(scores.scalar_type())];
+  call.scale = problem.scale;
+  const auto& kernel = chosen_kernels().softmax_forward[item_of(scores.dtype)];
   run_kernel(kernel, call, divide_up(call.rows, call.task_rows), 0, 0, [](char*, char*) {});
 }
+
+template <typename Fields>
+struct SoftmaxOperators;
+template <typename... Field>
+struct SoftmaxOperators<Types<Tensor, Field...>> {
+  static void forward(Tensor weights, Tensor scores, Field... field) {
+    softmax_forward(weights, {view_of(scores, "scores"), field...});
+  }
+};
+using Softmax = SoftmaxOperators<SoftmaxProblemTypes>;
 
 // (rows, keys), weights and grad with a row stride of their own; d_scores like them, contiguous.
 void softmax_backward(
@@ -271,10 +281,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
       " int grad_total_row, Tensor? mean, Tensor rstd, Tensor? weight, Tensor(a!) d_total,"
       " Tensor(b!)? d_x, Tensor(c!)? d_weight, Tensor(d!)? d_bias, int rows, int columns,"
       " float dropout_p, Tensor? seed) -> ()");
-  m.def(
-      "softmax_forward(Tensor scores, Tensor(a!) weights, Tensor? dense_mask, Tensor? key_lengths,"
-      " Tensor? query_lengths, Tensor? query_documents, Tensor? key_documents, Tensor? band,"
-      " int? band_lower, int? band_upper, float scale) -> ()");
+  m.def(("softmax_forward(Tensor(a!) weights, " + std::string(rowmax::kSoftmaxProblem) + ") -> ()")
+            .c_str());
   m.def(
       "softmax_backward(Tensor weights, int weights_row, Tensor grad, int grad_row,"
       " Tensor(a!) d_scores, int rows, int keys, float scale) -> ()");
@@ -285,7 +293,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
   m.impl("norm_forward", TORCH_BOX(&rowmax::norm_forward));
   m.impl("norm_backward", TORCH_BOX(&rowmax::norm_backward));
-  m.impl("softmax_forward", TORCH_BOX(&rowmax::softmax_forward));
+  m.impl("softmax_forward", TORCH_BOX(&rowmax::Softmax::forward));
   m.impl("softmax_backward", TORCH_BOX(&rowmax::softmax_backward));
 }
 

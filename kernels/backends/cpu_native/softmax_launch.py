@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...api.masks import MaskStructure
 from ...ops.layout import count_rows, rows_of
 from ...ops.problem import SoftmaxProblem
 from ..cpu_common.results import new_result
 
 
 def masked_softmax(problem: SoftmaxProblem) -> Tensor:
-    scores, mask, scale = problem
+    scores, mask = problem.scores, problem.mask
     weights = new_result(scores, scores.shape)
     if scores.stride(3) != 1:
         scores = scores.contiguous()
-    dense, *others, lower, upper = mask
+    fields = {
+        name: field.contiguous() if isinstance(field, Tensor) and name != "dense" else field
+        for name, field in mask._asdict().items()
+    }
+    dense = mask.dense
     if dense is not None and dense.shape[3] != 1 and dense.stride(3) != 1:
-        dense = dense.contiguous()
-    contiguous = (None if other is None else other.contiguous() for other in others)
-    torch.ops.rowmax_native.softmax_forward.default(
-        scores, weights, dense, *contiguous, lower, upper, scale
-    )
+        fields["dense"] = dense.contiguous()
+    readable = SoftmaxProblem(scores, MaskStructure(**fields), problem.scale)
+    torch.ops.rowmax_native.softmax_forward.default(weights, *readable.flat())
     return weights
 
 
