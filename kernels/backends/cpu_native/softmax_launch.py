@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     weights = new_result(scores, scores.shape)
     if scores.stride(3) != 1:
         scores = scores.contiguous()
-    fields = {
+    fields: dict[str, Any] = {
         name: field.contiguous() if isinstance(field, Tensor) and name != "dense" else field
         for name, field in mask._asdict().items()
     }
