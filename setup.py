@@ -188,7 +188,10 @@ def extension_arguments() -> dict[str, Any]:
         sources=[f"csrc/{source}" for source in SOURCES],
         depends=[
             str(path.relative_to(ROOT))
-            for pattern in ("csrc/**/*", "kernels/backends/cpu_common/*.py")
+            for pattern in (
+                *("csrc/**/*", "kernels/backends/cpu_common/*.py"),
+                *("kernels/api/masks.py", "kernels/ops/problem.py"),
+            )
             for path in sorted(ROOT.glob(pattern))
         ],
         extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],

@@ -23,6 +23,7 @@ TILE = 16
 # name -> what is wrong
 FAULTS = {
     "mask-off-by-one": "each query attends one key more than its mask allows",
+    "prefix-ignored": "causal masks hide the prefix that all queries may attend",
     "upper-left": "causal masks stand at the upper left where the lower right is asked for",
     "finite-mask": "masked scores are -1e9 instead of -inf",
     "no-rescale": "what is summed is not rescaled when the running maximum grows",
@@ -95,8 +96,8 @@ class _Tiled(torch.autograd.Function):
         call: AttentionCase,
         fault: str | None,
     ) -> tuple[Tensor, Tensor]:
-        if fault == "upper-left":
-            call = replace(call, mask=_at_upper_left(call.mask))
+        if fault in _CAUSAL_FAULTS:
+            call = replace(call, mask=_with_causal(call.mask, _CAUSAL_FAULTS[fault]))
         bias_or_alibi = call.bias if bias is None else bias
         problem = replace(call, q=q, k=k, v=v, bias=bias_or_alibi, sinks=sinks).naive_problem()
         parts = _parts_of(problem, fault)
@@ -129,13 +130,20 @@ class _Tiled(torch.autograd.Function):
         )
 
 
-def _at_upper_left(mask: Mask | Tensor | None) -> Mask | Tensor | None:
+# what a fault makes of a causal mask's fields
+_CAUSAL_FAULTS: dict[str | None, dict[str, Any]] = {
+    "upper-left": {"align": "upper_left"},
+    "prefix-ignored": {"prefix": None},
+}
+
+
+def _with_causal(mask: Mask | Tensor | None, fields: dict[str, Any]) -> Mask | Tensor | None:
     if not isinstance(mask, Mask):
         return mask
     joined: Mask | None = None
     for part in mask.parts():
-        moved = Causal("upper_left") if isinstance(part, Causal) else part
-        joined = moved if joined is None else joined & moved
+        changed = replace(part, **fields) if isinstance(part, Causal) else part
+        joined = changed if joined is None else joined & changed
     return joined
 
 

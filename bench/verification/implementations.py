@@ -106,7 +106,7 @@ class Sdpa:
         """attn_mask and is_causal."""
         q, mask, bias = call.q, call.mask, call.bias
         square = call.shape[2] == call.shape[3]
-        if bias is None and square and isinstance(mask, Causal) and mask.align is None:
+        if bias is None and square and isinstance(mask, Causal) and mask.align is mask.prefix:
             return None, True
         allowed = mask.dense(*call.shape) if isinstance(mask, Mask) else mask
         if allowed is not None:

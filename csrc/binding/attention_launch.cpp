@@ -81,6 +81,7 @@ struct Launch {
     call.band_lower = mask.band_lower.value_or(-NO_BOUND);
     call.band_upper = mask.band_upper.value_or(NO_BOUND);
     call.band = address<int64_t>(mask.band);
+    call.prefix_lengths = address<int64_t>(mask.prefix_lengths);
     call.key_lengths = address<int64_t>(mask.key_lengths);
     call.query_lengths = address<int64_t>(mask.query_lengths);
     if (mask.query_documents) {

@@ -206,6 +206,7 @@ void softmax_forward(const Tensor& weights, const SoftmaxProblem& problem) {
   call.band_lower = std::max(mask.band_lower.value_or(-no_bound), -no_bound);
   call.band_upper = std::min(mask.band_upper.value_or(no_bound), no_bound);
   call.band = address<int64_t>(mask.band);
+  call.prefix_lengths = address<int64_t>(mask.prefix_lengths);
   call.key_lengths = address<int64_t>(mask.key_lengths);
   call.query_lengths = address<int64_t>(mask.query_lengths);
   call.query_documents = address<int64_t>(mask.query_documents);

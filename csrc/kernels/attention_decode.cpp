@@ -222,8 +222,7 @@ void decode_chunk(
   const int64_t k0 = chunk * CHUNK_KEYS;
   int64_t begin = sequence.key_len, end = 0;
   for (int64_t i = 0; i < min(queries, limits.queries); ++i) {
-    const int64_t low = max<int64_t>(0, i + limits.lower);
-    const int64_t high = min(limits.keys - 1, i + limits.upper);
+    const int64_t low = limits.lowest_key(i), high = limits.highest_key(i);
     if (low <= high) {
       begin = min(begin, low);
       end = max(end, high + 1);
@@ -275,8 +274,8 @@ void decode_chunk(
     cap_and_scale(call, row + skipped, counted);
     add_terms_to_row(call, b, h, i, begin, counted, row + skipped, with.bias);
     const bool counts = i < limits.queries;
-    const int64_t low = counts ? max<int64_t>(0, i + limits.lower) - k0 : 0;
-    const int64_t high = counts ? min(limits.keys - 1, i + limits.upper) - k0 : -1;
+    const int64_t low = counts ? limits.lowest_key(i) - k0 : 0;
+    const int64_t high = counts ? limits.highest_key(i) - k0 : -1;
     const RowSum<T> sum =
         weigh_row(row, max<int64_t>(low, 0), min<int64_t>(high, CHUNK_KEYS), end - k0);
     partial[r * row_size] = sum.largest;

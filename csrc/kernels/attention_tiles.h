@@ -39,16 +39,23 @@ inline Tile tile_of(
   return {b, h, start, rows, min<int64_t>(VECTORS * LANES<T>, round_up(rows, LANES<T>))};
 }
 
-// Of a batch element: bounds on j - i, and how many queries and keys count.
+// Of a batch element: bounds on j - i, how many queries and keys count, and how many of these have
+// no upper bound.
 struct Limits {
-  int64_t lower, upper, queries, keys;
+  int64_t lower, upper, queries, keys, prefix;
+
+  int64_t lowest_key(int64_t i) const { return max<int64_t>(0, i + lower); }
+  int64_t highest_key(int64_t i) const { return min(keys - 1, max(i + upper, prefix - 1)); }
 };
 
 inline Limits limits_of(const AttentionCall& call, int64_t b, const Sequence& sequence) {
-  Limits limits{call.band_lower, call.band_upper, sequence.query_len, sequence.key_len};
+  Limits limits{call.band_lower, call.band_upper, sequence.query_len, sequence.key_len, 0};
   if (call.band != nullptr) {
     limits.lower = max(limits.lower, call.band[2 * b]);
     limits.upper = min(limits.upper, call.band[2 * b + 1]);
+  }
+  if (call.prefix_lengths != nullptr) {
+    limits.prefix = call.prefix_lengths[b];
   }
   if (call.key_lengths != nullptr) {
     limits.keys = min(limits.keys, call.key_lengths[b]);
@@ -87,9 +94,11 @@ template <typename T>
 inline KeyRange key_ranges(
     const AttentionCall& call, const Sequence& sequence, const Tile& tile, IntOf<T>* first,
     IntOf<T>* last) {
-  const auto [lower, upper, queries, keys] = limits_of(call, tile.b, sequence);
+  const Limits limits = limits_of(call, tile.b, sequence);
+  const int64_t queries = limits.queries, keys = limits.keys;
   const int64_t last_row = tile.start + tile.rows - 1;
-  if (last_row < queries && last_row + lower <= 0 && tile.start + upper >= keys - 1 && keys > 0) {
+  if (last_row < queries && keys > 0 && limits.lowest_key(last_row) == 0 &&
+      limits.highest_key(tile.start) == keys - 1) {
     // every query may attend every key that counts
     fill<IntOf<T>>(first, tile.width, 0);
     fill<IntOf<T>>(last, tile.width, static_cast<IntOf<T>>(keys - 1));
@@ -98,7 +107,7 @@ inline KeyRange key_ranges(
   KeyRange range{sequence.key_len, 0, 0, sequence.key_len - 1};
   for (int64_t r = 0; r < tile.width; ++r) {
     const int64_t i = tile.start + r;
-    int64_t low = max<int64_t>(0, i + lower), high = min(keys - 1, i + upper);
+    int64_t low = limits.lowest_key(i), high = limits.highest_key(i);
     if (r >= tile.rows) {
       low = 0;
       high = sequence.key_len;

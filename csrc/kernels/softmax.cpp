@@ -34,7 +34,8 @@ Range key_range(const SoftmaxCall& call, int64_t batch, int64_t query) {
   }
   const int64_t no_bound = NO_BOUND;
   const int64_t first = max<int64_t>(0, query + max(lower, -no_bound));
-  end = max<int64_t>(0, min(end, query + min(upper, no_bound) + 1));
+  const int64_t prefix = call.prefix_lengths != nullptr ? call.prefix_lengths[batch] : 0;
+  end = max<int64_t>(0, min(end, max(query + min(upper, no_bound) + 1, prefix)));
   return {min(first, end), end};
 }
 

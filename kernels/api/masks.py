@@ -35,7 +35,8 @@ class MaskStructure(NamedTuple):
 
     Query i of batch element b may attend key j when all of these hold:
 
-    - `band_lower <= j - i <= band_upper`, and the same with row b of `band` (B, 2) int64;
+    - `band_lower <= j - i <= band_upper`, and the same with row b of `band` (B, 2) int64, but keys
+      `j < prefix_lengths[b]`, (B,) int64, have no upper bound;
     - `j < key_lengths[b]` and `i < query_lengths[b]`, both (B,) int64;
     - `query_documents[b, i] == key_documents[b, j]`, (B, Lq) and (B, Lk) int64;
     - `dense[b, h, i, j]`, bool, each dimension full or 1.
@@ -47,6 +48,7 @@ class MaskStructure(NamedTuple):
     query_documents: Annotated[Tensor | None, TensorSpec("B Lq", "int64")] = None
     key_documents: Annotated[Tensor | None, TensorSpec("B Lk", "int64")] = None
     band: Annotated[Tensor | None, TensorSpec("B 2", "int64")] = None
+    prefix_lengths: Annotated[Tensor | None, TensorSpec("B", "int64")] = None
     band_lower: int | None = None
     band_upper: int | None = None
 
@@ -70,13 +72,18 @@ class MaskStructure(NamedTuple):
         i = torch.arange(query_len, device=device).view(-1, 1)
         j = torch.arange(key_len, device=device)
         terms: list[Tensor] = []
+        prefix: Tensor | None = None
+        if self.prefix_lengths is not None:
+            prefix = j < self.prefix_lengths.view(-1, 1, 1, 1)
         if self.band_lower is not None:
             terms.append((j - i >= self.band_lower).view(1, 1, query_len, key_len))
         if self.band_upper is not None:
-            terms.append((j - i <= self.band_upper).view(1, 1, query_len, key_len))
+            below = (j - i <= self.band_upper).view(1, 1, query_len, key_len)
+            terms.append(below if prefix is None else below | prefix)
         if self.band is not None:
             lower, upper = self.band.view(-1, 2, 1, 1, 1).unbind(1)
-            terms += [j - i >= lower, j - i <= upper]
+            below = j - i <= upper
+            terms += [j - i >= lower, below if prefix is None else below | prefix]
         if self.key_lengths is not None:
             terms.append(j < self.key_lengths.view(-1, 1, 1, 1))
         if self.query_lengths is not None:
@@ -103,11 +110,24 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return _Conjunction((*self.parts(), *other.parts()))
+        parts = (*self.parts(), *other.parts())
+        upper = [part for part in parts if part.bounds_keys_above()]
+        if len(upper) > 1 and any(
+            isinstance(part, Causal) and part.prefix is not None for part in upper
+        ):
+            raise ValueError(
+                "Causal: `prefix`: expected no other mask beside it that bounds keys from above, "
+                "got a second one (Causal, or Window with `right`); a bool mask can say both"
+            )
+        return _Conjunction(parts)
 
     def parts(self) -> tuple[Mask, ...]:
         """The masks that were joined by `&` into this one."""
         return (self,)
+
+    def bounds_keys_above(self) -> bool:
+        """Whether a query attends no key beyond some distance after its own position."""
+        return False
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
         """The bool tensor (B, Hq, Lq, Lk) that defines this mask; True = may attend."""
@@ -139,7 +159,11 @@ class _Conjunction(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Causal(Mask):
-    """Query i attends no key after its own position.
+    """Query i attends no key after its own position, but for the first `prefix` keys.
+
+    `prefix` (B,) of ints is how many leading keys of each batch element every query may attend: a
+    prefix language model (Raffel et al. 2020, section 3.2.1) reads its input both ways and writes
+    what follows. It can't be joined by `&` with another mask that bounds keys from above.
 
     `align` says at which key query 0 stands: "upper_left" (key 0, as torch's `is_causal`),
     "lower_right" (key Lk - Lq, as in flash-attention), an int, or an int tensor (B,). With
@@ -147,12 +171,29 @@ class Causal(Mask):
     """
 
     align: Align = None
+    prefix: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefix is not None:
+            _require_integers("Causal", "prefix", self.prefix, 1)
+
+    def bounds_keys_above(self) -> bool:
+        return True
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
-        return _dense_band(self.align, None, 0, (B, Hq, Lq, Lk))
+        allowed = _dense_band(self.align, None, 0, (B, Hq, Lq, Lk))
+        if self.prefix is None:
+            return allowed
+        j = torch.arange(Lk, device=self.prefix.device)
+        return allowed.to(self.prefix.device) | (j < self.prefix.view(B, 1, 1, 1))
 
     def _structure(self, shape: tuple[int, int, int, int], like: Tensor) -> MaskStructure:
-        return _band(self.align, None, 0, shape, like)
+        structure = _band(self.align, None, 0, shape, like)
+        if self.prefix is None:
+            return structure
+        return structure._replace(
+            prefix_lengths=_per_batch("Causal", "prefix", self.prefix, shape, like)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +211,9 @@ class Window(Mask):
         for name, size in (("left", self.left), ("right", self.right)):
             if size is not None and (not isinstance(size, int) or size < 0):
                 fail_value("Window", name, repr(size), "an int >= 0, or None for no bound")
+
+    def bounds_keys_above(self) -> bool:
+        return self.right is not None
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
         return _dense_band(self.align, self.left, self.right, (B, Hq, Lq, Lk))
@@ -386,6 +430,7 @@ def _intersect(a: MaskStructure, b: MaskStructure) -> MaskStructure:
         query_documents=query_documents,
         key_documents=key_documents,
         band=band,
+        prefix_lengths=a.prefix_lengths if b.prefix_lengths is None else b.prefix_lengths,
         band_lower=_tightest(a.band_lower, b.band_lower, max),
         band_upper=_tightest(a.band_upper, b.band_upper, min),
     )

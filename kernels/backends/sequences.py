@@ -72,6 +72,8 @@ def _sequences(problem: AttentionProblem) -> Iterator[tuple[slice, slice, Attent
         mask = problem.mask
         if mask.band is not None:
             mask = mask._replace(band=mask.band[b : b + 1])
+        if mask.prefix_lengths is not None:
+            mask = mask._replace(prefix_lengths=mask.prefix_lengths[b : b + 1])
         yield (
             rows,
             columns,

@@ -114,6 +114,11 @@ def _causal(sizes: Shape, draw: Draw) -> Mask:
     return Causal() if sizes.square else Causal("lower_right")
 
 
+def _causal_prefix(sizes: Shape, draw: Draw) -> Mask:
+    prefix = torch.randint(sizes.Lk + 1, (sizes.B,), generator=draw.generator)
+    return Causal(None if sizes.square else "lower_right", prefix)
+
+
 def _window(sizes: Shape, draw: Draw) -> Mask:
     return Window(5, 2, None if sizes.square else "lower_right")
 
@@ -181,6 +186,7 @@ KINDS: dict[str, Kind] = {
     "none": Kind(),
     "causal": Kind(_causal),
     "causal-upper-left": Kind(lambda s, d: Causal("upper_left"), suits=lambda s: not s.square),
+    "causal-prefix": Kind(_causal_prefix),
     "window": Kind(_window),
     "key-lengths": Kind(_key_lengths),
     "query-lengths": Kind(_query_lengths),
@@ -224,7 +230,7 @@ SHAPES = (
     Shape(1, 1, 1, 300, 277, 16, 16),  # several tiles each way
 )
 EMPTY_SHAPES = (Shape(0, 2, 2, 5, 5, 8, 8), Shape(2, 2, 2, 0, 5, 8, 8), Shape(2, 2, 2, 5, 0, 8, 8))
-PACKED_KINDS = ("none", "causal", "window", "alibi", "sinks", "dropout", "softcap")
+PACKED_KINDS = ("none", "causal", "causal-prefix", "window", "alibi", "sinks", "dropout", "softcap")
 PACKED_SHAPES = (Shape(4, 4, 2, 40, 40, 16, 16), Shape(3, 2, 2, 20, 70, 24, 8))
 
 

@@ -189,6 +189,7 @@ PROBLEMS: dict[str, Callable[[int], AttentionProblem]] = {
     "full": square(),
     "grouped_heads": square(Causal(), key_heads=1),
     "band_per_batch": square(Causal(torch.tensor([0, 100]))),
+    "prefix": square(Causal(prefix=torch.tensor([3, 100]))),
     "alibi": square(Causal(), ALiBi(torch.rand(4))),
     "softcap": square(Causal(), softcap=30.0),
     "documents": square(Documents(IDS)),

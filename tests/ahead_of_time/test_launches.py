@@ -82,6 +82,7 @@ PROBLEMS: dict[str, Callable[[], AttentionProblem]] = {
     "shared_bias": lambda: problem_of(bias=torch.zeros(1, 8, 96, 96, dtype=HALF)),
     "alibi": lambda: problem_of(bias=ALiBi(torch.rand(8))),
     "band": lambda: problem_of(Causal(torch.tensor([0, 9]))),
+    "prefix": lambda: problem_of(Causal(prefix=torch.tensor([9, 0]))),
     "window": lambda: problem_of(Window(5, 5), softcap=30.0),
     "sinks": lambda: problem_of(sinks=torch.zeros(8)),
     "decoding": lambda: problem_of(KeyLengths(torch.tensor([2000, 7])), lengths=(1, 2048)),

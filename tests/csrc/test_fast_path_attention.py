@@ -110,6 +110,7 @@ NOT_PLAIN: dict[str, tuple[Any, ...]] = {
     "causal without align": (Q, rand(1, 2, 5, 8), rand(1, 2, 5, 8), Causal(), None),
     "causal by number": (Q, Q, Q, Causal(1), None),
     "causal by tensor": (Q, Q, Q, Causal(torch.tensor([1])), None),
+    "causal with a prefix": (Q, Q, Q, Causal(prefix=torch.tensor([2])), None),
     "lengths": (Q, Q, Q, KeyLengths(torch.tensor([2])), None),
     "dense": (Q, Q, Q, torch.ones(4, 4, dtype=torch.bool), None),
 }

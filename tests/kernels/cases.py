@@ -206,6 +206,17 @@ def _bands() -> list[Case]:
         cases.append(Case(name, mask=always(Window(left, right))))
         cases.append(Case(f"{name}_short", SHORT, always(Window(left, right, "lower_right"))))
         cases.append(Case(f"{name}_wide", WIDE, always(Window(left, right, lengths(-2, 7)))))
+    for name, shape, mask in (
+        ("square", Shape(), Causal(None, lengths(0, 9))),
+        ("short", SHORT, Causal("upper_left", lengths(40, 3))),
+        ("wide", WIDE, Causal(lengths(-3, 5), lengths(12, -2))),
+        ("few_queries", Shape(2, 2, 1, 3, 300, 8, 8), Causal(-1, lengths(7, 290))),
+        ("long", Shape(2, 1, 1, 150, 200, 8, 8), Causal(-20, lengths(130, 1))),
+        ("window", Shape(), Causal(None, lengths(4, 11)) & Window(6, None)),
+        ("window_apart", WIDE, Causal(-5, lengths(20, 9)) & Window(2, None, 4)),
+        ("lengths", Shape(), Causal(None, lengths(12, 2)) & KeyLengths(lengths(9, 17))),
+    ):
+        cases.append(Case(f"prefix_{name}", shape, always(mask)))
     narrow = Shape(1, 1, 1, 200, 200, 8, 8)
     cases.append(Case("window_narrow_long", narrow, always(Window(5, 0))))
     cases.append(Case("window_beyond", mask=always(Window(1000, 1000))))

@@ -28,6 +28,17 @@ DEFINITIONS: list[tuple[str, Mask, Rule]] = [
     ("offset", Causal(2), lambda b, h, i, j: j <= i + 2),
     ("offset_negative", Causal(-2), lambda b, h, i, j: j <= i - 2),
     ("offset_tensor", Causal(lengths(4, -1)), lambda b, h, i, j: j <= i + (4, -1)[b]),
+    ("prefix", Causal(-1, lengths(3, 99)), lambda b, h, i, j: j <= i - 1 or j < (3, 99)[b]),
+    (
+        "prefix_offset_tensor",
+        Causal(lengths(2, -3), lengths(-1, 6)),
+        lambda b, h, i, j: j <= i + (2, -3)[b] or j < (-1, 6)[b],
+    ),
+    (
+        "prefix_window",
+        Causal(0, lengths(4, 6)) & Window(2, None, lengths(1, 0)),
+        lambda b, h, i, j: (j <= i or j < (4, 6)[b]) and j >= i + (1, 0)[b] - 2,
+    ),
     ("window", Window(1, 2, "upper_left"), lambda b, h, i, j: i - 1 <= j <= i + 2),
     ("window_left", Window(1, None, 3), lambda b, h, i, j: i + 3 - 1 <= j),
     ("window_right", Window(None, 2, -1), lambda b, h, i, j: j <= i - 1 + 2),
@@ -59,6 +70,20 @@ def test_dense_is_the_definition(mask: Mask, rule: Rule) -> None:
     dense = mask.dense(B, HQ, LQ, LK)
     assert dense.dtype == torch.bool
     assert dense.tolist() == expected
+
+
+@pytest.mark.parametrize("other", [Causal(2), Window(3, 1), Causal(prefix=lengths(1, 2))])
+def test_a_prefix_is_the_only_upper_bound(other: Mask) -> None:
+    prefix = Causal(prefix=lengths(3, 4))
+    for one, two in ((prefix, other), (other, prefix), (prefix & KeyLengths(lengths(1, 2)), other)):
+        with pytest.raises(ValueError, match="`prefix`.*expected no other.*got a second"):
+            one & two
+
+
+@pytest.mark.parametrize("prefix", [torch.tensor([0.5, 1.0]), torch.tensor(3), 3])
+def test_a_prefix_is_integers(prefix: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="Causal: `prefix`.*expected.*got"):
+        Causal(prefix=prefix)  # type: ignore[arg-type]
 
 
 def test_square_masks_need_no_alignment() -> None:

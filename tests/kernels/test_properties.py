@@ -80,6 +80,9 @@ def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
     joined, *others = draw(st.lists(one, min_size=1, max_size=3))
     for other in others:
         joined = joined & other
+    free = not any(part.bounds_keys_above() for part in joined.parts())
+    if free and draw(st.booleans()):
+        joined = joined & draw(st.builds(Causal, st.one_of(aligns, per_batch), per_batch))
     return joined
 
 

@@ -80,6 +80,7 @@ _DROPOUT = (
 _MASK = (
     *fields(INTEGER, "band_lower band_upper", "bounds on j - i"),
     *read("band", "(B, 2), bounds as well", "int64_t"),
+    *read("prefix_lengths", "(B,): keys before it have no upper bound", "int64_t"),
     *read("key_lengths query_lengths", "(B,)", "int64_t"),
     *read("query_documents", "(B, Lq)", "int64_t"),
     *read("key_documents", "(B, Lk)", "int64_t"),

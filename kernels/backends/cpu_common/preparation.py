@@ -33,13 +33,11 @@ def prepared(problem: AttentionProblem) -> AttentionProblem:
         problem = problem._replace(alibi_slopes=problem.alibi_slopes.double().contiguous())
     if problem.sinks is not None:
         problem = problem._replace(sinks=problem.sinks.detach().double().contiguous())
-    tensors = (mask.key_lengths, mask.query_lengths, mask.band)
-    if any(tensor is not None and not tensor.is_contiguous() for tensor in tensors):
-        key_lengths, query_lengths, band = (
-            None if tensor is None else tensor.contiguous() for tensor in tensors
-        )
-        mask = mask._replace(key_lengths=key_lengths, query_lengths=query_lengths, band=band)
-        problem = problem._replace(mask=mask)
+    for name in ("key_lengths", "query_lengths", "band", "prefix_lengths"):
+        tensor = getattr(mask, name)
+        if tensor is not None and not tensor.is_contiguous():
+            mask = mask._replace(**{name: tensor.contiguous()})
+            problem = problem._replace(mask=mask)
     return problem
 
 

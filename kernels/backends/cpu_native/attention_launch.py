@@ -38,7 +38,8 @@ def fast_path_attention(
     alignment: int | None = 0
     if mask is not None:
         # (an alignment that is a tensor or a number is looked for in vain)
-        alignment = _ALIGNMENTS.get(mask.align) if type(mask) is Causal else None  # type: ignore[arg-type]
+        plain_causal = type(mask) is Causal and mask.prefix is None
+        alignment = _ALIGNMENTS.get(mask.align) if plain_causal else None  # type: ignore[union-attr]
     return None if alignment is None else _attend()(q, k, v, alignment, scale)
 
 

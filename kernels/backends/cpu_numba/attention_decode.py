@@ -23,7 +23,7 @@ import numpy as np
 from ..cpu_common.call_records import ATTENTION
 from ..cpu_common.constants import CHUNK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
 from .attention_rows import copy_rows, readable, write_rows
-from .attention_tiles import attends_none, limits, sequence_of
+from .attention_tiles import attends_none, highest_key, limits, lowest_key, sequence_of
 from .call import Kernel, read
 from .gemm import VECTORS, dots, lanes_of, multiply
 from .jit import jit
@@ -234,11 +234,11 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
     bias = sums + 4 * lanes * lanes
     wide_rows = bias + scores_row  # zeros, then a padded or widened chunk of K or V
 
-    lower, upper, queries, counted = limits(call, b, query_len, key_len)
+    lower, upper, queries, counted, prefix = limits(call, b, query_len, key_len)
     k0 = chunk * CHUNK_KEYS
     begin, end = key_len, 0
     for i in range(min(query_len, queries)):
-        low, high = max(0, i + lower), min(counted - 1, i + upper)
+        low, high = lowest_key(i, lower), highest_key(i, upper, counted, prefix)
         if low <= high:
             begin, end = min(begin, low), max(end, high + 1)
     begin, end = max(begin, k0), min(end, k0 + CHUNK_KEYS)
@@ -273,7 +273,7 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         row = scores + r * scores_row
         _cap_and_scale(call, row + skipped, end - begin)
         _add_terms(call, b, h, i, begin, end - begin, row + skipped, bias)
-        low, high = max(0, i + lower) - k0, min(counted - 1, i + upper) - k0
+        low, high = lowest_key(i, lower) - k0, highest_key(i, upper, counted, prefix) - k0
         if i >= queries:
             low, high = 0, -1
         low, high = max(low, 0), min(high, CHUNK_KEYS)

@@ -39,7 +39,8 @@ _ITEM_TYPES = {torch.bfloat16: ITEM_BFLOAT16, torch.float16: ITEM_FLOAT16}
 # The fields of what a problem may lack, and of a bias gradient that is not wanted.
 _ABSENT: dict[str, float] = dict.fromkeys(
     (
-        *("query_starts", "key_starts", "band", "key_lengths", "query_lengths", "sinks"),
+        *("query_starts", "key_starts", "band", "prefix_lengths", "key_lengths"),
+        *("query_lengths", "sinks"),
         *("query_documents", "query_documents_batch", "key_documents", "key_documents_batch"),
         *("bias", "bias_batch", "bias_head", "bias_row", "bias_column", "bias_item_type"),
         *("dense", "dense_batch", "dense_head", "dense_row", "dense_column"),
@@ -89,17 +90,19 @@ def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
     return out
 
 
+_NO_TENSORS = frozenset((type(None), int))
 _MOST_PLANS = 256
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
     """All that a forward call depends on but the addresses of q, k, v; None where there is more."""
-    query, key, value, bias, slopes, _, sinks, mask, scale, softcap, dropout_p = problem[:11]
-    dense, key_lengths, query_lengths, documents, _, band, lower, upper = mask
-    if dropout_p > 0.0 or not (
-        bias is slopes is sinks is problem.query_starts is None
-        and dense is key_lengths is query_lengths is documents is band is None
+    query, key, value, mask = problem.query, problem.key, problem.value, problem.mask
+    if (
+        problem.dropout_p > 0.0
+        or not (problem.bias is problem.alibi_slopes is problem.sinks is None)
+        or problem.query_starts is not None
+        or not _NO_TENSORS.issuperset(map(type, mask))
     ):
         return None
     by_query, by_key, by_value = query.stride(), key.stride(), value.stride()
@@ -107,7 +110,8 @@ def _plan_name(problem: AttentionProblem) -> tuple[Any, ...] | None:
         return None
     return (
         *(query.dtype, query.shape, key.shape, value.shape, by_query, by_key, by_value),
-        *(scale, softcap, lower, upper, torch.get_num_threads()),
+        *(problem.scale, problem.softcap, mask.band_lower, mask.band_upper),
+        torch.get_num_threads(),
     )
 
 
@@ -306,6 +310,8 @@ def _fields(
     }
     if mask.band is not None:
         fields["band"] = mask.band.data_ptr()
+    if mask.prefix_lengths is not None:
+        fields["prefix_lengths"] = mask.prefix_lengths.data_ptr()
     if mask.key_lengths is not None:
         fields["key_lengths"] = mask.key_lengths.data_ptr()
     if mask.query_lengths is not None:

@@ -59,7 +59,8 @@ def tile_vectors(rows, like):
 
 @jit
 def limits(call, b, query_len, key_len):
-    """Of batch element b: lower and upper bound of j - i, and how many queries and keys count."""
+    """Of batch element b: lower and upper bound of j - i, how many queries and keys count, and how
+    many of these have no upper bound."""
     lower, upper = call.band_lower, call.band_upper
     if call.band != 0:
         band = integers_at(call.band) + 2 * b
@@ -69,7 +70,20 @@ def limits(call, b, query_len, key_len):
         keys = min(keys, integers_at(call.key_lengths)[b])
     if call.query_lengths != 0:
         queries = min(queries, integers_at(call.query_lengths)[b])
-    return lower, upper, queries, keys
+    prefix = 0
+    if call.prefix_lengths != 0:
+        prefix = integers_at(call.prefix_lengths)[b]
+    return lower, upper, queries, keys, prefix
+
+
+@jit
+def lowest_key(i, lower):
+    return max(0, i + lower)
+
+
+@jit
+def highest_key(i, upper, keys, prefix):
+    return min(keys - 1, max(i + upper, prefix - 1))
 
 
 @jit
@@ -80,11 +94,13 @@ def key_ranges(call, b, start, rows, width, query_len, key_len, first, last):
     query, those from common_first to common_last by all. Lanes past the last row attend anything
     (their results are not used); a query that may attend nothing has last = -1.
     """
-    lower, upper, queries, keys = limits(call, b, query_len, key_len)
+    lower, upper, queries, keys, prefix = limits(call, b, query_len, key_len)
     begin, end, common_first, common_last = key_len, 0, 0, key_len - 1
     firsts, lasts = as_integers32(first), as_integers32(last)
     last_row = start + rows - 1
-    if last_row < queries and last_row + lower <= 0 and start + upper >= keys - 1 and keys > 0:
+    full = lowest_key(last_row, lower) == 0
+    full = full and highest_key(start, upper, keys, prefix) == keys - 1
+    if full and last_row < queries and keys > 0:
         # every query may attend every key that counts
         for r in range(width):
             firsts[r] = 0
@@ -92,7 +108,7 @@ def key_ranges(call, b, start, rows, width, query_len, key_len, first, last):
         return 0, keys, 0, keys - 1
     for r in range(width):
         i = start + r
-        low, high = max(0, i + lower), min(keys - 1, i + upper)
+        low, high = lowest_key(i, lower), highest_key(i, upper, keys, prefix)
         if r >= rows:
             low, high = 0, key_len
         elif i >= queries or low > high:

@@ -58,7 +58,10 @@ def _key_range(call, batch, query):
     if call.query_lengths != 0 and query >= integers_at(call.query_lengths)[batch]:
         end = 0
     first = max(0, query + max(lower, -NO_BOUND))
-    end = max(0, min(end, query + min(upper, NO_BOUND) + 1))
+    prefix = 0
+    if call.prefix_lengths != 0:
+        prefix = integers_at(call.prefix_lengths)[batch]
+    end = max(0, min(end, max(query + min(upper, NO_BOUND) + 1, prefix)))
     return min(first, end), end
 
 

@@ -26,7 +26,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
             dense = dense.contiguous()
         dense_address, dense_strides = dense.data_ptr(), broadcast_strides(dense)
     lengths = _contiguous(mask.key_lengths), _contiguous(mask.query_lengths)
-    band = _contiguous(mask.band)
+    band, prefix = _contiguous(mask.band), _contiguous(mask.prefix_lengths)
     documents = _contiguous(mask.query_documents), _contiguous(mask.key_documents)
     computed = statistics_dtype(scores.dtype)
     narrow = scores.dtype != computed
@@ -51,6 +51,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
             "band_lower": lower,
             "band_upper": upper,
             "band": _address(band),
+            "prefix_lengths": _address(prefix),
             "key_lengths": _address(lengths[0]),
             "query_lengths": _address(lengths[1]),
             "query_documents": _address(documents[0]),

@@ -89,7 +89,6 @@ def backward_dbias(
     for batch in range(b_first, b_end):
         b = tl.full((), batch, tl.int64)
         bounds = limits(band_lower, band_upper, fixed[0], b, query_len, key_len)
-        lower, upper, queries, keys = bounds
         terms = (fixed[0], fixed[1], fixed[2], score_factor, cap_factor, bounds)
         for h in range(h_first, h_end):
             wide_h = tl.full((), h, tl.int64)
@@ -99,7 +98,7 @@ def backward_dbias(
             key_of_head = head_of(key, b, key_head, 0, BLOCK_N, BLOCK_D)
             value_of_head = head_of(value, b, key_head, 0, BLOCK_N, BLOCK_DV)
             for i0 in range(i_first, i_end, BLOCK_M):
-                ranges = key_blocks(i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N)
+                ranges = key_blocks(i0, bounds, BLOCK_M, BLOCK_N)
                 first, end = ranges[0], ranges[1]
                 query_tile = load_rows(query_of_head, i0, 0, query_len, True, HEAD_DIM)
                 grad_tile = load_rows(grad_of_head, i0, 0, query_len, True, VALUE_DIM)

@@ -263,10 +263,8 @@ def backward_dkdv(
         packed, b, query_len, key_len
     )
     bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
-    lower, upper, queries, keys = bounds
-    first, end, begin, full_begin, full_end = query_blocks(
-        j0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
-    )
+    keys = bounds[3]
+    first, end, begin, full_begin, full_end = query_blocks(j0, bounds, BLOCK_M, BLOCK_N)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     dropout = None
     if DROPOUT:
@@ -440,10 +438,8 @@ def backward_dq(
         packed, b, query_len, key_len
     )
     bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
-    lower, upper, queries, keys = bounds
-    first, end, begin, full_begin, full_end = key_blocks(
-        i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
-    )
+    queries = bounds[2]
+    first, end, begin, full_begin, full_end = key_blocks(i0, bounds, BLOCK_M, BLOCK_N)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     dropout = None
     if DROPOUT:

@@ -110,10 +110,9 @@ def decode(
         packed, b, query_len, key_len
     )
     bounds = limits(band_lower, band_upper, mask, b, own_queries, key_len)
-    lower, upper, queries, keys = bounds
     # rows of no query lie behind all queries, where nothing is attended
     i = tl.where((row < rows)[:, None], i, own_queries)
-    ranges = key_blocks(0, lower, upper, queries, keys, MAX_ROWS, BLOCK_N)
+    ranges = key_blocks(0, bounds, MAX_ROWS, BLOCK_N)
     first, end = tl.maximum(ranges[0], chunk * CHUNK), tl.minimum(ranges[1], (chunk + 1) * CHUNK)
     terms = (mask, bias, alibi, score_factor, cap_factor, bounds)
     dropout = None

@@ -146,10 +146,8 @@ def forward(
         packed, b, query_len, key_len
     )
     bounds = limits(band_lower, band_upper, mask, b, query_len, key_len)
-    lower, upper, queries, keys = bounds
-    first, end, begin, full_begin, full_end = key_blocks(
-        i0, lower, upper, queries, keys, BLOCK_M, BLOCK_N
-    )
+    queries = bounds[2]
+    first, end, begin, full_begin, full_end = key_blocks(i0, bounds, BLOCK_M, BLOCK_N)
     dropout = None
     if DROPOUT:
         dropout = (load_seed(seed), threshold.to(tl.uint32), batch_start)

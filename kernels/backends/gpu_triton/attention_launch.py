@@ -320,6 +320,7 @@ def _with_readable_tensors(problem: AttentionProblem) -> AttentionProblem:
         value=_readable(problem.value),
         mask=mask._replace(
             band=contiguous(mask.band),
+            prefix_lengths=contiguous(mask.prefix_lengths),
             key_lengths=contiguous(mask.key_lengths),
             query_lengths=contiguous(mask.query_lengths),
             query_documents=_in_rows(mask.query_documents),
@@ -403,6 +404,7 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
             mask.query_lengths,
             *documents,
             _broadcast(mask.dense, problem),
+            mask.prefix_lengths,
         ),
         "bias": _broadcast(problem.bias, problem),
         "alibi": alibi,

@@ -8,8 +8,8 @@ an absent part is None, decided when the kernel is compiled:
     tensor  (pointer, batch stride, head stride, row stride, what divides the strides), in elements;
             columns are contiguous
     mask    (band (B, 2) int64, key lengths (B,) int64, query lengths (B,) int64, query documents
-            (B, Lq) int64, key documents (B, Lk) int64, dense), the last None or (bool pointer, four
-            strides)
+            (B, Lq) int64, key documents (B, Lk) int64, dense, prefix lengths (B,) int64), dense
+            None or (bool pointer, four strides)
     bias    None or (pointer, four strides), a broadcast dimension with stride 0
     alibi   None or (slopes, batch stride, head stride, offsets (B | 1,) int64, stride)
 
@@ -41,8 +41,9 @@ DO_NOT_SPECIALIZE = [
 
 @triton.jit
 def limits(band_lower, band_upper, mask, b, query_len, key_len):
-    """Of batch element b: lower and upper bound of j - i, and how many queries and keys count."""
-    band, key_lengths, query_lengths = mask[0], mask[1], mask[2]
+    """Of batch element b: lower and upper bound of j - i, how many queries and keys count and, with
+    a prefix in the mask, how many of these have no upper bound."""
+    band, key_lengths, query_lengths, prefix_lengths = mask[0], mask[1], mask[2], mask[6]
     lower = tl.full((), band_lower, tl.int32)
     upper = tl.full((), band_upper, tl.int32)
     queries = tl.full((), query_len, tl.int32)
@@ -54,9 +55,14 @@ def limits(band_lower, band_upper, mask, b, query_len, key_len):
         keys = tl.minimum(keys, tl.load(key_lengths + b)).to(tl.int32)
     if query_lengths is not None:
         queries = tl.minimum(queries, tl.load(query_lengths + b)).to(tl.int32)
-    # bounds that exclude each other leave no key; a key that nobody attends must not be read
-    keys = tl.where(lower > upper, 0, keys)
-    return lower, upper, queries, keys
+    if prefix_lengths is not None:
+        prefix = tl.minimum(keys, tl.maximum(tl.load(prefix_lengths + b), 0)).to(tl.int32)
+        bounds = (lower, upper, queries, keys, prefix)
+    else:
+        # bounds that exclude each other leave no key; one that nobody attends must not be read
+        keys = tl.where(lower > upper, 0, keys)
+        bounds = (lower, upper, queries, keys)  # type: ignore[assignment]
+    return bounds
 
 
 @triton.jit
@@ -78,33 +84,42 @@ def sequence_of(packed, b, query_len, key_len):
 
 
 @triton.jit
-def key_blocks(start, lower, upper, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_blocks(start, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The keys of the queries start, ..., start + BLOCK_M - 1.
 
     Returns (first, end, begin, full_begin, full_end): some query attends each of the keys first
     <= j < end and all attend those from full_begin to full_end; blocks start at `begin`.
     """
+    lower, upper, queries, keys = bounds[0], bounds[1], bounds[2], bounds[3]
     last = tl.minimum(start + BLOCK_M, queries) - 1
     first = tl.maximum(start + lower, 0)
-    end = tl.minimum(keys, last + upper + 1)
+    end, full_end = last + upper + 1, start + upper + 1
+    if len(bounds) > 4:
+        end, full_end = tl.maximum(end, bounds[4]), tl.maximum(full_end, bounds[4])
+    end = tl.minimum(keys, end)
     end = tl.where(start < queries, tl.maximum(end, 0), 0)
     begin = first // BLOCK_N * BLOCK_N
     full_begin = (tl.maximum(last + lower, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_end = tl.maximum(tl.minimum(keys, start + upper + 1), 0) // BLOCK_N * BLOCK_N
+    full_end = tl.maximum(tl.minimum(keys, full_end), 0) // BLOCK_N * BLOCK_N
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
     full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
     return first, end, begin, full_begin, full_end
 
 
 @triton.jit
-def query_blocks(start, lower, upper, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_blocks(start, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The queries of the keys start, ..., start + BLOCK_N - 1; as `key_blocks`."""
+    lower, upper, queries, keys = bounds[0], bounds[1], bounds[2], bounds[3]
     last = tl.minimum(start + BLOCK_N, keys) - 1
-    first = tl.maximum(start - upper, 0)
+    first, full_begin = start - upper, last - upper
+    if len(bounds) > 4:
+        first = tl.where(start < bounds[4], 0, first)
+        full_begin = tl.where(last < bounds[4], 0, full_begin)
+    first = tl.maximum(first, 0)
     end = tl.minimum(queries, last - lower + 1)
     end = tl.where(start < keys, tl.maximum(end, 0), 0)
     begin = first // BLOCK_M * BLOCK_M
-    full_begin = (tl.maximum(last - upper, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    full_begin = (tl.maximum(full_begin, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     full_end = tl.maximum(tl.minimum(queries, start - lower + 1), 0) // BLOCK_M * BLOCK_M
     full_begin = tl.minimum(tl.maximum(full_begin, begin), tl.maximum(end, begin))
     full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
@@ -185,19 +200,23 @@ def _apart(tile):
 
 @triton.jit
 def within(i, j, bounds, MASKED: tl.constexpr):
-    """A mask of the pairs within (lower, upper, queries, keys) of `limits`.
+    """A mask of the pairs within (lower, upper, queries, keys, prefix) of `limits`.
 
     One test a pair: how far it lies behind the first of its row, without a sign, against how many
     the row has.
     """
-    lower, upper, queries, keys = bounds
+    lower, upper, queries, keys = bounds[0], bounds[1], bounds[2], bounds[3]
     if not MASKED:
         inside = (j < keys) & (i < queries)
     elif i.shape[0] == 1:  # a row is a key
+        if len(bounds) > 4:  # all queries from 0 on attend the prefix
+            upper = tl.where(j < bounds[4], tl.maximum(upper, j), upper)
         least = tl.maximum(lower, j - (queries - 1))
         count = tl.where((least > upper) | (j >= keys), 0, upper - least + 1)
         inside = (i - (j - upper)).to(tl.uint32) < count.to(tl.uint32)
     else:
+        if len(bounds) > 4:
+            upper = tl.maximum(upper, bounds[4] - 1 - i)
         most = tl.minimum(upper, keys - 1 - i)
         count = tl.where((lower > most) | (i >= queries), 0, most - lower + 1)
         inside = (j - (i + lower)).to(tl.uint32) < count.to(tl.uint32)
@@ -235,8 +254,8 @@ def load_pairs(pairs, i, j, b, h, bounds, allowed):
 def pairs_of(i, j, b, h, terms, dtype: tl.constexpr, MASKED: tl.constexpr):
     """A mask of the pairs that may attend, and the bias of each pair (without one, anything).
 
-    `terms` are (mask, bias, alibi, score_factor, cap_factor, bounds), the last (lower, upper,
-    queries, keys) of `limits`. Without MASKED every pair is within the bounds.
+    `terms` are (mask, bias, alibi, score_factor, cap_factor, bounds), the last what
+    `limits` returns. Without MASKED every pair is within the bounds.
 
     It comes before the product that it belongs to: of two layouts that reach a sum over a tile's
     rows, Triton takes that of what is read or multiplied last. With the mask's, all scores would

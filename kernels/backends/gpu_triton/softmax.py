@@ -21,9 +21,10 @@ NO_BOUND = tl.constexpr(2**60)
 def _key_range(ranges, batch, query, keys, present):
     """(first, end) of the keys that bands and lengths allow; none where end <= first.
 
-    ranges: (band_lower, band_upper, band, key_lengths, query_lengths); batch, query int64.
+    ranges: (band_lower, band_upper, band, prefix_lengths, key_lengths, query_lengths); batch and
+    query are int64.
     """
-    band_lower, band_upper, band, key_lengths, query_lengths = ranges
+    band_lower, band_upper, band, prefix_lengths, key_lengths, query_lengths = ranges
     first, end = query * 0, query * 0 + keys
     if band_lower is not None:
         first = tl.maximum(first, query + band_lower)
@@ -34,6 +35,9 @@ def _key_range(ranges, batch, query, keys, present):
         upper = tl.load(band + batch * 2 + 1, mask=present, other=0)
         first = tl.maximum(first, query + tl.maximum(lower, -NO_BOUND))
         end = tl.minimum(end, query + tl.minimum(upper, NO_BOUND) + 1)
+    if prefix_lengths is not None:
+        end = tl.maximum(end, tl.load(prefix_lengths + batch, mask=present, other=0))
+        end = tl.minimum(end, keys)
     if key_lengths is not None:
         end = tl.minimum(end, tl.load(key_lengths + batch, mask=present, other=0))
     if query_lengths is not None:
@@ -104,6 +108,7 @@ def softmax_forward(
     band_lower,
     band_upper,
     band,
+    prefix_lengths,
     key_lengths,
     query_lengths,
     query_documents,
@@ -130,7 +135,7 @@ def softmax_forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     present = row < rows
     query, head, batch = row % queries, row // queries % heads, row // queries // heads
-    ranges = (band_lower, band_upper, band, key_lengths, query_lengths)
+    ranges = (band_lower, band_upper, band, prefix_lengths, key_lengths, query_lengths)
     first, end = _key_range(ranges, batch, query, keys, present)
     position = (batch, head, query, first, tl.where(present, end, 0))
     pattern = (query_documents, key_documents, dense, dense_strides)
