@@ -55,7 +55,7 @@ inline Limits limits_of(const AttentionCall& call, int64_t b, const Sequence& se
     limits.upper = min(limits.upper, call.band[2 * b + 1]);
   }
   if (call.prefix_lengths != nullptr) {
-    limits.prefix = call.prefix_lengths[b];
+    limits.prefix = max<int64_t>(0, call.prefix_lengths[b]);
   }
   if (call.key_lengths != nullptr) {
     limits.keys = min(limits.keys, call.key_lengths[b]);

@@ -42,6 +42,7 @@ class Checks:
         check_name(self.function, self.given["backend"])
         require_float(self.function, self.operator.like, self.like)
         own = {argument.name: argument.spec for argument in self.operator.arguments}
+        optional = {each.name for each in self.operator.arguments if each.type.endswith("?")}
         tensors = [name for name, spec in own.items() if spec is not None]
         # the first tensor says what the others have to be
         tensors.sort(key=self._order)
@@ -50,7 +51,7 @@ class Checks:
             assert spec is not None
             if spec.find(("B",)) is not None and "B" not in self.sizes:
                 self.operator.bind_batch(self)
-            if tensor is not None:
+            if tensor is not None or name not in optional:
                 self._tensor(name, tensor, spec)
         self.operator.check(self)
 

@@ -215,6 +215,8 @@ def _bands() -> list[Case]:
         ("window", Shape(), Causal(None, lengths(4, 11)) & Window(6, None)),
         ("window_apart", WIDE, Causal(-5, lengths(20, 9)) & Window(2, None, 4)),
         ("lengths", Shape(), Causal(None, lengths(12, 2)) & KeyLengths(lengths(9, 17))),
+        ("alone", Shape(Lq=8, Lk=40), Causal("upper_left", lengths(7, 30)) & Window(0, None, 5)),
+        ("extreme", Shape(), Causal(None, torch.tensor([-(2**63), 2**63 - 1]))),
     ):
         cases.append(Case(f"prefix_{name}", shape, always(mask)))
     narrow = Shape(1, 1, 1, 200, 200, 8, 8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ MASKS: dict[str, Mask | Tensor] = {
     "causal_before": Causal(-4),
     "causal_tensor": Causal(lengths(-11, -2)) & KeyLengths(lengths(11, 5)),
     "window_beyond": Window(2, 0, 8),
+    "prefix_window": Causal("upper_left", lengths(4, 3)) & Window(0, None, 1),
     "dense_columns": Dense(COLUMNS < 6),
     "dense_rows": (COLUMNS < 6).view(11, 1) & (COLUMNS % 2 == 0),
     "dense_none": torch.zeros(1, dtype=torch.bool),
@@ -110,6 +112,23 @@ def test_what_nobody_uses_may_hold_anything(
     expected = run(backend, with_padding(0.0))
     for key, tensor in run(backend, with_padding(poison)).items():
         assert torch.equal(tensor, expected[key]), key
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", ["keys", "dense_columns", "documents"])
+def test_padding_beside_a_softcap(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Its derivative at a key of NaN is NaN."""
+    built, allowed = padded(MASKS[name], dtype, backend)
+    unused = ~allowed.any(2).any(1)[:, None, :, None]
+    assert unused.any()
+    results = []
+    for value in (0.0, torch.nan):
+        case = replace(built, k=built.k.masked_fill(unused, value), options={"softcap": 3.0})
+        if refused(backend, features(name, dtype) | {"softcap"}, partial(run, backend, case)):
+            return
+        results.append(run(backend, case))
+    for key, tensor in results[1].items():
+        assert torch.equal(tensor, results[0][key]), key
 
 
 @EVERY_DTYPE

@@ -72,7 +72,7 @@ def limits(call, b, query_len, key_len):
         queries = min(queries, integers_at(call.query_lengths)[b])
     prefix = 0
     if call.prefix_lengths != 0:
-        prefix = integers_at(call.prefix_lengths)[b]
+        prefix = max(0, integers_at(call.prefix_lengths)[b])
     return lower, upper, queries, keys, prefix
 
 

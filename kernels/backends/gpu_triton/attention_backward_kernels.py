@@ -150,7 +150,11 @@ def score_gradients(
     d_scores = weights * (d_weights - delta)
     if MASKED:  # a product with a key that may hold NaN is masked, not multiplied by 0
         d_scores = tl.where(pairs[0], d_scores, 0.0)
-    d_product = d_scores * slope if SOFTCAP else d_scores
+    d_product = d_scores
+    if SOFTCAP:
+        d_product = d_scores * slope
+        if MASKED:
+            d_product = tl.where(pairs[0], d_product, 0.0)
     return dropped_weights, d_scores, d_product, pairs[0], product
 
 

@@ -57,6 +57,7 @@ def limits(band_lower, band_upper, mask, b, query_len, key_len):
         queries = tl.minimum(queries, tl.load(query_lengths + b)).to(tl.int32)
     if prefix_lengths is not None:
         prefix = tl.minimum(keys, tl.maximum(tl.load(prefix_lengths + b), 0)).to(tl.int32)
+        keys = tl.where(lower > upper, prefix, keys)
         bounds = (lower, upper, queries, keys, prefix)
     else:
         # bounds that exclude each other leave no key; one that nobody attends must not be read

@@ -117,7 +117,10 @@ def may_have_empty_rows(problem: AttentionProblem) -> bool:
     if mask.band is not None or (mask.band_upper is not None and mask.band_upper < 0):
         return True
     lower = mask.band_lower
-    return lower is not None and (mask.key_lengths is not None or query_len + lower > key_len)
+    if lower is None:
+        return False
+    cut = mask.key_lengths is not None or mask.prefix_lengths is not None
+    return cut or query_len + lower > key_len
 
 
 @functools.cache
