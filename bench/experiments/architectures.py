@@ -12,7 +12,6 @@ from ..options import UsageError, check_backend, check_writable, listed, names_o
 
 DATA = ("built-in", "multi30k")
 ARCHITECTURES = ("transformer", "lstm", "gru", "rnn")
-MULTI30K = Path("../shared/data/multi30k_en_de")
 LENGTHS = (8, 16, 32, 64, 128)
 RESULTS = ("comparison.json", "comparison.txt", "comparison.png", "comparison.svg")
 
@@ -28,7 +27,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--data",
         metavar="NAMES",
-        help=f"comma-separated, of {listed(DATA)}; default: those that are here",
+        help=f"comma-separated, of {listed(DATA)}; default: built-in, and multi30k if it is named",
     )
     command.add_argument(
         "--arch", metavar="NAMES", help=f"comma-separated, of {listed(ARCHITECTURES)}; default: all"
@@ -36,9 +35,8 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--multi30k",
         type=Path,
-        default=MULTI30K,
         metavar="DIR",
-        help="with train.en, train.de, test2016.en, test2016.de (default: %(default)s)",
+        help="with train.en, train.de, test2016.en, test2016.de",
     )
     command.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     budget = command.add_mutually_exclusive_group()
@@ -77,11 +75,12 @@ def run(options: argparse.Namespace) -> int:
     lengths = _lengths(options.lengths)
     architectures = names_of("--arch", options.arch, ARCHITECTURES)
     data = names_of("--data", options.data, DATA)
-    if not options.multi30k.is_dir() and "multi30k" in data:
-        if options.data is not None:
-            raise UsageError(f"--multi30k: {options.multi30k} is no directory")
+    if options.multi30k is None and options.data is None:
         data.remove("multi30k")
-        print(f"without multi30k: {options.multi30k} is no directory")
+    elif options.multi30k is None and "multi30k" in data:
+        raise UsageError("--multi30k: expected the directory of its text, got none")
+    elif options.multi30k is not None and not options.multi30k.is_dir():
+        raise UsageError(f"--multi30k: {options.multi30k} is no directory")
     with from_extra("pictures"):
         import matplotlib  # noqa: F401
     with from_extra("transformer"):

@@ -150,7 +150,7 @@ def _log(message: str) -> None:
 def measure(
     data: Sequence[str],
     architectures: Sequence[str],
-    multi30k: Path,
+    multi30k: Path | None,
     seeds: int,
     steps: int | None,
     minutes: float,
@@ -169,10 +169,9 @@ def measure(
         "step_tokens": STEP_TOKENS,
         "corpora": [],
     }
-    readers = {
-        "built-in": lambda: built_in_corpus(test_sentences),
-        "multi30k": lambda: multi30k_corpus(multi30k, test_sentences),
-    }
+    readers = {"built-in": lambda: built_in_corpus(test_sentences)}
+    if multi30k is not None:
+        readers["multi30k"] = lambda: multi30k_corpus(multi30k, test_sentences)
     for place, name in enumerate(data):
         # What time is left is shared evenly by the corpora that are left.
         left = 60 * minutes - (perf_counter() - began)

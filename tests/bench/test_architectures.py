@@ -215,6 +215,7 @@ def test_the_search_goes_on_where_the_best_is_the_last(best, found, tried):
         (["--lengths", "1,8"], "--lengths: expected numbers from 2 to 1024, got 1,8"),
         (["--arch", "tree"], "--arch: expected names of transformer, lstm, gru, rnn; got 'tree'"),
         (["--data", "multi30k", "--multi30k", "nowhere"], "--multi30k: nowhere is no directory"),
+        (["--data", "multi30k"], "--multi30k: expected the directory of its text, got none"),
         (["--output", "/dev/null/x"], "--output: can't make /dev/null/x"),
     ],
 )
