@@ -9,7 +9,7 @@
 
 #include "binding/attention_plan.h"
 #include "constants.h"
-#include "problems.h"
+#include "binding/set_mask.h"
 
 namespace rowmax {
 namespace {
@@ -78,25 +78,10 @@ struct Launch {
   }
 
   void set_mask(const MaskStructure& mask) {
-    call.band_lower = mask.band_lower.value_or(-NO_BOUND);
-    call.band_upper = mask.band_upper.value_or(NO_BOUND);
-    call.band = address<int64_t>(mask.band);
-    call.prefix_lengths = address<int64_t>(mask.prefix_lengths);
-    call.key_lengths = address<int64_t>(mask.key_lengths);
-    call.query_lengths = address<int64_t>(mask.query_lengths);
+    set_mask_fields(call, mask);
     if (mask.query_documents) {
-      call.query_documents = address<int64_t>(mask.query_documents);
-      call.key_documents = address<int64_t>(mask.key_documents);
       call.query_documents_batch = mask.query_documents->stride(0);
       call.key_documents_batch = mask.key_documents->stride(0);
-    }
-    if (mask.dense) {
-      const Tensor& dense = *mask.dense;
-      call.dense = static_cast<const uint8_t*>(dense.data_ptr());
-      call.dense_batch = broadcast_stride(dense, 0);
-      call.dense_head = broadcast_stride(dense, 1);
-      call.dense_row = broadcast_stride(dense, 2);
-      call.dense_column = broadcast_stride(dense, 3);
     }
   }
 

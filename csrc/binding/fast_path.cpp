@@ -1,4 +1,4 @@
-// What plain calls share: reading Python's tensors past torch's dispatcher. See fast_path.h.
+// The shared part of the fast paths: reading Python's tensors past torch's dispatcher. See fast_path.h.
 
 #include "binding/fast_path.h"
 

@@ -1,4 +1,4 @@
-// A plain call straight from Python, and what such calls share: see fast_path_attention.cpp, fast_path_norm.cpp.
+// The fast path: a call straight from Python. See fast_path_attention.cpp and fast_path_norm.cpp.
 
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace rowmax {
 
-// Arguments of a plain call are checked, its result is allocated and its kernel runs in one call of C,
-// which takes a microsecond; torch's dispatcher takes several of them for an operator's arguments. What
-// is not plain, or wrong, is answered by None: the general way knows what to say about it.
+// The fast path checks the arguments, allocates the result and runs the kernel in one call of C, which
+// takes a microsecond; torch's dispatcher takes several of them for an operator's arguments. It returns
+// None for any other call and for wrong arguments: the general path raises the error.
 //
 // fast_path_attention(query, key, value, align, scale) -> Tensor | None
 PyObject* fast_path_attention_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
@@ -42,7 +42,7 @@ bool read_made(PyObject* made, View& view);
 // torch.empty_like(like), contiguous.
 PyObject* empty_like(PyObject* like);
 
-// A plain call's first lines: whether it has `expected` arguments, else with an exception set.
+// Whether a call it has `expected` arguments, else with an exception set.
 bool counted(const char* name, Py_ssize_t count, Py_ssize_t expected);
 
 // run() without the interpreter's lock; whether it ended, with an exception where not.

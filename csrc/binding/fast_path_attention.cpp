@@ -1,4 +1,4 @@
-// A plain attention straight from Python: no bias, no dropout, no gradient, no mask or a causal one.
+// The fast path of attention: no bias, no dropout, no gradient, no mask or a causal one.
 
 #include <cmath>
 

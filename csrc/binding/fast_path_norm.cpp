@@ -1,4 +1,4 @@
-// A plain layer norm or RMS norm straight from Python: contiguous rows, no residual, no gradient.
+// The fast path of layer norm and RMS norm: contiguous rows, no residual, no gradient.
 
 #include <cmath>
 #include <functional>

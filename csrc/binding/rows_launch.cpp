@@ -2,9 +2,9 @@
 // is copied, and why, is settled before, in kernels/backends/cpu_native/norm_launch.py and softmax_launch.py.
 
 #include "binding/rows_launch.h"
+#include "binding/set_mask.h"
 
 #include "constants.h"
-#include "problems.h"
 
 namespace rowmax {
 namespace {
@@ -189,9 +189,7 @@ void norm_backward(
 // scores (B, H, Lq, Lk) with contiguous rows, weights like it, contiguous; the mask's tensors
 // contiguous but for the dense one's leading dimensions.
 void softmax_forward(const Tensor& weights, const SoftmaxProblem& problem) {
-  const int64_t no_bound = NO_BOUND;
   const View& scores = problem.scores;
-  const MaskStructure& mask = problem.mask;
   SoftmaxCall call{};
   call.scores = scores.data;
   call.scores_batch = scores.strides[0];
@@ -203,22 +201,7 @@ void softmax_forward(const Tensor& weights, const SoftmaxProblem& problem) {
   call.keys = scores.sizes[3];
   call.rows = scores.sizes[0] * call.heads * call.queries;
   call.task_rows = task_rows(call.keys);
-  call.band_lower = std::max(mask.band_lower.value_or(-no_bound), -no_bound);
-  call.band_upper = std::min(mask.band_upper.value_or(no_bound), no_bound);
-  call.band = address<int64_t>(mask.band);
-  call.prefix_lengths = address<int64_t>(mask.prefix_lengths);
-  call.key_lengths = address<int64_t>(mask.key_lengths);
-  call.query_lengths = address<int64_t>(mask.query_lengths);
-  call.query_documents = address<int64_t>(mask.query_documents);
-  call.key_documents = address<int64_t>(mask.key_documents);
-  if (mask.dense) {
-    const Tensor& dense = *mask.dense;
-    call.dense = static_cast<const uint8_t*>(dense.data_ptr());
-    call.dense_batch = broadcast_stride(dense, 0);
-    call.dense_head = broadcast_stride(dense, 1);
-    call.dense_query = broadcast_stride(dense, 2);
-    call.dense_key = broadcast_stride(dense, 3);
-  }
+  set_mask_fields(call, problem.mask);
   call.scale = problem.scale;
   const auto& kernel = chosen_kernels().softmax_forward[item_of(scores.dtype)];
   run_kernel(kernel, call, divide_up(call.rows, call.task_rows), 0, 0, [](char*, char*) {});

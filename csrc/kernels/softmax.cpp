@@ -162,10 +162,10 @@ void weigh(const SoftmaxCall& call, void* memory) {
       }
       if (call.dense != nullptr) {
         const uint8_t* flags = call.dense + batch * call.dense_batch + head * call.dense_head +
-                               query * call.dense_query;
+                               query * call.dense_row;
         const auto allowed = [&](int64_t c) { return flags[range.first + c] != 0; };
         const int64_t width = range.end - range.first;
-        if (call.dense_key != 1) {
+        if (call.dense_column != 1) {
           range.end = flags[0] == 0 ? range.first : range.end;
         } else if (masked) {
           mask_row(work + range.first, T(1), work + range.first, width, allowed);

@@ -156,9 +156,9 @@ def attention(
         and weight_heads is None
         and weight_rows is None
     ):
-        plain = operators.fast_path_attention(q, k, v, mask, scale, backend)
-        if plain is not None:
-            return plain
+        out = operators.fast_path_attention(q, k, v, mask, scale, backend)
+        if out is not None:
+            return out
     problem = attention_problem(
         q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=True
     )

@@ -40,9 +40,9 @@ def layer_norm(
     Returns:
         (..., N) in x's dtype; statistics in float32 or wider.
     """
-    plain = operators.fast_path_norm(x, weight, bias, eps, backend, subtract_mean=True)
-    if plain is not None:
-        return plain
+    out = operators.fast_path_norm(x, weight, bias, eps, backend, subtract_mean=True)
+    if out is not None:
+        return out
     eps = _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
     problem = LayerNormProblem(x, weight, bias, eps)
     return operators.layer_norm(problem, dispatch.check_name("layer_norm", backend))
@@ -114,9 +114,9 @@ def rms_norm(
     Returns:
         (..., N) in x's dtype; the mean square in float32 or wider.
     """
-    plain = operators.fast_path_norm(x, weight, None, eps, backend, subtract_mean=False)
-    if plain is not None:
-        return plain
+    out = operators.fast_path_norm(x, weight, None, eps, backend, subtract_mean=False)
+    if out is not None:
+        return out
     eps = _check_norm("rms_norm", x, eps, weight=weight)
     problem = RMSNormProblem(x, weight, eps)
     return operators.rms_norm(problem, dispatch.check_name("rms_norm", backend))

@@ -39,7 +39,7 @@ _FOLDERS = {
 NAMES = tuple(_FOLDERS)
 
 
-# q, k, v, mask and scale as a caller passed them -> out; None where the call is not plain, or wrong
+# q, k, v, mask and scale as a caller passed them -> out; None where the general path must decide
 FastPathAttention = Callable[
     [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
 ]
@@ -163,7 +163,7 @@ def choose(name: str, problem: Problem) -> Backend:
 
 @functools.cache
 def fast_path_attention(name: str) -> FastPathAttention | None:
-    """How the backend that `name` means takes a plain call on the CPU as it comes, if it does."""
+    """How the backend that `name` means takes a fast-path call on the CPU, if it has a fast path."""
     return getattr(_on_cpu(name), "fast_path_attention", None)
 
 

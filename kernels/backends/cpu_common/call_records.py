@@ -84,6 +84,10 @@ _MASK = (
     *read("key_lengths query_lengths", "(B,)", "int64_t"),
     *read("query_documents", "(B, Lq)", "int64_t"),
     *read("key_documents", "(B, Lk)", "int64_t"),
+    *read(
+        "dense", "(B, H, Lq, Lk), True = may attend; softmax: stride 1 or 0 for the keys", "uint8_t"
+    ),
+    *strides("dense", "batch head row column"),
 )
 
 # (A plan that is run again sets the first addresses: see `cpu_numba/call.py`.)
@@ -119,8 +123,6 @@ ATTENTION = Record(
             *read("bias", "(B, Hq, Lq, Lk)"),
             *strides("bias", "batch head row column"),
             *fields(INTEGER, "bias_item_type"),
-            *read("dense", "(B, Hq, Lq, Lk)", "uint8_t"),
-            *strides("dense", "batch head row column"),
             *read("alibi", "(B, Hq)", "double"),
             *strides("alibi", "batch"),
             *read("alibi_offset", "(B,)", "int64_t"),
@@ -241,8 +243,6 @@ SOFTMAX = Record(
             *strides("scores", "batch head query"),
             *fields(INTEGER, "heads queries"),
             *_MASK,
-            *read("dense", "(B, H, Lq, Lk), with stride 1 or 0 for the keys", "uint8_t"),
-            *strides("dense", "batch head query key"),
         ),
         "backward": (
             *read("grad", "(rows, keys)"),

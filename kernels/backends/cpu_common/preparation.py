@@ -1,4 +1,4 @@
-"""An attention problem in the form that CPU kernels can read: what is copied, and why."""
+"""An attention problem that CPU kernels can read: what is copied, and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from ...ops.layout import statistics_dtype
 from ...ops.problem import AttentionProblem
 
-_FEW_SUMMED = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
+_MAX_FLOAT32_TERMS = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
 
 
 def prepared(problem: AttentionProblem) -> AttentionProblem:
-    """The problem with everything a kernel reads in a form that it can read."""
+    """The problem with every tensor in a layout and dtype that a kernel reads."""
     bias, mask, dtype = problem.bias, problem.mask, statistics_dtype(problem.query.dtype)
     if bias is not None:
         readable = bias.dtype == dtype or (bias.dtype.itemsize == 2 and dtype == torch.float32)
@@ -93,8 +93,8 @@ def bias_gradient(bias: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> T
     if tuple(bias.shape) == shape:
         rounded = half and dtype == torch.float32
         return torch.zeros(bias.shape, dtype=bias.dtype if rounded else dtype)
-    few = math.prod(shape) // max(1, bias.numel()) <= _FEW_SUMMED
-    if tuple(bias.shape[2:]) == shape[2:] and (half or few):
+    exact = math.prod(shape) // max(1, bias.numel()) <= _MAX_FLOAT32_TERMS
+    if tuple(bias.shape[2:]) == shape[2:] and (half or exact):
         return torch.zeros(bias.shape, dtype=dtype)
     return torch.zeros(bias.shape, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Attention through torch.ops.rowmax_native, or past torch's dispatcher where a call is plain.
+"""Attention through torch.ops.rowmax_native; the fast path goes past torch's dispatcher.
 
 Strides and the division of work are in csrc/binding/attention_launch.cpp.
 """

@@ -1,6 +1,6 @@
 """Norms through torch.ops.rowmax_native: layouts, allocations, and what is copied and why.
 
-Or past torch's dispatcher where a call is plain.
+Calls of the fast path go past torch's dispatcher.
 """
 
 from __future__ import annotations

@@ -84,14 +84,14 @@ def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
     for plan in plans:
         plan.run()
     if name is not None:
-        if len(_plans) >= _MOST_PLANS:
+        if len(_plans) >= _MAX_CACHED_PLANS:
             _plans.clear()
         (_plans[name],) = plans
     return out
 
 
 _NO_TENSORS = frozenset((type(None), int))
-_MOST_PLANS = 256
+_MAX_CACHED_PLANS = 256
 _plans: dict[tuple[Any, ...], Plan] = {}
 
 

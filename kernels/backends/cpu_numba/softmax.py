@@ -220,8 +220,8 @@ def weigh(argument):
                 masked = True
             if call.dense != 0:
                 offset = batch * call.dense_batch + head * call.dense_head
-                flags = bytes_at(call.dense) + (offset + query * call.dense_query)
-                if call.dense_key != 1:
+                flags = bytes_at(call.dense) + (offset + query * call.dense_row)
+                if call.dense_column != 1:
                     if flags[0] == 0:
                         end = first
                 elif masked:

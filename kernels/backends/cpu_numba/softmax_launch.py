@@ -59,8 +59,8 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
             "dense": dense_address,
             "dense_batch": dense_strides[0],
             "dense_head": dense_strides[1],
-            "dense_query": dense_strides[2],
-            "dense_key": dense_strides[3],
+            "dense_row": dense_strides[2],
+            "dense_column": dense_strides[3],
             "scale": scale,
         },
     )

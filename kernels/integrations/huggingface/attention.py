@@ -70,9 +70,9 @@ def rowmax_mask(**arguments: Any) -> Tensor | None:
     """
     from transformers import masking_utils
 
-    plain = getattr(masking_utils, "bidirectional_mask_function", None)
+    bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)
     mask: Tensor | None
-    if plain is None or arguments.get("mask_function") is not plain:
+    if bidirectional is None or arguments.get("mask_function") is not bidirectional:
         mask = masking_utils.sdpa_mask(**arguments)
         if mask is not None:
             huggingface_masks.note(mask, arguments)
