@@ -15,7 +15,7 @@
 #   make test-wheel  it, in fresh environments of each of TORCHES and PYTHONS
 #   make compile   compile every config of the GPU kernels for GPUs that need not be there, those for
 #                  sm_90 with the oldest Triton as well
-#   make lint      ruff, clang-format, shellcheck and mypy
+#   make lint      ruff, clang-format, clang-tidy, shellcheck and mypy
 #   make count     lines of product and tests, files that are too long, circles of imports
 #   make bench     the speed tables
 #   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
@@ -147,6 +147,7 @@ lint: $(PACKAGE)
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+	$(BIN)/python -m tests.csrc.run_tidy
 	$(BIN)/shellcheck $(SCRIPTS)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done

@@ -79,7 +79,7 @@ struct Launch {
 
   void set_mask(const MaskStructure& mask) {
     set_mask_fields(call, mask);
-    if (mask.query_documents) {
+    if (mask.query_documents && mask.key_documents) {
       call.query_documents_batch = mask.query_documents->stride(0);
       call.key_documents_batch = mask.key_documents->stride(0);
     }
@@ -95,7 +95,7 @@ struct Launch {
       call.bias_row = broadcast_stride(bias, 2);
       call.bias_column = broadcast_stride(bias, 3);
     }
-    if (problem.alibi_slopes) {
+    if (problem.alibi_slopes && problem.alibi_offset) {
       call.alibi = address<double>(problem.alibi_slopes);
       call.alibi_batch = broadcast_stride(*problem.alibi_slopes, 0);
       call.alibi_offset = address<int64_t>(problem.alibi_offset);

@@ -20,8 +20,10 @@ void set_mask_fields(Call& call, const MaskStructure& mask) {
   call.prefix_lengths = address<int64_t>(mask.prefix_lengths);
   call.key_lengths = address<int64_t>(mask.key_lengths);
   call.query_lengths = address<int64_t>(mask.query_lengths);
-  call.query_documents = address<int64_t>(mask.query_documents);
-  call.key_documents = address<int64_t>(mask.key_documents);
+  if (mask.query_documents && mask.key_documents) {
+    call.query_documents = address<int64_t>(mask.query_documents);
+    call.key_documents = address<int64_t>(mask.key_documents);
+  }
   if (mask.dense) {
     const Tensor& dense = *mask.dense;
     call.dense = static_cast<const uint8_t*>(dense.data_ptr());
