@@ -163,7 +163,7 @@ def choose(name: str, problem: Problem) -> Backend:
 
 @functools.cache
 def fast_path_attention(name: str) -> FastPathAttention | None:
-    """How the backend that `name` means takes a fast-path call on the CPU, if it has a fast path."""
+    """How the backend that `name` means takes a fast-path call on the CPU, where it has one."""
     return getattr(_on_cpu(name), "fast_path_attention", None)
 
 
