@@ -61,6 +61,7 @@ KERNEL_SOURCES = [
     "kernels/norm_forward.cpp",
     "kernels/norm_backward.cpp",
     "kernels/softmax.cpp",
+    "kernels/cross_entropy.cpp",
 ]
 # Name -> its flags, and what is compiled for it.
 INSTRUCTION_SETS: dict[str, tuple[list[str], list[str]]] = {"portable": ([], KERNEL_SOURCES)}

@@ -12,6 +12,7 @@ if __name__ == "kernels":
 else:
     from .api.attention import attention, explain
     from .api.biases import ALiBi
+    from .api.cross_entropy import linear_cross_entropy
     from .api.masks import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
     from .api.norms import add_layer_norm, layer_norm, rms_norm
     from .api.softmax import masked_softmax
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "explain",
     "layer_norm",
+    "linear_cross_entropy",
     "masked_softmax",
     "register_huggingface",
     "rms_norm",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
+from ...kernels.testing.cross_entropy import CrossEntropyCase, cross_entropy_case
 from ...kernels.testing.oracle import AttentionCase, Results
 from ...kernels.testing.rows import RowCase, norm_case
 from ...kernels.testing.tolerance import Expected, faults_of
@@ -265,13 +266,31 @@ ROW_WISE = {
 }
 
 
+# --- linear cross entropy -------------------------------------------------------------------------
+
+
+def loss_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
+    case = cross_entropy_case("ignored", (ROWS[0], 24, ROWS[1]), Draw(29, dtype))
+    first = _results(implementation, case, op)
+    return _difference(_results(implementation, case, op), first)
+
+
+# The products are torch's: what they promise about threads and rows is for torch to say.
+CROSS_ENTROPY = {"same bits again": loss_again}
+
+
 # --- all of them ----------------------------------------------------------------------------------
 
 
 def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     """The number of checks that `check` makes for each dtype."""
     here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    return sum(len(ATTENTION if op == "attention" else ROW_WISE) for op in here)
+    return sum(len(ATTENTION if op == "attention" else _by_op(op)) for op in here)
+
+
+def _by_op(op: str) -> dict[str, Callable[[Implementation, str, torch.dtype], str | None]]:
+    """The checks of an op other than attention."""
+    return CROSS_ENTROPY if op == "linear_cross_entropy" else ROW_WISE
 
 
 def check(
@@ -284,7 +303,7 @@ def check(
             for name, attention_check in ATTENTION.items():
                 yield _checked(op, name, dtype, partial(attention_check, implementation, dtype))
         else:
-            for name, row_check in ROW_WISE.items():
+            for name, row_check in _by_op(op).items():
                 yield _checked(op, name, dtype, partial(row_check, implementation, op, dtype))
 
 
@@ -331,7 +350,9 @@ def _row(tensor: Tensor, row: int) -> Tensor:
 
 
 def _results(
-    implementation: Implementation, case: AttentionCase | RowCase, op: str = "attention"
+    implementation: Implementation,
+    case: AttentionCase | RowCase | CrossEntropyCase,
+    op: str = "attention",
 ) -> Results:
     return case.run(implementation.kernel(op), implementation.device)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...kernels.testing.cases import NamedCase, dtype_text
-from . import attention_mutants, row_mutants
+from . import attention_mutants, cross_entropy_mutants, row_mutants
 from .implementations import Implementation
 from .runs import run
 
@@ -58,6 +58,10 @@ def faults_of(ops: Sequence[str], dtype: torch.dtype) -> dict[str, tuple[str, st
     for name, (op, description) in row_mutants.FAULTS.items():
         if op in ops and not (half and name in row_mutants.WIDE_ONLY):
             found[name] = op, description
+    if "linear_cross_entropy" in ops:
+        for name, description in cross_entropy_mutants.FAULTS.items():
+            if not (half and name in cross_entropy_mutants.WIDE_ONLY):
+                found[name] = "linear_cross_entropy", description
     return found
 
 
@@ -78,6 +82,8 @@ def check(
         mutant: Implementation
         if op == "attention":
             mutant = attention_mutants.Mutant(name)
+        elif op == "linear_cross_entropy":
+            mutant = cross_entropy_mutants.CrossEntropyMutant(name)
         else:
             mutant = row_mutants.RowMutant(name)
         yield _mutation(mutant, name, description, dtype, cases, op, thorough)

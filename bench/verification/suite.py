@@ -80,7 +80,7 @@ def verify(
         name: what the report calls `function`; its own name when None.
         backends: names of backends, without `function`; those that work here when None.
         ops: of "attention", "attention_varlen", "layer_norm", "add_layer_norm", "rms_norm",
-            "masked_softmax". kinds: of masks and options, see `ALL_KINDS`.
+            "masked_softmax", "linear_cross_entropy". kinds: of masks and options, see `ALL_KINDS`.
         dtypes: of "float64", "float32", "bfloat16", "float16"; all when None, with `quick`
             float32 and bfloat16.
         checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",

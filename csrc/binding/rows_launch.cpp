@@ -235,6 +235,25 @@ void softmax_backward(
   run_kernel(kernel, call, divide_up(rows, call.task_rows), 0, 0, [](char*, char*) {});
 }
 
+// logits (rows, columns) with contiguous rows, target (rows,), losses (rows,), contiguous.
+void cross_entropy(
+    Tensor logits, Tensor target, Tensor losses, double label_smoothing, int64_t ignore_index,
+    bool with_gradient) {
+  CrossEntropyCall call{};
+  call.logits = logits.data_ptr();
+  call.logits_row = logits.stride(0);
+  call.target = static_cast<const int64_t*>(target.data_ptr());
+  call.losses = losses.data_ptr();
+  call.rows = logits.size(0);
+  call.columns = logits.size(1);
+  call.task_rows = task_rows(call.columns);
+  call.ignore_index = ignore_index;
+  call.with_gradient = with_gradient;
+  call.label_smoothing = label_smoothing;
+  const auto& kernel = chosen_kernels().cross_entropy[item_of(logits.scalar_type())];
+  run_kernel(kernel, call, divide_up(call.rows, call.task_rows), 0, 0, [](char*, char*) {});
+}
+
 int64_t vector_bits() { return 8 * chosen_kernels().vector_bytes; }
 
 bool bfloat16_dots() { return pair_kernels() != nullptr; }
@@ -270,6 +289,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
   m.def(
       "softmax_backward(Tensor weights, int weights_row, Tensor grad, int grad_row,"
       " Tensor(a!) d_scores, int rows, int keys, float scale) -> ()");
+  m.def(
+      "cross_entropy(Tensor(a!) logits, Tensor target, Tensor(b!) losses, float label_smoothing,"
+      " int ignore_index, bool with_gradient) -> ()");
   m.def("vector_bits() -> int");
   m.def("bfloat16_dots() -> bool");
 }
@@ -279,6 +301,7 @@ STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
   m.impl("norm_backward", TORCH_BOX(&rowmax::norm_backward));
   m.impl("softmax_forward", TORCH_BOX(&rowmax::Softmax::forward));
   m.impl("softmax_backward", TORCH_BOX(&rowmax::softmax_backward));
+  m.impl("cross_entropy", TORCH_BOX(&rowmax::cross_entropy));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CompositeExplicitAutograd, m) {

@@ -22,6 +22,7 @@ struct DecodeKernel : AttentionKernel {
 };
 using NormKernel = Kernel<NormCall>;
 using SoftmaxKernel = Kernel<SoftmaxCall>;
+using CrossEntropyKernel = Kernel<CrossEntropyCall>;
 
 struct Kernels {
   int vector_bytes;
@@ -32,6 +33,7 @@ struct Kernels {
   // over items of float, double, bfloat16, float16
   const NormKernel *norm_forward, *norm_backward;
   const SoftmaxKernel *softmax_forward, *softmax_backward;
+  const CrossEntropyKernel* cross_entropy;
 };
 
 #define ROWMAX_DECLARE_KERNELS(isa)                   \
@@ -43,6 +45,7 @@ struct Kernels {
   extern const NormKernel norm_backward[4];           \
   extern const SoftmaxKernel softmax_forward[4];      \
   extern const SoftmaxKernel softmax_backward[4];     \
+  extern const CrossEntropyKernel cross_entropy[4];   \
   }
 
 #if defined(__x86_64__)

@@ -27,6 +27,26 @@ ROWMAX_INLINE Ints<T> lanes_before(int64_t count) {
   return lane_numbers<IntOf<T>>() < static_cast<IntOf<T>>(min<int64_t>(count, LANES<T>));
 }
 
+// The largest sign * row; -inf of nothing; NaN is passed over, the exponentials keep it.
+template <typename T, typename Item>
+inline T row_maximum(const Item* row, T sign, int64_t columns) {
+  constexpr int64_t lanes = LANES<T>;
+  const Vec<T> signs = splat(sign), nothing = splat(-INFINITE<T>);
+  Vec<T> largest[4] = {nothing, nothing, nothing, nothing};
+  int64_t c = 0;
+  for (; c + 4 * lanes <= columns; c += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+      largest[n] = maximum(load(row + c + n * lanes) * signs, largest[n]);
+    }
+  }
+  for (; c < columns; c += lanes) {
+    const Vec<T> value = load_first(row + c, columns - c) * signs;
+    largest[0] = maximum(select(lanes_before<T>(columns - c), value, nothing), largest[0]);
+  }
+  return largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
+}
+
 // What dropout multiplies `columns` elements of a row by, `keep_scale` or 0. `first`, the first column,
 // is a multiple of 4; `columns` is rounded up to four whole vectors.
 template <typename T>

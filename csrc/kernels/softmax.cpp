@@ -72,26 +72,6 @@ ROWMAX_INLINE void mask_row(
   });
 }
 
-// The largest sign * row; -inf of nothing; NaN is passed over, the exponentials keep it.
-template <typename T, typename Item>
-T row_maximum(const Item* row, T sign, int64_t keys) {
-  constexpr int64_t lanes = LANES<T>;
-  const Vec<T> signs = splat(sign), nothing = splat(-INFINITE<T>);
-  Vec<T> largest[4] = {nothing, nothing, nothing, nothing};
-  int64_t c = 0;
-  for (; c + 4 * lanes <= keys; c += 4 * lanes) {
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; ++n) {
-      largest[n] = maximum(load(row + c + n * lanes) * signs, largest[n]);
-    }
-  }
-  for (; c < keys; c += lanes) {
-    const Vec<T> score = load_first(row + c, keys - c) * signs;
-    largest[0] = maximum(select(lanes_before<T>(keys - c), score, nothing), largest[0]);
-  }
-  return largest_lane(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
-}
-
 // target[first:end] = softmax(row[first:end] * sign * factor), 0 elsewhere. `work` may be `row`.
 template <typename T, typename Item, typename Source>
 void weigh_row(

@@ -22,6 +22,7 @@ from ..ops.problem import (
     AddLayerNormProblem,
     AttentionProblem,
     LayerNormProblem,
+    LinearCrossEntropyProblem,
     Problem,
     RMSNormProblem,
     SoftmaxProblem,
@@ -114,6 +115,11 @@ class Backend(Protocol):
         self, problem: RMSNormProblem, grad_y: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor]:
         """d_x, d_weight (empty where the weight is absent)."""
+
+    def linear_cross_entropy(
+        self, problem: LinearCrossEntropyProblem
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """loss () in the dtype of statistics; d_x, d_weight, None where not asked for."""
 
 
 def check_name(function: str, backend: object) -> str:

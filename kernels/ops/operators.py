@@ -2,9 +2,10 @@
 
 Each op is opaque to torch: forward and backward are one op each, and its implementation asks
 `dispatch` for the backend; what comes through torch's dispatcher is checked first. Nothing here
-computes; nothing here knows a backend. An op's own facts stand in `attention.py`, `softmax.py` and
-`norms.py`; `spec.py`, `operator_checks.py`, `autograd.py`, `vmap.py` and `sharding.py` make of them
-what torch asks for. What may go past torch's dispatcher is for `fast_path.py` to say.
+computes; nothing here knows a backend. An op's own facts stand in `attention.py`, `softmax.py`,
+`norms.py` and `cross_entropy.py`; `spec.py`, `operator_checks.py`, `autograd.py`, `vmap.py` and
+`sharding.py` make of them what torch asks for. What may go past torch's dispatcher is for
+`fast_path.py` to say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..backends import dispatch
 from ..backends.reference.standard import standard_form
 from .attention import ATTENTION, ATTENTION_BACKWARD
 from .autograd import autograd_of
+from .cross_entropy import LINEAR_CROSS_ENTROPY, LINEAR_CROSS_ENTROPY_BACKWARD
 from .fast_path import are_ordinary, nothing_watches
 from .norms import NORMS
 from .operator_checks import checked
@@ -27,6 +29,7 @@ from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
     LayerNormProblem,
+    LinearCrossEntropyProblem,
     RMSNormProblem,
     SoftmaxProblem,
 )
@@ -50,6 +53,7 @@ OPERATORS = {
     for operator in (
         *(ATTENTION, ATTENTION_BACKWARD, MASKED_SOFTMAX, MASKED_SOFTMAX_BACKWARD),
         *NORMS.values(),
+        *(LINEAR_CROSS_ENTROPY, LINEAR_CROSS_ENTROPY_BACKWARD),
     )
 }
 
@@ -189,6 +193,12 @@ def add_layer_norm(problem: AddLayerNormProblem, backend: str) -> tuple[Tensor, 
 def rms_norm(problem: RMSNormProblem, backend: str) -> Tensor:
     """y (..., N)."""
     result: Tensor = call("rms_norm", *problem, backend)[0]
+    return result
+
+
+def linear_cross_entropy(problem: LinearCrossEntropyProblem, backend: str) -> Tensor:
+    """loss (), in the dtype of statistics."""
+    result: Tensor = call("linear_cross_entropy", *problem, backend)[0]
     return result
 
 

@@ -136,6 +136,32 @@ class RMSNormProblem(NamedTuple):
         return "rms_norm"
 
 
+class LinearCrossEntropyProblem(NamedTuple):
+    """The cross entropy of the logits x @ weight^T, x (T, N), weight (V, N), with targets (T,).
+
+    Over the tokens whose target is not `ignore_index`: the mean, else the sum. With x_grad and
+    weight_grad the gradients are found with the loss.
+    """
+
+    x: Annotated[Tensor, TensorSpec("T N", grad=True)]
+    weight: Annotated[Tensor, TensorSpec("V N", grad=True)]
+    target: Annotated[Tensor, TensorSpec("T", "int64")]
+    label_smoothing: float
+    ignore_index: int
+    mean: bool
+    x_grad: bool
+    weight_grad: bool
+
+    @property
+    def op_name(self) -> str:
+        return "linear_cross_entropy"
+
+
 Problem = (
-    AttentionProblem | SoftmaxProblem | LayerNormProblem | AddLayerNormProblem | RMSNormProblem
+    AttentionProblem
+    | SoftmaxProblem
+    | LayerNormProblem
+    | AddLayerNormProblem
+    | RMSNormProblem
+    | LinearCrossEntropyProblem
 )

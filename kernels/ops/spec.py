@@ -6,6 +6,7 @@ A problem (problem.py) names its fields once; a tensor's `TensorSpec` names its 
     Hq   heads of the query                 Hkv  heads of key and value
     Lq, Lk  lengths in memory               D, Dv  head sizes of query and key, of value
     S    sequences + 1                      N    columns of a row
+    T    tokens                             V    words of the vocabulary
     ...  any number of dimensions of rows   X|1  X, or 1 where the tensor broadcasts along X
 
 Two tensors have equal sizes where their dimensions have equal names.

@@ -7,6 +7,7 @@ use it, and so do `rowmax.kernels.compare` and `python -m rowmax.bench verify` a
 from __future__ import annotations
 
 from .cases import DTYPES, NamedCase, Shape, packed_case
+from .cross_entropy import CrossEntropyCase
 from .judge import assert_as_accurate_as_naive
 from .memory import peak_bytes
 from .oracle import AttentionCase, PackedCase
@@ -20,6 +21,7 @@ __all__ = [
     "OPS",
     "Accuracy",
     "AttentionCase",
+    "CrossEntropyCase",
     "NamedCase",
     "PackedCase",
     "RowCase",

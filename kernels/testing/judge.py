@@ -7,11 +7,12 @@ from typing import get_args
 import torch
 
 from .cases import NamedCase
+from .cross_entropy import CrossEntropyCase
 from .oracle import AttentionCase, Kernel, PackedCase
 from .rows import RowCase
 from .tolerance import faults_of
 
-AnyCase = NamedCase | AttentionCase | PackedCase | RowCase
+AnyCase = NamedCase | AttentionCase | PackedCase | RowCase | CrossEntropyCase
 
 
 def assert_as_accurate_as_naive(
@@ -38,12 +39,14 @@ def assert_as_accurate_as_naive(
                 (total, Hq, Dv), or out and lse (Hq, total), for q (total, Hq, D), and so on;
             layer_norm, rms_norm: kernel(x, weight=..., bias=..., eps=...) -> y, like x
                 (..., columns); add_layer_norm: kernel(x, residual, ...) -> y and x + residual;
-            masked_softmax: kernel(scores, mask=..., scale=...) -> weights, like scores.
+            masked_softmax: kernel(scores, mask=..., scale=...) -> weights, like scores;
+            linear_cross_entropy: kernel(x, weight, target, label_smoothing=..., ignore_index=...,
+                reduction=...) -> loss () in float32 or wider, for x (T, N) and weight (V, N).
             Keywords that a case does not set are not passed. Dropout is that of `seed`, as in
             rowmax.kernels.
-        case: one of `named_cases`, or an AttentionCase, PackedCase or RowCase of tensors of your
-            own; float64, float32, bfloat16 or float16. Without gradients of the outputs in it, the
-            forward pass alone is compared.
+        case: one of `named_cases`, or an AttentionCase, PackedCase, RowCase or CrossEntropyCase of
+            tensors of your own; float64, float32, bfloat16 or float16. Without gradients of the
+            outputs in it, the forward pass alone is compared.
         device: where the kernel runs; the case's tensors stay where they are. None: there.
 
     Raises:

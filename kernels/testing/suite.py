@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import adversarial
+from . import adversarial, cross_entropy
 from .cases import (
     DTYPES,
     KINDS,
@@ -21,8 +21,10 @@ from .cases import (
 from .rows import NORM_KINDS, NORMS, SOFTMAX_KINDS, row_cases
 
 ATTENTION_OPS = ("attention", "attention_varlen")
-OPS = (*ATTENTION_OPS, *NORMS, "masked_softmax")
-ALL_KINDS = tuple(dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *adversarial.KINDS)))
+OPS = (*ATTENTION_OPS, *NORMS, "masked_softmax", "linear_cross_entropy")
+ALL_KINDS = tuple(
+    dict.fromkeys((*KINDS, *NORM_KINDS, *SOFTMAX_KINDS, *cross_entropy.KINDS, *adversarial.KINDS))
+)
 
 
 def named_cases(
@@ -57,5 +59,7 @@ def named_cases(
     found += row_cases(
         tuple(op for op in ops if op not in ATTENTION_OPS), dtype, chosen, quick=quick
     )
+    if "linear_cross_entropy" in ops:
+        found += cross_entropy.cross_entropy_cases(dtype, chosen, quick=quick)
     found += adversarial.adversarial_cases(ops, dtype, chosen)
     return found

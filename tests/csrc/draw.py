@@ -23,6 +23,7 @@ from rowmax.kernels import (
     Window,
     attention,
 )
+from rowmax.kernels.testing import cross_entropy
 from rowmax.kernels.testing.cases import Draw, Shape, packed_case
 from rowmax.kernels.testing.oracle import AttentionCase, TestCase, random_gradients
 from rowmax.kernels.testing.rows import RowCase, norm_case
@@ -50,6 +51,7 @@ class Call:
             "packed": (2, self._packed),
             "norm": (2, self._norm),
             "softmax": (2, self._softmax),
+            "cross entropy": (1, self._cross_entropy),
         }
         shares = [share for share, _ in kinds.values()]
         kind = self.random.choices(list(kinds), shares)[0]
@@ -258,6 +260,16 @@ class Call:
         scores = self._laid_out(self.draw.normal(*sizes.scores))
         grad = self._laid_out(self.draw.normal(*sizes.scores))
         return RowCase("masked_softmax", {"scores": scores}, (grad,), mask, options)
+
+    def _cross_entropy(self) -> TestCase:
+        pick = self.random
+        kind = pick.choice(list(cross_entropy.KINDS))
+        # the mean of no token is NaN
+        tokens = pick.choice((1, 5, 33)) if kind not in ("ignored", "sum") else 40
+        shape = tokens, pick.randint(1, 20), pick.choice((pick.randint(1, 70), 515, 1601))
+        self.text += f", {kind} {shape}"
+        case = cross_entropy.cross_entropy_case(kind, shape, self.draw)
+        return replace(case, x=self._laid_out(case.x), weight=self._laid_out(case.weight))
 
     # --- drawing ----------------------------------------------------------------------------------
 

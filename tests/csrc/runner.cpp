@@ -171,6 +171,8 @@ void answer() {
     read_and_run(kernels.softmax_forward[item], buffers);
   } else if (name == "softmax_backward") {
     read_and_run(kernels.softmax_backward[item], buffers);
+  } else if (name == "cross_entropy") {
+    read_and_run(kernels.cross_entropy[item], buffers);
   } else {
     throw std::runtime_error("no such kernel: " + name);
   }

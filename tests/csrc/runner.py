@@ -25,13 +25,20 @@ from torch import Tensor
 
 from rowmax.bench.verification.implementations import Backend
 from rowmax.kernels.backends.cpu_common import call_records
-from rowmax.kernels.backends.cpu_common.call_records import ATTENTION, NORM, SOFTMAX, Field
+from rowmax.kernels.backends.cpu_common.call_records import (
+    ATTENTION,
+    CROSS_ENTROPY,
+    NORM,
+    SOFTMAX,
+    Field,
+)
 from rowmax.kernels.backends.cpu_common.constants import BLOCK_KEYS
 from rowmax.kernels.backends.cpu_numba import (
     attention_backward_kernels,
     attention_decode,
     attention_forward,
     attention_launch,
+    cross_entropy,
     norm_backward,
     norm_forward,
     norm_launch,
@@ -48,6 +55,7 @@ KERNELS: dict[Kernel, tuple[str, tuple[Field, ...]]] = {
     attention_backward_kernels.BACKWARD: ("attention_backward", ATTENTION.fields("backward")),
     norm_forward.FORWARD: ("norm_forward", NORM.fields("forward")),
     norm_backward.BACKWARD: ("norm_backward", NORM.fields("backward")),
+    cross_entropy.ROWS: ("cross_entropy", CROSS_ENTROPY.fields("rows")),
     softmax.FORWARD: ("softmax_forward", SOFTMAX.fields("forward")),
     softmax.BACKWARD: ("softmax_backward", SOFTMAX.fields("backward")),
 }

@@ -10,12 +10,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rowmax import kernels
 from rowmax.kernels import KeyLengths
+from rowmax.kernels.testing.cases import Draw
+from rowmax.kernels.testing.cross_entropy import cross_entropy_case
 
 from .backends import doing
 from .cases import CASES
@@ -70,6 +73,12 @@ def row_bits(operation: str, backend: str, dtype: torch.dtype) -> str:
     return _hash([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
 
 
+def loss_bits(backend: str, dtype: torch.dtype) -> str:
+    case = cross_entropy_case("ignored", (_ROWS, 24, _COLUMNS), Draw(7, dtype))
+    kernel = partial(kernels.linear_cross_entropy, backend=backend)
+    return _hash(list(case.run(kernel).values()))
+
+
 def main() -> None:
     """Print a line for each operation, backend and dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,6 +90,9 @@ def main() -> None:
             name = str(dtype).removeprefix("torch.")
             if backend in doing("attention"):
                 print(f"{backend} attention {name} {attention_bits(backend, dtype)}", flush=True)
+            if backend in doing("linear_cross_entropy"):
+                bits = loss_bits(backend, dtype)
+                print(f"{backend} linear_cross_entropy {name} {bits}", flush=True)
             for operation in ("layer_norm", "rms_norm", "add_layer_norm", "masked_softmax"):
                 if backend in doing(operation):
                     bits = row_bits(operation, backend, dtype)

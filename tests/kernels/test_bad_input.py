@@ -21,6 +21,7 @@ from rowmax.kernels import (
     attention_varlen,
     explain,
     layer_norm,
+    linear_cross_entropy,
     masked_softmax,
     rms_norm,
 )
@@ -172,6 +173,7 @@ def test_varlen(changes: dict[str, Any], error: type[Exception], match: str) -> 
 
 
 X, W = torch.zeros(3, 8), torch.zeros(8)
+IDS = torch.tensor([2, 0, 1])
 OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "layer_norm_x": (lambda: layer_norm(X.int()), TypeError, "layer_norm: `x`.*int32"),
     "layer_norm_none": (lambda: layer_norm(None), TypeError, "layer_norm: `x`"),  # type: ignore[arg-type]
@@ -208,6 +210,33 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "softmax_scale": (lambda: masked_softmax(X, scale=NAN), ValueError, "`scale`"),
     "softmax_scale_none": (lambda: masked_softmax(X, scale=None), TypeError, "`scale`"),  # type: ignore[arg-type]
     "softmax_backend": (lambda: masked_softmax(X, backend="x"), ValueError, "`backend`"),
+    "loss_x": (lambda: linear_cross_entropy(X.int(), X, IDS), TypeError, "`x`.*int32"),
+    "loss_x_0d": (lambda: linear_cross_entropy(X[0, 0], X, IDS[0]), ValueError, "`x`.*0-d"),
+    "loss_weight": (lambda: linear_cross_entropy(X, X.t(), IDS), ValueError, r"`weight`.*\(V, 8\)"),
+    "loss_weight_dtype": (lambda: linear_cross_entropy(X, X.half(), IDS), TypeError, "`weight`"),
+    "loss_weight_device": (
+        lambda: linear_cross_entropy(X, X.to("meta"), IDS),
+        *(ValueError, "`weight`"),
+    ),
+    "loss_target": (lambda: linear_cross_entropy(X, X, IDS[:2]), ValueError, r"`target`.*\(3,\)"),
+    "loss_target_dtype": (lambda: linear_cross_entropy(X, X, IDS.int()), TypeError, "`target`"),
+    "loss_target_soft": (lambda: linear_cross_entropy(X, X, X), TypeError, "`target`.*int64"),
+    "loss_smoothing": (
+        lambda: linear_cross_entropy(X, X, IDS, 1.1),
+        *(ValueError, "`label_smoothing`.*1.1"),
+    ),
+    "loss_ignored": (
+        lambda: linear_cross_entropy(X, X, IDS, ignore_index=None),  # type: ignore[arg-type]
+        *(TypeError, "`ignore_index`.*NoneType"),
+    ),
+    "loss_reduction": (
+        lambda: linear_cross_entropy(X, X, IDS, reduction="none"),
+        *(ValueError, "`reduction`.*mean, sum"),
+    ),
+    "loss_backend": (
+        lambda: linear_cross_entropy(X, X, IDS, backend="x"),
+        *(ValueError, "`backend`"),
+    ),
     "window_left": (lambda: Window(-1, 0), ValueError, "Window: `left`.*-1"),
     "window_right": (lambda: Window(0, 1.5), ValueError, "Window: `right`.*1.5"),  # type: ignore[arg-type]
     "lengths_list": (lambda: KeyLengths([1, 2]), TypeError, "KeyLengths: `lengths`.*list"),  # type: ignore[arg-type]
@@ -258,6 +287,8 @@ DENSE: dict[str, tuple[Callable[[Any], Any], torch.Tensor]] = {
     "layer_norm: `bias`": (lambda t: layer_norm(ROW, None, t), ROW[0]),
     "add_layer_norm: `x`": (lambda t: add_layer_norm(t, ROW), ROW),
     "add_layer_norm: `residual`": (lambda t: add_layer_norm(ROW, t), ROW),
+    "linear_cross_entropy: `x`": (lambda t: linear_cross_entropy(t, ROW, IDS), ROW),
+    "linear_cross_entropy: `weight`": (lambda t: linear_cross_entropy(ROW, t, IDS), ROW),
     "rms_norm: `x`": (lambda t: rms_norm(t), ROW),
     "rms_norm: `weight`": (lambda t: rms_norm(ROW, t), ROW[0]),
 }

@@ -70,6 +70,17 @@ PACKED: dict[str, Any] = ATTENTION | {
     "longest_key": 5,
 }
 NORM: dict[str, Any] = {"weight": W, "bias": W, "eps": 1e-5}
+WORDS, TARGET = rand(4, 8), ints(0, 3, 3, -100, 1)
+LOSS: dict[str, Any] = {
+    "x": rand(5, 8),
+    "weight": WORDS,
+    "target": TARGET,
+    "label_smoothing": 0.1,
+    "ignore_index": -100,
+    "mean": True,
+    "x_grad": True,
+    "weight_grad": True,
+}
 DROPOUT: dict[str, Any] = {"dropout_p": 0.5, "seed": torch.tensor(3)}
 # what is called -> the operator, and all of its arguments but the backend, right ones, in order
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -106,6 +117,11 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         "rms_norm_backward",
         {"grad_y": X, "rstd": MEAN, "x": X, "weight": W, "eps": 1e-5},
     ),
+    "linear_cross_entropy": ("linear_cross_entropy", LOSS),
+    "linear_cross_entropy_backward": (
+        "linear_cross_entropy_backward",
+        {"grad_loss": torch.tensor(2.0), "d_x": rand(5, 8), "d_weight": WORDS, **LOSS},
+    ),
 }
 
 
@@ -132,6 +148,7 @@ PACKED_BOTH = ("packed", "packed_backward")
 MASKED = (*FORWARD, "masked_softmax")
 ROWS = ("layer_norm", "layer_norm_backward", "add_layer_norm", "add_layer_norm_backward")
 NORMS = (*ROWS, "rms_norm", "rms_norm_backward")
+LOSSES = ("linear_cross_entropy", "linear_cross_entropy_backward")
 DROPPING = (*FORWARD, *PACKED_BOTH, "add_layer_norm", "add_layer_norm_backward")
 # calls, the wrong arguments, the error, and the argument that it names
 WRONG: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
@@ -208,6 +225,17 @@ WRONG: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     (FORWARD[1:], {"bias": None}, ValueError, "bias_grad"),
     (FORWARD[1:], {"sinks": None}, ValueError, "sinks_grad"),
     (("masked_softmax",), {"scores": rand(5, 7)}, ValueError, "scores"),
+    (LOSSES, {"x": rand(2, 5, 8)}, ValueError, "x"),
+    (LOSSES, {"x": rand(5, 8).long()}, TypeError, "x"),
+    (LOSSES, {"weight": rand(4, 7)}, ValueError, "weight"),
+    (LOSSES, {"weight": WORDS.double()}, TypeError, "weight"),
+    (LOSSES, {"target": TARGET[:4]}, ValueError, "target"),
+    (LOSSES, {"target": TARGET.int()}, TypeError, "target"),
+    (LOSSES, {"label_smoothing": 1.5}, ValueError, "label_smoothing"),
+    (LOSSES, {"label_smoothing": NAN}, ValueError, "label_smoothing"),
+    (LOSSES[1:], {"d_x": rand(4, 8)}, ValueError, "d_x"),
+    (LOSSES[1:], {"d_weight": rand(4, 8).half()}, TypeError, "d_weight"),
+    (LOSSES[1:], {"grad_loss": rand(2)}, ValueError, "grad_loss"),
     (("masked_softmax",), {"scores": rand(2, 4, 5, 7).long()}, TypeError, "scores"),
     (("masked_softmax_backward",), {"weights": rand(5, 7)}, ValueError, "weights"),
     (("masked_softmax_backward",), {"grad_weights": rand(2, 4, 5, 6)}, ValueError, "grad_weights"),

@@ -252,4 +252,23 @@ SOFTMAX = Record(
     },
 )
 
-RECORDS = (ATTENTION, NORM, SOFTMAX)
+CROSS_ENTROPY = Record(
+    "CrossEntropyCall",
+    "Cross entropy of rows of logits, and its gradient in their place.",
+    {
+        "all": (
+            *_COUNTERS,
+            *written("logits", "(rows, columns): read; then p - q, with `with_gradient`"),
+            *strides("logits", "row"),
+            *read("target", "(rows,)", "int64_t"),
+            *written("losses", "(rows,) T"),
+            *fields(INTEGER, "rows columns task_rows"),
+            *fields(INTEGER, "ignore_index", "of rows whose loss and gradient are 0"),
+            *fields(FLAG, "with_gradient"),
+            *fields(REAL, "label_smoothing"),
+        ),
+        "rows": (),
+    },
+)
+
+RECORDS = (ATTENTION, NORM, SOFTMAX, CROSS_ENTROPY)

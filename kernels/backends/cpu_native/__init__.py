@@ -10,6 +10,7 @@ import torch
 
 from ...ops.problem import AttentionProblem, Problem
 from .attention_launch import attention, attention_backward, attention_out, fast_path_attention
+from .cross_entropy_launch import linear_cross_entropy
 from .norm_launch import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -32,6 +33,7 @@ __all__ = [
     "fast_path_norm",
     "layer_norm",
     "layer_norm_backward",
+    "linear_cross_entropy",
     "masked_softmax",
     "masked_softmax_backward",
     "rms_norm",

@@ -23,6 +23,7 @@ _IMPLEMENTED = {
     "add_layer_norm_backward": "norm_launch",
     "rms_norm": "norm_launch",
     "rms_norm_backward": "norm_launch",
+    "linear_cross_entropy": "cross_entropy_launch",
 }
 
 

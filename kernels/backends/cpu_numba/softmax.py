@@ -32,13 +32,12 @@ from .memory import (
     store_first,
     take_work,
 )
+from .rows import row_maximum, set_row
 from .vector import (
     add_lanes,
     any_lane,
     cast,
     lanes_before,
-    largest_lane,
-    maximum,
     multiply_add,
     select,
     splat,
@@ -79,13 +78,6 @@ def _document_range(ids, document, first, end, zero):
 
 
 @jit
-def _set_row(target, first, end, value):
-    """target[first:end] = value."""
-    for c in range(first, end, lanes_of(value)):
-        store_first(target + c, splat(value), end - c)
-
-
-@jit
 def _mask_row(scores, flags, sign, target, keys, zero):
     """target = sign * scores where the flags are true, -inf elsewhere."""
     lanes = lanes_of(zero)
@@ -111,26 +103,6 @@ def _mask_documents(scores, ids, document, sign, target, keys, zero):
         allowed = load_first_equal(ids + c, document, zero, rest)
         result = select(allowed, load_first(scores + c, rest) * signs, forbidden)
         store_first(target + c, result, rest)
-
-
-@jit
-def _row_maximum(row, sign, keys, zero):
-    """The largest sign * row; -inf of nothing; NaN is passed over, the exponentials keep it."""
-    lanes = lanes_of(zero)
-    signs = splat(sign)
-    m0 = m1 = m2 = m3 = splat(cast(-math.inf, zero))
-    c = 0
-    while c + 4 * lanes <= keys:
-        m0 = maximum(load(row + c) * signs, m0)
-        m1 = maximum(load(row + (c + lanes)) * signs, m1)
-        m2 = maximum(load(row + (c + 2 * lanes)) * signs, m2)
-        m3 = maximum(load(row + (c + 3 * lanes)) * signs, m3)
-        c += 4 * lanes
-    while c < keys:
-        allowed = lanes_before(keys - c, zero)
-        m0 = maximum(select(allowed, load_first(row + c, keys - c) * signs, m0), m0)
-        c += lanes
-    return largest_lane(maximum(maximum(m0, m1), maximum(m2, m3)))
 
 
 @jit
@@ -168,7 +140,7 @@ def _scale_row(row, factor, target, keys):
 @jit
 def _weigh_row(row, sign, work, factor, target, first, end, keys, zero):
     """target = softmax(row[first:end] * sign * factor), 0 elsewhere; `row` and `work` from 0 on."""
-    largest = _row_maximum(row + first, sign, end - first, zero)
+    largest = row_maximum(row + first, sign, end - first, zero)
     if largest == -math.inf:
         largest = zero
     total = _exponentials(row + first, sign, largest, factor, work + first, end - first, zero)
@@ -177,8 +149,8 @@ def _weigh_row(row, sign, work, factor, target, first, end, keys, zero):
     inverse = one if total == zero else one / total
     _scale_row(work + first, inverse, target + first, end - first)
     # Where a score is NaN the whole row is, as in the equation.
-    _set_row(target, 0, first, inverse * zero)
-    _set_row(target, end, keys, inverse * zero)
+    set_row(target, 0, first, inverse * zero)
+    set_row(target, end, keys, inverse * zero)
 
 
 def weigh(argument):

@@ -29,6 +29,7 @@ _IMPLEMENTED = {
     "rms_norm_backward": "norm_launch",
     "masked_softmax": "softmax_launch",
     "masked_softmax_backward": "softmax_launch",
+    "linear_cross_entropy": "cross_entropy_launch",
 }
 
 

@@ -46,6 +46,11 @@ def backward_tile(columns: int, dtype: torch.dtype) -> Tile:
     return _tile(columns, dtype, _BACKWARD_ROW_BYTES[statistics_dtype(dtype)])
 
 
+def block_tile(columns: int, dtype: torch.dtype) -> Tile:
+    """Of a kernel that goes over its rows several times, in blocks of columns."""
+    return _tile(columns, dtype, _BLOCK_BYTES)
+
+
 def _tile(columns: int, dtype: torch.dtype, row_bytes: int) -> Tile:
     itemsize = statistics_dtype(dtype).itemsize
     # at least 16 columns: dropout takes them in fours, and a vector is up to eight

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...ops.problem import Problem
 from .attention import attention, attention_backward, attention_out, naive_attention
+from .cross_entropy import linear_cross_entropy
 from .norms import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -30,6 +31,7 @@ __all__ = [
     "keep_threshold",
     "layer_norm",
     "layer_norm_backward",
+    "linear_cross_entropy",
     "masked_softmax",
     "masked_softmax_backward",
     "naive_attention",

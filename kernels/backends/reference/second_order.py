@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import statistics_dtype
-from ...ops.problem import AttentionProblem
+from ...ops.problem import AttentionProblem, LinearCrossEntropyProblem
 from ..sequences import _sequences
 from .attention import NaiveAttention, allowed_positions, naive_attention
+from .cross_entropy import token_scale, wanted_distribution
 
 
 class AttentionTangents(NamedTuple):
@@ -218,6 +219,37 @@ def _attended(weights: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the statistics; where the weight is 0, `other` may hold anything."""
     dtype = statistics_dtype(weights.dtype)
     return weights.to(dtype), other.to(dtype).masked_fill(weights == 0.0, 0.0)
+
+
+def linear_cross_entropy_second_order(
+    problem: LinearCrossEntropyProblem,
+    grad_loss: Tensor,
+    t_x: Tensor | None,
+    t_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the gradient of the loss, by x and by the weight.
+
+    With z = x W^T, p = softmax(z), R = (p - q) / tokens and the tangent U = tx W^T + x tW^T of z:
+    <R, U>; by z, H = p * (U - sum_j p U) / tokens; by x, H W + R tW; by W, H^T x + R^T tx.
+    """
+    dtype = statistics_dtype(problem.x.dtype)
+    x, weight = problem.x.to(dtype), problem.weight.to(dtype)
+    t_x = torch.zeros_like(x) if t_x is None else t_x.to(dtype)
+    t_weight = torch.zeros_like(weight) if t_weight is None else t_weight.to(dtype)
+    p = (x @ weight.t()).softmax(-1)
+    used = (problem.target != problem.ignore_index).unsqueeze(-1).to(dtype)
+    factor = used * token_scale(problem, dtype)
+    r = (p - wanted_distribution(problem, dtype)) * factor
+    u = t_x @ weight.t() + x @ t_weight.t()
+    h = p * (u - (p * u).sum(-1, keepdim=True)) * factor
+    grad = grad_loss.to(dtype)
+    h_x = (h @ weight + r @ t_weight) * grad
+    h_weight = (h.t() @ x + r.t() @ t_x) * grad
+    return (
+        (r * u).sum().to(grad_loss.dtype),
+        h_x.to(problem.x.dtype),
+        h_weight.to(problem.weight.dtype),
+    )
 
 
 class _Norm:
