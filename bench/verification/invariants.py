@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -288,7 +288,7 @@ def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     return sum(len(ATTENTION if op == "attention" else _by_op(op)) for op in here)
 
 
-def _by_op(op: str) -> dict[str, Callable[[Implementation, str, torch.dtype], str | None]]:
+def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype], str | None]]:
     """The checks of an op other than attention."""
     return CROSS_ENTROPY if op == "linear_cross_entropy" else ROW_WISE
 

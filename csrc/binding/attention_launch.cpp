@@ -8,8 +8,8 @@
 #include <string>
 
 #include "binding/attention_plan.h"
-#include "constants.h"
 #include "binding/set_mask.h"
+#include "constants.h"
 
 namespace rowmax {
 namespace {

@@ -2,8 +2,8 @@
 // is copied, and why, is settled before, in kernels/backends/cpu_native/norm_launch.py and softmax_launch.py.
 
 #include "binding/rows_launch.h"
-#include "binding/set_mask.h"
 
+#include "binding/set_mask.h"
 #include "constants.h"
 
 namespace rowmax {
