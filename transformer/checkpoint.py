@@ -212,10 +212,11 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], whe
     for name in wanted:
         if name not in found:
             raise CheckpointError(f"{where}: tensor {name!r} is missing")
-    for name, tensor in found.items():
+    for name in sorted(found):  # a file's own order differs from reading to reading
         if name not in wanted:
             raise CheckpointError(f"{where}: tensor {name!r} is not part of this model")
-        expected = wanted[name]
+    for name, expected in wanted.items():
+        tensor = found[name]
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise CheckpointError(
                 f"{where}: tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, "

@@ -46,11 +46,11 @@ class Measurement:
 
 
 def measure(run: Path, backend: str, steps: int) -> Measurement:
-    """Train the demo's model for its first steps in this process."""
+    """Train the demo's model for its first steps in this process; the naive path pads."""
     tokenizer = checkpoints.load(checkpoints.newest(run)).tokenizer
     preset = PRESETS["demo"]
     model_config = ModelConfig(**{**preset.model, "vocab_size": tokenizer.vocab_size})
-    config = TrainingConfig(**preset.training)
+    config = TrainingConfig(**preset.training, padded=backend == "reference")
     pairs = list(corpus.splits(train=_PAIRS).train)
     dataset = Dataset(pairs, tokenizer, model_config.max_length)
 

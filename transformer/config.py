@@ -153,9 +153,12 @@ class TrainingConfig:
     label_smoothing: float = 0.1
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
+    # Whether batches are padded where the model could take them packed: the reference path.
+    padded: bool = False
+    accumulate: int = 1  # batches of an update
 
     def __post_init__(self) -> None:
-        for name in ("steps", "warmup", "batch_tokens"):
+        for name in ("steps", "warmup", "batch_tokens", "accumulate"):
             _require_positive_int(name, getattr(self, name))
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
@@ -171,6 +174,7 @@ class TrainingConfig:
             "0 <= value < 1",
             self.label_smoothing,
         )
+        _require(isinstance(self.padded, bool), "padded", "true or false", self.padded)
         _require(
             isinstance(self.seed, int) and 0 <= self.seed < 2**63,
             "seed",

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .packing import PackedBatch, pack
 from .tokenizer import BOS, EOS, PAD, Tokenizer
 
 SentencePair = tuple[str, str]
+_BUCKET = 50
 
 
 class DataError(ValueError):
@@ -87,6 +89,10 @@ class Batch:
     target_in: torch.Tensor  # (B, Lt)
     target_out: torch.Tensor  # (B, Lt)
     target_lengths: torch.Tensor  # (B,)
+
+    @property
+    def target_tokens(self) -> int:
+        return int(self.target_lengths.sum())
 
     @property
     def tokens(self) -> int:
@@ -174,28 +180,37 @@ class Dataset:
         target_in, _ = pad([[BOS, *self.targets[i][:-1]] for i in indices])
         return Batch(source, source_lengths, target_in, target_out, target_lengths)
 
-    def plan(self, batch_tokens: int, seed: int = 0, epoch: int | None = None) -> list[np.ndarray]:
-        """Indices of each batch of an epoch: every pair once, pairs of like length together.
+    def packed_batch(self, indices: Sequence[int] | np.ndarray) -> PackedBatch:
+        """The pairs of these indices, packed."""
+        source, source_packing = pack([self.sources[i] for i in indices])
+        target_out, target_packing = pack([self.targets[i] for i in indices])
+        target_in, _ = pack([[BOS, *self.targets[i][:-1]] for i in indices])
+        return PackedBatch(source, source_packing, target_in, target_out, target_packing)
 
-        A batch's padded source and its padded target have at most ``batch_tokens`` tokens each
-        (a single longer pair is a batch of its own). Without ``epoch`` nothing is shuffled.
+    def plan(self, batch_tokens: int, seed: int = 0, epoch: int | None = None) -> list[np.ndarray]:
+        """Indices of each batch of an epoch: every pair once, in an order that is nearly random.
+
+        A batch has at most ``batch_tokens`` source tokens and as many target tokens, padding not
+        counted (a single longer pair is a batch of its own). Of the shuffled pairs, those of
+        `_BUCKET` batches at a time are sorted by length, so that padded batches have little
+        padding; then the batches are shuffled. Without ``epoch`` all are sorted, none shuffled.
         """
+        source, target = self._source_lengths, self._target_lengths
+        longest = np.maximum(source, target)
         order = np.arange(len(self))
-        rng = None
+        bucket, rng = order * 0, None
         if epoch is not None:
             rng = np.random.default_rng([seed, epoch])
             order = rng.permutation(order)
-        longest = np.maximum(self._source_lengths, self._target_lengths)
-        # Stable: within a length the order stays the shuffled one, so batches differ by epoch.
-        keys = (self._source_lengths[order], self._target_lengths[order], longest[order])
-        order = order[np.lexsort(keys)]
+            bucket = np.cumsum(longest[order]) // (_BUCKET * batch_tokens)
+        order = order[np.lexsort((source[order], target[order], longest[order], bucket))]
         batches: list[np.ndarray] = []
-        start = 0
-        for position, length in enumerate(longest[order]):
-            # Sorted by length, so the newest pair is the longest.
-            if position > start and (position - start + 1) * length > batch_tokens:
+        start, tokens = 0, np.zeros(2, dtype=np.int64)
+        for position, lengths in enumerate(zip(source[order], target[order], strict=True)):
+            if position > start and (tokens + lengths > batch_tokens).any():
                 batches.append(order[start:position])
-                start = position
+                start, tokens = position, tokens * 0
+            tokens = tokens + lengths
         batches.append(order[start:])
         if rng is not None:
             batches = [batches[i] for i in rng.permutation(len(batches))]

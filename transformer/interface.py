@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Causal, KeyLengths, attention
+from ..kernels import Causal, KeyLengths, attention, attention_varlen, linear_cross_entropy
 from .config import AnyModelConfig
+from .data import Batch
+from .packing import PackedAttention, PackedBatch
+from .tokenizer import PAD
 
 
 class DecodingState(Protocol):
@@ -53,6 +56,10 @@ class TokenEmbedding(nn.Module):
         end = start + tokens.shape[1]
         if end > self.max_length:
             raise ValueError(f"sentence of {end} tokens: max_length is {self.max_length}")
+        return self.scaled(tokens)
+
+    def scaled(self, tokens: Tensor) -> Tensor:
+        """The rows of these tokens times sqrt(d_model)."""
         return F.embedding(tokens, self.weight) * math.sqrt(self.weight.shape[1])
 
     def logits(self, x: Tensor) -> Tensor:
@@ -73,10 +80,22 @@ class Attending(nn.Module):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Causal | KeyLengths | None,
+        mask: Causal | KeyLengths | PackedAttention | None,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, Dv) -> (B, H, Lq, Dv)."""
+        """(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, Dv) -> (B, H, Lq, Dv).
+
+        Packed: (Tq, H, D), (Tk, H, D), (Tk, H, Dv) -> (Tq, H, Dv), of which no weights are kept.
+        """
+        if isinstance(mask, PackedAttention):
+            return attention_varlen(
+                *(query, keys, values, mask.queries.starts, mask.keys.starts),
+                mask=Causal("upper_left") if mask.causal else None,
+                dropout_p=dropout_p,
+                backend=self.backend,
+                max_seqlen_q=mask.queries.longest,
+                max_seqlen_k=mask.keys.longest,
+            )
         if self.recorded is None:
             return attention(
                 query, keys, values, mask=mask, dropout_p=dropout_p, backend=self.backend
@@ -111,16 +130,45 @@ class TranslationModel(nn.Module):
 
     config: AnyModelConfig
     embedding: TokenEmbedding
+    backend: str
+    takes_packed = False  # whether `loss` takes a PackedBatch
 
     def start(self, source: Tensor, source_lengths: Tensor) -> DecodingState:
         """Encode the source (B, Ls) of lengths (B,), of which nothing beyond a length is read."""
         raise NotImplementedError
 
-    def decode(self, target: Tensor, state: Any) -> Tensor:
-        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size).
+    def read(self, target: Tensor, state: Any) -> Tensor:
+        """The next target tokens (B, L), after those in ``state`` -> what `embedding.logits` makes
+        scores of, (B, L, d_model).
 
         Puts into ``state``, which `start` returned, what the tokens after them need.
         """
+        raise NotImplementedError
+
+    def decode(self, target: Tensor, state: Any) -> Tensor:
+        """As `read` -> scores (B, L, vocab_size)."""
+        return self.embedding.logits(self.read(target, state))
+
+    def loss(
+        self, batch: Batch | PackedBatch, label_smoothing: float, reduction: str = "mean"
+    ) -> Tensor:
+        """Cross entropy with label smoothing (section 5.4), over the tokens that aren't padding.
+
+        The wanted distribution q gives the right token 1 - smoothing and spreads the rest evenly
+        over all tokens. Its cross entropy is KL(q || p) + H(q); H(q) doesn't depend on the model,
+        so the gradients are those of the KL divergence.
+        """
+        if isinstance(batch, PackedBatch):
+            read = self.read_packed(batch)
+        else:
+            read = self.read(batch.target_in, self.start(batch.source, batch.source_lengths))
+        return linear_cross_entropy(
+            *(read, self.embedding.weight, batch.target_out, label_smoothing, PAD, reduction),
+            backend=self.backend,
+        )
+
+    def read_packed(self, batch: PackedBatch) -> Tensor:
+        """As `read` of all target tokens (T, d_model), where the model takes packed batches."""
         raise NotImplementedError
 
     def attention_layers(self) -> dict[str, list[Attending]]:

@@ -1,7 +1,8 @@
 """The Transformer of 'Attention Is All You Need' (Vaswani et al., 2017) on rowmax's kernels.
 
 Sections and equations named here are the paper's. Shapes: B sentences, L positions (Ls in the
-source, Lt in the target), H heads of size D, d_model = H * D.
+source, Lt in the target), H heads of size D, d_model = H * D. A packed batch has its T tokens one
+after another: what is (B, L, .) elsewhere is (T, .) there.
 
 A layer takes and returns two tensors, ``x`` and ``residual``: what the next sub-layer reads and
 what its output is added to. In the paper (post-norm) they are one and the same; with
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from ..kernels import Causal, KeyLengths, add_layer_norm, layer_norm
 from .config import ModelConfig
 from .interface import Attending, TokenEmbedding, TranslationModel
+from .packing import PackedAttention, PackedBatch, Packing
 
-# Keys and values of one attention, each (B, H, L, D).
+# Keys and values of one attention, each (B, H, L, D), or packed (T, H, D).
 KeysValues = tuple[Tensor, Tensor]
 
 
@@ -38,6 +40,15 @@ class Embedding(TokenEmbedding):
     def embed(self, tokens: Tensor, start: int) -> Tensor:
         embedded = super().embed(tokens, start)
         return embedded + self.positions[start : start + tokens.shape[1]]
+
+    def packed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """(T,) token ids -> (T, d_model)."""
+        if packing.longest > self.max_length:
+            raise ValueError(
+                f"sentence of {packing.longest} tokens: max_length is {self.max_length}"
+            )
+        embedded = self.scaled(tokens) + self.positions[packing.positions]
+        return F.dropout(embedded, self.dropout, self.training)
 
 
 def sinusoids(length: int, d_model: int) -> Tensor:
@@ -66,14 +77,18 @@ class MultiHeadAttention(Attending):
         self.dropout = config.attention_dropout
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, L, d_model) -> (B, H, L, D), a view."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """(B, L, d_model) -> (B, H, L, D), or (T, d_model) -> (T, H, D); a view."""
+        heads = x.unflatten(-1, (self.heads, -1))
+        return heads if x.dim() == 2 else heads.transpose(1, 2)
 
     def keys_values(self, x: Tensor) -> KeysValues:
         return self.split_heads(self.w_k(x)), self.split_heads(self.w_v(x))
 
     def forward(
-        self, x: Tensor, keys_values: KeysValues, mask: Causal | KeyLengths | None
+        self,
+        x: Tensor,
+        keys_values: KeysValues,
+        mask: Causal | KeyLengths | PackedAttention | None,
     ) -> Tensor:
         """Queries from ``x`` (B, Lq, d_model); keys and values from wherever they were made."""
         keys, values = keys_values
@@ -84,7 +99,7 @@ class MultiHeadAttention(Attending):
             mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.w_o(heads.transpose(1, 2).flatten(2))
+        return self.w_o((heads if x.dim() == 2 else heads.transpose(1, 2)).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -153,7 +168,9 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.add_norm_2 = AddNorm(config, backend)
 
-    def forward(self, x: Tensor, residual: Tensor, mask: KeyLengths) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor, mask: KeyLengths | PackedAttention
+    ) -> tuple[Tensor, Tensor]:
         attended = self.self_attention(x, self.self_attention.keys_values(x), mask)
         x, residual = self.add_norm_1(attended, residual)
         return self.add_norm_2(self.feed_forward(x), residual)
@@ -177,8 +194,8 @@ class DecoderLayer(nn.Module):
         residual: Tensor,
         own: KeysValues,
         source: KeysValues,
-        own_mask: Causal,
-        source_mask: KeyLengths,
+        own_mask: Causal | PackedAttention,
+        source_mask: KeyLengths | PackedAttention,
     ) -> tuple[Tensor, Tensor]:
         """``own``: of the target so far, ``source``: of the top encoder layer's output."""
         x, residual = self.add_norm_1(self.self_attention(x, own, own_mask), residual)
@@ -211,8 +228,12 @@ class DecoderState:
 class EncoderDecoder(TranslationModel):
     """The whole Transformer."""
 
+    embedding: Embedding
+    takes_packed = True
+
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.config: ModelConfig = config
         self.embedding = Embedding(config)
         self.encoder = nn.ModuleList(
@@ -236,10 +257,29 @@ class EncoderDecoder(TranslationModel):
 
     def encode(self, source: Tensor, mask: KeyLengths) -> Tensor:
         """(B, Ls) -> (B, Ls, d_model), the output of the top encoder layer."""
-        residual = self.embedding(source)
+        return self._encoded(self.embedding(source), mask)
+
+    def _encoded(self, residual: Tensor, mask: KeyLengths | PackedAttention) -> Tensor:
         x = self.encoder_norm(residual) if self.config.pre_norm else residual
         for layer in self.encoder:
             x, residual = layer(x, residual, mask)
+        return x
+
+    def read_packed(self, batch: PackedBatch) -> Tensor:
+        """(T, d_model), the output of the top decoder layer at every target token."""
+        source, target = batch.source_packing, batch.target_packing
+        memory = self._encoded(
+            self.embedding.packed(batch.source, source),
+            PackedAttention(source, source, causal=False),
+        )
+        residual = self.embedding.packed(batch.target_in, target)
+        x = self.decoder_norm(residual) if self.config.pre_norm else residual
+        own = PackedAttention(target, target, causal=True)
+        across = PackedAttention(target, source, causal=False)
+        for layer in cast("Iterable[DecoderLayer]", self.decoder):
+            keys_values = layer.self_attention.keys_values(x)
+            source_keys_values = layer.source_attention.keys_values(memory)
+            x, residual = layer(x, residual, keys_values, source_keys_values, own, across)
         return x
 
     def start(self, source: Tensor, source_lengths: Tensor) -> DecoderState:
@@ -253,8 +293,8 @@ class EncoderDecoder(TranslationModel):
             own=[],
         )
 
-    def decode(self, target: Tensor, state: DecoderState) -> Tensor:
-        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size).
+    def read(self, target: Tensor, state: DecoderState) -> Tensor:
+        """The next target tokens (B, L), after those in ``state`` -> (B, L, d_model).
 
         Puts their keys and values into ``state``.
         """
@@ -274,4 +314,4 @@ class EncoderDecoder(TranslationModel):
                 x, residual, own[-1], state.source[number], causal, state.source_mask
             )
         state.own = own
-        return self.embedding.logits(x)
+        return x

@@ -119,13 +119,19 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         ("steps", _positive, "updates of the weights"),
         ("warmup", _positive, "steps in which the learning rate rises"),
         ("learning-rate", float, "factor on the paper's schedule"),
-        ("batch-tokens", _positive, "tokens of a batch on each side, padding included"),
+        ("batch-tokens", _positive, "tokens of a batch on each side, padding not counted"),
         ("label-smoothing", float, "probability spread over the other tokens"),
         ("clip", float, "largest norm of the gradient"),
+        ("accumulate", _positive, "batches whose gradients are summed for an update"),
         ("seed", int, "of the weights, the batches and dropout"),
     )
     for option, kind, text in training_options:
         training.add_argument(f"--{option}", type=kind, help=text)
+    training.add_argument(
+        "--padded",
+        action=argparse.BooleanOptionalAction,
+        help="pad the sentences of a batch to one length; a Transformer's are packed otherwise",
+    )
     return train
 
 

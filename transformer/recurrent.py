@@ -82,6 +82,7 @@ class RecurrentEncoderDecoder(TranslationModel):
 
     def __init__(self, config: RecurrentConfig, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.config: RecurrentConfig = config
         d_model, kind = config.d_model, _LAYERS[config.arch]
         self.embedding = TokenEmbedding(
@@ -149,8 +150,8 @@ class RecurrentEncoderDecoder(TranslationModel):
             fed=states.new_zeros(len(source), 1, self.config.d_model),
         )
 
-    def decode(self, target: Tensor, state: RecurrentState) -> Tensor:
-        """The next target tokens (B, L), after those in ``state`` -> scores (B, L, vocab_size)."""
+    def read(self, target: Tensor, state: RecurrentState) -> Tensor:
+        """The next target tokens (B, L), after those in ``state`` -> (B, L, d_model)."""
         first, dropout = self.config.batch_first, self.config.dropout
         embedded = self.embedding(target, start=state.length)
         attentional = []
@@ -173,4 +174,4 @@ class RecurrentEncoderDecoder(TranslationModel):
             )
             attentional.append(state.fed)
         state.length += target.shape[1]
-        return self.embedding.logits(torch.cat(attentional, dim=1))
+        return torch.cat(attentional, dim=1)

@@ -19,33 +19,20 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, CheckpointError
 from .config import MAX_STEPS, TrainingConfig
-from .data import Dataset
+from .data import Batch, Dataset
 from .interface import TranslationModel
+from .packing import PackedBatch
 from .progress import progress_on
-from .tokenizer import PAD, Tokenizer
+from .tokenizer import Tokenizer
 
 
 class TrainingError(Exception):
     """Training that can't go on."""
-
-
-def smoothed_loss(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy with label smoothing, the mean over the tokens that aren't padding.
-
-    ``logits`` (B, L, V), ``target`` (B, L). The wanted distribution q gives the right token
-    1 - smoothing and spreads the rest evenly over the V tokens (section 5.4). Its cross entropy
-    is KL(q || p) + H(q); H(q) doesn't depend on the model, so the gradients are those of the
-    KL divergence.
-    """
-    return F.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), ignore_index=PAD, label_smoothing=smoothing
-    )
 
 
 def schedule(step: int, d_model: int, warmup: int, factor: float = 1.0) -> float:
@@ -96,24 +83,25 @@ class Trainer:
         )
 
     def step(self) -> StepResult:
-        """One batch forward and backward, and one update."""
-        if self.position == len(self._plan):
-            self.epoch, self.position = self.epoch + 1, 0
-            self._plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, self.epoch)
-        batch = self.dataset.batch(self._plan[self.position]).to(self.device)
+        """One batch, or as many as are accumulated, forward and backward, and one update."""
+        config = self.config
+        batches = [self._next_batch() for _ in range(config.accumulate)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.steps_done += 1
-        self.position += 1
 
-        torch.manual_seed(step_seed(self.config.seed, self.steps_done))
+        torch.manual_seed(step_seed(config.seed, self.steps_done))
         self.model.train()
         self.optimizer.zero_grad()
-        logits = self.model(batch.source, batch.source_lengths, batch.target_in)
-        loss = smoothed_loss(logits, batch.target_out, self.config.label_smoothing)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        result = StepResult(loss.item(), batch.tokens)
+        target_tokens = sum(batch.target_tokens for batch in batches)
+        total = 0.0
+        for batch in batches:
+            share = batch.target_tokens / target_tokens
+            loss = self.model.loss(batch, config.label_smoothing) * share
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        result = StepResult(total, sum(batch.tokens for batch in batches))
         if not (math.isfinite(result.loss) and math.isfinite(norm.item())):
             raise TrainingError(
                 f"step {self.steps_done}: loss {result.loss}, gradient norm {norm.item()}; this "
@@ -121,6 +109,19 @@ class Trainer:
             )
         self.optimizer.step()
         return result
+
+    def _next_batch(self) -> Batch | PackedBatch:
+        if self.position == len(self._plan):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, self.epoch)
+        self.position += 1
+        return self._batch(self.dataset, self._plan[self.position - 1])
+
+    def _batch(self, dataset: Dataset, indices: np.ndarray) -> Batch | PackedBatch:
+        """These pairs on the model's device, packed unless padding is asked for."""
+        if self.model.takes_packed and not self.config.padded:
+            return dataset.packed_batch(indices).to(self.device)
+        return dataset.batch(indices).to(self.device)
 
     def require_finite(self) -> None:
         """TrainingError where a weight or a moment is not: no model nor resumed run takes that."""
@@ -138,11 +139,9 @@ class Trainer:
         self.model.eval()
         total, tokens = 0.0, 0
         for indices in dataset.plan(self.config.batch_tokens):
-            batch = dataset.batch(indices).to(self.device)
-            logits = self.model(batch.source, batch.source_lengths, batch.target_in)
-            count = int(batch.target_lengths.sum())
-            total += smoothed_loss(logits, batch.target_out, 0.0).item() * count
-            tokens += count
+            batch = self._batch(dataset, indices)
+            total += self.model.loss(batch, 0.0, "sum").item()
+            tokens += batch.target_tokens
         return total / tokens
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

@@ -28,8 +28,7 @@ from ...transformer import (
     translate,
 )
 from ...transformer.config import AnyModelConfig, ModelConfig, model_config
-from ...transformer.data import SentencePair
-from ...transformer.training import smoothed_loss
+from ...transformer.data import Batch, SentencePair
 from ..machine import host as machine
 from ..options import UsageError
 
@@ -387,5 +386,5 @@ def _timed(model: TranslationModel, source: torch.Tensor, target: torch.Tensor) 
     lengths = torch.full((len(source),), source.shape[1])
     model.zero_grad()
     start = perf_counter()
-    smoothed_loss(model(source, lengths, target), target, 0.0).backward()
+    model.loss(Batch(source, lengths, target, target, lengths), 0.0).backward()
     return perf_counter() - start

@@ -91,8 +91,28 @@ def test_a_plan_has_every_pair_once_within_the_limit(dataset, epoch):
     assert sorted(np.concatenate(plan).tolist()) == list(range(len(dataset)))
     for indices in plan:
         batch = dataset.batch(indices)
-        assert batch.source.numel() <= 300
-        assert batch.target_out.numel() <= 300
+        assert batch.source_lengths.sum() <= 300
+        assert batch.target_tokens <= 300
+
+
+def test_a_packed_batch_has_the_same_tokens_without_padding(dataset):
+    padded, packed = dataset.batch([3, 0, 9]), dataset.packed_batch([3, 0, 9])
+    assert packed.tokens == padded.tokens
+    assert packed.target_tokens == padded.target_tokens
+    for lengths, packing, tensors in (
+        (padded.source_lengths, packed.source_packing, ((padded.source, packed.source),)),
+        (
+            padded.target_lengths,
+            packed.target_packing,
+            ((padded.target_in, packed.target_in), (padded.target_out, packed.target_out)),
+        ),
+    ):
+        real = torch.arange(padded.source.shape[1] + 99) < lengths[:, None]
+        for one, other in tensors:
+            assert torch.equal(one[real[:, : one.shape[1]]], other)
+        assert packing.starts.tolist() == [0, *lengths.cumsum(0).tolist()]
+        assert packing.longest == lengths.max()
+        assert packing.positions.tolist() == [i for n in lengths.tolist() for i in range(n)]
 
 
 def test_batches_have_little_padding(dataset):

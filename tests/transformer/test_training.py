@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rowmax.kernels.backends import dispatch
 from rowmax.transformer import (
     CheckpointError,
     ConfigError,
@@ -25,7 +26,7 @@ from rowmax.transformer import (
 )
 from rowmax.transformer import checkpoint as checkpoints
 from rowmax.transformer.tokenizer import PAD
-from rowmax.transformer.training import schedule, smoothed_loss, step_seed
+from rowmax.transformer.training import schedule, step_seed
 
 PAIRS = [pair for pair in corpus.generate(400) if len(pair.english) < 40][:60]
 TOKENIZER = Tokenizer.train((side for pair in PAIRS for side in pair), 400)
@@ -33,12 +34,22 @@ SETTINGS = TrainingConfig(steps=12, warmup=10, batch_tokens=150, seed=3)
 
 
 def new_trainer(
-    backend: str = "reference", dropout: float = 0.1, pairs=PAIRS, **changes: Any
+    backend: str = "reference",
+    dropout: float = 0.1,
+    pairs=PAIRS,
+    pre_norm: bool = False,
+    **changes: Any,
 ) -> Trainer:
     config = dataclasses.replace(SETTINGS, **changes)
     torch.manual_seed(config.seed)
     model = ModelConfig(
-        TOKENIZER.vocab_size, 1, 1, d_model=32, heads=2, d_ff=64, dropout=dropout, max_length=40
+        *(TOKENIZER.vocab_size, 1, 1),
+        d_model=32,
+        heads=2,
+        d_ff=64,
+        dropout=dropout,
+        max_length=40,
+        pre_norm=pre_norm,
     )
     return Trainer(EncoderDecoder(model, backend), Dataset(pairs, TOKENIZER, 40), config)
 
@@ -48,22 +59,63 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_label_smoothing_is_the_kl_divergence_up_to_a_constant(smoothing):
-    torch.manual_seed(0)
-    target = torch.tensor([[3, 1, 4], [2, PAD, PAD]])
-    logits = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    real = target != PAD
-    wanted = torch.full((2, 3, 6), smoothing / 6, dtype=torch.float64)
-    wanted.scatter_add_(2, target[..., None], torch.full((2, 3, 1), 1 - smoothing).double())
-    entropy = -torch.special.xlogy(wanted, wanted).sum(-1)[real].mean()
-    divergence = torch.nn.functional.kl_div(
-        logits.log_softmax(-1)[real], wanted[real], reduction="batchmean"
-    )
-    loss = smoothed_loss(logits, target, smoothing)
+@pytest.mark.parametrize("packed", [True, False])
+def test_label_smoothing_is_the_kl_divergence_up_to_a_constant(packed, smoothing):
+    trainer = new_trainer(dropout=0.0)
+    model, dataset = trainer.model.double(), trainer.dataset
+    padded = dataset.batch([3, 0, 9])
+    real = padded.target_out != PAD
+    logits = model(padded.source, padded.source_lengths, padded.target_in)[real]
+    target, vocabulary = padded.target_out[real], logits.shape[1]
+    wanted = torch.full((len(target), vocabulary), smoothing / vocabulary, dtype=torch.float64)
+    wanted.scatter_add_(1, target[:, None], torch.full((len(target), 1), 1 - smoothing).double())
+    entropy = -torch.special.xlogy(wanted, wanted).sum(-1).mean()
+    divergence = torch.nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean")
+    loss = model.loss(dataset.packed_batch([3, 0, 9]) if packed else padded, smoothing)
     torch.testing.assert_close(loss, divergence + entropy)
-    gradients = [torch.autograd.grad(each, logits)[0] for each in (loss, divergence)]
-    torch.testing.assert_close(*gradients)
-    assert (gradients[0][~real] == 0).all()
+    leaves = tuple(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(divergence, leaves)
+    )
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "numba", "native"])
+def test_packed_steps_are_padded_ones(backend, pre_norm):
+    """The same losses and weights to rounding, for as long as nothing is dropped."""
+    if dispatch.unavailable(backend):
+        pytest.skip(f"{backend} does not work here")
+    runs = []
+    for padded in (True, False):
+        trainer = new_trainer(backend, dropout=0.0, padded=padded, pre_norm=pre_norm)
+        trainer.model.double()
+        losses = [trainer.step().loss for _ in range(4)]
+        runs.append((torch.tensor([*losses, trainer.validate(trainer.dataset)]), weights(trainer)))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sentence_beyond_the_positions_is_refused_packed():
+    trainer = new_trainer()
+    batch = trainer.dataset.packed_batch([0])
+    trainer.model.embedding.max_length = batch.source_packing.longest - 1
+    with pytest.raises(ValueError, match="max_length is"):
+        trainer.model.loss(batch, 0.0)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_accumulated_batches_are_one_large_batch(padded):
+    """The mean is over all their tokens, however they are divided."""
+    trainer = new_trainer(dropout=0.0, accumulate=3, clip=1e6, padded=padded)
+    trainer.model.double()
+    model, plan = trainer.model, trainer.dataset.plan(SETTINGS.batch_tokens, SETTINGS.seed, 0)[:3]
+    whole = trainer.dataset.batch([index for indices in plan for index in indices])
+    model.loss(whole, SETTINGS.label_smoothing).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    result = trainer.step()
+    assert result.tokens == whole.tokens
+    assert trainer.position == 3
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_schedule():

@@ -1,0 +1,72 @@
+"""Sentences one after another in one tensor, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the n sentences of a packed tensor of T tokens are."""
+
+    starts: Tensor  # (n + 1,) int64: each sentence's first token, and T
+    positions: Tensor  # (T,) int64: each token's place in its sentence
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Packing:
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+        return cls(torch.from_numpy(starts), torch.from_numpy(positions), max(lengths, default=0))
+
+    def to(self, device: torch.device) -> Packing:
+        return Packing(self.starts.to(device), self.positions.to(device), self.longest)
+
+
+class PackedAttention(NamedTuple):
+    """Which keys each query may attend: those of its own sentence, up to itself where causal."""
+
+    queries: Packing
+    keys: Packing
+    causal: bool
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The tokens of a batch's sentences, as in `data.Batch` but packed."""
+
+    source: Tensor  # (Ts,) int64
+    source_packing: Packing
+    target_in: Tensor  # (Tt,) int64
+    target_out: Tensor  # (Tt,) int64
+    target_packing: Packing
+
+    @property
+    def target_tokens(self) -> int:
+        return len(self.target_out)
+
+    @property
+    def tokens(self) -> int:
+        """Source and target tokens."""
+        return len(self.source) + len(self.target_out)
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return PackedBatch(
+            self.source.to(device),
+            self.source_packing.to(device),
+            self.target_in.to(device),
+            self.target_out.to(device),
+            self.target_packing.to(device),
+        )
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Packing]:
+    """Token ids one after another (T,), and where each sequence is."""
+    tokens = np.concatenate([np.asarray(each, dtype=np.int64) for each in sequences])
+    return torch.from_numpy(tokens), Packing.of([len(each) for each in sequences])
