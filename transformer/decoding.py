@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .tokenizer import BOS, EOS, Tokenizer
 
 # A translation may be this much longer than its source (section 6.1).
 EXTRA_LENGTH = 50
+# Sentences that are done leave the batch, and what the others keep is copied, once as few are left.
+_CROWDED = 0.75
 # Of the length penalty, whose power of any length is then a number in float32.
 MAX_ALPHA = 5
 
@@ -39,21 +42,38 @@ def _limits(model: TranslationModel, source_lengths: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def greedy(model: TranslationModel, source: Tensor, source_lengths: Tensor) -> list[list[int]]:
-    """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids."""
+    """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids.
+
+    Sentences that are done leave the batch.
+    """
     if len(source) == 0:
         return []
     model.eval()
     limits = _limits(model, source_lengths)
     state = model.start(source, source_lengths)
+    written = torch.full((len(source), int(limits.max())), EOS, device=source.device)
+    going = torch.arange(len(source), device=source.device)
     token = torch.full((len(source), 1), BOS, device=source.device)
-    written: list[Tensor] = []
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
-    while not done.all():
-        token = model.decode(token, state).argmax(-1)  # (B, 1)
-        written.append(token)
-        done |= (token[:, 0] == EOS) | (len(written) >= limits)
-    rows = torch.cat(written, dim=1).tolist()
+    length = 0
+    while len(going):
+        token = model.decode(token, state).argmax(-1)  # (B', 1)
+        written[going, length] = token[:, 0]
+        length += 1
+        done |= (token[:, 0] == EOS) | (length >= limits[going])
+        left = _left(done)
+        if left is not None:
+            going, token, done = going[left], token[left], done[left]
+            if len(going):
+                state.keep(left)
+    rows = written.tolist()
     return [_cut(row[:limit]) for row, limit in zip(rows, limits.tolist(), strict=True)]
+
+
+def _left(done: Tensor) -> Tensor | None:
+    """The sentences (B',) that go on; None while so few are done that all may as well."""
+    left = (~done).nonzero()[:, 0]
+    return left if len(left) <= _CROWDED * len(done) else None
 
 
 def _cut(tokens: list[int]) -> list[int]:
@@ -61,7 +81,13 @@ def _cut(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
 
 
-@torch.inference_mode()
+class Hypothesis(NamedTuple):
+    """A translation: token ids before EOS, and log P / length_penalty."""
+
+    tokens: list[int]
+    score: float
+
+
 def beam_search(
     model: TranslationModel,
     source: Tensor,
@@ -69,62 +95,83 @@ def beam_search(
     beam: int = 4,
     alpha: float = 0.6,
 ) -> list[list[int]]:
-    """The best of the translations found when ``beam`` of them are kept at each step.
+    """The best of the translations found when ``beam`` of them are kept at each step."""
+    return [best[0].tokens for best in n_best(model, source, source_lengths, beam, alpha, 1)]
 
-    A translation Y scores log P(Y) / length_penalty(|Y|, alpha). A sentence is done when no
-    unfinished translation can still beat its best finished one. Shapes: B sentences, K = beam,
-    V vocabulary, T tokens so far.
+
+@torch.inference_mode()
+def n_best(
+    model: TranslationModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    beam: int = 4,
+    alpha: float = 0.6,
+    count: int = 1,
+) -> list[list[Hypothesis]]:
+    """For each sentence the ``count`` best translations of a beam search, the best first.
+
+    A translation Y scores log P(Y) / length_penalty(|Y|, alpha). A sentence is done, and leaves the
+    batch, when no unfinished translation can still be one of its best; there may be fewer than
+    ``count`` where the vocabulary is small. Shapes: B sentences, K = beam, V vocabulary, T tokens
+    so far.
     """
     if beam < 1:
         raise ValueError(f"beam must be at least 1, got {beam}")
+    if not 1 <= count <= beam:
+        raise ValueError(f"count: expected 1 to the beam's {beam}, got {count}")
     if not 0 <= alpha <= MAX_ALPHA:
         raise ValueError(f"alpha: expected 0 to {MAX_ALPHA}, got {alpha}")
     if len(source) == 0:
         return []
     model.eval()
-    B, K, V, device = len(source), beam, model.config.vocab_size, source.device
+    B, K, device = len(source), beam, source.device
+    width = min(2 * K, model.config.vocab_size)  # at most K of 2 K end, so at least K go on
     limits = _limits(model, source_lengths)  # (B,)
-    state = model.start(
-        source.repeat_interleave(K, dim=0), source_lengths.repeat_interleave(K, dim=0)
-    )
-    first_row = torch.arange(B, device=device)[:, None] * K  # (B, 1), of each sentence's beam
-
+    state = model.start(source, source_lengths, beams=K)
+    found: list[list[Hypothesis]] = [[] for _ in range(B)]
+    # Of the sentences that go on, B' of them:
+    going = torch.arange(B, device=device)
     # All beams start equal, so only the first of them may be extended at step one.
     scores = torch.full((B, K), float("-inf"), device=device)
     scores[:, 0] = 0.0
     tokens = torch.full((B, K, 1), BOS, device=device)
-    best_scores = torch.full((B,), float("-inf"), device=device)
-    best_tokens: list[list[int]] = [[] for _ in range(B)]
+    worst = torch.full((B,), float("-inf"), device=device)  # of those found, once there are `count`
     length = 0
     while True:
         length += 1
-        logits = model.decode(tokens[:, :, -1].reshape(B * K, 1), state)[:, 0]
-        candidates = scores[:, :, None] + logits.float().log_softmax(-1).view(B, K, V)
-        # At most K of the 2 K best end here, so at least K go on.
-        top, index = candidates.flatten(1).topk(min(2 * K, K * V), dim=1)  # (B, 2 K)
-        origin, token = index // V, index % V
-        ends = token == EOS
+        logits = model.decode(tokens[:, :, -1], state).float()  # (B', K, V)
+        top, token = logits.topk(width, dim=-1)
+        candidates = scores[:, :, None] + (top - logits.logsumexp(-1, keepdim=True))
+        top, index = candidates.flatten(1).topk(min(2 * K, K * width), dim=1)  # (B', 2 K)
+        origin, token = index // width, token.flatten(1).gather(1, index)
+        ends = (token == EOS) | (length >= limits)[:, None]  # what has not ended by now is cut
 
-        last = (length >= limits)[:, None]  # what has not ended by now is cut
-        finished = torch.where(ends | last, top / length_penalty(length, alpha), float("-inf"))
-        finished_score, which = finished.max(1)
-        for row in (finished_score > best_scores).nonzero()[:, 0].tolist():
-            choice = which[row]
-            best_scores[row] = finished_score[row]
-            sequence = [*tokens[row, origin[row, choice], 1:].tolist(), int(token[row, choice])]
-            best_tokens[row] = _cut(sequence)
+        finished = torch.where(ends, top / length_penalty(length, alpha), float("-inf"))
+        for row, column in (finished > worst[:, None]).nonzero().tolist():
+            best = found[int(going[row])]
+            sequence = [*tokens[row, origin[row, column], 1:].tolist(), int(token[row, column])]
+            best.append(Hypothesis(_cut(sequence), float(finished[row, column])))
+            best.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
+            del best[count:]
+            if len(best) == count:
+                worst[row] = best[-1].score
 
-        going = torch.where(ends | last, float("-inf"), top)
-        scores, keep = going.topk(K, dim=1)  # (B, K)
+        scores, keep = torch.where(ends, float("-inf"), top).topk(K, dim=1)  # (B', K)
         origin, token = origin.gather(1, keep), token.gather(1, keep)
         # Scores only fall, so this is the most that an unfinished one can reach.
-        reachable = scores[:, 0] / length_penalty(limits, alpha)
-        if (best_scores >= reachable).all():
-            return best_tokens
+        done = worst >= scores[:, 0] / length_penalty(limits, alpha)
+        done |= scores[:, 0] == float("-inf")
+        if done.all():
+            return found
         tokens = torch.cat(
             (tokens.gather(1, origin[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2
         )
-        state.select((first_row + origin).flatten())
+        state.reorder(origin)
+        left = _left(done)
+        if left is not None:
+            state.keep(left)
+            going, scores, tokens = going[left], scores[left], tokens[left]
+            worst, limits = worst[left], limits[left]
 
 
 def translate(

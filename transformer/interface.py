@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Causal, KeyLengths, attention, attention_varlen, linear_cross_entropy
+from ..kernels import Causal, Mask, attention, attention_varlen, linear_cross_entropy
 from .config import AnyModelConfig
 from .data import Batch
 from .packing import PackedAttention, PackedBatch
@@ -24,8 +24,11 @@ from .tokenizer import PAD
 class DecodingState(Protocol):
     """What decoding token by token keeps between steps, the encoded source among it."""
 
-    def select(self, rows: Tensor) -> None:
-        """Go on from these rows (B,) of the batch, each still translating its own sentence."""
+    def reorder(self, origin: Tensor) -> None:
+        """Beam k of sentence b goes on from beam origin[b, k]; origin (B, K)."""
+
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with these sentences (B',) alone."""
 
 
 class TokenEmbedding(nn.Module):
@@ -42,18 +45,21 @@ class TokenEmbedding(nn.Module):
         self.dropout = dropout
         self.max_length = max_length
 
-    def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """(B, L) token ids at positions ``start`` and on -> (B, L, d_model)."""
-        return F.dropout(self.embed(tokens, start), self.dropout, self.training)
+    def forward(self, tokens: Tensor, start: int = 0, together: bool = False) -> Tensor:
+        """(B, L) token ids at positions ``start`` and on -> (B, L, d_model).
 
-    def embed(self, tokens: Tensor, start: int) -> Tensor:
+        ``together``: all at position ``start``, the next tokens of L beams.
+        """
+        return F.dropout(self.embed(tokens, start, together), self.dropout, self.training)
+
+    def embed(self, tokens: Tensor, start: int, together: bool) -> Tensor:
         """The embeddings before dropout."""
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
                 f"tokens: expected an int64 tensor (batch, length), got {tokens.dtype} of shape "
                 f"{tuple(tokens.shape)}"
             )
-        end = start + tokens.shape[1]
+        end = start + (1 if together else tokens.shape[1])
         if end > self.max_length:
             raise ValueError(f"sentence of {end} tokens: max_length is {self.max_length}")
         return self.scaled(tokens)
@@ -80,7 +86,7 @@ class Attending(nn.Module):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: Causal | KeyLengths | PackedAttention | None,
+        mask: Mask | PackedAttention | None,
         dropout_p: float = 0.0,
     ) -> Tensor:
         """(B, H, Lq, D), (B, H, Lk, D), (B, H, Lk, Dv) -> (B, H, Lq, Dv).
@@ -133,13 +139,13 @@ class TranslationModel(nn.Module):
     backend: str
     takes_packed = False  # whether `loss` takes a PackedBatch
 
-    def start(self, source: Tensor, source_lengths: Tensor) -> DecodingState:
+    def start(self, source: Tensor, source_lengths: Tensor, beams: int = 1) -> DecodingState:
         """Encode the source (B, Ls) of lengths (B,), of which nothing beyond a length is read."""
         raise NotImplementedError
 
     def read(self, target: Tensor, state: Any) -> Tensor:
         """The next target tokens (B, L), after those in ``state`` -> what `embedding.logits` makes
-        scores of, (B, L, d_model).
+        scores of, (B, L, d_model). With K beams, the next token of each: (B, K).
 
         Puts into ``state``, which `start` returned, what the tokens after them need.
         """

@@ -12,20 +12,17 @@ what its output is added to. In the paper (post-norm) they are one and the same;
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Causal, KeyLengths, add_layer_norm, layer_norm
+from ..kernels import KeyLengths, Mask, add_layer_norm, layer_norm
+from .cache import DecoderState, KeysValues, Slots
 from .config import ModelConfig
 from .interface import Attending, TokenEmbedding, TranslationModel
 from .packing import PackedAttention, PackedBatch, Packing
-
-# Keys and values of one attention, each (B, H, L, D), or packed (T, H, D).
-KeysValues = tuple[Tensor, Tensor]
 
 
 class Embedding(TokenEmbedding):
@@ -37,9 +34,10 @@ class Embedding(TokenEmbedding):
         super().__init__(config.vocab_size, config.d_model, config.dropout, config.max_length)
         self.register_buffer("positions", sinusoids(config.max_length, config.d_model), False)
 
-    def embed(self, tokens: Tensor, start: int) -> Tensor:
-        embedded = super().embed(tokens, start)
-        return embedded + self.positions[start : start + tokens.shape[1]]
+    def embed(self, tokens: Tensor, start: int, together: bool) -> Tensor:
+        embedded = super().embed(tokens, start, together)
+        length = 1 if together else tokens.shape[1]
+        return embedded + self.positions[start : start + length]
 
     def packed(self, tokens: Tensor, packing: Packing) -> Tensor:
         """(T,) token ids -> (T, d_model)."""
@@ -88,7 +86,7 @@ class MultiHeadAttention(Attending):
         self,
         x: Tensor,
         keys_values: KeysValues,
-        mask: Causal | KeyLengths | PackedAttention | None,
+        mask: Mask | PackedAttention | None,
     ) -> Tensor:
         """Queries from ``x`` (B, Lq, d_model); keys and values from wherever they were made."""
         keys, values = keys_values
@@ -194,35 +192,13 @@ class DecoderLayer(nn.Module):
         residual: Tensor,
         own: KeysValues,
         source: KeysValues,
-        own_mask: Causal | PackedAttention,
-        source_mask: KeyLengths | PackedAttention,
+        own_mask: Mask | PackedAttention,
+        source_mask: Mask | PackedAttention,
     ) -> tuple[Tensor, Tensor]:
         """``own``: of the target so far, ``source``: of the top encoder layer's output."""
         x, residual = self.add_norm_1(self.self_attention(x, own, own_mask), residual)
         x, residual = self.add_norm_2(self.source_attention(x, source, source_mask), residual)
         return self.add_norm_3(self.feed_forward(x), residual)
-
-
-@dataclass
-class DecoderState:
-    """What decoding token by token keeps between steps, for each decoder layer.
-
-    ``source`` holds keys and values of the encoder's output, made once; ``own`` those of the
-    target tokens so far.
-    """
-
-    source: list[KeysValues]
-    source_mask: KeyLengths
-    own: list[KeysValues]
-
-    @property
-    def length(self) -> int:
-        """Target tokens so far."""
-        return self.own[0][0].shape[2] if self.own else 0
-
-    def select(self, rows: Tensor) -> None:
-        """Go on from these rows (B,) of the batch, each still translating its own sentence."""
-        self.own = [(keys[rows], values[rows]) for keys, values in self.own]
 
 
 class EncoderDecoder(TranslationModel):
@@ -282,36 +258,28 @@ class EncoderDecoder(TranslationModel):
             x, residual = layer(x, residual, keys_values, source_keys_values, own, across)
         return x
 
-    def start(self, source: Tensor, source_lengths: Tensor) -> DecoderState:
+    def start(self, source: Tensor, source_lengths: Tensor, beams: int = 1) -> DecoderState:
         """Encode the source; every decoder layer projects its own keys and values from it."""
-        mask = KeyLengths(source_lengths)
-        memory = self.encode(source, mask)
-        decoder = cast("Iterable[DecoderLayer]", self.decoder)
+        memory = self.encode(source, KeyLengths(source_lengths))
+        layers = list(cast("Iterable[DecoderLayer]", self.decoder))
         return DecoderState(
-            source=[layer.source_attention.keys_values(memory) for layer in decoder],
-            source_mask=mask,
-            own=[],
+            source=[layer.source_attention.keys_values(memory) for layer in layers],
+            source_lengths=source_lengths,
+            beams=beams,
+            own=[Slots() for _ in layers],
         )
 
     def read(self, target: Tensor, state: DecoderState) -> Tensor:
         """The next target tokens (B, L), after those in ``state`` -> (B, L, d_model).
 
-        Puts their keys and values into ``state``.
+        With K beams, the next token of each: (B, K) -> (B, K, d_model). Puts keys and values of
+        the tokens into ``state``.
         """
-        residual = self.embedding(target, start=state.length)
+        residual = self.embedding(target, start=state.length, together=state.beams > 1)
         x = self.decoder_norm(residual) if self.config.pre_norm else residual
-        # The last of the queries stands at the last key, whatever came before.
-        causal = Causal(align="lower_right")
-        own = []
-        for number, layer in enumerate(cast("Iterable[DecoderLayer]", self.decoder)):
-            keys, values = layer.self_attention.keys_values(x)
-            if state.own:
-                earlier_keys, earlier_values = state.own[number]
-                keys = torch.cat((earlier_keys, keys), dim=2)
-                values = torch.cat((earlier_values, values), dim=2)
-            own.append((keys, values))
-            x, residual = layer(
-                x, residual, own[-1], state.source[number], causal, state.source_mask
-            )
-        state.own = own
+        mask, source_mask = state.advance(target), state.source_mask
+        layers = cast("Iterable[DecoderLayer]", self.decoder)
+        for layer, own, source in zip(layers, state.own, state.source, strict=True):
+            keys_values = own.append(layer.self_attention.keys_values(x))
+            x, residual = layer(x, residual, keys_values, source, mask, source_mask)
         return x

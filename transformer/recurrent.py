@@ -38,17 +38,32 @@ Hidden = tuple[Tensor, ...]
 
 @dataclass
 class RecurrentState:
-    """What decoding token by token keeps: the source's keys and values, the decoder's states."""
+    """What decoding token by token keeps: the source's keys and values, the decoder's states.
+
+    Of K beams a sentence there are K states, one after another: R = B * K of them.
+    """
 
     keys: Tensor  # (B, 1, Ls, d_model)
     values: Tensor  # (B, 1, Ls, d_model)
     mask: KeyLengths
     hidden: Hidden
-    fed: Tensor  # (B, 1, d_model), the last attentional vector
+    fed: Tensor  # (R, 1, d_model), the last attentional vector
+    beams: int
     length: int = 0  # target tokens so far
 
-    def select(self, rows: Tensor) -> None:
-        """Go on from these rows (B,) of the batch, each still translating its own sentence."""
+    def reorder(self, origin: Tensor) -> None:
+        """Beam k of sentence b goes on from beam origin[b, k]; origin (B, K)."""
+        first = torch.arange(len(origin), device=origin.device)[:, None] * self.beams
+        self._select((first + origin).flatten())
+
+    def keep(self, sentences: Tensor) -> None:
+        """Go on with these sentences (B',) alone."""
+        self.keys, self.values = self.keys[sentences], self.values[sentences]
+        self.mask = KeyLengths(self.mask.lengths[sentences])
+        every = torch.arange(self.beams, device=sentences.device)
+        self._select((sentences[:, None] * self.beams + every).flatten())
+
+    def _select(self, rows: Tensor) -> None:
         self.hidden = tuple(state[:, rows] for state in self.hidden)
         self.fed = self.fed[rows]
 
@@ -67,8 +82,12 @@ class SourceAttention(Attending):
             nn.init.xavier_uniform_(projection.weight)
 
     def forward(self, hidden: Tensor, keys: Tensor, values: Tensor, mask: KeyLengths) -> Tensor:
-        """``hidden`` (B, 1, d_model) -> attentional vector (B, 1, d_model)."""
-        context = self.attend(hidden[:, None], keys, values, mask)[:, 0]
+        """``hidden`` (R, 1, d_model) -> attentional vector (R, 1, d_model).
+
+        The beams of a sentence are queries over its keys, which are there once.
+        """
+        queries = hidden.view(len(keys), 1, -1, hidden.shape[2])
+        context = self.attend(queries, keys, values, mask).view(hidden.shape)
         return torch.tanh(self.w_c(torch.cat((context, hidden), dim=-1)))
 
 
@@ -134,26 +153,32 @@ class RecurrentEncoderDecoder(TranslationModel):
             last if isinstance(last, tuple) else (last,),
         )
 
-    def start(self, source: Tensor, source_lengths: Tensor) -> RecurrentState:
+    def start(self, source: Tensor, source_lengths: Tensor, beams: int = 1) -> RecurrentState:
         """Encode the source, project its keys once, and make the decoder's first states."""
         states, last = self.encode(source, source_lengths)
         hidden = []
         for bridge, state in zip(self.bridges, last, strict=True):
             both = torch.cat((state[-2], state[-1]), dim=-1)  # (B, d_model): forward, backward
             layers = torch.tanh(bridge(both)).unflatten(-1, (self.config.decoder_layers, -1))
-            hidden.append(layers.transpose(0, 1).contiguous())  # as torch.nn asks
+            beamed = layers.transpose(0, 1).repeat_interleave(beams, dim=1)
+            hidden.append(beamed.contiguous())  # as torch.nn asks
         return RecurrentState(
             keys=self.source_attention.w_a(states)[:, None],
             values=states[:, None],
             mask=KeyLengths(source_lengths),
             hidden=tuple(hidden),
-            fed=states.new_zeros(len(source), 1, self.config.d_model),
+            fed=states.new_zeros(len(source) * beams, 1, self.config.d_model),
+            beams=beams,
         )
 
     def read(self, target: Tensor, state: RecurrentState) -> Tensor:
-        """The next target tokens (B, L), after those in ``state`` -> (B, L, d_model)."""
+        """The next target tokens (B, L), after those in ``state`` -> (B, L, d_model).
+
+        With K beams, the next token of each: (B, K) -> (B, K, d_model).
+        """
         first, dropout = self.config.batch_first, self.config.dropout
-        embedded = self.embedding(target, start=state.length)
+        tokens = target.reshape(-1, 1) if state.beams > 1 else target
+        embedded = self.embedding(tokens, start=state.length)
         attentional = []
         for x in embedded.split(1, dim=1):  # (B, 1, d_model)
             fed = torch.cat((x, state.fed), dim=-1)
@@ -173,5 +198,6 @@ class RecurrentEncoderDecoder(TranslationModel):
                 self.training,
             )
             attentional.append(state.fed)
-        state.length += target.shape[1]
-        return torch.cat(attentional, dim=1)
+        state.length += tokens.shape[1]
+        read = torch.cat(attentional, dim=1)
+        return read.view(*target.shape, -1) if state.beams > 1 else read

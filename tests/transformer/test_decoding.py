@@ -19,7 +19,7 @@ from rowmax.transformer import (
     translate,
 )
 from rowmax.transformer.data import pad
-from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty
+from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty, n_best
 from rowmax.transformer.tokenizer import BOS, EOS, PAD
 
 
@@ -104,6 +104,7 @@ def test_a_wide_beam_finds_the_best_of_all(seed, alpha):
     model = random_model(6, 4, seed)
     source, lengths = sources(3, 6, 4, seed)
     answers = beam_search(model, source, lengths, beam=300, alpha=alpha)
+    several = n_best(model, source, lengths, beam=300, alpha=alpha, count=3)
     others = [token for token in range(6) if token != EOS]
     for row, length in enumerate(lengths):
         one = source[row : row + 1, :length]
@@ -116,8 +117,13 @@ def test_a_wide_beam_finds_the_best_of_all(seed, alpha):
             log_p / length_penalty(len(tokens), alpha)
             for tokens, log_p in zip(every, log_probabilities(model, one, every), strict=True)
         ]
-        best = every[scores.index(max(scores))]
-        assert answers[row] == [token for token in best if token != EOS]
+        best = sorted(zip(scores, every, strict=True), reverse=True)[:3]
+        expected = [[token for token in tokens if token != EOS] for _, tokens in best]
+        assert answers[row] == expected[0]
+        assert [hypothesis.tokens for hypothesis in several[row]] == expected
+        assert [hypothesis.score for hypothesis in several[row]] == pytest.approx(
+            [score for score, _ in best], rel=1e-5
+        )
 
 
 def test_a_wider_beam_finds_likelier_translations(reverser):
@@ -159,10 +165,13 @@ class Chain:
     def eval(self) -> None:
         pass
 
-    def start(self, *_: torch.Tensor) -> Chain:
+    def start(self, *_: torch.Tensor, **__: int) -> Chain:
         return self
 
-    def select(self, _: torch.Tensor) -> None:
+    def reorder(self, _: torch.Tensor) -> None:
+        pass
+
+    def keep(self, _: torch.Tensor) -> None:
         pass
 
     def decode(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:

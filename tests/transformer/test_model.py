@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from rowmax.kernels.backends import dispatch
 from rowmax.transformer import EncoderDecoder, ModelConfig
 from rowmax.transformer.config import ConfigError, from_mapping
 from rowmax.transformer.model import sinusoids
 from rowmax.transformer.tokenizer import BOS
+
+from .beams import assert_beams_go_on
 
 SMALL = ModelConfig(
     vocab_size=50, encoder_layers=2, decoder_layers=3, d_model=24, heads=3, d_ff=40, max_length=32
@@ -175,6 +178,28 @@ def test_decoding_in_pieces_equals_decoding_at_once(pre_norm, cuts):
     torch.testing.assert_close(
         torch.cat(pieces, 1), model(source, lengths, target), rtol=0, atol=1e-13
     )
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "numba", "native"])
+def test_beams_that_change_places(backend, pre_norm):
+    if dispatch.unavailable(backend):
+        pytest.skip(f"{backend} does not work here")
+    assert_beams_go_on(small(backend=backend, pre_norm=pre_norm))
+
+
+def test_the_cache_copies_no_key_where_beams_change_places():
+    model = small()
+    source, lengths, _ = sentences()
+    state = model.start(source, lengths, beams=3)
+    tokens = torch.full((len(source), 3), 4)
+    for _ in range(5):
+        model.decode(tokens, state)
+    before = [slots._memory[0].data_ptr() for slots in state.own]
+    state.reorder(torch.zeros(len(source), 3, dtype=torch.int64))
+    model.decode(tokens, state)
+    assert [slots._memory[0].data_ptr() for slots in state.own] == before
+    assert state.source[0][0].shape[0] == len(source)
 
 
 def test_layers_share_no_weights():

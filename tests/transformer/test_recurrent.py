@@ -27,6 +27,8 @@ from rowmax.transformer.data import pad
 from rowmax.transformer.interface import recording
 from rowmax.transformer.tokenizer import BOS, EOS
 
+from .beams import assert_beams_go_on
+
 CELLS = {"rnn": nn.RNNCell, "lstm": nn.LSTMCell, "gru": nn.GRUCell}
 KINDS = pytest.mark.parametrize("arch", RECURRENT)
 
@@ -184,18 +186,8 @@ def test_step_by_step_is_all_at_once(arch):
 
 @KINDS
 @torch.no_grad()
-def test_selected_rows_go_on_as_themselves(arch):
-    """Rows that swap within sentences that are the same, as in a beam."""
-    model = recurrent(arch)
-    source, lengths, target = sentences()
-    source, lengths = source[:1].expand(4, -1), lengths[:1].expand(4)
-    rows = torch.tensor([2, 2, 0, 3])
-    state = model.start(source, lengths)
-    model.decode(target[:, :3], state)
-    state.select(rows)
-    got = model.decode(target[:, 3:], state)
-    whole = model(source, lengths, torch.cat((target[rows, :3], target[:, 3:]), 1))
-    torch.testing.assert_close(got, whole[:, 3:], rtol=0, atol=1e-12)
+def test_beams_that_change_places(arch):
+    assert_beams_go_on(recurrent(arch))
 
 
 @KINDS
