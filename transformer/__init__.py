@@ -11,11 +11,21 @@ from .architectures import new_model
 from .checkpoint import Checkpoint, CheckpointError, build_model, load_average
 from .config import PRESETS, ConfigError, ModelConfig, RecurrentConfig, TrainingConfig
 from .data import DataError, Dataset, read_parallel, read_tsv
-from .decoding import SentenceTooLongError, beam_search, greedy, translate
+from .decoding import (
+    SentenceTooLongError,
+    beam_search,
+    greedy,
+    log_likelihoods,
+    n_best,
+    sample,
+    translate,
+    translate_n_best,
+)
 from .evaluation import Scores, score
 from .interface import TranslationModel
 from .model import EncoderDecoder
 from .recurrent import RecurrentEncoderDecoder
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .training import Trainer, TrainingError, fit
 
@@ -30,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "RecurrentConfig",
     "RecurrentEncoderDecoder",
+    "Sampling",
     "Scores",
     "SentenceTooLongError",
     "Tokenizer",
@@ -42,9 +53,13 @@ __all__ = [
     "fit",
     "greedy",
     "load_average",
+    "log_likelihoods",
+    "n_best",
     "new_model",
     "read_parallel",
     "read_tsv",
+    "sample",
     "score",
     "translate",
+    "translate_n_best",
 ]

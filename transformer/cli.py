@@ -30,10 +30,17 @@ from .config import (
     preset_config,
 )
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
-from .decoding import MAX_ALPHA, SentenceTooLongError, translate
+from .decoding import (
+    MAX_ALPHA,
+    SentenceTooLongError,
+    log_likelihoods,
+    translate,
+    translate_n_best,
+)
 from .evaluation import require_sacrebleu, score
 from .interface import TranslationModel
 from .options import Handler, parser
+from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .training import Trainer, TrainingError, fit
 
@@ -198,19 +205,75 @@ def _translate(args: argparse.Namespace) -> int:
         check_text(f"sentence {number}", sentence)
     if not args.sentences and sys.stdin is None:
         raise UsageError("no sentence is given, and standard input is closed")
+    sampling = _sampling(args)
+    if args.n_best is not None and not args.n_best <= args.beam:
+        raise UsageError(f"--n-best {args.n_best}: expected at most --beam, which is {args.beam}")
     model, tokenizer = _load(args)
     what = "sentence" if args.sentences else "line"
     done = left = 0
     for sentences in [args.sentences] if args.sentences else _lines(sys.stdin):
         too_long = _TooLong(what, done)
-        outputs = translate(
-            model, tokenizer, sentences, args.beam, args.length_penalty, too_long=too_long
-        )
-        for output in outputs:
-            print(_one_line(output), flush=sys.stdin is not None and sys.stdin.isatty())
+        lines: list[str]
+        if args.n_best is not None:
+            several = translate_n_best(
+                *(model, tokenizer, sentences, args.n_best, args.beam, args.length_penalty),
+                too_long=too_long,
+            )
+            lines = [
+                f"{done + at}\t{value:.4f}\t{_one_line(text)}"
+                for at, best in enumerate(several, start=1)
+                for text, value in best
+            ]
+        else:
+            outputs = translate(
+                *(model, tokenizer, sentences, args.beam, args.length_penalty),
+                too_long=too_long,
+                sampling=sampling,
+            )
+            lines = [_one_line(output) for output in outputs]
+        for line in lines:
+            print(line, flush=sys.stdin is not None and sys.stdin.isatty())
         done += len(sentences)
         left += too_long.count
     return _IN_PART if left else 0
+
+
+def _sampling(args: argparse.Namespace) -> Sampling | None:
+    """What --sample and its options say."""
+    given = _given(args, [field.name for field in dataclasses.fields(Sampling)])
+    if not args.sample:
+        for name in given:
+            raise UsageError(f"--{name.replace('_', '-')} is for --sample alone")
+        return None
+    if args.beam > 1:
+        raise UsageError(f"--beam {args.beam} is no option of --sample")
+    try:
+        return Sampling(**given)
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
+
+
+def _score(args: argparse.Namespace) -> int:
+    text = _pairs(args.source, args.target, args.tsv)
+    if args.built_in:
+        if text is not None:
+            raise UsageError("--built-in brings its own text; give no files with it")
+        text = list(corpus.splits(train=0).test)
+    if text is None:
+        raise UsageError("nothing to score: give --source and --target, --tsv, or --built-in")
+    model, tokenizer = _load(args)
+    dataset = Dataset(text, tokenizer, model.config.max_length)
+    if dataset.left_out():
+        _say(dataset.left_out())
+    left_out = {*dataset.blank, *dataset.too_long}
+    scores = iter(log_likelihoods(model, dataset))
+    for number in range(1, len(text) + 1):
+        if number in left_out:
+            print()
+        else:
+            log_p, tokens = next(scores)
+            print(f"{log_p:.4f}\t{tokens}")
+    return _IN_PART if dataset.too_long else 0
 
 
 class _TooLong:
@@ -298,6 +361,7 @@ COMMANDS: dict[str, Handler] = {
     "train": _train,
     "translate": _translate,
     "evaluate": _evaluate,
+    "score": _score,
     "demo": _demo,
     "attend": lambda args: drawing.attend(args, _load),
     "positions": drawing.positions,

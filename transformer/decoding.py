@@ -1,16 +1,20 @@
-"""Translation: greedy decoding and beam search, batched, with cached states."""
+"""Translation: greedy, sampled and by beam search, batched, with cached states; and its score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .data import pad
+from .data import Dataset, pad
 from .interface import TranslationModel
+from .sampling import Sampling
 from .tokenizer import BOS, EOS, Tokenizer
+
+_T = TypeVar("_T")
 
 # A translation may be this much longer than its source (section 6.1).
 EXTRA_LENGTH = 50
@@ -40,12 +44,31 @@ def _limits(model: TranslationModel, source_lengths: Tensor) -> Tensor:
     return (source_lengths + EXTRA_LENGTH).clamp(max=model.config.max_length)
 
 
-@torch.inference_mode()
 def greedy(model: TranslationModel, source: Tensor, source_lengths: Tensor) -> list[list[int]]:
-    """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids.
+    """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids."""
+    return _write(model, source, source_lengths, lambda logits: logits.argmax(-1))
 
-    Sentences that are done leave the batch.
-    """
+
+def sample(
+    model: TranslationModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Tokens drawn by ``sampling`` until EOS, from its seed on or from where `generator` stands."""
+    drawing = generator or sampling.generator(source.device)
+    return _write(model, source, source_lengths, lambda logits: sampling.pick(logits, drawing))
+
+
+@torch.inference_mode()
+def _write(
+    model: TranslationModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    pick: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
+    """One token after another, each picked of its logits (B', V); who is done leaves the batch."""
     if len(source) == 0:
         return []
     model.eval()
@@ -53,14 +76,14 @@ def greedy(model: TranslationModel, source: Tensor, source_lengths: Tensor) -> l
     state = model.start(source, source_lengths)
     written = torch.full((len(source), int(limits.max())), EOS, device=source.device)
     going = torch.arange(len(source), device=source.device)
-    token = torch.full((len(source), 1), BOS, device=source.device)
+    token = torch.full((len(source),), BOS, device=source.device)
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     length = 0
     while len(going):
-        token = model.decode(token, state).argmax(-1)  # (B', 1)
-        written[going, length] = token[:, 0]
+        token = pick(model.decode(token[:, None], state)[:, 0])  # (B',)
+        written[going, length] = token
         length += 1
-        done |= (token[:, 0] == EOS) | (length >= limits[going])
+        done |= (token == EOS) | (length >= limits[going])
         left = _left(done)
         if left is not None:
             going, token, done = going[left], token[left], done[left]
@@ -182,17 +205,76 @@ def translate(
     alpha: float = 0.6,
     batch_tokens: int = 4_000,
     too_long: Callable[[SentenceTooLongError], None] | None = None,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """The translation of each sentence; ``beam=1`` decodes greedily.
+    """The translation of each sentence; ``beam=1`` decodes greedily, or as ``sampling`` draws.
 
     A blank sentence gives an empty one. For a sentence beyond the model's length limit
     ``too_long`` is called with the error, and its translation is empty; without it, the first such
     sentence raises SentenceTooLongError before any work.
     """
+    if sampling is not None and beam > 1:
+        raise ValueError(f"beam: expected 1 beside sampling, got {beam}")
+    generator = None
+    if sampling is not None:
+        generator = sampling.generator(next(model.parameters()).device)
+
+    def decode(source: Tensor, lengths: Tensor) -> list[str]:
+        if sampling is not None:
+            outputs = sample(model, source, lengths, sampling, generator)
+        elif beam == 1:
+            outputs = greedy(model, source, lengths)
+        else:
+            outputs = beam_search(model, source, lengths, beam, alpha)
+        return tokenizer.decode(outputs)
+
+    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // beam, too_long)
+    return ["" if translation is None else translation for translation in found]
+
+
+def translate_n_best(
+    model: TranslationModel,
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    count: int,
+    beam: int = 4,
+    alpha: float = 0.6,
+    batch_tokens: int = 4_000,
+    too_long: Callable[[SentenceTooLongError], None] | None = None,
+) -> list[list[tuple[str, float]]]:
+    """Each sentence's ``count`` best translations of a beam search, with their scores.
+
+    None for a blank sentence or one that is too long; the rest as in `translate` and `n_best`.
+    """
+
+    def decode(source: Tensor, lengths: Tensor) -> list[list[tuple[str, float]]]:
+        found = n_best(model, source, lengths, beam, alpha, count)
+        return [
+            list(zip(tokenizer.decode([each.tokens for each in best]), _scores(best), strict=True))
+            for best in found
+        ]
+
+    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // beam, too_long)
+    return [best or [] for best in found]
+
+
+def _scores(found: Sequence[Hypothesis]) -> list[float]:
+    return [each.score for each in found]
+
+
+def _in_batches(
+    model: TranslationModel,
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    decode: Callable[[Tensor, Tensor], list[_T]],
+    batch_tokens: int,
+    too_long: Callable[[SentenceTooLongError], None] | None,
+) -> list[_T | None]:
+    """What ``decode`` makes of each sentence; None of one that is blank or too long."""
     limit = model.config.max_length
     device = next(model.parameters()).device
     encoded = [[*ids, EOS] for ids in tokenizer.encode(sentences)]
-    translations = [""] * len(sentences)
+    found: list[_T | None] = [None] * len(sentences)
     wanted = []
     for index, (ids, sentence) in enumerate(zip(encoded, sentences, strict=True)):
         if len(ids) > limit:
@@ -205,13 +287,28 @@ def translate(
     # Sentences of like length share a batch, the longest first: memory runs out early or never.
     wanted.sort(key=lambda index: len(encoded[index]), reverse=True)
     while wanted:
-        size = max(1, batch_tokens // (beam * len(encoded[wanted[0]])))
+        size = max(1, batch_tokens // len(encoded[wanted[0]]))
         chosen, wanted = wanted[:size], wanted[size:]
         source, lengths = (each.to(device) for each in pad([encoded[i] for i in chosen]))
-        if beam == 1:
-            outputs = greedy(model, source, lengths)
-        else:
-            outputs = beam_search(model, source, lengths, beam, alpha)
-        for index, text in zip(chosen, tokenizer.decode(outputs), strict=True):
-            translations[index] = text
-    return translations
+        for index, result in zip(chosen, decode(source, lengths), strict=True):
+            found[index] = result
+    return found
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: TranslationModel, dataset: Dataset, batch_tokens: int = 4_000
+) -> list[tuple[float, int]]:
+    """log P of each of the dataset's translations, EOS included, and how many tokens that is of."""
+    model.eval()
+    device = next(model.parameters()).device
+    found = [(0.0, 0)] * len(dataset)
+    for indices in dataset.plan(batch_tokens):
+        batch = dataset.batch(indices).to(device)
+        read = model.read(batch.target_in, model.start(batch.source, batch.source_lengths))
+        for row, index in enumerate(indices.tolist()):
+            length = int(batch.target_lengths[row])
+            logits = model.embedding.logits(read[row, :length]).float()
+            log_p = -F.cross_entropy(logits, batch.target_out[row, :length], reduction="sum")
+            found[index] = log_p.item(), length
+    return found

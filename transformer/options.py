@@ -40,7 +40,7 @@ def parser(run: Mapping[str, Handler]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_translate, _add_evaluate, _add_demo, _add_attend):
+    for add in (_add_train, _add_translate, _add_evaluate, _add_score, _add_demo, _add_attend):
         _add_machine(add(commands))
     add_positions(commands, _positive)
     for name, command in commands.choices.items():
@@ -143,6 +143,36 @@ def _add_translate(commands: Any) -> argparse.ArgumentParser:
         "input; prints one line for each.",
     )
     command.add_argument("sentences", nargs="*", metavar="SENTENCE")
+    _add_model(command)
+    command.add_argument(
+        "--n-best",
+        type=_positive,
+        metavar="N",
+        help="for --beam: the N best translations of each sentence, a line each: its number, the "
+        "score (log P / length penalty) and the text, separated by tabs",
+    )
+    sampling = command.add_argument_group("sampling (in place of --beam)")
+    sampling.add_argument(
+        "--sample", action="store_true", help="draw each token from what the model expects"
+    )
+    sampling.add_argument("--temperature", type=float, help="below 1: likelier tokens (default: 1)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="of the K likeliest tokens alone")
+    sampling.add_argument(
+        "--top-p", type=float, metavar="P", help="of the fewest tokens of probability P alone"
+    )
+    sampling.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    return command
+
+
+def _add_score(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "score",
+        help="how likely a model finds given translations",
+        description="Print for each pair of sentences the natural logarithm of the probability "
+        "that the model gives to the translation, its end included, and its number of tokens, "
+        "separated by a tab; an empty line where a side is blank or too long.",
+    )
+    _add_text(command, "translations to score")
     _add_model(command)
     return command
 

@@ -62,6 +62,50 @@ def test_train_translate_evaluate(trained, tmp_path, capsys, monkeypatch):
     assert "exact match" in capsys.readouterr().out
 
 
+def test_n_best_sampling_and_scores(trained, tmp_path, capsys):
+    model = ["--model", str(trained), "--backend", "reference"]
+    assert cli.main(["translate", *model, "--beam", "3", "--n-best", "2", "구", "", "오"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [number for number, _, _ in lines] == ["1", "1", "3", "3"]
+    assert float(lines[0][1]) >= float(lines[1][1])
+    assert cli.main(["translate", *model, "--beam", "3", "구"]) == 0
+    assert capsys.readouterr().out.strip("\n") == lines[0][2]
+
+    assert cli.main(["translate", *model, "구 오"]) == 0
+    greedy = capsys.readouterr().out
+    assert cli.main(["translate", *model, "--sample", "--top-k", "1", "구 오"]) == 0
+    assert capsys.readouterr().out == greedy
+
+    (tmp_path / "a.tsv").write_text("구\tnine\n\n오\t" + "five " * 99 + "\n오\tfive\n", "utf-8")
+    assert cli.main(["score", *model, "--tsv", str(tmp_path / "a.tsv")]) == 1
+    captured = capsys.readouterr()
+    first, blank, long, last = captured.out.split("\n")[:-1]
+    assert blank == long == ""
+    for line in (first, last):
+        log_p, tokens = line.split("\t")
+        assert float(log_p) < 0
+        assert int(tokens) > 1
+    assert "1 with a blank side (the first is number 2) and 1 too long" in captured.err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--n-best", "2"), "--n-best 2: expected at most --beam, which is 1"),
+        (("--top-p", "0.5"), "--top-p is for --sample alone"),
+        (("--seed", "1"), "--seed is for --sample alone"),
+        (("--sample", "--beam", "2"), "--beam 2 is no option of --sample"),
+        (("--sample", "--top-p", "1.5"), "--top-p: expected 0 < top_p <= 1, got 1.5"),
+        (("--sample", "--top-p", "nan"), "--top-p: expected"),
+        (("--sample", "--temperature", "0"), "--temperature: expected a number > 0, got 0.0"),
+        (("--sample", "--top-k", "0"), "--top-k: expected at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_of_decoding_that_contradict(trained, capsys, options, message):
+    assert message in fails(capsys, "translate", "--model", str(trained), *options, "구")
+
+
 def test_every_backend_by_name(trained, capsys):
     outputs = []
     for backend in ("reference", "auto"):

@@ -9,17 +9,23 @@ import pytest
 import torch
 
 from rowmax.transformer import (
+    Dataset,
     EncoderDecoder,
     ModelConfig,
+    Sampling,
     SentenceTooLongError,
     Tokenizer,
     beam_search,
     corpus,
     greedy,
+    log_likelihoods,
+    n_best,
+    sample,
     translate,
+    translate_n_best,
 )
 from rowmax.transformer.data import pad
-from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty, n_best
+from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty
 from rowmax.transformer.tokenizer import BOS, EOS, PAD
 
 
@@ -265,3 +271,100 @@ def test_a_sentence_beyond_the_limit(pair_of_model_and_tokenizer):
     length = len(tokenizer.encode(["구 " * 40])[0]) + 1
     with pytest.raises(SentenceTooLongError, match=f"sentence 2 has {length} tokens, .* most 30"):
         translate(model, tokenizer, ["구", "구 " * 40])
+
+
+# --- sampling, n-best and scores ------------------------------------------------------------------
+
+
+def test_sampling_of_the_likeliest_token_is_greedy(reverser):
+    source, lengths = sources(20, 12, 9, seed=103)
+    expected = greedy(reverser, source, lengths)
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-4)):
+        assert sample(reverser, source, lengths, sampling) == expected
+
+
+def test_samples_follow_from_the_seed(reverser):
+    source, lengths = sources(20, 12, 9, seed=103)
+    first, again, other = (
+        sample(reverser, source, lengths, Sampling(temperature=2.0, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "sampling, allowed",
+    [
+        (Sampling(), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(temperature=0.5), [0.25, 0.0625, 0.0225, 0.01]),
+        (Sampling(top_k=2), [0.5, 0.25, 0.0, 0.0]),
+        (Sampling(top_k=9), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(top_p=0.5), [0.5, 0.0, 0.0, 0.0]),
+        (Sampling(top_p=0.51), [0.5, 0.25, 0.0, 0.0]),
+        (Sampling(top_p=0.9), [0.5, 0.25, 0.15, 0.0]),
+        (Sampling(top_k=3, top_p=0.6), [0.5, 0.25, 0.0, 0.0]),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_they_are_likely(sampling, allowed):
+    """Frequencies of 20,000 draws, each within five standard deviations."""
+    count, p = 20_000, torch.tensor([0.15, 0.5, 0.1, 0.25])
+    drawn = sampling.pick(p.log().expand(count, -1), sampling.generator(torch.device("cpu")))
+    expected = torch.tensor(allowed)[[2, 0, 3, 1]].double()
+    expected /= expected.sum()
+    found = drawn.bincount(minlength=4) / count
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"temperature": 0.0}, "temperature.*> 0"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k.*at least 1"),
+        ({"top_p": 0.0}, "top_p.*0 < top_p <= 1"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_sampling(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**setting)
+
+
+def test_translating_by_sampling_and_n_best(pair_of_model_and_tokenizer):
+    model, tokenizer = pair_of_model_and_tokenizer
+    sentences = ["ab", "", "a"]
+    assert translate(model, tokenizer, sentences, sampling=Sampling(top_k=1)) == translate(
+        model, tokenizer, sentences
+    )
+    several = translate_n_best(model, tokenizer, sentences, 3, beam=3)
+    assert [len(best) for best in several] == [3, 0, 3]
+    assert [best[0][0] if best else "" for best in several] == translate(
+        model, tokenizer, sentences, beam=3
+    )
+    for best in several:
+        scores = [score for _, score in best]
+        assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ValueError, match="beam: expected 1 beside sampling"):
+        translate(model, tokenizer, sentences, beam=2, sampling=Sampling())
+
+
+def test_more_of_the_best_than_beams(reverser):
+    with pytest.raises(ValueError, match="count: expected 1 to the beam's 2, got 3"):
+        n_best(reverser, torch.tensor([[3]]), torch.tensor([1]), beam=2, count=3)
+
+
+def test_log_likelihoods(reverser):
+    """The decoder's own scores, in batches of several lengths."""
+    pairs = [("a b", "b a"), ("c", "c d e f"), ("a b c d", "b")]
+    tokenizer = Tokenizer.train((side for pair in pairs for side in pair), 300)
+    model = random_model(tokenizer.vocab_size, 40)
+    dataset = Dataset(pairs, tokenizer, 40)
+    found = log_likelihoods(model, dataset, batch_tokens=20)
+    for (log_p, tokens), source, target in zip(
+        found, dataset.sources, dataset.targets, strict=True
+    ):
+        (expected,) = log_probabilities(model, torch.tensor([source]), [target])
+        assert log_p == pytest.approx(expected, rel=1e-5)
+        assert tokens == len(target)

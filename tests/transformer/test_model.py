@@ -12,6 +12,7 @@ from torch import nn
 
 from rowmax.kernels.backends import dispatch
 from rowmax.transformer import EncoderDecoder, ModelConfig
+from rowmax.transformer.cache import Slots
 from rowmax.transformer.config import ConfigError, from_mapping
 from rowmax.transformer.model import sinusoids
 from rowmax.transformer.tokenizer import BOS
@@ -188,6 +189,11 @@ def test_beams_that_change_places(backend, pre_norm):
     assert_beams_go_on(small(backend=backend, pre_norm=pre_norm))
 
 
+def keys_address(slots: Slots) -> int:
+    assert slots._memory is not None
+    return slots._memory[0].data_ptr()
+
+
 def test_the_cache_copies_no_key_where_beams_change_places():
     model = small()
     source, lengths, _ = sentences()
@@ -195,10 +201,10 @@ def test_the_cache_copies_no_key_where_beams_change_places():
     tokens = torch.full((len(source), 3), 4)
     for _ in range(5):
         model.decode(tokens, state)
-    before = [slots._memory[0].data_ptr() for slots in state.own]
+    before = [keys_address(slots) for slots in state.own]
     state.reorder(torch.zeros(len(source), 3, dtype=torch.int64))
     model.decode(tokens, state)
-    assert [slots._memory[0].data_ptr() for slots in state.own] == before
+    assert [keys_address(slots) for slots in state.own] == before
     assert state.source[0][0].shape[0] == len(source)
 
 
