@@ -66,6 +66,7 @@ FEATURES: dict[str, Feature] = {
     "RMS norm": Feature(("rms_norm",), ("weight",)),
     "sinks": _attention_feature("sinks"),
     "masked softmax": Feature(("masked_softmax",), ("key-lengths", "causal", "dense")),
+    "linear cross entropy": Feature(("linear_cross_entropy",), ("smoothing", "ignored")),
 }
 TYPES = ("bfloat16", "float32")
 
