@@ -97,7 +97,9 @@ class MultiHeadAttention(Attending):
             mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.w_o((heads if x.dim() == 2 else heads.transpose(1, 2)).flatten(-2))
+        if x.dim() == 2:
+            return self.w_o(heads.flatten(1))
+        return self.w_o(heads.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from rowmax.bench import verify
 from rowmax.bench.verification import mutation, suite
 from rowmax.bench.verification.attention_mutants import FAULTS as ATTENTION_FAULTS
+from rowmax.bench.verification.cross_entropy_mutants import FAULTS as LOSS_FAULTS
 from rowmax.bench.verification.row_mutants import FAULTS as ROW_FAULTS
 from rowmax.kernels.testing import tolerance
 from rowmax.kernels.testing.suite import OPS
@@ -34,7 +35,8 @@ def test_every_mutant_is_rejected_and_the_unbroken_kernel_is_not(dtype: str) -> 
 
 
 def test_float64_has_every_fault() -> None:
-    assert set(mutation.faults_of(OPS, torch.float64)) == {*ATTENTION_FAULTS, *ROW_FAULTS}
+    every = {*ATTENTION_FAULTS, *ROW_FAULTS, *LOSS_FAULTS}
+    assert set(mutation.faults_of(OPS, torch.float64)) == every
 
 
 def test_a_tolerance_that_lets_one_live_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_functions_of_rowmax_pass_the_named_cases(op: str, dtype: torch.dtype) -
     kernel = partial(getattr(kernels, op), backend="reference", **more)
     kinds = ["none", "causal", "weight", "dropout", "one-outlier"]
     cases = named_cases(op, dtype, kinds, quick=True)
-    assert len(cases) >= 3
+    assert len(cases) >= 2
     for case in cases:
         assert_as_accurate_as_naive(kernel, case, device="cpu")
 
