@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ MAX_SCORES = 2**27
 
 Outputs = tuple[Tensor, ...]
 Index = tuple[slice, slice]  # of batch elements and of heads
+Region = tuple[slice, ...]  # of every dimension of a tensor
 
 
 class Part(NamedTuple):
@@ -53,6 +55,8 @@ class AttentionInputs:
     keep_mask: Tensor | None = None  # bool (B, H, Lq, Lk), True = dropout keeps, of a piece
     bias: Tensor | None = None  # (1, H, Lq, Lk), added to the scaled scores
     window: int | None = None  # keys before its own that a query attends, and none after it
+
+    renewed = ("q", "k", "v", "d_out", "bias")  # whose values a measurement changes
 
     @property
     def leaves(self) -> Outputs:
@@ -102,6 +106,29 @@ class AttentionInputs:
             yield self._cut(part), part
             if (batch == 1 or self.bias is not None) and (key_heads == 1 or whole):
                 return  # first and last are the same
+
+    def some_piece(self, draw: Random) -> tuple[AttentionInputs, Part | None]:
+        """A batch element and a key head, anyone's guess; with a bias, all of the batch."""
+        batch, key_heads = self.q.shape[0], self.k.shape[1]
+        element, head = draw.randrange(batch), draw.randrange(key_heads)
+        b = slice(element, element + 1) if self.bias is None else slice(0, batch)
+        queries = slice(head * self.group, (head + 1) * self.group)
+        part = Part((b, queries), (b, slice(head, head + 1)), (slice(0, 1), queries))
+        return self._cut(part), part
+
+    def regions(self, part: Part | None) -> dict[str, Region]:
+        """Of each tensor, the elements that any mask of a case lets reach the results of `part`."""
+        b, h, keys = slice(None), slice(None), slice(0, (self.k.shape[2] + 1) // 2)
+        queries, keyed = (
+            (b, h) if part is None else part.queries,
+            (b, h) if part is None else part.keys,
+        )
+        every = slice(None)
+        return {
+            "q": (*queries, every, every),
+            "k": (*keyed, keys, every),
+            "v": (*keyed, keys, every),
+        }
 
     def _cut(self, part: Part) -> AttentionInputs:
         allowed, bias = self.allowed, self.bias
@@ -168,6 +195,8 @@ class NormInputs:
     mask: Mask | None
     dropout_p: float
 
+    renewed = ("x", "residual", "weight", "bias", "d_out")
+
     @property
     def leaves(self) -> Outputs:
         candidates = (self.x, self.residual, self.weight, self.bias)
@@ -179,6 +208,13 @@ class NormInputs:
     def pieces(self) -> Iterator[tuple[NormInputs, Part | None]]:
         """All rows at once: the gradient of the weight needs every one."""
         yield self, None
+
+    def some_piece(self, _draw: Random) -> tuple[NormInputs, Part | None]:
+        return self, None
+
+    def regions(self, _part: Part | None) -> dict[str, Region]:
+        half = slice(0, (self.x.shape[-1] + 1) // 2)  # what is padded lies behind it
+        return {"x": (*(slice(None),) * (self.x.dim() - 1), half)}
 
     def split(self) -> list[NormInputs]:
         return [self]

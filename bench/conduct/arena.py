@@ -1,0 +1,103 @@
+"""Tensors that a candidate is called on again and again, never twice with the same values.
+
+Values change in place, so what is kept by the address or the identity of a tensor is out of date;
+storage moves, so what is bound to an address is as well. A candidate that computes its result at
+every call notices neither.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+NUDGE = 16.0  # added to a few elements: in units of values of order one
+NUDGED = 4  # elements
+_PADDING = 1024  # elements that a moved tensor's storage may begin before it
+_ALIGNMENT = 64  # elements: no tensor is aligned worse than a fresh one
+
+Region = tuple[slice, ...]
+
+
+class Arena:
+    """Contiguous tensors by name; what `renew` puts into one is its first values, rotated.
+
+    So values keep their distribution, whatever it is, and a renewal costs one copy. `key` makes a
+    renewal one that can be repeated.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], seed: int | None = None) -> None:
+        self.tensors = dict(tensors)
+        self._random = random.Random(seed)  # None: the system's entropy, which nobody can guess
+        self._first = {name: tensor.detach().flatten().clone() for name, tensor in tensors.items()}
+        self._shift = dict.fromkeys(tensors, 0)
+        self._nudges: list[tuple[str, int]] = []
+
+    def key(self) -> int:
+        return self._random.getrandbits(48)
+
+    def renew(self, key: int | None = None, names: tuple[str, ...] | None = None) -> None:
+        """Other values in every tensor, or in those of `names`, in place."""
+        draw = random.Random(self.key() if key is None else key)
+        self._nudges = []
+        for name, first in self._first.items():
+            size = first.numel()
+            shift = draw.randrange(1, size) if size > 1 else 0
+            if names is None or name in names:
+                self._shift[name] = shift
+                _rotate(self._flat(name), first, shift)
+
+    def nudge(self, regions: Mapping[str, Region], key: int | None = None) -> str | None:
+        """A few elements of one of the tensors named, within its region; the tensor's name."""
+        draw = random.Random(self.key() if key is None else key)
+        names = [name for name in regions if self.tensors[name].is_floating_point()]
+        if not names:
+            return None
+        name = draw.choice(names)
+        shape = self.tensors[name].shape
+        for _ in range(NUDGED):
+            at = 0
+            for size, part in zip(shape, regions[name], strict=True):
+                at = at * size + draw.choice(range(*part.indices(size)))
+            self._nudges.append((name, at))
+            with torch.no_grad():
+                self._flat(name)[at].add_(NUDGE)
+        return name
+
+    def move(self) -> None:
+        """Every tensor is another one, at another address, with the same values."""
+        for name, tensor in self.tensors.items():
+            start = _ALIGNMENT * self._random.randrange(1, _PADDING // _ALIGNMENT + 1)
+            buffer = tensor.new_empty(tensor.numel() + _PADDING, requires_grad=False)
+            moved = buffer[start : start + tensor.numel()].view(tensor.shape)
+            moved.copy_(tensor.detach())
+            self.tensors[name] = moved.requires_grad_(tensor.requires_grad)
+
+    def changed(self) -> str | None:
+        """The name of a tensor that holds other bits than were put there."""
+        for name, first in self._first.items():
+            right = torch.empty_like(first)
+            _rotate(right, first, self._shift[name])
+            for nudged, at in self._nudges:
+                if nudged == name:
+                    right[at].add_(NUDGE)
+            if not torch.equal(_bits(right), _bits(self._flat(name))):
+                return name
+        return None
+
+    def _flat(self, name: str) -> Tensor:
+        return self.tensors[name].detach().view(-1)
+
+
+def _rotate(target: Tensor, first: Tensor, shift: int) -> None:
+    size = first.numel()
+    target[shift:].copy_(first[: size - shift])
+    if shift:
+        target[:shift].copy_(first[size - shift :])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
