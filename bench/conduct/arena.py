@@ -66,26 +66,35 @@ class Arena:
                 self._flat(name)[at].add_(NUDGE)
         return name
 
-    def move(self) -> None:
-        """Every tensor is another one, at another address, with the same values."""
-        for name, tensor in self.tensors.items():
+    def move(self, names: tuple[str, ...] | None = None) -> None:
+        """Every tensor, or those of `names`, is another one, elsewhere, with the same values."""
+        for name in self.tensors if names is None else names:
+            tensor = self.tensors[name]
             start = _ALIGNMENT * self._random.randrange(1, _PADDING // _ALIGNMENT + 1)
             buffer = tensor.new_empty(tensor.numel() + _PADDING, requires_grad=False)
             moved = buffer[start : start + tensor.numel()].view(tensor.shape)
             moved.copy_(tensor.detach())
             self.tensors[name] = moved.requires_grad_(tensor.requires_grad)
 
+    def put_back(self) -> None:
+        """What `changed` found to be changed, as it was."""
+        for name in self._first:
+            self._flat(name).copy_(self._right(name))
+
     def changed(self) -> str | None:
         """The name of a tensor that holds other bits than were put there."""
-        for name, first in self._first.items():
-            right = torch.empty_like(first)
-            _rotate(right, first, self._shift[name])
-            for nudged, at in self._nudges:
-                if nudged == name:
-                    right[at].add_(NUDGE)
-            if not torch.equal(_bits(right), _bits(self._flat(name))):
+        for name in self._first:
+            if not torch.equal(_bits(self._right(name)), _bits(self._flat(name))):
                 return name
         return None
+
+    def _right(self, name: str) -> Tensor:
+        right = torch.empty_like(self._first[name])
+        _rotate(right, self._first[name], self._shift[name])
+        for nudged, at in self._nudges:
+            if nudged == name:
+                right[at].add_(NUDGE)
+        return right
 
     def _flat(self, name: str) -> Tensor:
         return self.tensors[name].detach().view(-1)

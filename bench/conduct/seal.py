@@ -34,6 +34,20 @@ _CLASSES: tuple[tuple[str, type], ...] = (
     ("torch.cuda.Event", torch.cuda.Event),
     ("torch.cuda.Stream", torch.cuda.Stream),
 )
+# How to set what `_settings` reads, where a setter alone does it.
+_SETTERS: dict[str, Any] = {
+    "torch's number of threads": torch.set_num_threads,
+    "torch's default dtype": torch.set_default_dtype,
+    "torch's precision of float32 products": torch.set_float32_matmul_precision,
+    "the grad mode": torch.set_grad_enabled,
+    "torch's deterministic mode": torch.use_deterministic_algorithms,
+    "the interpreter's switch interval": sys.setswitchinterval,
+    "the trace function": sys.settrace,
+    "the profile function": sys.setprofile,
+    "garbage collection": lambda wanted: gc.enable() if wanted else gc.disable(),
+    "denormal numbers": lambda wanted: torch.set_flush_denormal(not wanted),
+    "the CPUs of the process": lambda cpus: os.sched_setaffinity(0, cpus),
+}
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
@@ -42,7 +56,8 @@ class Seal:
 
     def __init__(self) -> None:
         self._settings = _settings()
-        self._functions = dict(_functions())
+        self._functions = {name: value for name, _, _, value in _functions()}
+        self._clocks = {name: getattr(time, name) for name in _CLOCKS if hasattr(time, name)}
 
     def broken(self) -> str | None:
         """The first thing that is not as it was."""
@@ -53,12 +68,31 @@ class Seal:
         for name, value in _settings().items():
             if value != self._settings[name]:
                 return f"it changed {name} from {self._settings[name]} to {value}"
-        now = dict(_functions())
-        for name, function in self._functions.items():
-            if name in now and now[name] != function:
+        for name, _, _, value in _functions():
+            if value != self._functions.get(name, value):
                 return f"it replaced {name}"
-        added = [n for n in now if n.startswith("torch.Tensor.") and n not in self._functions]
-        return f"it added {added[0]}" if added else None
+            if name not in self._functions and name.startswith("torch.Tensor."):
+                return f"it added {name}"
+        return None
+
+    def restore(self) -> None:
+        """Everything as it was, so that others are timed and judged by what they should be."""
+        for name, clock in self._clocks.items():
+            setattr(time, name, clock)
+        for name, value in _settings().items():
+            if value != self._settings[name] and name in _SETTERS:
+                _SETTERS[name](self._settings[name])
+        while torch._C._len_torch_function_stack() > self._settings["the stack of function modes"]:
+            torch._C._pop_torch_function_stack()
+        for name, owner, label, value in list(_functions()):
+            before = self._functions.get(name)
+            if before is None and name.startswith("torch.Tensor."):
+                delattr(owner, label)
+            elif before is not None and value != before:
+                function, code = before
+                if code is not None:
+                    function.__code__ = code
+                setattr(owner, label, function)
 
 
 def _settings() -> dict[str, Any]:
@@ -82,11 +116,10 @@ def _settings() -> dict[str, Any]:
     return found
 
 
-def _functions() -> Iterator[tuple[str, Any]]:
-    for name, module in _TORCH:
-        yield from _members(name, module)
-    for name, some in _CLASSES:
-        yield from _members(name, some)
+def _functions() -> Iterator[tuple[str, Any, str, Any]]:
+    """Name, where it is kept, its label there, and what it is."""
+    for name, owner in (*_TORCH, *_CLASSES):
+        yield from _members(name, owner)
     for name, module in tuple(sys.modules.items()):
         if name.startswith(_MODULES) and isinstance(module, types.ModuleType):
             yield from _members(name, module)
@@ -95,8 +128,8 @@ def _functions() -> Iterator[tuple[str, Any]]:
                     yield from _members(f"{name}.{label}", value)
 
 
-def _members(name: str, owner: Any) -> Iterator[tuple[str, Any]]:
+def _members(name: str, owner: Any) -> Iterator[tuple[str, Any, str, Any]]:
     """A Python function counts with its code, which can be replaced as well."""
     for label, value in tuple(vars(owner).items()):
         if isinstance(value, _FUNCTIONS):
-            yield f"{name}.{label}", (value, getattr(value, "__code__", None))
+            yield f"{name}.{label}", owner, label, (value, getattr(value, "__code__", None))

@@ -106,7 +106,8 @@ def speed(
         functions: dict[str, Function] = candidates(case, chosen, backend)
         if function is not None:
             functions[name] = partial(sdpa, function=function)
-        for row in run_cases([case], functions, budget, limits, timer):
+        foreign = () if function is None else (name,)
+        for row in run_cases([case], functions, budget, limits, timer, foreign):
             rows.append(row)
             text += report.row_lines(row, columns, printed)
     return Speeds(rows, "\n".join([*text, *report.detail_lines(rows)]))

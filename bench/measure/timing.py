@@ -217,7 +217,7 @@ class Rounds:
     def begin(self, done: int, *, last: bool) -> None:
         """Before a round, after `done` others; `last` where it seems to be that."""
 
-    def between(self, name: str) -> Between | None:
+    def between(self, name: str) -> Between | None:  # noqa: ARG002
         """For a sample of `name`."""
         return None
 
@@ -263,13 +263,14 @@ def interleave(
             samples[name] = []
     rounds.end()
 
-    started = timer.now()
+    started, last = timer.now(), False
     for done in range(budget.max_rounds):
         spent = timer.now() - started
-        if done >= budget.min_rounds and spent >= budget.seconds:
+        if last and done >= budget.min_rounds and spent >= budget.seconds:
             break
-        enough = done + 1 >= budget.min_rounds and spent * (done + 2) >= budget.seconds * (done + 1)
-        rounds.begin(done + 1, last=enough or done + 1 == budget.max_rounds)
+        ends = done + 1 >= budget.min_rounds and spent * (done + 1) >= budget.seconds * done
+        last = ends or done + 1 == budget.max_rounds
+        rounds.begin(done + 1, last=last)
         for name in tuple(rounds.calls):
             seconds = sample(name, repeats[name])
             if seconds is not None:

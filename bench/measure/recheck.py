@@ -1,0 +1,227 @@
+"""The rounds of a case: no call is timed on values that were seen before, and some are judged.
+
+Before each call the values of the inputs change in place; now and then their storage moves. The
+results of a round that nobody can foretell, and of the last one, are judged once more: the values
+are put back when all candidates have returned, and only then does the oracle see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+from time import perf_counter, sleep
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conduct.arena import Arena
+from ..conduct.seal import Seal
+from ..conduct.threads import Threads
+from ..peers.candidates import Function, measured_call, run_pass
+from .arena import CaseArena, Peek, peek
+from .cases import BACKWARD, Case
+from .gate import Gate
+from .inputs import Inputs, Outputs
+from .timing import Between, Rounds
+
+COPY = "copy"  # the yardstick among the calls that are timed; no candidate
+MOVES = 4  # the storage moves about once in so many rounds
+WAIT = 0.02  # seconds that work left behind by a foreign candidate gets to show
+SHARE = 0.1  # of the time of the rounds, that rechecks beyond the first and last may take
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result of a judged round, and what was seen at once."""
+
+    outputs: Outputs
+    peeks: list[Peek]
+    changed: str | None  # an input that the call changed
+
+
+class Recheck(Rounds):
+    """The calls of the candidates that have passed the gate."""
+
+    def __init__(
+        self,
+        case: Case,
+        arena: CaseArena,
+        functions: Mapping[str, Function],
+        make_gate: Callable[..., Gate],
+        *,
+        own: str,
+        foreign: Mapping[str, Threads],
+        seal: Seal | None,
+        yardstick: Tensor | None = None,
+    ) -> None:
+        self._case, self._inputs = case, arena
+        self._functions, self._make_gate = dict(functions), make_gate
+        self._own, self._foreign, self._seal = own, foreign, seal
+        self._copy = None if yardstick is None else Arena({COPY: yardstick})
+        self._random = Random()
+        self._judged: int | None = None  # the key of the values that the round is judged on
+        self._piece = 0
+        self._kept: dict[str, Kept] = {}
+        self._first = self._random.choice((1, 2))
+        self._started, self._spent = perf_counter(), 0.0
+        self._sampled: str | None = None
+        self._since, self._worked = 0.0, dict.fromkeys(foreign, 0.0)
+        self.faults: dict[str, str] = {}
+        self.failed = False  # whether a result was found wrong
+        super().__init__({})
+        self._make_calls(arena.inputs)
+        if self._copy is not None:
+            self.calls[COPY] = self._copy.tensors[COPY].clone
+
+    def begin(self, done: int, *, last: bool) -> None:
+        if self._random.randrange(MOVES) == 0 or done == self._first:
+            inputs = self._inputs.moved()
+            self._rebind(inputs)
+            self._make_calls(inputs)
+        chance = done > self._first and self._random.random() < 1 / done
+        affordable = self._spent < SHARE * (perf_counter() - self._started)
+        if last or done == self._first or (chance and affordable):
+            self._judged = self._inputs.arena.key()
+            self._piece = self._inputs.arena.key()
+
+    def between(self, name: str) -> Between:
+        self._watch(name)
+        return _Between(self, name)
+
+    def _watch(self, name: str) -> None:
+        """How much a foreign candidate's threads worked in the sample of another."""
+        now = perf_counter()
+        for owner, threads in self._foreign.items():
+            worked = threads.worked()
+            if self._sampled not in (owner, None):
+                threads.others(now - self._since, worked - self._worked.get(owner, 0.0))
+            self._worked[owner] = worked
+        self._sampled, self._since = name, now
+
+    def before(self, name: str, *, last: bool) -> None:
+        if name == COPY:
+            assert self._copy is not None  # which makes it one of the calls
+            self._copy.renew()
+            return
+        arena = self._inputs.arena
+        if self._case.step == BACKWARD:  # what the graph holds stays: its forward has been done
+            arena.renew(self._judged if last else None, ("d_out",))
+        elif self._judged is None or not last:
+            arena.renew()
+        elif name in self._foreign:  # all but a few values are those of a call before it
+            arena.renew(self._judged)
+            self.calls[name]()
+            arena.nudge(self._regions(), self._judged)
+        else:
+            self._put_judged()
+        if hasattr(self._functions[name], "rebind"):
+            self._rebind(self._inputs.inputs, name)
+
+    def after(self, name: str) -> Callable[[Outputs], None] | None:
+        if self._judged is None or name == COPY:
+            return None
+        return partial(self._keep, name)
+
+    def end(self) -> None:
+        if self._judged is None:
+            return
+        started = perf_counter()
+        if self._foreign:
+            sleep(WAIT)
+            if self._case.suite.on_gpu:
+                torch.cuda.synchronize()
+            for name in self._foreign.keys() & self._kept.keys():  # whose result must stay as it is
+                self._inputs.arena.renew()
+                self.calls[name]()
+        self._put_judged()
+        inputs = self._inputs.inputs
+        gate = self._make_gate(inputs, pieces=[self._some_piece(inputs)])
+        for name, kept in self._kept.items():
+            fault = self._fault(name, kept, gate, inputs)
+            if fault is not None:
+                self._stop(name, fault)
+        self._judged, self._kept = None, {}
+        self._spent += perf_counter() - started
+
+    def stopped(self, name: str, error: Exception) -> None:
+        oom = isinstance(error, torch.OutOfMemoryError)
+        self.failed |= not oom
+        self.faults[name] = "out of GPU memory beside the other candidates" if oom else str(error)
+
+    # --- one candidate ----------------------------------------------------------------------------
+
+    def _keep(self, name: str, outputs: Outputs) -> None:
+        if hasattr(self._functions[name], "rebind"):  # an engine gives out the same memory again
+            outputs = tuple(output.clone() for output in outputs)
+        peeks = peek(outputs, self._random) if name in self._foreign else []
+        self._kept[name] = Kept(outputs, peeks, self._inputs.changed())
+
+    def _fault(self, name: str, kept: Kept, gate: Gate, inputs: Any) -> str | None:
+        if kept.changed is not None:
+            return f"it changed its input {kept.changed}"
+        if any(one.changed for one in kept.peeks):
+            return "its result changed after the call had returned"
+        if name in self._foreign:
+            broken = None if self._seal is None else self._seal.broken()
+            if broken is not None and self._seal is not None:
+                self._seal.restore()
+            found = broken or self._foreign[name].fault()
+            if found is not None:
+                return found
+        is_peer, backward = name != self._own, self._case.backward
+        function, outputs = self._functions[name], kept.outputs
+        if self._case.step == BACKWARD:  # whose results are the gradients alone
+            with torch.no_grad():
+                outputs = (*function(replace(inputs, dropout_p=0.0)), *outputs)
+        if is_peer and inputs.dropout_p > 0.0:  # its own generator drops what no oracle can tell
+            outputs = run_pass(function, replace(inputs, dropout_p=0.0), backward=backward)
+        return gate.judge(outputs, function, backward=backward, is_peer=is_peer, again=True)
+
+    def _stop(self, name: str, fault: str) -> None:
+        self.failed = True
+        self.faults[name] = f"when called again with other values: {fault}"
+        self.calls.pop(name, None)
+
+    # --- the inputs -------------------------------------------------------------------------------
+
+    def _put_judged(self) -> None:
+        """The values that all candidates of this round are judged on."""
+        names = ("d_out",) if self._case.step == BACKWARD else None
+        self._inputs.arena.renew(self._judged, names)
+        if names is None:
+            self._inputs.arena.nudge(self._regions(), self._judged)
+
+    def _some_piece(self, inputs: Inputs) -> tuple[Any, Any]:
+        return inputs.some_piece(Random(self._piece))
+
+    def _regions(self) -> dict[str, tuple[slice, ...]]:
+        inputs: Any = self._inputs.inputs
+        return dict(inputs.regions(self._some_piece(inputs)[1]))
+
+    def _make_calls(self, inputs: Inputs) -> None:
+        for name, function in self._functions.items():
+            if name not in self.faults:
+                self.calls[name] = measured_call(function, inputs, self._case.step)
+
+    def _rebind(self, inputs: Inputs, *names: str) -> None:
+        for name in names or self._functions:
+            rebind = getattr(self._functions[name], "rebind", None)
+            if rebind is not None:
+                rebind(inputs)
+
+
+class _Between:
+    """Of one candidate's sample."""
+
+    def __init__(self, rounds: Recheck, name: str) -> None:
+        self._rounds, self._name = rounds, name
+
+    def before(self, *, last: bool) -> None:
+        self._rounds.before(self._name, last=last)
+
+    @property
+    def after(self) -> Callable[[Any], None] | None:
+        return self._rounds.after(self._name)
