@@ -27,6 +27,7 @@ from .threads import Threads
 
 WAIT = 0.02  # seconds that work left behind gets to show
 ODD, LONG = 83, 4099  # no multiple of anything; beyond 4096
+JUDGED = 10  # of the calls with other values, beside the last one
 LARGE = 40.0  # times the queries: scores in the hundreds
 
 
@@ -43,12 +44,14 @@ class Subject:
     device: str = "cpu"
     calls: int = 150  # on the same tensors, with other values each
     random: Random = field(default_factory=Random)
+    seal: Seal = field(default_factory=Seal)  # from before its first call
+    threads: Threads = field(default_factory=Threads)
 
     @property
     def suite(self) -> Suite:
         return replace(SUITES["cpu-attention"], device=self.device)
 
-    def arena(self, queries: int, keys: int, *, kind: str | None = None, batch: int = 2) -> Trial:
+    def arena(self, queries: int, keys: int, *, kind: str | None = None, batch: int = 3) -> Trial:
         shape = (batch, *self.heads, queries, keys, self.head_size)
         return Trial(self, self.kind if kind is None else kind, shape)
 
@@ -92,15 +95,16 @@ class Trial:
 
 
 def other_values(subject: Subject) -> str | None:
-    """Many calls with other values in place; one that nobody can foretell is judged, and the last.
+    """Many calls with other values in place; some are judged, which nobody can foretell.
 
     Finds a result that is kept by address, identity or shape, and what is right at first only.
     """
     trial = subject.arena(40, 40)
-    judged = {subject.random.randrange(1, subject.calls), subject.calls - 1}
+    judged = {subject.random.randrange(1, subject.calls) for _ in range(JUDGED)}
     for at in range(subject.calls):
         outputs = trial.call()
-        found = trial.fault(outputs) if at in judged else None
+        is_judged = at in judged or at == subject.calls - 1
+        found = trial.fault(outputs) if is_judged else None
         if found is not None:
             return f"call {at + 1}: {found}"
         trial.arena.renew()
@@ -164,7 +168,6 @@ def results_kept(subject: Subject) -> str | None:
 
 def done_at_return(subject: Subject) -> str | None:
     """What is read at once, and again a while later, is the same; and threads left behind rest."""
-    threads = Threads()
     for _ in range(2):
         trial = subject.arena(128, 128)
         trial.arena.renew()
@@ -178,17 +181,16 @@ def done_at_return(subject: Subject) -> str | None:
         found = trial.fault(outputs)
         if found is not None:
             return found
-    return threads.fault()
+    return subject.threads.fault()
 
 
 def nothing_replaced(subject: Subject) -> str | None:
     """Clocks, torch, the judge and settings are as they were before the call."""
-    seal = Seal()
-    try:
-        subject.arena(40, 40).call()
-        return seal.broken()
-    finally:
-        seal.restore()
+    subject.arena(40, 40).call()
+    found = subject.seal.broken()
+    if found is not None:
+        subject.seal.restore()
+    return found
 
 
 # --- unusual tensors ------------------------------------------------------------------------------
@@ -235,13 +237,13 @@ def large_scores(subject: Subject) -> str | None:
 
 
 CHECKS: dict[str, Callable[[Subject], str | None]] = {
+    "nothing replaced": nothing_replaced,
     "other values in place": other_values,
     "a few other values": few_values,
     "storage moved": moved_storage,
     "inputs unchanged": inputs_kept,
     "results are the caller's": results_kept,
     "done when it returns": done_at_return,
-    "nothing replaced": nothing_replaced,
     "odd length": odd_length,
     "past 4096 keys": many_keys,
     "zeros": zeros,

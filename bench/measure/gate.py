@@ -24,18 +24,21 @@ from torch import Tensor
 
 from ...kernels.testing.tolerance import Expected, expected_of_model, measure
 from ..peers.candidates import Function, run_pass
-from .inputs import AttentionInputs, Index, Inputs, NormInputs, Outputs, Part, to_float64
+from .inputs import AttentionInputs, Inputs, NormInputs, Outputs, Part, Rows, to_float64
 from .models import ModelInputs
 
 # Times the error of the naive path that is timed.
 PEER_FACTORS = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 
+Cut = tuple[Any, Part | Rows | None]  # inputs, and the part that they are of the whole
+
+
 @dataclass(frozen=True)
 class Piece:
     """The expected values of a part of the outputs."""
 
-    parts: tuple[Index, ...] | None  # of each result; None where it is everything
+    parts: tuple[Any, ...] | None  # indices of each result; None where it is everything
     expected: tuple[Expected, ...]
 
 
@@ -55,7 +58,7 @@ class Gate:
         naive: Function,
         *,
         backward: bool,
-        pieces: Sequence[tuple[Any, Part | None]] | None = None,
+        pieces: Sequence[Cut] | None = None,
     ) -> None:
         self._inputs = inputs
         self._kind = kind
@@ -136,11 +139,11 @@ class Gate:
     def _exact(self, *, drops: bool) -> Iterator[Piece]:
         for whole_piece, part in self._cut():
             piece: Any = whole_piece if drops else replace(whole_piece, dropout_p=0.0)
-            if isinstance(piece, AttentionInputs) and part is not None:
+            if isinstance(piece, AttentionInputs) and isinstance(part, Part):
                 piece = piece.with_keep_mask(part)
             yield Piece(None if part is None else part.result_indices(), self._expected(piece))
 
-    def _cut(self) -> Iterable[tuple[Any, Part | None]]:
+    def _cut(self) -> Iterable[Cut]:
         return self._inputs.pieces() if self._cuts is None else self._cuts
 
     def _expected(self, piece: Inputs) -> tuple[Expected, ...]:

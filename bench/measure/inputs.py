@@ -23,6 +23,8 @@ SEED = 20170612
 # The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB,
 # of which the oracle holds nine at its peak.
 MAX_SCORES = 2**27
+ROWS = 3  # queries of every head that a recheck looks at
+ALL_SCORES = 2**18  # of a case that is small enough to look at all of it
 
 Outputs = tuple[Tensor, ...]
 Index = tuple[slice, slice]  # of batch elements and of heads
@@ -39,6 +41,16 @@ class Part(NamedTuple):
     def result_indices(self) -> tuple[Index, ...]:
         """Of out and of the gradients of q, k, v and the bias."""
         return self.queries, self.queries, self.keys, self.keys, self.bias
+
+
+class Rows(NamedTuple):
+    """Queries of a part of the inputs, of all heads and batch elements."""
+
+    rows: Tensor
+
+    def result_indices(self) -> tuple[Any, ...]:
+        """Of out."""
+        return ((slice(None), slice(None), self.rows),)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ class AttentionInputs:
         return torch.cat((self.k.detach().flatten(), self.v.detach().flatten()))
 
     def pieces(self) -> Iterator[tuple[AttentionInputs, Part | None]]:
-        """Something of the first and of the last batch element: what the gate looks at.
+        """What the gate looks at: all where that is small, or else something of the first and of
+        the last batch element.
 
         Batch elements and key heads do not depend on one another, and a float64 check of all of
         them would take longer than the measurement. Only a bias, whose gradient is summed over the
@@ -94,7 +107,16 @@ class AttentionInputs:
         """
         batch, heads, queries_len, _ = self.q.shape
         key_heads, keys_len = self.k.shape[1:3]
-        whole = heads * queries_len * keys_len <= MAX_SCORES and self.bias is None
+        one_element = heads * queries_len * keys_len
+        if batch * one_element <= min(MAX_SCORES, ALL_SCORES):
+            every = slice(0, batch)
+            part = Part(
+                *((every, slice(0, heads)), (every, slice(0, key_heads))),
+                (slice(0, 1), slice(0, heads)),
+            )
+            yield self._cut(part), part
+            return
+        whole = one_element <= MAX_SCORES and self.bias is None
         for is_last in (False, True):
             b = slice(batch - 1, batch) if is_last else slice(0, 1)
             if self.bias is not None:
@@ -115,6 +137,25 @@ class AttentionInputs:
         queries = slice(head * self.group, (head + 1) * self.group)
         part = Part((b, queries), (b, slice(head, head + 1)), (slice(0, 1), queries))
         return self._cut(part), part
+
+    def some_rows(self, draw: Random) -> tuple[AttentionInputs, Rows]:
+        """A few queries of every head of every batch element: of their output, all is known."""
+        length = self.q.shape[2]
+        rows = torch.tensor(sorted(draw.sample(range(length), min(ROWS, length))))
+        rows = rows.to(self.q.device)
+        allowed, bias = self.allowed, self.bias
+        if allowed is not None:
+            allowed = allowed.expand(-1, -1, length, -1)[:, :, rows]
+        piece = replace(
+            self,
+            q=self.q.detach()[:, :, rows].requires_grad_(),
+            d_out=self.d_out[:, :, rows],
+            allowed=allowed,
+            bias=None if bias is None else bias.detach()[:, :, rows],
+            causal=False,
+            dropout_p=0.0,
+        )
+        return piece, Rows(rows)
 
     def regions(self, part: Part | None) -> dict[str, Region]:
         """Of each tensor, the elements that any mask of a case lets reach the results of `part`."""

@@ -24,9 +24,11 @@ from ..peers.candidates import Function, measured_call, run_pass
 from .arena import CaseArena, Peek, peek
 from .cases import BACKWARD, Case
 from .gate import Gate
-from .inputs import Inputs, Outputs
+from .inputs import AttentionInputs, Inputs, Outputs
 from .timing import Between, Rounds
 
+# By the name of a candidate from elsewhere: what is taken before it is imported.
+Foreign = Mapping[str, tuple[Seal, Threads]]
 COPY = "copy"  # the yardstick among the calls that are timed; no candidate
 MOVES = 4  # the storage moves about once in so many rounds
 WAIT = 0.02  # seconds that work left behind by a foreign candidate gets to show
@@ -53,13 +55,12 @@ class Recheck(Rounds):
         make_gate: Callable[..., Gate],
         *,
         own: str,
-        foreign: Mapping[str, Threads],
-        seal: Seal | None,
+        foreign: Foreign,
         yardstick: Tensor | None = None,
     ) -> None:
         self._case, self._inputs = case, arena
         self._functions, self._make_gate = dict(functions), make_gate
-        self._own, self._foreign, self._seal = own, foreign, seal
+        self._own, self._foreign = own, foreign
         self._copy = None if yardstick is None else Arena({COPY: yardstick})
         self._random = Random()
         self._judged: int | None = None  # the key of the values that the round is judged on
@@ -94,7 +95,7 @@ class Recheck(Rounds):
     def _watch(self, name: str) -> None:
         """How much a foreign candidate's threads worked in the sample of another."""
         now = perf_counter()
-        for owner, threads in self._foreign.items():
+        for owner, (_, threads) in self._foreign.items():
             worked = threads.worked()
             if self._sampled not in (owner, None):
                 threads.others(now - self._since, worked - self._worked.get(owner, 0.0))
@@ -139,8 +140,12 @@ class Recheck(Rounds):
         self._put_judged()
         inputs = self._inputs.inputs
         gate = self._make_gate(inputs, pieces=[self._some_piece(inputs)])
+        rows = None
+        if isinstance(inputs, AttentionInputs):
+            some = inputs.some_rows(Random(self._piece))
+            rows = self._make_gate(inputs, backward=False, pieces=[some])
         for name, kept in self._kept.items():
-            fault = self._fault(name, kept, gate, inputs)
+            fault = self._fault(name, kept, gate, rows, inputs)
             if fault is not None:
                 self._stop(name, fault)
         self._judged, self._kept = None, {}
@@ -159,16 +164,19 @@ class Recheck(Rounds):
         peeks = peek(outputs, self._random) if name in self._foreign else []
         self._kept[name] = Kept(outputs, peeks, self._inputs.changed())
 
-    def _fault(self, name: str, kept: Kept, gate: Gate, inputs: Any) -> str | None:
+    def _fault(
+        self, name: str, kept: Kept, gate: Gate, rows: Gate | None, inputs: Any
+    ) -> str | None:
         if kept.changed is not None:
             return f"it changed its input {kept.changed}"
         if any(one.changed for one in kept.peeks):
             return "its result changed after the call had returned"
         if name in self._foreign:
-            broken = None if self._seal is None else self._seal.broken()
-            if broken is not None and self._seal is not None:
-                self._seal.restore()
-            found = broken or self._foreign[name].fault()
+            seal, threads = self._foreign[name]
+            found = seal.broken()
+            if found is not None:
+                seal.restore()
+            found = found or threads.fault()
             if found is not None:
                 return found
         is_peer, backward = name != self._own, self._case.backward
@@ -178,7 +186,10 @@ class Recheck(Rounds):
                 outputs = (*function(replace(inputs, dropout_p=0.0)), *outputs)
         if is_peer and inputs.dropout_p > 0.0:  # its own generator drops what no oracle can tell
             outputs = run_pass(function, replace(inputs, dropout_p=0.0), backward=backward)
-        return gate.judge(outputs, function, backward=backward, is_peer=is_peer, again=True)
+        found = gate.judge(outputs, function, backward=backward, is_peer=is_peer, again=True)
+        if found is None and rows is not None and (is_peer or inputs.dropout_p == 0.0):
+            found = rows.judge(outputs[:1], function, backward=False, is_peer=is_peer, again=True)
+        return found
 
     def _stop(self, name: str, fault: str) -> None:
         self.failed = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ from .inputs import AttentionInputs, Inputs, Outputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
 from .isolated import LostError, results
 from .models import ModelInputs
-from .recheck import COPY, Recheck
+from .recheck import COPY, Foreign, Recheck
 from .timing import Budget, Timer, Timing, interleave, timer_for
 
 NOT_A_MASK = ("cross", "decode", "dropout")  # what a kind says of its shape and its results
@@ -176,17 +176,17 @@ def run_cases(
     budget: Budget,
     limits: Limits,
     timer: Timer,
-    foreign: Collection[str] = (),
+    foreign: Foreign | None = None,
 ) -> Iterator[Row]:
     """The passes of one kind, shape and dtype: they share inputs and what was compiled.
 
-    `foreign`: names of candidates that are not of this project, whose conduct is examined too.
+    `foreign`: candidates that are not of this project, whose conduct is examined too.
     """
     arena = CaseArena(make_inputs(cases[0]))
     for number, case in enumerate(cases):
         if number:
             arena.arena.renew()  # what was found right of the last pass is right no more
-        yield _run_case(case, arena, functions, budget, limits, timer, foreign)
+        yield _run_case(case, arena, functions, budget, limits, timer, foreign or {})
         release_memory()
 
 
@@ -207,7 +207,7 @@ def _admit(
     arena: CaseArena,
     functions: Mapping[str, Function],
     make_gate: Callable[..., Gate],
-    foreign: Collection[str],
+    foreign: Foreign,
 ) -> _Admitted:
     """The gate: foreign candidates first, while there is nothing right that they could find."""
     found, gate, inputs = _Admitted(), make_gate(arena.inputs), arena.inputs
@@ -248,7 +248,7 @@ def _admit(
         outputs, is_peer = waiting.pop(name), name != ROWMAX
         fault = gate.judge(outputs, function, backward=case.backward, is_peer=is_peer)
         if fault is None and name in foreign:
-            fault = _conduct(function, case)
+            fault = _conduct(function, case, *foreign[name])
         if fault is None:
             call = measured_call(function, inputs, case.step)
             found.memory[name] = peak_bytes(call, case.suite.device)
@@ -265,7 +265,7 @@ def _admit(
     return found
 
 
-def _conduct(function: Function, case: Case) -> str | None:
+def _conduct(function: Function, case: Case, seal: Seal, threads: Threads) -> str | None:
     """What examination finds; of attention, for that is what has an interface for strangers."""
     if not case.suite.attention:
         return None
@@ -281,6 +281,8 @@ def _conduct(function: Function, case: Case) -> str | None:
             dtype=case.dtype,
             backward=case.backward,
             device=case.suite.device,
+            seal=seal,
+            threads=threads,
         )
     )
 
@@ -292,17 +294,16 @@ def _run_case(
     budget: Budget,
     limits: Limits,
     timer: Timer,
-    foreign: Collection[str],
+    foreign: Foreign,
 ) -> Row:
     """Gate first, then time what passed."""
 
     def make_gate(inputs: Inputs, **chosen: Any) -> Gate:
         unfused = naive(case.suite, case.kind)
-        return Gate(inputs, case.kind, unfused, backward=case.backward, **chosen)
+        return Gate(inputs, case.kind, unfused, **{"backward": case.backward, **chosen})
 
-    seal = Seal() if foreign else None
-    threads = {name: Threads() for name in foreign}
-    admitted = _admit(case, arena, functions, make_gate, foreign)
+    guards = {name: foreign[name] for name in foreign if name in functions}
+    admitted = _admit(case, arena, functions, make_gate, guards)
     faults, inputs = admitted.faults, arena.inputs
     yardstick = None
     if case.bound_by_memory and limits.copy_bytes is None:
@@ -310,8 +311,7 @@ def _run_case(
     rounds = Recheck(
         *(case, arena, admitted.functions, make_gate),
         own=ROWMAX,
-        foreign={name: threads[name] for name in foreign if name in admitted.functions},
-        seal=seal,
+        foreign={name: g for name, g in guards.items() if name in admitted.functions},
         yardstick=yardstick,
     )
     timings = interleave(rounds, budget, timer)

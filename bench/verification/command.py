@@ -15,6 +15,7 @@ from ...console import from_extra
 from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
+from ..conduct.seal import Seal
 from ..options import UsageError, check_outputs, listed, names_of, set_threads
 from . import suite
 from .implementations import Backend, Implementation, Sdpa
@@ -114,7 +115,8 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
             torch.empty(0, device=device)
         except Exception as error:
             raise UsageError(f"--device: {options.device} does not work here") from error
-        return [Sdpa(_function(options.function), options.function, device)]
+        seal = Seal()  # before anything of the module runs
+        return [Sdpa(_function(options.function), options.function, device, seal)]
     names = names_of("--backend", options.backend, dispatch.NAMES)
     if options.backend is None:
         names = suite.available()

@@ -13,6 +13,7 @@ from ...kernels import ALiBi, Causal, Mask
 from ...kernels.backends.dispatch import PREFERENCE
 from ...kernels.testing.oracle import AttentionCase, Kernel
 from ...kernels.testing.suite import ATTENTION_OPS, OPS
+from ..conduct.seal import Seal
 
 
 class DeclinedError(Exception):
@@ -79,9 +80,14 @@ class Sdpa:
     with_lse = False
 
     def __init__(
-        self, function: SdpaLike, name: str | None = None, device: torch.device | str = "cpu"
+        self,
+        function: SdpaLike,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+        seal: Seal | None = None,
     ) -> None:
         self.function = function
+        self.seal = seal or Seal()  # from before `function` was imported, where somebody took one
         self.name = str(name or getattr(function, "__qualname__", type(function).__name__))
         self.device = torch.device(device)
 

@@ -13,15 +13,20 @@ from torch import Tensor
 
 from ...kernels import Causal, KeyLengths
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
-from ...kernels.testing.oracle import AttentionCase, Results
+from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
 from ...kernels.testing.tolerance import Expected, faults_of
+from ..conduct import examine
+from ..conduct.seal import Seal
+from ..measure.inputs import AttentionInputs
 from .implementations import DeclinedError, Implementation, Sdpa
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
 DECODING = Shape(4, 4, 2, 1, 600, 32, 32)
 ROWS = (257, 96)
+# On the same tensors, with other values each: of a stranger's function, and of a backend.
+CALLS, OWN_CALLS = 150, 6
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str |
     """With v all ones, out is the sum of each row's weights."""
     case = _case(implementation, dtype)
     case = replace(case, v=torch.ones_like(case.v))
+    out = {"out": _results(implementation, case)["out"]}
     expected = {"out": case.expected["out"]}
     assert bool(((expected["out"].exact - 1).abs() < 1e-12).all())
-    out = {"out": _results(implementation, case)["out"]}
     return _fault(out, case, expected)
 
 
@@ -271,7 +276,8 @@ ROW_WISE = {
 def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     """The number of checks that `check` makes for each dtype."""
     here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    return sum(len(ATTENTION if op == "attention" else ROW_WISE) for op in here)
+    of_attention = len(ATTENTION) + len(examine.CHECKS)
+    return sum(of_attention if op == "attention" else len(ROW_WISE) for op in here)
 
 
 def check(
@@ -283,6 +289,9 @@ def check(
         if op == "attention":
             for name, attention_check in ATTENTION.items():
                 yield _checked(op, name, dtype, partial(attention_check, implementation, dtype))
+            subject = _subject(implementation, dtype)
+            for name, conduct_check in examine.CHECKS.items():
+                yield _checked(op, name, dtype, partial(conduct_check, subject))
         else:
             for name, row_check in ROW_WISE.items():
                 yield _checked(op, name, dtype, partial(row_check, implementation, op, dtype))
@@ -296,6 +305,22 @@ def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | Non
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return Invariant(op, name, dtype, f"{type(error).__name__}: {first}")
+
+
+def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subject:
+    kernel = implementation.kernel("attention")
+
+    def function(inputs: AttentionInputs) -> tuple[Tensor, ...]:
+        return outputs_of(kernel(inputs.q, inputs.k, inputs.v))[:1]
+
+    foreign = isinstance(implementation, Sdpa)
+    return examine.Subject(
+        function,
+        dtype=dtype,
+        device=implementation.device.type,
+        calls=CALLS if foreign else OWN_CALLS,
+        seal=implementation.seal if isinstance(implementation, Sdpa) else Seal(),
+    )
 
 
 def _case(
