@@ -22,8 +22,7 @@ from ..measure.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case, Shape, Suit
 from ..measure.gate import Gate
 from ..measure.inputs import Inputs, Outputs, make_inputs
 from ..peers.candidates import Function, naive, run_pass
-from .seal import Seal
-from .threads import Threads
+from .guard import Guard
 
 WAIT = 0.02  # seconds that work left behind gets to show
 ODD, LONG = 83, 4099  # no multiple of anything; beyond 4096
@@ -44,8 +43,7 @@ class Subject:
     device: str = "cpu"
     calls: int = 150  # on the same tensors, with other values each
     random: Random = field(default_factory=Random)
-    seal: Seal = field(default_factory=Seal)  # from before its first call
-    threads: Threads = field(default_factory=Threads)
+    guard: Guard = field(default_factory=Guard)  # from before its first call
 
     @property
     def suite(self) -> Suite:
@@ -181,16 +179,13 @@ def done_at_return(subject: Subject) -> str | None:
         found = trial.fault(outputs)
         if found is not None:
             return found
-    return subject.threads.fault()
+    return subject.guard.threads.fault()
 
 
 def nothing_replaced(subject: Subject) -> str | None:
-    """Clocks, torch, the judge and settings are as they were before the call."""
+    """Clocks, torch, the judge and settings are as before the call, and no thread works."""
     subject.arena(40, 40).call()
-    found = subject.seal.broken()
-    if found is not None:
-        subject.seal.restore()
-    return found
+    return subject.guard.fault()
 
 
 # --- unusual tensors ------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ _SETTERS: dict[str, Any] = {
     "denormal numbers": lambda wanted: torch.set_flush_denormal(not wanted),
     "the CPUs of the process": lambda cpus: os.sched_setaffinity(0, cpus),
 }
+# torch's compiler replaces it when it is loaded, which is not before something is compiled.
+_REPLACED_BY_TORCH = "torch.manual_seed"
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
@@ -131,5 +133,5 @@ def _functions() -> Iterator[tuple[str, Any, str, Any]]:
 def _members(name: str, owner: Any) -> Iterator[tuple[str, Any, str, Any]]:
     """A Python function counts with its code, which can be replaced as well."""
     for label, value in tuple(vars(owner).items()):
-        if isinstance(value, _FUNCTIONS):
+        if isinstance(value, _FUNCTIONS) and f"{name}.{label}" != _REPLACED_BY_TORCH:
             yield f"{name}.{label}", owner, label, (value, getattr(value, "__code__", None))

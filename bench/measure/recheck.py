@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..conduct.arena import Arena
-from ..conduct.seal import Seal
-from ..conduct.threads import Threads
+from ..conduct.guard import Guard
 from ..peers.candidates import Function, measured_call, run_pass
 from .arena import CaseArena, Peek, peek
 from .cases import BACKWARD, Case
@@ -27,8 +26,8 @@ from .gate import Gate
 from .inputs import AttentionInputs, Inputs, Outputs
 from .timing import Between, Rounds
 
-# By the name of a candidate from elsewhere: what is taken before it is imported.
-Foreign = Mapping[str, tuple[Seal, Threads]]
+# Candidates from elsewhere, by their names.
+Foreign = Mapping[str, Guard]
 COPY = "copy"  # the yardstick among the calls that are timed; no candidate
 MOVES = 4  # the storage moves about once in so many rounds
 WAIT = 0.02  # seconds that work left behind by a foreign candidate gets to show
@@ -95,7 +94,8 @@ class Recheck(Rounds):
     def _watch(self, name: str) -> None:
         """How much a foreign candidate's threads worked in the sample of another."""
         now = perf_counter()
-        for owner, (_, threads) in self._foreign.items():
+        for owner, guard in self._foreign.items():
+            threads = guard.threads
             worked = threads.worked()
             if self._sampled not in (owner, None):
                 threads.others(now - self._since, worked - self._worked.get(owner, 0.0))
@@ -172,11 +172,7 @@ class Recheck(Rounds):
         if any(one.changed for one in kept.peeks):
             return "its result changed after the call had returned"
         if name in self._foreign:
-            seal, threads = self._foreign[name]
-            found = seal.broken()
-            if found is not None:
-                seal.restore()
-            found = found or threads.fault()
+            found = self._foreign[name].fault()
             if found is not None:
                 return found
         is_peer, backward = name != self._own, self._case.backward

@@ -14,8 +14,7 @@ import torch
 
 from ...kernels.testing.memory import peak_bytes
 from ..conduct import clocks, examine
-from ..conduct.seal import Seal
-from ..conduct.threads import Threads
+from ..conduct.guard import Guard
 from ..machine.host import Limits
 from ..peers.candidates import (
     ROWMAX,
@@ -248,7 +247,7 @@ def _admit(
         outputs, is_peer = waiting.pop(name), name != ROWMAX
         fault = gate.judge(outputs, function, backward=case.backward, is_peer=is_peer)
         if fault is None and name in foreign:
-            fault = _conduct(function, case, *foreign[name])
+            fault = _conduct(function, case, foreign[name])
         if fault is None:
             call = measured_call(function, inputs, case.step)
             found.memory[name] = peak_bytes(call, case.suite.device)
@@ -265,15 +264,16 @@ def _admit(
     return found
 
 
-def _conduct(function: Function, case: Case, seal: Seal, threads: Threads) -> str | None:
+def _conduct(function: Function, case: Case, guard: Guard) -> str | None:
     """What examination finds; of attention, for that is what has an interface for strangers."""
     if not case.suite.attention:
         return None
     sizes = case.sizes
     key_heads = sizes.heads // GROUP if "gqa" in case.parts else sizes.key_heads
     kind = "+".join(part for part in case.kind.split("+") if part not in NOT_A_MASK) or "full"
-    return examine.fault_of(
-        examine.Subject(
+    asked = kind, sizes.heads, key_heads, sizes.head_size, case.dtype, case.backward
+    if asked not in guard.examined:
+        subject = examine.Subject(
             function,
             kind=kind,
             heads=(sizes.heads, key_heads),
@@ -281,10 +281,10 @@ def _conduct(function: Function, case: Case, seal: Seal, threads: Threads) -> st
             dtype=case.dtype,
             backward=case.backward,
             device=case.suite.device,
-            seal=seal,
-            threads=threads,
+            guard=guard,
         )
-    )
+        guard.examined[asked] = examine.fault_of(subject)
+    return guard.examined[asked]
 
 
 def _run_case(

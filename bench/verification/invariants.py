@@ -15,11 +15,12 @@ from ...kernels import Causal, KeyLengths
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
 from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
-from ...kernels.testing.tolerance import Expected, faults_of
+from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
-from ..conduct.seal import Seal
+from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
-from .implementations import DeclinedError, Implementation, Sdpa
+from .contracts import Contract
+from .implementations import DeclinedError, Implementation, Sdpa, contract_of
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
@@ -38,6 +39,12 @@ class Invariant:
     dtype: torch.dtype
     fault: str | None
     declined: str | None = None
+    promised: bool = True  # by the contract that it is held to; else a fault is no failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is not as it was promised."""
+        return self.promised and not self.passed
 
     @property
     def passed(self) -> bool:
@@ -50,6 +57,7 @@ class Invariant:
             "dtype": dtype_text(self.dtype),
             "fault": self.fault,
             "declined": self.declined,
+            "promised": self.promised,
         }
 
 
@@ -63,7 +71,7 @@ def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str |
     out = {"out": _results(implementation, case)["out"]}
     expected = {"out": case.expected["out"]}
     assert bool(((expected["out"].exact - 1).abs() < 1e-12).all())
-    return _fault(out, case, expected)
+    return _fault(implementation, out, case, expected)
 
 
 def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -79,7 +87,7 @@ def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | N
     for name in ("d_k", "d_v"):
         results[name] = results[name][:, :, back]
     results["d_bias"] = results["d_bias"][..., back]
-    return _fault(results, case)
+    return _fault(implementation, results, case)
 
 
 def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -95,7 +103,7 @@ def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | 
         name: expected._replace(magnitude=magnitudes[name].magnitude)
         for name, expected in case.expected.items()
     }
-    return _fault(results, case, unshifted)
+    return _fault(implementation, results, shifted, unshifted)
 
 
 def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -283,28 +291,34 @@ def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
 def check(
     implementation: Implementation, ops: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[Invariant]:
+    contract = contract_of(implementation)
     for op in ops:
         if op not in implementation.ops or op == "attention_varlen":
             continue
         if op == "attention":
             for name, attention_check in ATTENTION.items():
-                yield _checked(op, name, dtype, partial(attention_check, implementation, dtype))
+                run = partial(attention_check, implementation, dtype)
+                yield _checked(op, name, dtype, run, contract)
             subject = _subject(implementation, dtype)
             for name, conduct_check in examine.CHECKS.items():
-                yield _checked(op, name, dtype, partial(conduct_check, subject))
+                yield _checked(op, name, dtype, partial(conduct_check, subject), contract)
         else:
             for name, row_check in ROW_WISE.items():
-                yield _checked(op, name, dtype, partial(row_check, implementation, op, dtype))
+                run = partial(row_check, implementation, op, dtype)
+                yield _checked(op, name, dtype, run, contract)
 
 
-def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]) -> Invariant:
+def _checked(
+    op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None], contract: Contract
+) -> Invariant:
+    promised = name not in contract.invariants
     try:
-        return Invariant(op, name, dtype, run())
+        return Invariant(op, name, dtype, run(), promised=promised)
     except DeclinedError as error:
-        return Invariant(op, name, dtype, None, str(error))
+        return Invariant(op, name, dtype, None, str(error), promised)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        return Invariant(op, name, dtype, f"{type(error).__name__}: {first}")
+        return Invariant(op, name, dtype, f"{type(error).__name__}: {first}", promised=promised)
 
 
 def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subject:
@@ -313,13 +327,12 @@ def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subj
     def function(inputs: AttentionInputs) -> tuple[Tensor, ...]:
         return outputs_of(kernel(inputs.q, inputs.k, inputs.v))[:1]
 
-    foreign = isinstance(implementation, Sdpa)
     return examine.Subject(
         function,
         dtype=dtype,
         device=implementation.device.type,
-        calls=CALLS if foreign else OWN_CALLS,
-        seal=implementation.seal if isinstance(implementation, Sdpa) else Seal(),
+        calls=CALLS if isinstance(implementation, Sdpa) else OWN_CALLS,
+        guard=implementation.guard if isinstance(implementation, Sdpa) else Guard(),
     )
 
 
@@ -362,10 +375,16 @@ def _results(
 
 
 def _fault(
-    results: Results, case: AttentionCase, expected: dict[str, Expected] | None = None
+    implementation: Implementation,
+    results: Results,
+    case: AttentionCase,
+    expected: dict[str, Expected] | None = None,
 ) -> str | None:
-    found = faults_of(results, expected or case.expected, case.sum_dtype)
-    return found[0] if found else None
+    """Of the results of `case`, which are to be `expected`, by default its own."""
+    contract = contract_of(implementation)
+    held_to = contract.expected(case, expected or case.expected)
+    found = accuracies(results, held_to, case.sum_dtype, contract.factor(case.q.dtype))
+    return next((f"{one.tensor}: {one.fault}" for one in found if one.fault is not None), None)
 
 
 def _difference(got: Results, expected: Results) -> str | None:

@@ -8,6 +8,7 @@ from ...kernels.testing.cases import dtype_text
 from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS
 from ..render.charts import columns, strips
 from ..render.document import Section, page
+from .invariants import Invariant
 from .outcome import Findings, Report
 
 MAX_FAILURES = 100
@@ -70,11 +71,17 @@ def _implementation(findings: Findings) -> Section:
     figures = [*_ratios(findings), *_histograms(findings)] if findings.runs else []
     head = ["function", "invariant", "dtype", "holds"] if findings.invariants else []
     rows = [
-        [one.op, one.name, dtype_text(one.dtype), "✓" if one.passed else f"✗ {one.fault}"]
+        [one.op, one.name, dtype_text(one.dtype), _mark(one)]
         for one in findings.invariants
         if one.declined is None
     ]
     return Section(findings.name, figures=figures, head=head, rows=rows)
+
+
+def _mark(one: Invariant) -> str:
+    if one.passed:
+        return "✓"
+    return f"✗ {one.fault}" if one.promised else f"not promised: {one.fault}"
 
 
 def _ratios(findings: Findings) -> Iterator[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...kernels.testing.cases import NamedCase
 from ...kernels.testing.tolerance import Accuracy, accuracies
-from .implementations import DeclinedError, Implementation
+from .implementations import DeclinedError, Implementation, contract_of
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,16 @@ class Run:
     accuracies: tuple[Accuracy, ...] = ()
     declined: str | None = None  # the implementation does not do this
     error: str | None = None  # it raised an error
+    promised: bool = True  # by the contract that it is held to; else a fault is no failure
 
     @property
     def passed(self) -> bool:
         return self.error is None and all(found.fault is None for found in self.accuracies)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is not as it was promised."""
+        return self.promised and not self.passed
 
     @property
     def ratio(self) -> float:
@@ -34,6 +40,8 @@ class Run:
 
 def run(case: NamedCase, implementation: Implementation) -> Run:
     """An error that the implementation raises is a result, not the end of the run."""
+    contract = contract_of(implementation)
+    promised = case.kind not in contract.kinds
     test_case = case.case(with_lse=implementation.with_lse)
     try:
         results = test_case.run(implementation.kernel(case.op), implementation.device)
@@ -41,5 +49,8 @@ def run(case: NamedCase, implementation: Implementation) -> Run:
         return Run(case, declined=str(error))
     except Exception as error:
         lines = str(error).splitlines() or [""]
-        return Run(case, error=f"{type(error).__name__}: {lines[0]}")
-    return Run(case, accuracies(results, test_case.expected, test_case.sum_dtype))
+        return Run(case, error=f"{type(error).__name__}: {lines[0]}", promised=promised)
+    expected = contract.expected(test_case, test_case.expected)
+    factor = contract.factor(case.dtype)
+    found = accuracies(results, expected, test_case.sum_dtype, factor)
+    return Run(case, found, promised=promised)

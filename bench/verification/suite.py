@@ -17,6 +17,7 @@ from ...kernels.testing.cases import NamedCase, Shape, dtype_text
 from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases
 from ..machine.host import describe
 from . import invariants, mutation
+from .contracts import CONTRACTS
 from .implementations import Backend, Implementation, Sdpa, SdpaLike
 from .outcome import Findings, Report
 from .runs import Run
@@ -37,6 +38,7 @@ class Settings:
     checks: tuple[str, ...] = CHECKS
     shapes: tuple[Shape, ...] = ()  # of attention, in place of the suite's own
     quick: bool = False
+    contract: str = "rowmax"  # of CONTRACTS
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class Settings:
             "checks": list(self.checks),
             "shapes": [list(shape) for shape in self.shapes],
             "quick": self.quick,
+            "contract": self.contract,
         }
 
 
@@ -68,6 +71,7 @@ def verify(
     checks: Sequence[str] | None = None,
     shapes: Sequence[Sequence[int]] = (),
     quick: bool = False,
+    contract: str = "rowmax",
     device: torch.device | str = "cpu",
     listener: Listener | None = None,
 ) -> Report:
@@ -86,6 +90,8 @@ def verify(
         checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",
             "mutations" (of kernels broken on purpose: whether the suite notices); all when None.
         shapes: (B, Hq, Hkv, Lq, Lk, D, Dv) each, for attention in place of the suite's own.
+        contract: "rowmax", or "torch" for what promises no more than torch's functions do: what
+            is not promised is reported, but is no failure.
         quick: fewer shapes and dtypes: less than a minute once kernels are compiled.
 
     Returns:
@@ -105,12 +111,16 @@ def verify(
         checks=_names("checks", checks, CHECKS),
         shapes=tuple(sizes_of(shape) for shape in shapes),
         quick=quick,
+        contract=_names("contract", (contract,), tuple(CONTRACTS))[0],
     )
+    if function is None and contract != "rowmax":
+        raise ValueError(f"verify: contract: backends have rowmax's, got {contract!r}")
     implementations: list[Implementation]
     if function is None:
         implementations = list(map(Backend, available(backends)))
     else:
-        implementations = [Sdpa(function, name, device)]
+        held_to = CONTRACTS[settings.contract]
+        implementations = [Sdpa(function, name, device, contract=held_to)]
         attention = tuple(op for op in settings.ops if op == "attention")
         settings = replace(settings, ops=attention)
     return run(implementations, settings, listener or Listener())

@@ -15,6 +15,7 @@ from .outcome import Findings, Report
 from .runs import Run
 
 WIDTH = 100
+_NOT_PROMISED = "n.p."
 MAX_FAILURES = 20  # of an implementation that are listed; the JSON holds all
 
 
@@ -57,6 +58,11 @@ def implementation_lines(findings: Findings) -> list[str]:
         found += _histogram_table(findings)
     if findings.invariants:
         found += _invariant_table(findings)
+    unkept = findings.not_promised
+    if unkept:
+        found.append(f"n.p.: not promised by the contract asked for: {len(unkept)}")
+        for text in unkept[:MAX_FAILURES]:
+            found += _wrapped(text, "  ")
     failures = findings.failures
     if failures:
         found.append(f"failures: {len(failures)}")
@@ -108,8 +114,10 @@ def _cell(runs: Iterable[Run]) -> str:
     runs = [run for run in runs if run.declined is None]
     if not runs:
         return "-"
-    if not all(run.passed for run in runs):
+    if any(run.failed for run in runs):
         return "FAIL"
+    if not all(run.passed for run in runs):
+        return _NOT_PROMISED
     ratio = max(run.ratio for run in runs)
     return f"{ratio:.2f}" + ("+" if ratio > FACTOR else "")
 
@@ -159,6 +167,8 @@ def _invariant_table(findings: Findings) -> list[str]:
     cells: dict[tuple[str, str], dict[torch.dtype, str]] = {}
     for found in findings.invariants:
         text = "-" if found.declined is not None else "ok" if found.passed else "FAIL"
+        if not found.passed and not found.promised:
+            text = _NOT_PROMISED
         cells.setdefault((found.op, found.name), {})[found.dtype] = text
     columns = "".join(f"{dtype_text(dtype):>10}" for dtype in dtypes)
     result = ["", f"{'invariants':<40}{columns}"]
