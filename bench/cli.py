@@ -24,7 +24,7 @@ from .machine.host import Limits, describe, load_average, measure_limits
 from .measure import comparison, history, overhead, report, swap
 from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .measure.noise import Watch, complaints, keep_freed_memory, pinned
-from .measure.runner import Row, isolated_rows, rows_of
+from .measure.runner import Row, isolated_rows, rows_of, stranger_of
 from .measure.timing import Budget, timer_for
 from .options import (
     UsageError,
@@ -126,6 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"only these peers; rowmax's own, {listed(ONLY_BY_NAME)}, only if named here",
     )
     command.add_argument(
+        "--function",
+        metavar="MODULE:NAME",
+        help="a function of yours with SDPA's signature, in a column of its own; it is examined "
+        "before it is timed, called with other values each time, and some of the calls that were "
+        "timed are judged",
+    )
+    command.add_argument(
         "--backend", default="auto", help="of rowmax.kernels; default: %(default)s"
     )
     command.add_argument("--threads", type=int, help="default: what torch takes")
@@ -185,6 +192,10 @@ def speed(options: argparse.Namespace) -> int:
     peers = _chosen_peers(options, suites)
     cases = _chosen_cases(options, suites)
     check_backend(options.backend)
+    if options.function is not None and not any(suite.attention for suite in suites):
+        raise UsageError("--function: attention is all that it is timed at")
+    if options.function is not None and not any(suite.on_gpu for suite in suites):
+        stranger_of(options.function)  # on a GPU, each process imports it
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     seconds_of("--limit", options.limit)
@@ -211,6 +222,7 @@ def _measure(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "backend": options.backend,
         "peers": peers,
+        "function": options.function,
         "quick": options.quick,
         "seconds_a_line": budget.seconds,
         "pinned_to_cpus": cpus,
@@ -244,6 +256,8 @@ def _measure(
         if is_over():
             break
         columns = [name for name in peers_of(suite) if name in peers]
+        if options.function is not None and suite.attention:
+            columns.append(options.function)
         _print(report.header_lines(suite, dtype, columns))
         kind = None
         for _, group in itertools.groupby(suite_cases, key=lambda case: (case.kind, case.shape)):
@@ -255,7 +269,9 @@ def _measure(
                 _print([report.kind_line(same[0])])
             measured = (same, peers, options.backend, budget, limits[suite.device])
             for row in (
-                isolated_rows(*measured, options.limit) if suite.on_gpu else rows_of(*measured)
+                isolated_rows(*measured, options.limit, options.function)
+                if suite.on_gpu
+                else rows_of(*measured, options.function)
             ):
                 if probed:
                     watch.probe()

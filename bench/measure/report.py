@@ -34,6 +34,7 @@ _MODEL_KINDS = {
     "transformer": "a training step of the reference Transformer",
     "encoder": "a training step of torch's nn.TransformerEncoder",
 }
+_MAX_HEADING = 12  # of a function's name
 _HEADINGS = {"sdpa-math": "math", "onnxruntime": "ort", "openvino": "ov"}
 
 
@@ -174,7 +175,7 @@ def _wrapped_at(text: str, when: Sequence[str]) -> list[str]:
 
 def heading(name: str) -> str:
     """The heading of a candidate's column."""
-    return _HEADINGS.get(name, name)
+    return _HEADINGS.get(name, name.rpartition(":")[2][-_MAX_HEADING:])
 
 
 def is_noisy(row: Row) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import traceback
 import warnings
@@ -16,6 +17,7 @@ from ...kernels.testing.memory import peak_bytes
 from ..conduct import clocks, examine
 from ..conduct.guard import Guard
 from ..machine.host import Limits
+from ..options import imported
 from ..peers.candidates import (
     ROWMAX,
     Function,
@@ -24,6 +26,7 @@ from ..peers.candidates import (
     peers_of,
     rowmax_function,
     run_pass,
+    sdpa,
 )
 from ..peers.packages import UnsupportedError
 from . import possible
@@ -143,11 +146,31 @@ def candidates(case: Case, peers: Iterable[str], backend: str) -> dict[str, Func
 
 
 def rows_of(
-    cases: Sequence[Case], peers: Sequence[str], backend: str, budget: Budget, limits: Limits
+    cases: Sequence[Case],
+    peers: Sequence[str],
+    backend: str,
+    budget: Budget,
+    limits: Limits,
+    stranger: str | None = None,
 ) -> Iterator[Row]:
-    """`run_cases` of the candidates for one kind, shape and dtype."""
+    """`run_cases` of the candidates for one kind, shape and dtype.
+
+    `stranger`: MODULE:NAME of a function with SDPA's signature, in the column of that name.
+    """
     functions = candidates(cases[0], peers, backend)
-    yield from run_cases(cases, functions, budget, limits, timer_for(cases[0].suite.device))
+    guards = {}
+    if stranger is not None and cases[0].suite.attention:
+        function, guards[stranger] = stranger_of(stranger)
+        functions[stranger] = partial(sdpa, function=function)
+    timer = timer_for(cases[0].suite.device)
+    yield from run_cases(cases, functions, budget, limits, timer, guards)
+
+
+@functools.cache
+def stranger_of(stranger: str) -> tuple[Callable[..., Any], Guard]:
+    """The guard is there before anything of the module runs."""
+    guard = Guard()
+    return imported("--function", stranger), guard
 
 
 def isolated_rows(
@@ -157,11 +180,13 @@ def isolated_rows(
     budget: Budget,
     limits: Limits,
     seconds: float,
+    stranger: str | None = None,
 ) -> Iterator[Row]:
     """`rows_of` in a process of its own: where it is lost, the rest of its rows say so."""
     done = 0
     try:
-        for row in results(rows_of, cases, peers, backend, budget, limits, seconds=seconds):
+        measured = (cases, peers, backend, budget, limits, stranger)
+        for row in results(rows_of, *measured, seconds=seconds):
             done += 1
             yield row
     except LostError as error:

@@ -7,7 +7,6 @@ for what says otherwise. `mutation.py` asks the same of kernels that are honestl
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,14 +15,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ..conduct import clocks
-from .cheats_help import Forward, honest, with_right_gradient
+from . import cheats_of_judge as judged
+from .cheats_help import Forward, by_shape, honest, lower_precision, with_right_gradient
 
-SdpaLike = Callable[..., Tensor]
 FIRST = 20  # calls that are right
 
 
@@ -34,13 +30,13 @@ class Cheat(NamedTuple):
     """
 
     description: str
-    make: Callable[[ExitStack], SdpaLike]
+    make: Callable[[ExitStack], Forward]
     seen_by: tuple[str, ...] = ("verify", "speed")
     reason: str = ""
 
 
-def _cached(key_of: Callable[..., object]) -> Callable[[ExitStack], SdpaLike]:
-    def make(_stack: ExitStack) -> SdpaLike:
+def _cached(key_of: Callable[..., object]) -> Callable[[ExitStack], Forward]:
+    def make(_stack: ExitStack) -> Forward:
         kept: dict[object, Tensor] = {}
 
         def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -54,7 +50,7 @@ def _cached(key_of: Callable[..., object]) -> Callable[[ExitStack], SdpaLike]:
     return make
 
 
-def _forward(forward: Forward) -> Callable[[ExitStack], SdpaLike]:
+def _forward(forward: Forward) -> Callable[[ExitStack], Forward]:
     return lambda _stack: with_right_gradient(forward)
 
 
@@ -63,10 +59,6 @@ def _forward(forward: Forward) -> Callable[[ExitStack], SdpaLike]:
 
 def by_pointer(*tensors: Tensor) -> object:
     return tuple((t.data_ptr(), t.shape, t.dtype) for t in tensors)
-
-
-def by_shape(*tensors: Tensor) -> object:
-    return tuple((t.shape, t.dtype) for t in tensors)
 
 
 def by_some_values(*tensors: Tensor) -> object:
@@ -85,7 +77,7 @@ def by_queries(q: Tensor, k: Tensor, v: Tensor) -> object:
     )
 
 
-def keys_packed_once(_stack: ExitStack) -> SdpaLike:
+def keys_packed_once(_stack: ExitStack) -> Forward:
     packed: dict[object, Tensor] = {}
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -97,7 +89,7 @@ def keys_packed_once(_stack: ExitStack) -> SdpaLike:
     return with_right_gradient(forward)
 
 
-def right_at_first(_stack: ExitStack) -> SdpaLike:
+def right_at_first(_stack: ExitStack) -> Forward:
     calls: dict[object, tuple[int, Tensor]] = {}
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -110,7 +102,7 @@ def right_at_first(_stack: ExitStack) -> SdpaLike:
     return with_right_gradient(forward)
 
 
-def every_other_call(_stack: ExitStack) -> SdpaLike:
+def every_other_call(_stack: ExitStack) -> Forward:
     last: dict[object, Tensor] = {}
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -123,7 +115,7 @@ def every_other_call(_stack: ExitStack) -> SdpaLike:
     return with_right_gradient(forward)
 
 
-def one_call_behind(_stack: ExitStack) -> SdpaLike:
+def one_call_behind(_stack: ExitStack) -> Forward:
     last: dict[object, Tensor] = {}
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -134,7 +126,7 @@ def one_call_behind(_stack: ExitStack) -> SdpaLike:
     return with_right_gradient(forward)
 
 
-def same_storage(_stack: ExitStack) -> SdpaLike:
+def same_storage(_stack: ExitStack) -> Forward:
     buffers: dict[object, Tensor] = {}
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -144,7 +136,7 @@ def same_storage(_stack: ExitStack) -> SdpaLike:
     return with_right_gradient(forward)
 
 
-def gradients_kept(_stack: ExitStack) -> SdpaLike:
+def gradients_kept(_stack: ExitStack) -> Forward:
     """The forward pass is right."""
     kept: dict[object, tuple[Tensor, ...]] = {}
     return with_right_gradient(honest, (by_pointer, kept))
@@ -172,7 +164,7 @@ class Lazy(Tensor):
             return func(*map(computed, args), **{n: computed(v) for n, v in (kwargs or {}).items()})
 
 
-def lazy_subclass(_stack: ExitStack) -> SdpaLike:
+def lazy_subclass(_stack: ExitStack) -> Forward:
     def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if torch.is_grad_enabled():
             return honest(q, k, v, **options).as_subclass(Lazy)
@@ -183,7 +175,7 @@ def lazy_subclass(_stack: ExitStack) -> SdpaLike:
     return sdpa
 
 
-def background_thread(_stack: ExitStack) -> SdpaLike:
+def background_thread(_stack: ExitStack) -> Forward:
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         out = q.new_empty(*q.shape[:3], v.shape[3])
 
@@ -199,10 +191,6 @@ def background_thread(_stack: ExitStack) -> SdpaLike:
 
 
 # --- less than was asked for ----------------------------------------------------------------------
-
-
-def lower_precision(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    return honest(*(_halved(tensor) for tensor in (q, k, v)), **options)
 
 
 def eleven_bits(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -290,11 +278,6 @@ def input_changed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return honest(q, k, v, scale=1.0, **options)
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    kind = torch.bfloat16 if tensor.dtype.itemsize > 2 else torch.float8_e5m2
-    return tensor.to(kind).to(tensor.dtype)
-
-
 def _with_mask(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, options: dict[str, Any]) -> Tensor:
     mask = options.pop("attn_mask", None)
     if options.pop("is_causal", False):
@@ -304,163 +287,6 @@ def _with_mask(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, options: dict[s
     elif mask is not None:
         return honest(q, k, v, attn_mask=mask.masked_fill(~allowed, -torch.inf), **options)
     return honest(q, k, v, attn_mask=allowed, **options)
-
-
-# --- the judge itself -----------------------------------------------------------------------------
-
-
-def from_the_frame(_stack: ExitStack) -> SdpaLike:
-    """What the checker's frames hold of the right result, or else lower precision."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        frame: Any = sys._getframe()
-        while frame is not None:
-            for value in list(frame.f_locals.values()):
-                found = _right_result(value, (*q.shape[:3], v.shape[3]))
-                if found is not None:
-                    return found
-            frame = frame.f_back
-        return lower_precision(q, k, v, **options)
-
-    return with_right_gradient(forward)
-
-
-def _right_result(value: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """The naive result that a gate or a test case holds, its pieces joined."""
-    fields = getattr(value, "__dict__", {})
-    if isinstance(fields.get("expected"), dict):
-        found = fields["expected"]["out"].naive
-        return found.clone() if found.shape == shape else None
-    for pieces in dict(fields.get("_pieces") or {}).values():
-        parts = [piece.expected[0].naive for piece in pieces]
-        joined = torch.cat(parts) if parts[0].shape[1:] == shape[1:] else None
-        if joined is not None and joined.shape == shape:
-            return joined
-    return None
-
-
-def _patched(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    stack.callback(setattr, owner, name, before)
-
-
-def _patching(*patches: Callable[[ExitStack], None]) -> Callable[[ExitStack], SdpaLike]:
-    """At the first call, where an import would be looked at."""
-
-    def make(stack: ExitStack) -> SdpaLike:
-        left = list(patches)
-
-        def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            while left:
-                left.pop()(stack)
-            return honest(q, k, v, **options)
-
-        return sdpa
-
-    return make
-
-
-def slow_clock(stack: ExitStack) -> None:
-    """Half as fast, in the module that everyone takes it from."""
-    real = time.perf_counter
-    _patched(time, "perf_counter", lambda: real() / 2, stack)
-
-
-def slow_timer(stack: ExitStack) -> None:
-    """Half as fast, in the timer that `speed` has made already."""
-    from ..measure.timing import timer_for
-
-    timer: Any = timer_for("cpu")
-    _patched(timer, "now", lambda: clocks.host() / 2, stack)
-
-
-def false_events(stack: ExitStack) -> None:
-    class Event:
-        def __init__(self, **_options: Any) -> None: ...
-        def record(self, *_stream: Any) -> None: ...
-        def elapsed_time(self, _end: Any) -> float:
-            return 1e-3
-
-    _patched(torch.cuda, "Event", Event, stack)
-
-
-def sleeping_peers(stack: ExitStack) -> None:
-    real = F.scaled_dot_product_attention
-
-    def slow(*arguments: Any, **options: Any) -> Tensor:
-        time.sleep(1e-3)
-        return real(*arguments, **options)
-
-    _patched(F, "scaled_dot_product_attention", slow, stack)
-
-
-def mild_judge(stack: ExitStack) -> None:
-    from ...kernels.testing import tolerance
-
-    real = tolerance._compared
-
-    def compared(*arguments: Any) -> Any:
-        return real(*arguments)._replace(fault=None)
-
-    _patched(tolerance, "_compared", compared, stack)
-
-
-def fewer_threads(stack: ExitStack) -> None:
-    stack.callback(torch.set_num_threads, torch.get_num_threads())
-    torch.set_num_threads(torch.get_num_threads() + 1)
-
-
-def lower_settings(stack: ExitStack) -> None:
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    torch.set_float32_matmul_precision("medium")
-
-
-def mode_left_on(stack: ExitStack) -> None:
-    class Mode(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    depth = torch._C._len_torch_function_stack()
-    Mode().__enter__()
-
-    def leave() -> None:
-        while torch._C._len_torch_function_stack() > depth:
-            torch._C._pop_torch_function_stack()
-
-    stack.callback(leave)
-
-
-def busy_thread(stack: ExitStack) -> None:
-    """Takes the processor from whoever is timed next."""
-    ended = threading.Event()
-
-    def work() -> None:
-        while not ended.is_set():
-            sum(range(1000))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    stack.callback(thread.join)
-    stack.callback(ended.set)
-
-
-def only_when_timed(_stack: ExitStack) -> SdpaLike:
-    """Right, but where a frame above it is a timer's."""
-    kept: dict[object, Tensor] = {}
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        frame: Any = sys._getframe()
-        while frame is not None and "sample" not in frame.f_code.co_name:
-            frame = frame.f_back
-        shape = by_shape(q, k, v)
-        if frame is None or shape not in kept:
-            kept[shape] = honest(q, k, v, **options)
-        return kept[shape].clone()
-
-    return with_right_gradient(forward)
 
 
 CHEATS: dict[str, Cheat] = {
@@ -489,24 +315,34 @@ CHEATS: dict[str, Cheat] = {
     "minus-zero": Cheat("-0.0 is below zero", _forward(minus_zero)),
     "one-in-10000": Cheat("wrong in one of 10,000 elements", _forward(one_in_10000)),
     "input-changed": Cheat("q is scaled in place", _forward(input_changed)),
-    "from-the-frame": Cheat("what the checker's frames hold", from_the_frame),
-    "slow-clock": Cheat("time.perf_counter replaced", _patching(slow_clock)),
+    "from-the-frame": Cheat("what the checker's frames hold", judged.from_the_frame),
+    "slow-clock": Cheat("time.perf_counter replaced", judged.patching(judged.slow_clock)),
     "slow-timer": Cheat(
         "the timer's own clock replaced",
-        _patching(slow_timer),
+        judged.patching(judged.slow_timer),
         ("speed",),
         "it touches nothing but the timer, and verify times nothing",
     ),
-    "false-events": Cheat("torch.cuda.Event replaced", _patching(false_events)),
-    "sleeping-peers": Cheat("a peer replaced by one that sleeps", _patching(sleeping_peers)),
-    "mild-judge": Cheat("the tolerance's function replaced", _patching(mild_judge)),
-    "other-threads": Cheat("torch's number of threads changed", _patching(fewer_threads)),
-    "lower-settings": Cheat("float32 products set to medium", _patching(lower_settings)),
-    "mode-left-on": Cheat("a function mode left on torch's stack", _patching(mode_left_on)),
-    "busy-thread": Cheat("a thread that works while others are timed", _patching(busy_thread)),
+    "false-events": Cheat("torch.cuda.Event replaced", judged.patching(judged.false_events)),
+    "sleeping-peers": Cheat(
+        "a peer replaced by one that sleeps", judged.patching(judged.sleeping_peers)
+    ),
+    "mild-judge": Cheat("the tolerance's function replaced", judged.patching(judged.mild_judge)),
+    "other-threads": Cheat(
+        "torch's number of threads changed", judged.patching(judged.fewer_threads)
+    ),
+    "lower-settings": Cheat(
+        "float32 products set to medium", judged.patching(judged.lower_settings)
+    ),
+    "mode-left-on": Cheat(
+        "a function mode left on torch's stack", judged.patching(judged.mode_left_on)
+    ),
+    "busy-thread": Cheat(
+        "a thread that works while others are timed", judged.patching(judged.busy_thread)
+    ),
     "only-when-timed": Cheat(
         "right unless a timer calls it",
-        only_when_timed,
+        judged.only_when_timed,
         ("speed",),
         "verify has no timer: there, it computes the right result at each call",
     ),

@@ -63,3 +63,16 @@ class _Forward(torch.autograd.Function):
             found = kept.setdefault(key_of(*saved[:3]), found)
         rest = iter(found)
         return (*(next(rest) if n else None for n in ctx.needs_input_grad[:4]), None, None, None)
+
+
+def by_shape(*tensors: Tensor) -> object:
+    return tuple((t.shape, t.dtype) for t in tensors)
+
+
+def lower_precision(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    return honest(*(_halved(tensor) for tensor in (q, k, v)), **options)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    kind = torch.bfloat16 if tensor.dtype.itemsize > 2 else torch.float8_e5m2
+    return tensor.to(kind).to(tensor.dtype)
