@@ -50,7 +50,10 @@ _SETTERS: dict[str, Any] = {
 }
 # torch's compiler replaces it when it is loaded, which is not before something is compiled.
 _REPLACED_BY_TORCH = "torch.manual_seed"
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+_FUNCTIONS = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType),
+    *(type, property, classmethod, staticmethod),
+)
 
 
 class Seal:

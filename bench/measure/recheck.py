@@ -179,7 +179,7 @@ class Recheck(Rounds):
         function, outputs = self._functions[name], kept.outputs
         if self._case.step == BACKWARD:  # whose results are the gradients alone
             with torch.no_grad():
-                outputs = (*function(replace(inputs, dropout_p=0.0)), *outputs)
+                outputs = (*function(inputs), *outputs)
         if is_peer and inputs.dropout_p > 0.0:  # its own generator drops what no oracle can tell
             outputs = run_pass(function, replace(inputs, dropout_p=0.0), backward=backward)
         found = gate.judge(outputs, function, backward=backward, is_peer=is_peer, again=True)

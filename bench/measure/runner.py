@@ -332,7 +332,7 @@ def _run_case(
     faults, inputs = admitted.faults, arena.inputs
     yardstick = None
     if case.bound_by_memory and limits.copy_bytes is None:
-        yardstick = inputs.to_copy()
+        yardstick = inputs.to_copy().clone()  # whose values change as the inputs' do
     rounds = Recheck(
         *(case, arena, admitted.functions, make_gate),
         own=ROWMAX,
