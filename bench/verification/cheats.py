@@ -306,7 +306,7 @@ CHEATS: dict[str, Cheat] = {
     "lower-precision": Cheat("inputs rounded to half their bits", _forward(lower_precision)),
     "eleven-bits": Cheat("products of TF32's precision", _forward(eleven_bits)),
     "best-keys": Cheat("only the 16 keys with the largest scores", _forward(best_keys)),
-    "no-maximum": Cheat("exp of the scores as they are", _forward(no_maximum)),
+    "exp-of-scores": Cheat("exp of the scores as they are", _forward(no_maximum)),
     "exit-on-zeros": Cheat("zeros where an input is all zeros", _forward(exit_on_zeros)),
     "off-multiples": Cheat("wrong beyond the last multiple of 16", _forward(off_multiples)),
     "past-4096": Cheat("keys past 4,096 are left out", _forward(past_4096)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from ...kernels.testing.cases import NamedCase
 from ...kernels.testing.tolerance import Accuracy, accuracies
@@ -31,6 +32,14 @@ class Run:
     @property
     def ratio(self) -> float:
         return max((found.ratio for found in self.accuracies), default=0.0)
+
+    @property
+    def of_limit(self) -> float:
+        """The worst error in units of what is allowed: 1 is the limit, and inf no number."""
+        numbers = [
+            inf if one.fault and one.of_limit <= 1 else one.of_limit for one in self.accuracies
+        ]
+        return inf if self.error is not None else max(numbers, default=0.0)
 
     @property
     def faults(self) -> list[str]:
