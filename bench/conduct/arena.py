@@ -15,6 +15,7 @@ from torch import Tensor
 
 NUDGE = 16.0  # added to a few elements: in units of values of order one
 NUDGED = 4  # elements
+STIRRED = 8  # elements
 _PADDING = 1024  # elements that a moved tensor's storage may begin before it
 _ALIGNMENT = 64  # elements: no tensor is aligned worse than a fresh one
 
@@ -34,6 +35,7 @@ class Arena:
         self._first = {name: tensor.detach().flatten().clone() for name, tensor in tensors.items()}
         self._shift = dict.fromkeys(tensors, 0)
         self._nudges: list[tuple[str, int]] = []
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def key(self) -> int:
         return self._random.getrandbits(48)
@@ -48,6 +50,22 @@ class Arena:
             if names is None or name in names:
                 self._shift[name] = shift
                 _rotate(self._flat(name), first, shift)
+
+    def stir(self, names: tuple[str, ...]) -> None:
+        """A few elements of each of `names` get another value of its own, in no time to speak of.
+
+        What `changed` says holds again after the next renewal.
+        """
+        for name in names:
+            first = self._first[name]
+            if first.numel() > 1:
+                device = first.device
+                if device not in self._generators:
+                    self._generators[device] = torch.Generator(device).manual_seed(self.key())
+                at, of = torch.randint(
+                    first.numel(), (2, STIRRED), generator=self._generators[device], device=device
+                )
+                self._flat(name).index_copy_(0, at, first[of])
 
     def nudge(self, regions: Mapping[str, Region], key: int | None = None) -> str | None:
         """A few elements of one of the tensors named, within its region; the tensor's name."""

@@ -23,6 +23,7 @@ SEED = 20170612
 # The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB,
 # of which the oracle holds nine at its peak.
 MAX_SCORES = 2**27
+NORM_ROWS, ALL_ELEMENTS = 64, 2**18  # rows of a norm that it looks at, unless it has few elements
 ROWS = 3  # queries of every head that a recheck looks at
 ALL_SCORES = 2**18  # of a case that is small enough to look at all of it
 
@@ -51,6 +52,15 @@ class Rows(NamedTuple):
     def result_indices(self) -> tuple[Any, ...]:
         """Of out."""
         return ((slice(None), slice(None), self.rows),)
+
+
+class NormRows(NamedTuple):
+    """Rows of a norm, by the indices of them in each result; None where it is a sum over all."""
+
+    indices: tuple[Any, ...]
+
+    def result_indices(self) -> tuple[Any, ...]:
+        return self.indices
 
 
 @dataclass(frozen=True)
@@ -250,12 +260,35 @@ class NormInputs:
         """All rows at once: the gradient of the weight needs every one."""
         yield self, None
 
-    def some_piece(self, _draw: Random) -> tuple[NormInputs, Part | None]:
-        return self, None
+    def some_piece(self, draw: Random) -> tuple[NormInputs, NormRows | None]:
+        """Some rows, without the gradients that are sums over all of them; all where that is not
+        much, or where dropout goes by the row's number.
+        """
+        if self.x.numel() <= ALL_ELEMENTS or self.dropout_p > 0.0:
+            return self, None
+        axis = self.x.dim() - 2
+        length = self.x.shape[axis]
+        drawn = sorted(draw.sample(range(length), min(NORM_ROWS, length)))
+        rows = torch.tensor(drawn, device=self.x.device)
 
-    def regions(self, _part: Part | None) -> dict[str, Region]:
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().index_select(axis, rows)
+
+        residual = None if self.residual is None else cut(self.residual).requires_grad_()
+        x, d_out = cut(self.x).requires_grad_(), cut(self.d_out)
+        at = (*(slice(None),) * axis, rows)
+        sums = tuple(None for sum_over in (self.weight, self.bias) if sum_over is not None)
+        by_row = 2 if residual is None else 4  # out and d_x, or those and sum and d_residual
+        piece = replace(self, x=x, residual=residual, d_out=d_out)
+        return piece, NormRows((*(at,) * by_row, *sums))
+
+    def regions(self, part: NormRows | None) -> dict[str, Region]:
         half = slice(0, (self.x.shape[-1] + 1) // 2)  # what is padded lies behind it
-        return {"x": (*(slice(None),) * (self.x.dim() - 1), half)}
+        whole = (slice(None),) * self.x.dim()
+        if part is None:
+            return {"x": (*whole[:-1], half)}
+        row = int(part.indices[0][-1][0])
+        return {"x": (*whole[:-2], slice(row, row + 1), half)}
 
     def split(self) -> list[NormInputs]:
         return [self]

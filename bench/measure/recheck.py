@@ -1,8 +1,9 @@
 """The rounds of a case: no call is timed on values that were seen before, and some are judged.
 
-Before each call the values of the inputs change in place; now and then their storage moves. The
-results of a round that nobody can foretell, and of the last one, are judged once more: the values
-are put back when all candidates have returned, and only then does the oracle see them.
+With each round the values of the inputs change in place, with each call a few of them; now and
+then their storage moves. The results of a round that nobody can foretell, and of the last one, are
+judged once more: the values are put back when all candidates have returned, and only then does the
+oracle see them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..conduct.arena import Arena
 from ..conduct.guard import Guard
 from ..peers.candidates import Function, measured_call, run_pass
 from .arena import CaseArena, Peek, peek
-from .cases import BACKWARD, Case
+from .cases import BACKWARD, FORWARD, Case
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, Outputs
 from .timing import Between, Rounds
@@ -77,6 +78,10 @@ class Recheck(Rounds):
             self.calls[COPY] = self._copy.tensors[COPY].clone
 
     def begin(self, done: int, *, last: bool) -> None:
+        arena = self._inputs.arena
+        arena.renew(None, self._changing(renewed=True))
+        if self._copy is not None:
+            self._copy.renew()
         if self._random.randrange(MOVES) == 0 or done == self._first:
             inputs = self._inputs.moved()
             self._rebind(inputs)
@@ -84,8 +89,13 @@ class Recheck(Rounds):
         chance = done > self._first and self._random.random() < 1 / done
         affordable = self._spent < SHARE * (perf_counter() - self._started)
         if last or done == self._first or (chance and affordable):
-            self._judged = self._inputs.arena.key()
-            self._piece = self._inputs.arena.key()
+            self._judged, self._piece = arena.key(), arena.key()
+        # whoever comes first finds in no cache what the renewal has written; in a round that is
+        # judged a stranger comes before there is a result of these values that it could find
+        names = sorted(self.calls, key=lambda _: self._random.random())
+        if self._judged is not None:
+            names.sort(key=lambda name: name not in self._foreign)
+        self.calls = {name: self.calls[name] for name in names}
 
     def between(self, name: str) -> Between:
         self._watch(name)
@@ -105,14 +115,13 @@ class Recheck(Rounds):
     def before(self, name: str, *, last: bool) -> None:
         if name == COPY:
             assert self._copy is not None  # which makes it one of the calls
-            self._copy.renew()
+            self._copy.stir((COPY,))
             return
         arena = self._inputs.arena
-        if self._case.step == BACKWARD:  # what the graph holds stays: its forward has been done
-            arena.renew(self._judged if last else None, ("d_out",))
-        elif self._judged is None or not last:
-            arena.renew()
-        elif name in self._foreign:  # all but a few values are those of a call before it
+        if self._judged is None or not last:
+            arena.stir(self._changing())
+        elif name in self._foreign and self._case.step != BACKWARD:
+            # all but a few values are those of a call before it
             arena.renew(self._judged)
             self.calls[name]()
             arena.nudge(self._regions(), self._judged)
@@ -135,7 +144,7 @@ class Recheck(Rounds):
             if self._case.suite.on_gpu:
                 torch.cuda.synchronize()
             for name in self._foreign.keys() & self._kept.keys():  # whose result must stay as it is
-                self._inputs.arena.renew()
+                self._inputs.arena.renew(None, self._changing(renewed=True))
                 self.calls[name]()
         self._put_judged()
         inputs = self._inputs.inputs
@@ -194,11 +203,17 @@ class Recheck(Rounds):
 
     # --- the inputs -------------------------------------------------------------------------------
 
+    def _changing(self, *, renewed: bool = False) -> tuple[str, ...]:
+        """The tensors whose values a call depends on; `renewed` in every round."""
+        if self._case.step == BACKWARD:  # what the graph holds stays: its forward has been done
+            return ("d_out",)
+        forward = self._case.step == FORWARD and not renewed
+        return tuple(n for n in self._inputs.arena.tensors if not (forward and n == "d_out"))
+
     def _put_judged(self) -> None:
         """The values that all candidates of this round are judged on."""
-        names = ("d_out",) if self._case.step == BACKWARD else None
-        self._inputs.arena.renew(self._judged, names)
-        if names is None:
+        self._inputs.arena.renew(self._judged, self._changing(renewed=True))
+        if self._case.step != BACKWARD:
             self._inputs.arena.nudge(self._regions(), self._judged)
 
     def _some_piece(self, inputs: Inputs) -> tuple[Any, Any]:

@@ -93,3 +93,16 @@ def test_tokens_are_renewed_too() -> None:
     assert tokens.flatten().sort().values.tolist() == list(range(12))
     assert tokens.flatten().tolist() != list(range(12))
     assert arena.nudge({"tokens": (slice(None), slice(None))}) is None
+
+
+def test_stirring_changes_a_few_values_for_others_of_the_same_tensor() -> None:
+    arena = arena_of(8, 16, 32)
+    before = {name: tensor.detach().clone() for name, tensor in arena.tensors.items()}
+    for _ in range(3):
+        arena.stir(("k",))
+    assert torch.equal(arena.tensors["q"], before["q"])
+    changed = arena.tensors["k"].detach() != before["k"]
+    assert 1 <= int(changed.sum()) <= 24
+    assert bool(torch.isin(arena.tensors["k"].detach(), before["k"]).all())
+    arena.renew()
+    assert arena.changed() is None
