@@ -194,8 +194,6 @@ def speed(options: argparse.Namespace) -> int:
     check_backend(options.backend)
     if options.function is not None and not any(suite.attention for suite in suites):
         raise UsageError("--function: attention is all that it is timed at")
-    if options.function is not None and not any(suite.on_gpu for suite in suites):
-        stranger_of(options.function)  # on a GPU, each process imports it
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     seconds_of("--limit", options.limit)
@@ -204,6 +202,8 @@ def speed(options: argparse.Namespace) -> int:
         history.check(options.csv)
     check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
+        if options.function is not None and not any(suite.on_gpu for suite in suites):
+            stranger_of(options.function)  # on a GPU, each process imports it
         return _measure(options, suites, peers, cases, budget, stop_after, cpus)
 
 

@@ -104,10 +104,10 @@ def _settings() -> dict[str, Any]:
     found: dict[str, Any] = {
         "torch's number of threads": torch.get_num_threads(),
         "torch's default dtype": torch.get_default_dtype(),
-        "torch's precision of float32 products": torch.get_float32_matmul_precision(),
+        "torch's precision of float32 products": _precision(),
         "the grad mode": torch.is_grad_enabled(),
         "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
-        "TF32 in products": torch.backends.cuda.matmul.allow_tf32,
+        "the precision of a GPU's float32 products": torch.backends.cuda.matmul.fp32_precision,
         "the stack of function modes": torch._C._len_torch_function_stack(),
         "the stack of dispatch modes": torch._C._len_torch_dispatch_stack(),
         "denormal numbers": bool(torch.tensor(1e-310, dtype=torch.float64) * 0.5 > 0),
@@ -119,6 +119,13 @@ def _settings() -> dict[str, Any]:
     if hasattr(os, "sched_getaffinity"):
         found["the CPUs of the process"] = os.sched_getaffinity(0)
     return found
+
+
+def _precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer names, which the one below reads
+        return "by fp32_precision"
 
 
 def _functions() -> Iterator[tuple[str, Any, str, Any]]:

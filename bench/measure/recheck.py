@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..conduct.arena import Arena
+from ..conduct.clocks import ClockError
 from ..conduct.guard import Guard
 from ..peers.candidates import Function, measured_call, run_pass
 from .arena import CaseArena, Peek, peek
@@ -145,7 +146,10 @@ class Recheck(Rounds):
                 torch.cuda.synchronize()
             for name in self._foreign.keys() & self._kept.keys():  # whose result must stay as it is
                 self._inputs.arena.renew(None, self._changing(renewed=True))
-                self.calls[name]()
+                try:
+                    self.calls[name]()
+                except Exception as error:
+                    self.stopped(name, error)
         self._put_judged()
         inputs = self._inputs.inputs
         gate = self._make_gate(inputs, pieces=[self._some_piece(inputs)])
@@ -154,7 +158,10 @@ class Recheck(Rounds):
             some = inputs.some_rows(Random(self._piece))
             rows = self._make_gate(inputs, backward=False, pieces=[some])
         for name, kept in self._kept.items():
-            fault = self._fault(name, kept, gate, rows, inputs)
+            try:
+                fault = self._fault(name, kept, gate, rows, inputs)
+            except Exception as error:
+                fault = _told(error)
             if fault is not None:
                 self._stop(name, fault)
         self._judged, self._kept = None, {}
@@ -162,8 +169,11 @@ class Recheck(Rounds):
 
     def stopped(self, name: str, error: Exception) -> None:
         oom = isinstance(error, torch.OutOfMemoryError)
-        self.failed |= not oom
-        self.faults[name] = "out of GPU memory beside the other candidates" if oom else str(error)
+        self.calls.pop(name, None)
+        if name != COPY:
+            self.failed |= not oom
+            told = "out of GPU memory beside the other candidates" if oom else _told(error)
+            self.faults[name] = told
 
     # --- one candidate ----------------------------------------------------------------------------
 
@@ -225,14 +235,24 @@ class Recheck(Rounds):
 
     def _make_calls(self, inputs: Inputs) -> None:
         for name, function in self._functions.items():
-            if name not in self.faults:
+            self.calls.pop(name, None)  # and the graph that it may hold
+            if name in self.faults:
+                continue
+            try:
                 self.calls[name] = measured_call(function, inputs, self._case.step)
+            except Exception as error:
+                self.stopped(name, error)
 
     def _rebind(self, inputs: Inputs, *names: str) -> None:
         for name in names or self._functions:
             rebind = getattr(self._functions[name], "rebind", None)
             if rebind is not None:
                 rebind(inputs)
+
+
+def _told(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, ClockError) else f"{type(error).__name__}: {first}"
 
 
 class _Between:

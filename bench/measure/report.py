@@ -275,7 +275,7 @@ def _cell(row: Row, name: str) -> str:
     if name in row.faults:
         text = "fault"
     elif name in row.impossible:
-        text = "impossible"
+        text = " impossible"  # wider than its column: a space at least stands before it
     elif name in row.timings:
         text = _milliseconds(row.timings[name].median)
     return f"{text:>{_cell_width(name)}}"

@@ -224,8 +224,9 @@ class Rounds:
     def end(self) -> None:
         """After a round."""
 
-    def stopped(self, name: str, error: Exception) -> None:
+    def stopped(self, name: str, error: Exception) -> None:  # noqa: ARG002
         """`name`, whose sample raised an error, is timed no more."""
+        del self.calls[name]
 
 
 def interleave(
@@ -243,7 +244,6 @@ def interleave(
         try:
             return timer.sample(rounds.calls[name], repeats, rounds.between(name))
         except (torch.OutOfMemoryError, clocks.ClockError) as error:
-            del rounds.calls[name]
             rounds.stopped(name, error)
             return None
 
