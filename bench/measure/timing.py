@@ -234,6 +234,8 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times A B C, A B C, ...: what disturbs the machine for a while disturbs all of them.
 
+    `Rounds` may put them into another order in every round.
+
     Each function is warm: it has run before, if only to pass the gate. One that runs out of GPU
     memory, beside what the others keep there, is missing from the result.
     """
@@ -248,6 +250,7 @@ def interleave(
             return None
 
     repeats = {}
+    names = tuple(rounds.calls)
     rounds.begin(0, last=False)
     for name in tuple(rounds.calls):
         shortest = math.inf
@@ -276,7 +279,7 @@ def interleave(
             if seconds is not None:
                 samples[name].append(seconds)
         rounds.end()
-    return {name: summarise(times) for name, times in samples.items() if name in rounds.calls}
+    return {name: summarise(samples[name]) for name in names if name in rounds.calls}
 
 
 def geometric_mean(values: Iterable[float]) -> float:
