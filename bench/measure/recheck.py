@@ -140,6 +140,7 @@ class Recheck(Rounds):
         if self._judged is None:
             return
         started = perf_counter()
+        self._kept = {name: kept for name, kept in self._kept.items() if name in self.calls}
         if self._foreign:
             sleep(WAIT)
             if self._case.suite.on_gpu:
@@ -152,18 +153,17 @@ class Recheck(Rounds):
                     self.stopped(name, error)
         self._put_judged()
         inputs = self._inputs.inputs
-        gate = self._make_gate(inputs, pieces=[self._some_piece(inputs)])
-        rows = None
+        results: dict[str, Outputs] = {}
+        for name, kept in self._kept.items():  # all of them before there is anything right
+            found = self._tried(name, partial(self._results, name, kept, inputs))
+            if found is not None:
+                results[name] = found
+        gates = [self._make_gate(inputs, pieces=[self._some_piece(inputs)])]
         if isinstance(inputs, AttentionInputs):
             some = inputs.some_rows(Random(self._piece))
-            rows = self._make_gate(inputs, backward=False, pieces=[some])
-        for name, kept in self._kept.items():
-            try:
-                fault = self._fault(name, kept, gate, rows, inputs)
-            except Exception as error:
-                fault = _told(error)
-            if fault is not None:
-                self._stop(name, fault)
+            gates.append(self._make_gate(inputs, backward=False, pieces=[some]))
+        for name, outputs in results.items():
+            self._tried(name, partial(self._judge, name, outputs, gates, inputs))
         self._judged, self._kept = None, {}
         self._spent += perf_counter() - started
 
@@ -183,9 +183,19 @@ class Recheck(Rounds):
         peeks = peek(outputs, self._random) if name in self._foreign else []
         self._kept[name] = Kept(outputs, peeks, self._inputs.changed())
 
-    def _fault(
-        self, name: str, kept: Kept, gate: Gate, rows: Gate | None, inputs: Any
-    ) -> str | None:
+    def _tried(self, name: str, step: Callable[[], Outputs | str | None]) -> Outputs | None:
+        """The results that `step` gives; where it tells a fault, or raises an error, none."""
+        try:
+            found = step()
+        except Exception as error:
+            found = _told(error)
+        if isinstance(found, str):
+            self._stop(name, found)
+            return None
+        return found
+
+    def _results(self, name: str, kept: Kept, inputs: Any) -> Outputs | str:
+        """Those that are judged, or what is wrong whatever they are."""
         if kept.changed is not None:
             return f"it changed its input {kept.changed}"
         if any(one.changed for one in kept.peeks):
@@ -194,17 +204,26 @@ class Recheck(Rounds):
             found = self._foreign[name].fault()
             if found is not None:
                 return found
-        is_peer, backward = name != self._own, self._case.backward
-        function, outputs = self._functions[name], kept.outputs
+        function, backward = self._functions[name], self._case.backward
+        if name != self._own and inputs.dropout_p > 0.0:
+            # its own generator drops what no oracle can tell
+            return run_pass(function, replace(inputs, dropout_p=0.0), backward=backward)
         if self._case.step == BACKWARD:  # whose results are the gradients alone
             with torch.no_grad():
-                outputs = (*function(inputs), *outputs)
-        if is_peer and inputs.dropout_p > 0.0:  # its own generator drops what no oracle can tell
-            outputs = run_pass(function, replace(inputs, dropout_p=0.0), backward=backward)
-        found = gate.judge(outputs, function, backward=backward, is_peer=is_peer, again=True)
-        if found is None and rows is not None and (is_peer or inputs.dropout_p == 0.0):
-            found = rows.judge(outputs[:1], function, backward=False, is_peer=is_peer, again=True)
-        return found
+                return (*function(inputs), *kept.outputs)
+        return kept.outputs
+
+    def _judge(self, name: str, outputs: Outputs, gates: list[Gate], inputs: Any) -> str | None:
+        """By the gate of a piece, and of attention's outputs by that of some rows of every head."""
+        is_peer, backward = name != self._own, self._case.backward
+        drops = inputs.dropout_p > 0.0 and not is_peer
+        for gate in gates[:1] if drops else gates:
+            chosen = {"backward": backward and gate is gates[0], "is_peer": is_peer, "again": True}
+            some = outputs if gate is gates[0] else outputs[:1]
+            found = gate.judge(some, self._functions[name], **chosen)
+            if found is not None:
+                return found
+        return None
 
     def _stop(self, name: str, fault: str) -> None:
         self.failed = True

@@ -144,6 +144,20 @@ def test_an_input_that_is_changed_later(name: str) -> None:
     assert row.faults["sdpa"].endswith(f"it changed its input {name}")
 
 
+def test_an_error_of_a_later_call_is_its_own_fault() -> None:
+    calls = [0]
+
+    def tired(inputs: AttentionInputs) -> Outputs:
+        calls[0] += 1
+        if calls[0] > 6:
+            raise RuntimeError("too tired\nto go on")
+        return naive_attention(inputs)
+
+    (row,) = rows_of({"rowmax": naive_attention, "sdpa": tired}, case_of())
+    assert row.faults == {"sdpa": "RuntimeError: too tired"}
+    assert set(row.timings) == {"rowmax"}
+
+
 def test_a_mask_that_is_changed_at_once() -> None:
     def function(inputs: AttentionInputs) -> Outputs:
         out = naive_attention(inputs)
