@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -38,6 +40,7 @@ from .options import (
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
 from .render import ratio_chart, speed_page
+from .shapes import calls, recorder, saving
 from .tuning import configs, smoke, tune
 from .verification import command as verification
 
@@ -50,6 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _COMMANDS: dict[str, Any] = {
     "compare": comparison,
     "chart": ratio_chart,
+    "record": recorder,
     "verify": verification,
     "overhead": overhead,
     "smoke": smoke,
@@ -104,6 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a shape of your own: 'batch,heads,length,head size' for attention, or "
         "'batch,heads,queries,keys,head size', with 32/8 for 32 heads that share 8 key heads; "
         "'rows,columns' for the norms; may be given more than once",
+    )
+    command.add_argument(
+        "--shapes",
+        metavar="FILE",
+        type=Path,
+        help="the calls that `record` noted, in place of suites, shapes, kinds, passes and dtypes; "
+        "the end tells what they would save, by how often each came",
     )
     command.add_argument(
         "--kind",
@@ -188,9 +199,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def speed(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
-    suites = _chosen_suites(options)
+    counts: Counter[Case] = Counter()
+    if options.shapes is None:
+        suites = _chosen_suites(options)
+        cases = _chosen_cases(options, suites)
+    else:
+        counts = _recorded(options)
+        cases = sorted(counts, key=lambda c: (c.suite.name, str(c.dtype), c.kind, c.shape, c.step))
+        suites = _unique(case.suite for case in cases)
     peers = _chosen_peers(options, suites)
-    cases = _chosen_cases(options, suites)
     check_backend(options.backend)
     if options.function is not None and not any(suite.attention for suite in suites):
         raise UsageError("--function: attention is all that it is timed at")
@@ -204,7 +221,7 @@ def speed(options: argparse.Namespace) -> int:
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
         if options.function is not None and not any(suite.on_gpu for suite in suites):
             stranger_of(options.function)  # on a GPU, each process imports it
-        return _measure(options, suites, peers, cases, budget, stop_after, cpus)
+        return _measure(options, suites, peers, cases, budget, stop_after, cpus, counts)
 
 
 def _measure(
@@ -215,6 +232,7 @@ def _measure(
     budget: Budget,
     stop_after: float | None,
     cpus: list[int] | None,
+    counts: Mapping[Case, int],
 ) -> int:
     started = perf_counter()
     memory = "kept" if options.memory == "kept" and keep_freed_memory() else "fresh"
@@ -281,6 +299,8 @@ def _measure(
                     _write_json(options.json, document())
     _print(report.detail_lines(rows))
     _print(report.summary_lines(rows))
+    if counts:
+        _print(saving.lines(rows, counts))
     if len(rows) < len(cases):
         _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
     _print(report.noise_lines(complained(), cpus, watch, memory))
@@ -326,6 +346,22 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
             expected = "; ".join(f"{name}: {','.join(SUITES[name].dimensions)}" for name in names)
             raise UsageError(f"--shape: expected {expected}; got {shape_text(shape)}")
     return [suite for suite in suites if not shapes or any(map(suite.takes, shapes))]
+
+
+def _recorded(options: argparse.Namespace) -> Counter[Case]:
+    """The cases of --shapes, by how often each call came; tells on standard error what is none."""
+    for option in ("suite", "shape", "kind", "steps", "dtype"):
+        if getattr(options, option) is not None:
+            name = "pass" if option == "steps" else option
+            raise UsageError(f"--{name}: not with --shapes, whose calls say it")
+    counts, left_out = saving.cases_of(calls.read(options.shapes), DTYPES)
+    for reason in left_out:
+        print(f"{_PREFIX}--shapes: {reason}", file=sys.stderr)
+    if not counts:
+        raise UsageError(f"--shapes: {options.shapes} holds no call that is measured here")
+    if any(case.suite.on_gpu for case in counts) and not torch.cuda.is_available():
+        raise UsageError(f"--shapes: {options.shapes} holds calls on a GPU, and torch sees none")
+    return counts
 
 
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:

@@ -16,6 +16,7 @@ from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..conduct.guard import Guard
 from ..options import UsageError, check_outputs, imported, listed, names_of, set_threads
+from ..shapes import calls
 from . import suite
 from .contracts import CONTRACTS
 from .implementations import Backend, Implementation, Sdpa
@@ -53,6 +54,12 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="SIZES",
         action="append",
         help="B,Hq,Hkv,Lq,Lk,D,Dv of attention, in place of the suite's own; more than once",
+    )
+    command.add_argument(
+        "--shapes",
+        metavar="FILE",
+        type=Path,
+        help="the sizes of attention that `record` noted, in place of --shape; of a batch, two",
     )
     command.add_argument(
         "--contract",
@@ -99,10 +106,26 @@ def _settings(options: argparse.Namespace) -> suite.Settings:
         kinds=tuple(names_of("--kind", options.kind, ALL_KINDS)),
         dtypes=tuple(names_of("--dtype", options.dtype or default, suite.DTYPES)),
         checks=tuple(names_of("--check", options.check, suite.CHECKS)),
-        shapes=tuple(map(_shape, options.shape or ())),
+        shapes=_shapes(options),
         quick=options.quick,
         contract=options.contract,
     )
+
+
+def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
+    """Of --shape, or those that were recorded: the elements of a batch are no matter."""
+    if options.shapes is None:
+        return tuple(map(_shape, options.shape or ()))
+    if options.shape is not None:
+        raise UsageError("--shape: not with --shapes")
+    found = [
+        suite.sizes_of((min(2, call.shape[0]), *call.shape[1:]))
+        for call in calls.read(options.shapes)
+        if call.op == "attention"
+    ]
+    if not found:
+        raise UsageError(f"--shapes: {options.shapes} holds no call of attention")
+    return tuple(dict.fromkeys(found))
 
 
 def _shape(text: str) -> Shape:
