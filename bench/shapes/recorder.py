@@ -77,8 +77,7 @@ def _attention(
     q, k, v = (tensor[(None,) * (4 - tensor.dim())] for tensor in (query, key, value))
     mask = "causal" if is_causal else "none"
     if attn_mask is not None:
-        by_key = attn_mask.dim() < 2 or attn_mask.shape[-2] == 1 or attn_mask.stride(-2) == 0
-        mask = "bias" if attn_mask.dtype != torch.bool else "padded" if by_key else "dense"
+        mask = _kind_of(attn_mask)
     sizes = (*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
     return Call(
@@ -90,6 +89,21 @@ def _attention(
         dropout_p > 0.0,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )
+
+
+def _kind_of(mask: Tensor) -> str:
+    """By its values, which models write out: of rows that are all the same, of the lower triangle,
+    or another one; a bias where it does more than forbid.
+    """
+    if mask.dtype != torch.bool:
+        forbidden = mask < -1e4
+        if mask.requires_grad or not bool((forbidden | (mask == 0)).all()):
+            return "bias"
+        mask = ~forbidden
+    if mask.dim() < 2 or bool((mask == mask[..., :1, :]).all()):
+        return "padded"
+    square = mask.shape[-2] == mask.shape[-1]
+    return "causal" if square and bool((mask == torch.ones_like(mask).tril()).all()) else "dense"
 
 
 def _norm(op: str, x: Tensor, shape: Any, *arguments: Any, **options: Any) -> Call:

@@ -64,7 +64,7 @@ def test_fused_encoder_layers_are_seen_too() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     (call,) = [call for call in recorder.calls if call.op == "attention"]
     assert (call.shape, call.gradients) == ((2, 4, 4, 6, 6, 8, 8), False)
-    assert call.mask == "bias"  # it makes one of the mask
+    assert call.mask == "padded"  # which torch has made a float mask by then
 
 
 def test_generation_of_a_llama() -> None:
@@ -83,6 +83,25 @@ def test_generation_of_a_llama() -> None:
     lengths = sorted((c.shape[3], c.shape[4], n) for c, n in recorder.calls.items())
     assert lengths == [(1, 6, 2), (1, 7, 2), (5, 5, 2)]
     assert not any(call.gradients for call in recorder.calls)
+
+
+@pytest.mark.parametrize(
+    "mask, kind",
+    [
+        (torch.tensor([True, False, True]).expand(3, 3).clone(), "padded"),
+        (torch.ones(2, 1, 3, 3, dtype=torch.bool).tril(), "causal"),
+        (torch.zeros(3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf), "causal"),
+        (torch.eye(3).bool(), "dense"),
+        (torch.ones(2, 3, dtype=torch.bool).tril(), "dense"),
+        (torch.linspace(-1.0, 1.0, 9).view(3, 3), "bias"),
+        (torch.zeros(3, 3, requires_grad=True), "bias"),
+    ],
+)
+def test_the_kind_of_a_mask_that_is_written_out(mask: torch.Tensor, kind: str) -> None:
+    q, k = torch.randn(2, 1, mask.shape[0] if mask.dim() == 2 else 3, 4), torch.randn(2, 1, 3, 4)
+    with record() as recorder:
+        F.scaled_dot_product_attention(q, k, k, mask)
+    assert [call.mask for call in recorder.calls] == [kind]
 
 
 @pytest.mark.parametrize(
