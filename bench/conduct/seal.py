@@ -6,6 +6,7 @@ times a GPU, torch's functions that peers and judge call, and everything of rowm
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+_BY_NEWER_NAMES = "set by fp32_precision"
 _CLOCKS = (
     *("perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "time", "time_ns"),
     *("process_time", "process_time_ns", "thread_time", "clock_gettime", "sleep"),
@@ -38,8 +40,13 @@ _CLASSES: tuple[tuple[str, type], ...] = (
 _SETTERS: dict[str, Any] = {
     "torch's number of threads": torch.set_num_threads,
     "torch's default dtype": torch.set_default_dtype,
-    "torch's precision of float32 products": torch.set_float32_matmul_precision,
+    "torch's precision of float32 products": lambda kind: (
+        None if kind == _BY_NEWER_NAMES else torch.set_float32_matmul_precision(kind)
+    ),
     "the grad mode": torch.set_grad_enabled,
+    "the precision of a GPU's float32 products": lambda kind: setattr(
+        torch.backends.cuda.matmul, "fp32_precision", kind
+    ),
     "torch's deterministic mode": torch.use_deterministic_algorithms,
     "the interpreter's switch interval": sys.setswitchinterval,
     "the trace function": sys.settrace,
@@ -53,6 +60,7 @@ _REPLACED_BY_TORCH = "torch.manual_seed"
 _FUNCTIONS = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType),
     *(type, property, classmethod, staticmethod),
+    *(functools.partial, functools._lru_cache_wrapper),
 )
 
 
@@ -84,17 +92,18 @@ class Seal:
         """Everything as it was, so that others are timed and judged by what they should be."""
         for name, clock in self._clocks.items():
             setattr(time, name, clock)
-        for name, value in _settings().items():
-            if value != self._settings[name] and name in _SETTERS:
-                _SETTERS[name](self._settings[name])
+        for name, before in self._settings.items():
+            # one by one, for a setter may change what another setting reads
+            if name in _SETTERS and _settings()[name] != before:
+                _SETTERS[name](before)
         while torch._C._len_torch_function_stack() > self._settings["the stack of function modes"]:
             torch._C._pop_torch_function_stack()
         for name, owner, label, value in list(_functions()):
-            before = self._functions.get(name)
-            if before is None and name.startswith("torch.Tensor."):
+            was = self._functions.get(name)
+            if was is None and name.startswith("torch.Tensor."):
                 delattr(owner, label)
-            elif before is not None and value != before:
-                function, code = before
+            elif was is not None and value != was:
+                function, code = was
                 if code is not None:
                     function.__code__ = code
                 setattr(owner, label, function)
@@ -125,7 +134,7 @@ def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the newer names, which the one below reads
-        return "by fp32_precision"
+        return _BY_NEWER_NAMES
 
 
 def _functions() -> Iterator[tuple[str, Any, str, Any]]:

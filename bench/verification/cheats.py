@@ -323,6 +323,7 @@ CHEATS: dict[str, Cheat] = {
         ("speed",),
         "it touches nothing but the timer, and verify times nothing",
     ),
+    "both-clocks": Cheat("both clocks replaced", judged.patching(judged.both_clocks)),
     "false-events": Cheat("torch.cuda.Event replaced", judged.patching(judged.false_events)),
     "sleeping-peers": Cheat(
         "a peer replaced by one that sleeps", judged.patching(judged.sleeping_peers)

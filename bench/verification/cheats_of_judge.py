@@ -84,6 +84,13 @@ def slow_timer(stack: ExitStack) -> None:
     _patched(timer, "now", lambda: clocks.host() / 2, stack)
 
 
+def both_clocks(stack: ExitStack) -> None:
+    """Half as fast, the timer's clock and the one that it is compared with."""
+    real = clocks.other
+    _patched(clocks, "other", lambda: real() / 2, stack)
+    slow_timer(stack)
+
+
 def false_events(stack: ExitStack) -> None:
     class Event:
         def __init__(self, **_options: Any) -> None: ...
