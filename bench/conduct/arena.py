@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-NUDGE = 16.0  # added to a few elements: in units of values of order one
+NUDGE = 4.0  # added to a few elements: in units of values of order one
 NUDGED = 4  # elements
 STIRRED = 8  # elements
 _PADDING = 1024  # elements that a moved tensor's storage may begin before it

@@ -77,7 +77,9 @@ class Trial:
         judge = Gate(
             self.inputs, self._kind, naive(subject.suite, self._kind), backward=subject.backward
         )
-        return judge.judge(outputs, subject.function, backward=subject.backward, is_peer=True)
+        return judge.judge(
+            outputs, subject.function, backward=subject.backward, is_peer=True, again=True
+        )
 
     def judged(self) -> str | None:
         return self.fault(self.call())

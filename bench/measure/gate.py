@@ -43,6 +43,11 @@ PEER_FACTORS = {torch.float64: 64.0, torch.float32: 64.0, torch.bfloat16: 4.0, t
 Cut = tuple[Any, Part | Rows | NormRows | None]  # inputs, and the part that they are of the whole
 
 
+# Times those, where the values are drawn anew each time: of a few elements the naive path's error
+# is a matter of luck, and a hundred draws are not to find the one in a hundred.
+AGAIN = 2.0
+
+
 @dataclass(frozen=True)
 class Piece:
     """The expected values of a part of the outputs."""
@@ -98,8 +103,8 @@ class Gate:
         """What is wrong with `outputs`, which `function` gave for these inputs.
 
         `again`: rowmax has passed with other values, and is asked whether it computes the same
-        thing still: by the rule of its peers. A model that fails gets more chances, each with its
-        weights moved by a few roundings.
+        thing still: by the rule of its peers, whose factor is larger then, too. A model that fails
+        gets more chances, each with its weights moved by a few roundings.
         """
         found = self._fault(outputs, backward=backward, is_peer=is_peer, again=again)
         if found is None or not isinstance(self._inputs, ModelInputs):
@@ -191,6 +196,8 @@ def fault_of(
     if is_peer:
         actual = actual.to(dtype)
     factor = PEER_FACTORS[dtype] if is_peer or again else None
+    if factor is not None and again:
+        factor *= AGAIN
     sum_dtype = torch.promote_types(dtype, torch.float32)
     return measure("", actual.detach(), expected, sum_dtype, factor).fault
 
