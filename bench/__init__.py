@@ -1,8 +1,9 @@
-"""rowmax.bench: are the kernels right, and are they fast, here? `verify`, `speed`."""
+"""rowmax.bench: are the kernels right, and are they fast, here? `verify`, `speed`, `record`."""
 
 from __future__ import annotations
 
 from .measure.measurement import Speeds, speed
+from .shapes import record
 from .verification import Report, verify
 
-__all__ = ["Report", "Speeds", "speed", "verify"]
+__all__ = ["Report", "Speeds", "record", "speed", "verify"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -24,7 +26,7 @@ from .machine.host import Limits, describe, load_average, measure_limits
 from .measure import comparison, history, overhead, report, swap
 from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .measure.noise import Watch, complaints, keep_freed_memory, pinned
-from .measure.runner import Row, isolated_rows, rows_of
+from .measure.runner import Row, isolated_rows, rows_of, stranger_of
 from .measure.timing import Budget, timer_for
 from .options import (
     UsageError,
@@ -38,6 +40,7 @@ from .options import (
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
 from .render import ratio_chart, speed_page
+from .shapes import calls, recorder, saving
 from .tuning import configs, smoke, tune
 from .verification import command as verification
 
@@ -50,6 +53,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _COMMANDS: dict[str, Any] = {
     "compare": comparison,
     "chart": ratio_chart,
+    "record": recorder,
     "verify": verification,
     "overhead": overhead,
     "smoke": smoke,
@@ -106,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         "'rows,columns' for the norms; may be given more than once",
     )
     command.add_argument(
+        "--shapes",
+        metavar="FILE",
+        type=Path,
+        help="the calls that `record` noted, in place of suites, shapes, kinds, passes and dtypes; "
+        "the end tells what they would save, by how often each came",
+    )
+    command.add_argument(
         "--kind",
         metavar="NAMES",
         help="only these kinds of call; for attention also any of "
@@ -124,6 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--peers",
         metavar="NAMES",
         help=f"only these peers; rowmax's own, {listed(ONLY_BY_NAME)}, only if named here",
+    )
+    command.add_argument(
+        "--function",
+        metavar="MODULE:NAME",
+        help="a function of yours with SDPA's signature, in a column of its own; it is examined "
+        "before it is timed, called with other values each time, and some of the calls that were "
+        "timed are judged",
     )
     command.add_argument(
         "--backend", default="auto", help="of rowmax.kernels; default: %(default)s"
@@ -181,10 +199,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def speed(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
-    suites = _chosen_suites(options)
+    counts: Counter[Case] = Counter()
+    if options.shapes is None:
+        suites = _chosen_suites(options)
+        cases = _chosen_cases(options, suites)
+    else:
+        counts = _recorded(options)
+        cases = sorted(counts, key=lambda c: (c.suite.name, str(c.dtype), c.kind, c.shape, c.step))
+        suites = _unique(case.suite for case in cases)
     peers = _chosen_peers(options, suites)
-    cases = _chosen_cases(options, suites)
     check_backend(options.backend)
+    if options.function is not None and not any(suite.attention for suite in suites):
+        raise UsageError("--function: attention is all that it is timed at")
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     seconds_of("--limit", options.limit)
@@ -193,7 +219,9 @@ def speed(options: argparse.Namespace) -> int:
         history.check(options.csv)
     check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
-        return _measure(options, suites, peers, cases, budget, stop_after, cpus)
+        if options.function is not None and not any(suite.on_gpu for suite in suites):
+            stranger_of(options.function)  # on a GPU, each process imports it
+        return _measure(options, suites, peers, cases, budget, stop_after, cpus, counts)
 
 
 def _measure(
@@ -204,6 +232,7 @@ def _measure(
     budget: Budget,
     stop_after: float | None,
     cpus: list[int] | None,
+    counts: Mapping[Case, int],
 ) -> int:
     started = perf_counter()
     memory = "kept" if options.memory == "kept" and keep_freed_memory() else "fresh"
@@ -211,6 +240,7 @@ def _measure(
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "backend": options.backend,
         "peers": peers,
+        "function": options.function,
         "quick": options.quick,
         "seconds_a_line": budget.seconds,
         "pinned_to_cpus": cpus,
@@ -244,6 +274,8 @@ def _measure(
         if is_over():
             break
         columns = [name for name in peers_of(suite) if name in peers]
+        if options.function is not None and suite.attention:
+            columns.append(options.function)
         _print(report.header_lines(suite, dtype, columns))
         kind = None
         for _, group in itertools.groupby(suite_cases, key=lambda case: (case.kind, case.shape)):
@@ -255,7 +287,9 @@ def _measure(
                 _print([report.kind_line(same[0])])
             measured = (same, peers, options.backend, budget, limits[suite.device])
             for row in (
-                isolated_rows(*measured, options.limit) if suite.on_gpu else rows_of(*measured)
+                isolated_rows(*measured, options.limit, options.function)
+                if suite.on_gpu
+                else rows_of(*measured, options.function)
             ):
                 if probed:
                     watch.probe()
@@ -265,6 +299,8 @@ def _measure(
                     _write_json(options.json, document())
     _print(report.detail_lines(rows))
     _print(report.summary_lines(rows))
+    if counts:
+        _print(saving.lines(rows, counts))
     if len(rows) < len(cases):
         _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
     _print(report.noise_lines(complained(), cpus, watch, memory))
@@ -310,6 +346,22 @@ def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
             expected = "; ".join(f"{name}: {','.join(SUITES[name].dimensions)}" for name in names)
             raise UsageError(f"--shape: expected {expected}; got {shape_text(shape)}")
     return [suite for suite in suites if not shapes or any(map(suite.takes, shapes))]
+
+
+def _recorded(options: argparse.Namespace) -> Counter[Case]:
+    """The cases of --shapes, by how often each call came; tells on standard error what is none."""
+    for option in ("suite", "shape", "kind", "steps", "dtype"):
+        if getattr(options, option) is not None:
+            name = "pass" if option == "steps" else option
+            raise UsageError(f"--{name}: not with --shapes, whose calls say it")
+    counts, left_out = saving.cases_of(calls.read(options.shapes), DTYPES)
+    for reason in left_out:
+        print(f"{_PREFIX}--shapes: {reason}", file=sys.stderr)
+    if not counts:
+        raise UsageError(f"--shapes: {options.shapes} holds no call that is measured here")
+    if any(case.suite.on_gpu for case in counts) and not torch.cuda.is_available():
+        raise UsageError(f"--shapes: {options.shapes} holds calls on a GPU, and torch sees none")
+    return counts
 
 
 def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:

@@ -25,6 +25,12 @@ class GpuLimits:
     flops: float
     copy_bytes: float  # of main memory: what is timed finds nothing in the cache
 
+    def most_flops(self, dtype: torch.dtype) -> float | None:
+        return self.flops if dtype == self.dtype else None
+
+    def most_copied(self, _size: int) -> float:
+        return self.copy_bytes
+
     def text(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         product = f"{dtype} matrix product {self.flops / 1e12:.0f} TFLOP/s"

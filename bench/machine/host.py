@@ -34,6 +34,12 @@ class Limits(Protocol):
         on the size, so that a copy is to be timed beside the calls that are compared with it.
         """
 
+    def most_flops(self, dtype: torch.dtype) -> float | None:
+        """Operations a second in `dtype` that nothing here passes; None where that is not known."""
+
+    def most_copied(self, size: int) -> float:
+        """Bytes read and written a second by a copy that moves `size` of them."""
+
     def text(self) -> str:
         """For a line of the report."""
 
@@ -49,6 +55,17 @@ class CpuLimits:
     large_copy: float  # bytes read and written a second by a copy beyond any cache
     dot_flops: float | None = None  # bfloat16 dot products, from registers; for peers only
     copy_bytes: None = None  # what fits the caches is faster
+
+    def most_flops(self, dtype: torch.dtype) -> float | None:
+        if dtype.itemsize >= 4:
+            return self.flops
+        if torch.cpu._is_amx_tile_supported():  # whose products were not measured
+            return None
+        # float16 has instructions on vectors of twice as many elements
+        return max(2 * self.flops, self.dot_flops or 0.0)
+
+    def most_copied(self, size: int) -> float:
+        return max(self.large_copy, copy_rate(max(4, size // 2)))
 
     def text(self) -> str:
         rates = [f"float32 FMA {self.flops / 1e9:.0f} GFLOP/s"]

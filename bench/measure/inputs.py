@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,13 @@ SEED = 20170612
 # The gate takes single heads where a batch element's scores are more than this: in float64, 1 GiB,
 # of which the oracle holds nine at its peak.
 MAX_SCORES = 2**27
+NORM_ROWS, ALL_ELEMENTS = 64, 2**18  # rows of a norm that it looks at, unless it has few elements
+ROWS = 3  # queries of every head that a recheck looks at
+ALL_SCORES = 2**18  # of a case that is small enough to look at all of it
 
 Outputs = tuple[Tensor, ...]
 Index = tuple[slice, slice]  # of batch elements and of heads
+Region = tuple[slice, ...]  # of every dimension of a tensor
 
 
 class Part(NamedTuple):
@@ -37,6 +42,25 @@ class Part(NamedTuple):
     def result_indices(self) -> tuple[Index, ...]:
         """Of out and of the gradients of q, k, v and the bias."""
         return self.queries, self.queries, self.keys, self.keys, self.bias
+
+
+class Rows(NamedTuple):
+    """Queries of a part of the inputs, of all heads and batch elements."""
+
+    rows: Tensor
+
+    def result_indices(self) -> tuple[Any, ...]:
+        """Of out."""
+        return ((slice(None), slice(None), self.rows),)
+
+
+class NormRows(NamedTuple):
+    """Rows of a norm, by the indices of them in each result; None where it is a sum over all."""
+
+    indices: tuple[Any, ...]
+
+    def result_indices(self) -> tuple[Any, ...]:
+        return self.indices
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,8 @@ class AttentionInputs:
     keep_mask: Tensor | None = None  # bool (B, H, Lq, Lk), True = dropout keeps, of a piece
     bias: Tensor | None = None  # (1, H, Lq, Lk), added to the scaled scores
     window: int | None = None  # keys before its own that a query attends, and none after it
+
+    renewed = ("q", "k", "v", "d_out", "bias")  # whose values a measurement changes
 
     @property
     def leaves(self) -> Outputs:
@@ -82,7 +108,8 @@ class AttentionInputs:
         return torch.cat((self.k.detach().flatten(), self.v.detach().flatten()))
 
     def pieces(self) -> Iterator[tuple[AttentionInputs, Part | None]]:
-        """Something of the first and of the last batch element: what the gate looks at.
+        """What the gate looks at: all where that is small, or else something of the first and of
+        the last batch element.
 
         Batch elements and key heads do not depend on one another, and a float64 check of all of
         them would take longer than the measurement. Only a bias, whose gradient is summed over the
@@ -90,7 +117,16 @@ class AttentionInputs:
         """
         batch, heads, queries_len, _ = self.q.shape
         key_heads, keys_len = self.k.shape[1:3]
-        whole = heads * queries_len * keys_len <= MAX_SCORES and self.bias is None
+        one_element = heads * queries_len * keys_len
+        if batch * one_element <= min(MAX_SCORES, ALL_SCORES):
+            every = slice(0, batch)
+            part = Part(
+                *((every, slice(0, heads)), (every, slice(0, key_heads))),
+                (slice(0, 1), slice(0, heads)),
+            )
+            yield self._cut(part), part
+            return
+        whole = one_element <= MAX_SCORES and self.bias is None
         for is_last in (False, True):
             b = slice(batch - 1, batch) if is_last else slice(0, 1)
             if self.bias is not None:
@@ -102,6 +138,52 @@ class AttentionInputs:
             yield self._cut(part), part
             if (batch == 1 or self.bias is not None) and (key_heads == 1 or whole):
                 return  # first and last are the same
+
+    def some_piece(self, draw: Random) -> tuple[AttentionInputs, Part | None]:
+        """A batch element and a key head, anyone's guess; with a bias, all of the batch; all where
+        that is small, for of a few elements the naive path's error is a matter of luck.
+        """
+        batch, key_heads = self.q.shape[0], self.k.shape[1]
+        if batch * self.q.shape[1] * self.q.shape[2] * self.k.shape[2] <= ALL_SCORES:
+            return next(self.pieces())
+        element, head = draw.randrange(batch), draw.randrange(key_heads)
+        b = slice(element, element + 1) if self.bias is None else slice(0, batch)
+        queries = slice(head * self.group, (head + 1) * self.group)
+        part = Part((b, queries), (b, slice(head, head + 1)), (slice(0, 1), queries))
+        return self._cut(part), part
+
+    def some_rows(self, draw: Random) -> tuple[AttentionInputs, Rows]:
+        """A few queries of every head of every batch element: of their output, all is known."""
+        length = self.q.shape[2]
+        rows = torch.tensor(sorted(draw.sample(range(length), min(ROWS, length))))
+        rows = rows.to(self.q.device)
+        allowed, bias = self.allowed, self.bias
+        if allowed is not None:
+            allowed = allowed.expand(-1, -1, length, -1)[:, :, rows]
+        piece = replace(
+            self,
+            q=self.q.detach()[:, :, rows].requires_grad_(),
+            d_out=self.d_out[:, :, rows],
+            allowed=allowed,
+            bias=None if bias is None else bias.detach()[:, :, rows],
+            causal=False,
+            dropout_p=0.0,
+        )
+        return piece, Rows(rows)
+
+    def regions(self, part: Part | None) -> dict[str, Region]:
+        """Of each tensor, the elements that any mask of a case lets reach the results of `part`."""
+        b, h, keys = slice(None), slice(None), slice(0, (self.k.shape[2] + 1) // 2)
+        queries, keyed = (
+            (b, h) if part is None else part.queries,
+            (b, h) if part is None else part.keys,
+        )
+        every = slice(None)
+        return {
+            "q": (*queries, every, every),
+            "k": (*keyed, keys, every),
+            "v": (*keyed, keys, every),
+        }
 
     def _cut(self, part: Part) -> AttentionInputs:
         allowed, bias = self.allowed, self.bias
@@ -168,6 +250,8 @@ class NormInputs:
     mask: Mask | None
     dropout_p: float
 
+    renewed = ("x", "residual", "weight", "bias", "d_out")
+
     @property
     def leaves(self) -> Outputs:
         candidates = (self.x, self.residual, self.weight, self.bias)
@@ -179,6 +263,36 @@ class NormInputs:
     def pieces(self) -> Iterator[tuple[NormInputs, Part | None]]:
         """All rows at once: the gradient of the weight needs every one."""
         yield self, None
+
+    def some_piece(self, draw: Random) -> tuple[NormInputs, NormRows | None]:
+        """Some rows, without the gradients that are sums over all of them; all where that is not
+        much, or where dropout goes by the row's number.
+        """
+        if self.x.numel() <= ALL_ELEMENTS or self.dropout_p > 0.0:
+            return self, None
+        axis = self.x.dim() - 2
+        length = self.x.shape[axis]
+        drawn = sorted(draw.sample(range(length), min(NORM_ROWS, length)))
+        rows = torch.tensor(drawn, device=self.x.device)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().index_select(axis, rows)
+
+        residual = None if self.residual is None else cut(self.residual).requires_grad_()
+        x, d_out = cut(self.x).requires_grad_(), cut(self.d_out)
+        at = (*(slice(None),) * axis, rows)
+        sums = tuple(None for sum_over in (self.weight, self.bias) if sum_over is not None)
+        by_row = 2 if residual is None else 4  # out and d_x, or those and sum and d_residual
+        piece = replace(self, x=x, residual=residual, d_out=d_out)
+        return piece, NormRows((*(at,) * by_row, *sums))
+
+    def regions(self, part: NormRows | None) -> dict[str, Region]:
+        half = slice(0, (self.x.shape[-1] + 1) // 2)  # what is padded lies behind it
+        whole = (slice(None),) * self.x.dim()
+        if part is None:
+            return {"x": (*whole[:-1], half)}
+        row = int(part.indices[0][-1][0])
+        return {"x": (*whole[:-2], slice(row, row + 1), half)}
 
     def split(self) -> list[NormInputs]:
         return [self]

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..conduct.guard import Guard
 from ..machine import gpu
 from ..machine.host import describe, measure_limits
 from ..options import renamed
@@ -90,6 +91,7 @@ def speed(
     cases = cases_of(suite, (dtype,), kinds, steps, [tuple(shape) for shape in shapes])
     if not cases:
         raise ValueError("speed: no kind suits a shape: nothing to measure")
+    guard = Guard()
     timer = timer_for(device)
     limits = measure_limits() if device == "cpu" else gpu.measure_limits(dtype, timer)
     columns = [*chosen, *(() if function is None else (name,))]
@@ -106,7 +108,8 @@ def speed(
         functions: dict[str, Function] = candidates(case, chosen, backend)
         if function is not None:
             functions[name] = partial(sdpa, function=function)
-        for row in run_cases([case], functions, budget, limits, timer):
+        foreign = {} if function is None else {name: guard}
+        for row in run_cases([case], functions, budget, limits, timer, foreign):
             rows.append(row)
             text += report.row_lines(row, columns, printed)
     return Speeds(rows, "\n".join([*text, *report.detail_lines(rows)]))

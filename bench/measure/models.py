@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,8 @@ class ModelInputs:
     lengths: Tensor  # (B,) int64, of the Transformer's sources
     dropout_p: float = 0.0
 
+    renewed = ("x", "d_out")  # the weights stay those of a model
+
     @property
     def leaves(self) -> Outputs:
         return self.weights
@@ -55,6 +58,12 @@ class ModelInputs:
 
     def pieces(self) -> Iterator[tuple[ModelInputs, None]]:
         yield self, None
+
+    def some_piece(self, _draw: Random) -> tuple[ModelInputs, None]:
+        return self, None
+
+    def regions(self, _part: None) -> dict[str, tuple[slice, ...]]:
+        return {"x": (slice(None),) * self.x.dim()}
 
     def split(self) -> list[ModelInputs]:
         return [self]

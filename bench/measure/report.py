@@ -34,6 +34,7 @@ _MODEL_KINDS = {
     "transformer": "a training step of the reference Transformer",
     "encoder": "a training step of torch's nn.TransformerEncoder",
 }
+_MAX_HEADING = 12  # of a function's name
 _HEADINGS = {"sdpa-math": "math", "onnxruntime": "ort", "openvino": "ov"}
 
 
@@ -99,6 +100,7 @@ def row_lines(row: Row, peers: Sequence[str], printed: set[str]) -> list[str]:
     mark = "~" if is_noisy(row) else " "
     line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
     reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
+    reasons += [f"{name} impossible: {why}" for name, why in row.impossible.items()]
     reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
     new = [reason for reason in reasons if reason not in printed]
     printed.update(new)
@@ -173,7 +175,7 @@ def _wrapped_at(text: str, when: Sequence[str]) -> list[str]:
 
 def heading(name: str) -> str:
     """The heading of a candidate's column."""
-    return _HEADINGS.get(name, name)
+    return _HEADINGS.get(name, name.rpartition(":")[2][-_MAX_HEADING:])
 
 
 def is_noisy(row: Row) -> bool:
@@ -192,6 +194,9 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
     not_done = sum(ROWMAX in row.not_done for row in rows)
     if not_done:
         lines.append(f"{not_done} of {len(rows)} lines rowmax does not do: see 'not done' above")
+    impossible = sum(len(row.impossible) for row in rows)
+    if impossible:
+        lines.append(f"{impossible} timings are impossible here, and not ranked: see above")
     faults = sum(len(row.faults) for row in rows)
     if faults:
         lines.append(f"{faults} timings are missing: see 'not timed' above")
@@ -269,6 +274,8 @@ def _cell(row: Row, name: str) -> str:
     text = "-"
     if name in row.faults:
         text = "fault"
+    elif name in row.impossible:
+        text = " impossible"  # wider than its column: a space at least stands before it
     elif name in row.timings:
         text = _milliseconds(row.timings[name].median)
     return f"{text:>{_cell_width(name)}}"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...kernels.testing.memory import peak_bytes
+from ..conduct import clocks, examine
+from ..conduct.guard import Guard
 from ..machine.host import Limits
+from ..options import imported
 from ..peers.candidates import (
     ROWMAX,
     Function,
@@ -22,9 +26,13 @@ from ..peers.candidates import (
     peers_of,
     rowmax_function,
     run_pass,
+    sdpa,
 )
 from ..peers.packages import UnsupportedError
+from . import possible
+from .arena import CaseArena
 from .cases import (
+    GROUP,
     Case,
     attention_bytes,
     attention_flops,
@@ -33,18 +41,22 @@ from .cases import (
     norm_flops,
 )
 from .gate import Gate
-from .inputs import AttentionInputs, Inputs, make_inputs
+from .inputs import AttentionInputs, Inputs, Outputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
 from .isolated import LostError, results
 from .models import ModelInputs
+from .recheck import COPY, Foreign, Recheck
 from .timing import Budget, Timer, Timing, interleave, timer_for
 
-COPY = "copy"  # the yardstick among the calls that are timed; no candidate
+NOT_A_MASK = ("cross", "decode", "dropout")  # what a kind says of its shape and its results
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A candidate is in `timings`, in `faults` or in `not_done`."""
+    """One line of the table.
+
+    A candidate is in one of `timings`, `faults`, `not_done` and `impossible`.
+    """
 
     case: Case
     timings: dict[str, Timing]
@@ -58,6 +70,7 @@ class Row:
     memory: dict[str, int | None] = field(default_factory=dict)  # bytes at a call's peak
     flops: int | None = None  # operations that the case is worth
     moved: int | None = None  # bytes that any implementation must move
+    impossible: dict[str, str] = field(default_factory=dict)  # faster than the machine can be
 
     @property
     def fastest_peer(self) -> str | None:
@@ -110,6 +123,7 @@ class Row:
             },
             "faults": self.faults,
             "not_done": self.not_done,
+            "impossible": self.impossible,
             "fastest_peer": self.fastest_peer,
             "ratio": self.ratio,
             "ratio_interval": None if self.ratio_interval is None else list(self.ratio_interval),
@@ -132,11 +146,31 @@ def candidates(case: Case, peers: Iterable[str], backend: str) -> dict[str, Func
 
 
 def rows_of(
-    cases: Sequence[Case], peers: Sequence[str], backend: str, budget: Budget, limits: Limits
+    cases: Sequence[Case],
+    peers: Sequence[str],
+    backend: str,
+    budget: Budget,
+    limits: Limits,
+    stranger: str | None = None,
 ) -> Iterator[Row]:
-    """`run_cases` of the candidates for one kind, shape and dtype."""
+    """`run_cases` of the candidates for one kind, shape and dtype.
+
+    `stranger`: MODULE:NAME of a function with SDPA's signature, in the column of that name.
+    """
     functions = candidates(cases[0], peers, backend)
-    yield from run_cases(cases, functions, budget, limits, timer_for(cases[0].suite.device))
+    guards = {}
+    if stranger is not None and cases[0].suite.attention:
+        function, guards[stranger] = stranger_of(stranger)
+        functions[stranger] = partial(sdpa, function=function)
+    timer = timer_for(cases[0].suite.device)
+    yield from run_cases(cases, functions, budget, limits, timer, guards)
+
+
+@functools.cache
+def stranger_of(stranger: str) -> tuple[Callable[..., Any], Guard]:
+    """The guard is there before anything of the module runs."""
+    guard = Guard()
+    return imported("--function", stranger), guard
 
 
 def isolated_rows(
@@ -146,11 +180,13 @@ def isolated_rows(
     budget: Budget,
     limits: Limits,
     seconds: float,
+    stranger: str | None = None,
 ) -> Iterator[Row]:
     """`rows_of` in a process of its own: where it is lost, the rest of its rows say so."""
     done = 0
     try:
-        for row in results(rows_of, cases, peers, backend, budget, limits, seconds=seconds):
+        measured = (cases, peers, backend, budget, limits, stranger)
+        for row in results(rows_of, *measured, seconds=seconds):
             done += 1
             yield row
     except LostError as error:
@@ -164,68 +200,152 @@ def run_cases(
     budget: Budget,
     limits: Limits,
     timer: Timer,
+    foreign: Foreign | None = None,
 ) -> Iterator[Row]:
-    """The passes of one kind, shape and dtype: they share inputs, oracle and what was compiled."""
-    inputs = make_inputs(cases[0])
-    suite, kind = cases[0].suite, cases[0].kind
-    backward = any(case.backward for case in cases)
-    gate = Gate(inputs, kind, naive(suite, kind), backward=backward)
-    for case in cases:
-        yield _run_case(case, inputs, gate, functions, budget, limits, timer)
+    """The passes of one kind, shape and dtype: they share inputs and what was compiled.
+
+    `foreign`: candidates that are not of this project, whose conduct is examined too.
+    """
+    arena = CaseArena(make_inputs(cases[0]))
+    for number, case in enumerate(cases):
+        if number:
+            arena.arena.renew()  # what was found right of the last pass is right no more
+        yield _run_case(case, arena, functions, budget, limits, timer, foreign or {})
         release_memory()
 
 
-def _run_case(
+@dataclass
+class _Admitted:
+    """What passed the gate, and why the others did not."""
+
+    functions: dict[str, Function] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    first_call: dict[str, float] = field(default_factory=dict)
+    not_done: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)
+    failed: bool = False
+
+
+def _admit(
     case: Case,
-    inputs: Inputs,
-    gate: Gate,
+    arena: CaseArena,
     functions: Mapping[str, Function],
-    budget: Budget,
-    limits: Limits,
-    timer: Timer,
-) -> Row:
-    """Gate first, then time what passed."""
-    calls: dict[str, Callable[[], object]] = {}
-    faults: dict[str, str] = {}
-    first_call: dict[str, float] = {}
-    not_done: dict[str, str] = {}
-    memory: dict[str, int | None] = {}
-    failed = False
-    for name, function in functions.items():
+    make_gate: Callable[..., Gate],
+    foreign: Foreign,
+) -> _Admitted:
+    """The gate: foreign candidates first, while there is nothing right that they could find."""
+    found, gate, inputs = _Admitted(), make_gate(arena.inputs), arena.inputs
+    waiting: dict[str, Outputs] = {}
+
+    def tried(name: str, step: Callable[[Function], str | None]) -> None:
         is_rowmax = name == ROWMAX
-        started = perf_counter()
         try:
             with warnings.catch_warnings():
                 if not is_rowmax:  # torch warns of each reason why a path can't do the case
                     warnings.simplefilter("ignore", UserWarning)
-                run_pass(function, inputs, backward=case.backward)
-                first_call[name] = perf_counter() - started
-                fault = gate.fault(function, backward=case.backward, is_peer=not is_rowmax)
-            if fault is None:
-                calls[name] = measured_call(function, inputs, case.step)
-                memory[name] = peak_bytes(calls[name], case.suite.device)
-            else:
-                failed = True
+                fault = step(functions[name])
+            found.failed |= fault is not None
         except UnsupportedError as error:
-            not_done[name] = first_line(error)
-            continue
+            found.not_done[name] = first_line(error)
+            return
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
             fault = f"{type(error).__name__}: {first_line(error)}"
-            failed |= is_rowmax
+            found.failed |= is_rowmax
             if is_rowmax and case.suite.on_gpu:  # where it can't be run again to see more
                 traceback.print_exc()
         if fault is not None:
-            faults[name] = fault
+            found.faults[name] = fault
+            waiting.pop(name, None)
             release_memory()
+
+    def run(name: str, function: Function) -> str | None:
+        started = clocks.host()
+        run_pass(function, inputs, backward=case.backward)
+        found.first_call[name] = clocks.host() - started
+        is_peer = name != ROWMAX
+        waiting[name] = gate.run(function, backward=case.backward, is_peer=is_peer)
+        changed = arena.changed()
+        return None if changed is None else f"it changed its input {changed}"
+
+    def judge(name: str, function: Function) -> str | None:
+        outputs, is_peer = waiting.pop(name), name != ROWMAX
+        fault = gate.judge(outputs, function, backward=case.backward, is_peer=is_peer)
+        if fault is None and name in foreign:
+            fault = _conduct(function, case, foreign[name])
+        if fault is None:
+            call = measured_call(function, inputs, case.step)
+            found.memory[name] = peak_bytes(call, case.suite.device)
+            found.functions[name] = function
+        return fault
+
+    ours = [name for name in functions if name not in foreign]
+    for group in ([name for name in functions if name in foreign], *([name] for name in ours)):
+        for name in group:
+            tried(name, partial(run, name))
+        for name in tuple(waiting):
+            tried(name, partial(judge, name))
+    found.functions = {name: f for name, f in functions.items() if name in found.functions}
+    return found
+
+
+def _conduct(function: Function, case: Case, guard: Guard) -> str | None:
+    """What examination finds; of attention, for that is what has an interface for strangers."""
+    if not case.suite.attention:
+        return None
+    sizes = case.sizes
+    key_heads = sizes.heads // GROUP if "gqa" in case.parts else sizes.key_heads
+    kind = "+".join(part for part in case.kind.split("+") if part not in NOT_A_MASK) or "full"
+    asked = kind, sizes.heads, key_heads, sizes.head_size, case.dtype, case.backward
+    if asked not in guard.examined:
+        subject = examine.Subject(
+            function,
+            kind=kind,
+            heads=(sizes.heads, key_heads),
+            head_size=sizes.head_size,
+            dtype=case.dtype,
+            backward=case.backward,
+            device=case.suite.device,
+            guard=guard,
+        )
+        guard.examined[asked] = examine.fault_of(subject)
+    return guard.examined[asked]
+
+
+def _run_case(
+    case: Case,
+    arena: CaseArena,
+    functions: Mapping[str, Function],
+    budget: Budget,
+    limits: Limits,
+    timer: Timer,
+    foreign: Foreign,
+) -> Row:
+    """Gate first, then time what passed."""
+
+    def make_gate(inputs: Inputs, **chosen: Any) -> Gate:
+        unfused = naive(case.suite, case.kind)
+        return Gate(inputs, case.kind, unfused, **{"backward": case.backward, **chosen})
+
+    guards = {name: foreign[name] for name in foreign if name in functions}
+    admitted = _admit(case, arena, functions, make_gate, guards)
+    faults, inputs = admitted.faults, arena.inputs
     yardstick = None
     if case.bound_by_memory and limits.copy_bytes is None:
-        yardstick = inputs.to_copy()
-        calls[COPY] = yardstick.clone
-    timings = interleave(calls, budget, timer)
+        yardstick = inputs.to_copy().clone()  # whose values change as the inputs' do
+    rounds = Recheck(
+        *(case, arena, admitted.functions, make_gate),
+        own=ROWMAX,
+        foreign={name: g for name, g in guards.items() if name in admitted.functions},
+        yardstick=yardstick,
+    )
+    timings = interleave(rounds, budget, timer)
+    faults |= rounds.faults
+    failed = admitted.failed or rounds.failed
     copy = timings.pop(COPY, None)
-    for name in calls.keys() - timings.keys() - {COPY}:
-        faults[name] = "out of GPU memory beside the other candidates"
+    flops, moved = _operations(case, inputs), _bytes(case, inputs)
+    impossible = possible.too_fast(case, timings, flops, moved, limits)
+    timings = {name: timing for name, timing in timings.items() if name not in impossible}
     rate = share = None
     if ROWMAX in timings:
         rate = _work(case, inputs) / timings[ROWMAX].median
@@ -233,10 +353,11 @@ def _run_case(
         if yardstick is not None and copy is not None:
             limit = 2 * yardstick.nbytes / copy.median
         share = None if limit is None or case.suite.model else rate / limit
-    flops, moved = _operations(case, inputs), _bytes(case, inputs)
+    failed |= bool(impossible)
     return Row(
-        *(case, timings, faults, not_done, failed, first_call, rate, share, copy),
-        *(memory, flops, moved),
+        *(case, timings, faults, admitted.not_done, failed, admitted.first_call, rate, share, copy),
+        *(admitted.memory, flops, moved),
+        impossible=impossible,
     )
 
 

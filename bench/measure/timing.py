@@ -7,15 +7,16 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 
+from ..conduct import clocks
 from .intervals import Interval, median_interval, outliers
 
 # A sample shorter than this is mostly timer and scheduler, so short calls are repeated in one.
 SHORTEST_SAMPLE = 2e-3
+_Event, _synchronize = torch.cuda.Event, torch.cuda.synchronize  # as they are before a candidate
 TRIES = 3  # calls that tell how often to repeat; one is enough for what is far from short
 
 
@@ -45,35 +46,74 @@ class Timing:
         return (self.high - self.low) / self.median
 
 
+class Between(Protocol):
+    """What is done between the calls of a sample, in no time that counts."""
+
+    def before(self, *, last: bool) -> None:
+        """Before each call; `last` of the sample."""
+
+    @property
+    def after(self) -> Callable[[Any], None] | None:
+        """Gets the result of the last call, at once; None where nobody wants it."""
+
+
 class Timer(Protocol):
     """How long a call takes."""
 
     def now(self) -> float:
         """Seconds on the host: what a budget is counted in."""
 
-    def sample(self, function: Callable[[], object], repeats: int) -> float:
+    def sample(
+        self, function: Callable[[], object], repeats: int, between: Between | None = None
+    ) -> float:
         """Seconds a call, the mean of `repeats` calls."""
 
 
 class HostTimer:
     """For what has been done when the call returns."""
 
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = clocks.host) -> None:
         self.now = clock
 
-    def sample(self, function: Callable[[], object], repeats: int) -> float:
+    def sample(
+        self, function: Callable[[], object], repeats: int, between: Between | None = None
+    ) -> float:
+        if between is not None:
+            return self._sample_between(function, repeats, between)
         before = self.now()
         for _ in range(repeats):
             function()
         return (self.now() - before) / repeats
 
+    def _sample_between(
+        self, function: Callable[[], object], repeats: int, between: Between
+    ) -> float:
+        agreement, after, now = clocks.Agreement(self.now), between.after, self.now
+        seconds = 0.0
+        for at in range(repeats):
+            is_last = at == repeats - 1
+            between.before(last=is_last)
+            if is_last and after is not None:
+                started = now()
+                result = function()
+                seconds += now() - started
+                after(result)
+            else:
+                started = now()
+                function()  # and its result is given back: that is part of a call
+                seconds += now() - started
+        agreement.check()
+        return seconds / repeats
+
 
 class LaunchTimer(HostTimer):
     """How long the host takes to launch a call, on a GPU that has nothing else to do before it."""
 
-    def sample(self, function: Callable[[], object], repeats: int) -> float:
+    def sample(
+        self, function: Callable[[], object], repeats: int, between: Between | None = None
+    ) -> float:
         torch.cuda.synchronize()
-        return super().sample(function, repeats)
+        return super().sample(function, repeats, between)
 
 
 class Event(Protocol):
@@ -99,7 +139,7 @@ class EventTimer:
         flush: Callable[[], object],
         make_event: Callable[[], Event],
         synchronize: Callable[[], object],
-        clock: Callable[[], float] = perf_counter,
+        clock: Callable[[], float] = clocks.host,
     ) -> None:
         self.now = clock
         self._flush, self._make_event, self._synchronize = flush, make_event, synchronize
@@ -112,21 +152,33 @@ class EventTimer:
         synchronize()
         self._flush_seconds = max(1e-3 * start.elapsed_time(end) / 10, 1e-6)
 
-    def sample(self, function: Callable[[], object], repeats: int) -> float:
-        started = self.now()
+    def sample(
+        self, function: Callable[[], object], repeats: int, between: Between | None = None
+    ) -> float:
+        if between is not None:
+            between.before(last=False)
+        self._synchronize()
+        agreement, started = clocks.Agreement(self.now), self.now()
         function()  # nothing is queued before it: this is how long the host takes to launch it
         launching = self.now() - started
         flushes = min(1 + math.ceil(launching / self._flush_seconds), self.MAX_FLUSHES)
         pairs = []
-        for _ in range(repeats):
+        for at in range(repeats):
+            if between is not None:
+                between.before(last=at == repeats - 1)
             for _ in range(flushes):
                 self._flush()
             start, end = self._make_event(), self._make_event()
             start.record()
-            function()
+            result = function()
             end.record()
             pairs.append((start, end))
+            if between is not None and between.after is not None and at == repeats - 1:
+                between.after(result)
+            del result
         self._synchronize()
+        if between is not None:
+            agreement.check()
         return 1e-3 * sum(start.elapsed_time(end) for start, end in pairs) / repeats
 
 
@@ -139,8 +191,8 @@ def timer_for(device: str) -> Timer:
     buffer = torch.ones(max(4 * cache, 2**26) // 4, device=device)
     return EventTimer(
         flush=buffer.sum,
-        make_event=functools.partial(torch.cuda.Event, enable_timing=True),
-        synchronize=torch.cuda.synchronize,
+        make_event=functools.partial(_Event, enable_timing=True),
+        synchronize=_synchronize,
     )
 
 
@@ -156,27 +208,54 @@ def summarise(samples: Iterable[float]) -> Timing:
     return Timing(median, low, high, len(ordered), interval, outliers(ordered))
 
 
+class Rounds:
+    """What is timed; a subclass may change between the calls what they are given."""
+
+    def __init__(self, calls: Mapping[str, Callable[[], object]]) -> None:
+        self.calls = dict(calls)  # by name; one that is taken out is timed no more
+
+    def begin(self, done: int, *, last: bool) -> None:
+        """Before a round, after `done` others; `last` where it seems to be that."""
+
+    def between(self, name: str) -> Between | None:  # noqa: ARG002
+        """For a sample of `name`."""
+        return None
+
+    def end(self) -> None:
+        """After a round."""
+
+    def stopped(self, name: str, error: Exception) -> None:
+        """`name`, whose sample raised an error, is timed no more; what is no want of memory is
+        nothing that may happen here."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise error
+        del self.calls[name]
+
+
 def interleave(
-    functions: Mapping[str, Callable[[], object]], budget: Budget, timer: Timer
+    functions: Mapping[str, Callable[[], object]] | Rounds, budget: Budget, timer: Timer
 ) -> dict[str, Timing]:
     """Times A B C, A B C, ...: what disturbs the machine for a while disturbs all of them.
+
+    `Rounds` may put them into another order in every round.
 
     Each function is warm: it has run before, if only to pass the gate. One that runs out of GPU
     memory, beside what the others keep there, is missing from the result.
     """
-    functions = dict(functions)
+    rounds = functions if isinstance(functions, Rounds) else Rounds(functions)
     samples: dict[str, list[float]] = {}
 
     def sample(name: str, repeats: int) -> float | None:
         try:
-            return timer.sample(functions[name], repeats)
-        except torch.OutOfMemoryError:
-            del functions[name]
-            samples.pop(name, None)
+            return timer.sample(rounds.calls[name], repeats, rounds.between(name))
+        except Exception as error:
+            rounds.stopped(name, error)
             return None
 
     repeats = {}
-    for name in tuple(functions):
+    names = tuple(rounds.calls)
+    rounds.begin(0, last=False)
+    for name in tuple(rounds.calls):
         shortest = math.inf
         for _ in range(TRIES):
             seconds = sample(name, 1)
@@ -185,19 +264,25 @@ def interleave(
             shortest = min(shortest, seconds)
             if seconds > 10 * SHORTEST_SAMPLE:
                 break
-        if name in functions:
+        if name in rounds.calls:
             repeats[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(shortest, 1e-9)))
             samples[name] = []
+    rounds.end()
 
-    started = timer.now()
+    started, last = timer.now(), False
     for done in range(budget.max_rounds):
-        if done >= budget.min_rounds and timer.now() - started >= budget.seconds:
+        spent = timer.now() - started
+        if last and done >= budget.min_rounds and spent >= budget.seconds:
             break
-        for name in tuple(functions):
+        ends = done + 1 >= budget.min_rounds and spent * (done + 1) >= budget.seconds * done
+        last = ends or done + 1 == budget.max_rounds
+        rounds.begin(done + 1, last=last)
+        for name in tuple(rounds.calls):
             seconds = sample(name, repeats[name])
             if seconds is not None:
                 samples[name].append(seconds)
-    return {name: summarise(times) for name, times in samples.items()}
+        rounds.end()
+    return {name: summarise(samples[name]) for name in names if name in rounds.calls}
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,11 @@ from ...console import from_extra
 from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
-from ..options import UsageError, check_outputs, listed, names_of, set_threads
+from ..conduct.guard import Guard
+from ..options import UsageError, check_outputs, imported, listed, names_of, set_threads
+from ..shapes import calls
 from . import suite
+from .contracts import CONTRACTS
 from .implementations import Backend, Implementation, Sdpa
 from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
@@ -52,6 +54,20 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="SIZES",
         action="append",
         help="B,Hq,Hkv,Lq,Lk,D,Dv of attention, in place of the suite's own; more than once",
+    )
+    command.add_argument(
+        "--shapes",
+        metavar="FILE",
+        type=Path,
+        help="the sizes of attention that `record` noted, in place of --shape; of a batch, two",
+    )
+    command.add_argument(
+        "--contract",
+        choices=tuple(CONTRACTS),
+        default="rowmax",
+        help="what is promised; of torch: no NaN kept out of padding, no bits that stay the same, "
+        "and results held to the rule that `speed` has for peers; what is not promised is "
+        "reported and is no failure; default: %(default)s",
     )
     command.add_argument("--threads", type=int, help="default: what torch takes")
     command.add_argument(
@@ -90,9 +106,26 @@ def _settings(options: argparse.Namespace) -> suite.Settings:
         kinds=tuple(names_of("--kind", options.kind, ALL_KINDS)),
         dtypes=tuple(names_of("--dtype", options.dtype or default, suite.DTYPES)),
         checks=tuple(names_of("--check", options.check, suite.CHECKS)),
-        shapes=tuple(map(_shape, options.shape or ())),
+        shapes=_shapes(options),
         quick=options.quick,
+        contract=options.contract,
     )
+
+
+def _shapes(options: argparse.Namespace) -> tuple[Shape, ...]:
+    """Of --shape, or those that were recorded: the elements of a batch are no matter."""
+    if options.shapes is None:
+        return tuple(map(_shape, options.shape or ()))
+    if options.shape is not None:
+        raise UsageError("--shape: not with --shapes")
+    found = [
+        suite.sizes_of((min(2, call.shape[0]), *call.shape[1:]))
+        for call in calls.read(options.shapes)
+        if call.op == "attention"
+    ]
+    if not found:
+        raise UsageError(f"--shapes: {options.shapes} holds no call of attention")
+    return tuple(dict.fromkeys(found))
 
 
 def _shape(text: str) -> Shape:
@@ -114,7 +147,12 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
             torch.empty(0, device=device)
         except Exception as error:
             raise UsageError(f"--device: {options.device} does not work here") from error
-        return [Sdpa(_function(options.function), options.function, device)]
+        guard = Guard()  # before anything of the module runs
+        function = imported("--function", options.function)
+        held_to = CONTRACTS[options.contract]
+        return [Sdpa(function, options.function, device, guard, held_to)]
+    if options.contract != "rowmax":
+        raise UsageError("--contract: only with --function; backends have rowmax's")
     names = names_of("--backend", options.backend, dispatch.NAMES)
     if options.backend is None:
         names = suite.available()
@@ -123,22 +161,6 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
         if reason is not None:
             raise UsageError(f"--backend: {name} does not work here: {reason}")
     return list(map(Backend, names))
-
-
-def _function(text: str) -> Any:
-    module, _, name = text.partition(":")
-    expected = "--function: expected MODULE:NAME of a callable that can be imported"
-    if not module or not name:
-        raise UsageError(f"{expected}, got {text}")
-    try:
-        function: Any = importlib.import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{expected}, got {text}: {error}") from error
-    if not callable(function):
-        raise UsageError(f"{expected}, got {text}, a {type(function).__name__}")
-    return function
 
 
 class _Progress(suite.Listener):

@@ -13,6 +13,8 @@ from ...kernels import ALiBi, Causal, Mask
 from ...kernels.backends.dispatch import PREFERENCE
 from ...kernels.testing.oracle import AttentionCase, Kernel
 from ...kernels.testing.suite import ATTENTION_OPS, OPS
+from ..conduct.guard import Guard
+from .contracts import ROWMAX, Contract
 
 
 class DeclinedError(Exception):
@@ -79,9 +81,16 @@ class Sdpa:
     with_lse = False
 
     def __init__(
-        self, function: SdpaLike, name: str | None = None, device: torch.device | str = "cpu"
+        self,
+        function: SdpaLike,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+        guard: Guard | None = None,
+        contract: Contract = ROWMAX,
     ) -> None:
         self.function = function
+        self.contract = contract
+        self.guard = guard or Guard()  # from before `function` was imported, where it is given
         self.name = str(name or getattr(function, "__qualname__", type(function).__name__))
         self.device = torch.device(device)
 
@@ -119,3 +128,8 @@ class Sdpa:
             return allowed, False
         bias = bias.expand(call.shape)
         return (bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)), False
+
+
+def contract_of(implementation: Implementation) -> Contract:
+    """A stranger's may be torch's; everything else promises what rowmax does."""
+    return implementation.contract if isinstance(implementation, Sdpa) else ROWMAX

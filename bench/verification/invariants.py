@@ -14,15 +14,21 @@ from torch import Tensor
 from ...kernels import Causal, KeyLengths
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
 from ...kernels.testing.cross_entropy import CrossEntropyCase, cross_entropy_case
-from ...kernels.testing.oracle import AttentionCase, Results
+from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
-from ...kernels.testing.tolerance import Expected, faults_of
-from .implementations import DeclinedError, Implementation, Sdpa
+from ...kernels.testing.tolerance import Expected, accuracies
+from ..conduct import examine
+from ..conduct.guard import Guard
+from ..measure.inputs import AttentionInputs
+from .contracts import Contract
+from .implementations import DeclinedError, Implementation, Sdpa, contract_of
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
 DECODING = Shape(4, 4, 2, 1, 600, 32, 32)
 ROWS = (257, 96)
+# On the same tensors, with other values each: of a stranger's function, and of a backend.
+CALLS, OWN_CALLS = 150, 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Invariant:
     dtype: torch.dtype
     fault: str | None
     declined: str | None = None
+    promised: bool = True  # by the contract that it is held to; else a fault is no failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is not as it was promised."""
+        return self.promised and not self.passed
 
     @property
     def passed(self) -> bool:
@@ -46,6 +58,7 @@ class Invariant:
             "dtype": dtype_text(self.dtype),
             "fault": self.fault,
             "declined": self.declined,
+            "promised": self.promised,
         }
 
 
@@ -56,10 +69,10 @@ def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str |
     """With v all ones, out is the sum of each row's weights."""
     case = _case(implementation, dtype)
     case = replace(case, v=torch.ones_like(case.v))
+    out = {"out": _results(implementation, case)["out"]}
     expected = {"out": case.expected["out"]}
     assert bool(((expected["out"].exact - 1).abs() < 1e-12).all())
-    out = {"out": _results(implementation, case)["out"]}
-    return _fault(out, case, expected)
+    return _fault(implementation, out, case, expected)
 
 
 def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -75,7 +88,7 @@ def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | N
     for name in ("d_k", "d_v"):
         results[name] = results[name][:, :, back]
     results["d_bias"] = results["d_bias"][..., back]
-    return _fault(results, case)
+    return _fault(implementation, results, case)
 
 
 def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -91,7 +104,7 @@ def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | 
         name: expected._replace(magnitude=magnitudes[name].magnitude)
         for name, expected in case.expected.items()
     }
-    return _fault(results, case, unshifted)
+    return _fault(implementation, results, shifted, unshifted)
 
 
 def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | None:
@@ -285,7 +298,8 @@ CROSS_ENTROPY = {"same bits again": loss_again}
 def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     """The number of checks that `check` makes for each dtype."""
     here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    return sum(len(ATTENTION if op == "attention" else _by_op(op)) for op in here)
+    of_attention = len(ATTENTION) + len(examine.CHECKS)
+    return sum(of_attention if op == "attention" else len(_by_op(op)) for op in here)
 
 
 def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype], str | None]]:
@@ -296,25 +310,49 @@ def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype],
 def check(
     implementation: Implementation, ops: tuple[str, ...], dtype: torch.dtype
 ) -> Iterator[Invariant]:
+    contract = contract_of(implementation)
     for op in ops:
         if op not in implementation.ops or op == "attention_varlen":
             continue
         if op == "attention":
             for name, attention_check in ATTENTION.items():
-                yield _checked(op, name, dtype, partial(attention_check, implementation, dtype))
+                run = partial(attention_check, implementation, dtype)
+                yield _checked(op, name, dtype, run, contract)
+            subject = _subject(implementation, dtype)
+            for name, conduct_check in examine.CHECKS.items():
+                yield _checked(op, name, dtype, partial(conduct_check, subject), contract)
         else:
             for name, row_check in _by_op(op).items():
-                yield _checked(op, name, dtype, partial(row_check, implementation, op, dtype))
+                run = partial(row_check, implementation, op, dtype)
+                yield _checked(op, name, dtype, run, contract)
 
 
-def _checked(op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None]) -> Invariant:
+def _checked(
+    op: str, name: str, dtype: torch.dtype, run: Callable[[], str | None], contract: Contract
+) -> Invariant:
+    promised = name not in contract.invariants
     try:
-        return Invariant(op, name, dtype, run())
+        return Invariant(op, name, dtype, run(), promised=promised)
     except DeclinedError as error:
-        return Invariant(op, name, dtype, None, str(error))
+        return Invariant(op, name, dtype, None, str(error), promised)
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        return Invariant(op, name, dtype, f"{type(error).__name__}: {first}")
+        return Invariant(op, name, dtype, f"{type(error).__name__}: {first}", promised=promised)
+
+
+def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subject:
+    kernel = implementation.kernel("attention")
+
+    def function(inputs: AttentionInputs) -> tuple[Tensor, ...]:
+        return outputs_of(kernel(inputs.q, inputs.k, inputs.v))[:1]
+
+    return examine.Subject(
+        function,
+        dtype=dtype,
+        device=implementation.device.type,
+        calls=CALLS if isinstance(implementation, Sdpa) else OWN_CALLS,
+        guard=implementation.guard if isinstance(implementation, Sdpa) else Guard(),
+    )
 
 
 def _case(
@@ -358,10 +396,16 @@ def _results(
 
 
 def _fault(
-    results: Results, case: AttentionCase, expected: dict[str, Expected] | None = None
+    implementation: Implementation,
+    results: Results,
+    case: AttentionCase,
+    expected: dict[str, Expected] | None = None,
 ) -> str | None:
-    found = faults_of(results, expected or case.expected, case.sum_dtype)
-    return found[0] if found else None
+    """Of the results of `case`, which are to be `expected`, by default its own."""
+    contract = contract_of(implementation)
+    held_to = contract.expected(case, expected or case.expected)
+    found = accuracies(results, held_to, case.sum_dtype, contract.factor(case.q.dtype))
+    return next((f"{one.tensor}: {one.fault}" for one in found if one.fault is not None), None)
 
 
 def _difference(got: Results, expected: Results) -> str | None:

@@ -31,11 +31,20 @@ class Findings:
 
     @property
     def failures(self) -> list[str]:
-        found = [f"{run.case}: {fault}" for run in self.runs for fault in run.faults[:1]]
+        return self._faults(promised=True)
+
+    @property
+    def not_promised(self) -> list[str]:
+        """What would be a failure under rowmax's contract, and is none under the one asked for."""
+        return self._faults(promised=False)
+
+    def _faults(self, *, promised: bool) -> list[str]:
+        runs = [run for run in self.runs if run.promised == promised]
+        found = [f"{run.case}: {fault}" for run in runs for fault in run.faults[:1]]
         return found + [
             f"{one.op}, {one.name}, {dtype_text(one.dtype)}: {one.fault}"
             for one in self.invariants
-            if one.fault is not None
+            if one.fault is not None and one.promised == promised
         ]
 
     @property
@@ -100,6 +109,10 @@ class Report:
                 found.append(f"mutant {mutation.fault}, {dtype_text(mutation.dtype)}: {outcome}")
         return found
 
+    @property
+    def not_promised(self) -> list[str]:
+        return [f"{one.name}: {text}" for one in self.findings for text in one.not_promised]
+
     def as_json(self) -> str:
         document = {
             "schema": SCHEMA,
@@ -126,6 +139,7 @@ class Report:
             ],
             "mutations": [mutation.as_json() for mutation in self.mutations],
             "failures": self.failures,
+            "not_promised": self.not_promised,
         }
         return json.dumps(document, indent=1) + "\n"
 
@@ -151,5 +165,6 @@ def _case(run: Run) -> dict[str, Any]:
         "passed": run.passed,
         "declined": run.declined,
         "error": run.error,
+        "promised": run.promised,
         "results": [found.as_json() for found in run.accuracies],
     }

@@ -16,7 +16,8 @@ from ...kernels.testing import DTYPES as ALL_DTYPES
 from ...kernels.testing.cases import NamedCase, Shape, dtype_text
 from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases
 from ..machine.host import describe
-from . import invariants, mutation
+from . import cheating, invariants, mutation
+from .contracts import CONTRACTS
 from .implementations import Backend, Implementation, Sdpa, SdpaLike
 from .outcome import Findings, Report
 from .runs import Run
@@ -24,7 +25,7 @@ from .runs import run as run_case
 
 DTYPES = {dtype_text(dtype): dtype for dtype in ALL_DTYPES}
 QUICK_DTYPES = ("float32", "bfloat16")
-CHECKS = ("oracle", "accuracy", "invariants", "mutations")
+CHECKS = ("oracle", "accuracy", "invariants", "mutations", "cheats")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Settings:
     checks: tuple[str, ...] = CHECKS
     shapes: tuple[Shape, ...] = ()  # of attention, in place of the suite's own
     quick: bool = False
+    contract: str = "rowmax"  # of CONTRACTS
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +48,7 @@ class Settings:
             "checks": list(self.checks),
             "shapes": [list(shape) for shape in self.shapes],
             "quick": self.quick,
+            "contract": self.contract,
         }
 
 
@@ -68,6 +71,7 @@ def verify(
     checks: Sequence[str] | None = None,
     shapes: Sequence[Sequence[int]] = (),
     quick: bool = False,
+    contract: str = "rowmax",
     device: torch.device | str = "cpu",
     listener: Listener | None = None,
 ) -> Report:
@@ -84,8 +88,11 @@ def verify(
         dtypes: of "float64", "float32", "bfloat16", "float16"; all when None, with `quick`
             float32 and bfloat16.
         checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",
-            "mutations" (of kernels broken on purpose: whether the suite notices); all when None.
+            "mutations" (of kernels broken on purpose: whether the suite notices), "cheats" (of
+            candidates that look faster or more right than they are); all when None.
         shapes: (B, Hq, Hkv, Lq, Lk, D, Dv) each, for attention in place of the suite's own.
+        contract: "rowmax", or "torch" for what promises no more than torch's functions do: what
+            is not promised is reported, but is no failure.
         quick: fewer shapes and dtypes: less than a minute once kernels are compiled.
 
     Returns:
@@ -105,12 +112,16 @@ def verify(
         checks=_names("checks", checks, CHECKS),
         shapes=tuple(sizes_of(shape) for shape in shapes),
         quick=quick,
+        contract=_names("contract", (contract,), tuple(CONTRACTS))[0],
     )
+    if function is None and contract != "rowmax":
+        raise ValueError(f"verify: contract: backends have rowmax's, got {contract!r}")
     implementations: list[Implementation]
     if function is None:
         implementations = list(map(Backend, available(backends)))
     else:
-        implementations = [Sdpa(function, name, device)]
+        held_to = CONTRACTS[settings.contract]
+        implementations = [Sdpa(function, name, device, contract=held_to)]
         attention = tuple(op for op in settings.ops if op == "attention")
         settings = replace(settings, ops=attention)
     return run(implementations, settings, listener or Listener())
@@ -163,6 +174,10 @@ def run(
                 listener.step(f"mutants, {name}")
         for case in of_dtype:
             case.forget()
+    if _has_cheats(settings):
+        for found in cheating.check():
+            report.mutations.append(found)
+            listener.step("cheats")
     report.seconds = perf_counter() - started
     report.processor_seconds = process_time() - began
     return report
@@ -194,6 +209,8 @@ def _steps(
     total = 0
     if "oracle" in settings.checks:
         total += _high_precision().count(settings.ops)
+    if _has_cheats(settings):
+        total += cheating.count()
     for name, of_dtype in cases.items():
         if "accuracy" in settings.checks:
             total += len(implementations) * len(of_dtype)
@@ -202,6 +219,11 @@ def _steps(
         if "mutations" in settings.checks:
             total += mutation.count(settings.ops, DTYPES[name])
     return total
+
+
+def _has_cheats(settings: Settings) -> bool:
+    here = "attention" in settings.ops and dtype_text(cheating.DTYPE) in settings.dtypes
+    return "cheats" in settings.checks and here
 
 
 def _high_precision() -> ModuleType:

@@ -84,12 +84,15 @@ class Accuracy:
 
 
 def accuracies(
-    results: dict[str, Tensor], expected: dict[str, Expected], sum_dtype: torch.dtype
+    results: dict[str, Tensor],
+    expected: dict[str, Expected],
+    sum_dtype: torch.dtype,
+    factor: float | None = None,
 ) -> tuple[Accuracy, ...]:
     """Each result measured; what is missing, or no result of the function, has a fault."""
     missing = [Accuracy(name, "is missing") for name in expected if name not in results]
     found = [
-        measure(name, actual, expected[name], sum_dtype)
+        measure(name, actual, expected[name], sum_dtype, factor)
         if name in expected
         else Accuracy(name, "is no result of this function")
         for name, actual in results.items()

@@ -93,6 +93,59 @@ def test_one_shape_with_its_mask_dtype_and_dropout(
             assert row["share_of_limit"] == pytest.approx(rate * row["copy_seconds"] / copied)
 
 
+STRANGERS = """
+import torch.nn.functional as F
+
+kept = {}
+
+def honest(query, key, value, **options):
+    return F.scaled_dot_product_attention(query, key, value, **options)
+
+def cached(query, key, value, **options):
+    address = query.data_ptr()
+    if address not in kept:
+        kept[address] = honest(query, key, value, **options)
+    return kept[address]
+"""
+
+
+@pytest.mark.parametrize("name", ["honest", "cached"])
+def test_a_strangers_function_has_a_column_if_it_is_honest(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "strangers.py").write_text(STRANGERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, function = tmp_path / "speed.json", f"strangers:{name}"
+    chosen = ["--shape", "3,2,40,8", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
+    asked = ["--function", function, "--json", str(path)]
+    status = cli.main([*TINY, "--suite", "cpu-attention", "--dtype", "float32", *chosen, *asked])
+    output = capsys.readouterr().out
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert f" {name} ratio" in output
+    assert status == (name == "cached")
+    assert (function in row["seconds"]) == (name == "honest")
+    if name == "cached":
+        assert "not timed: other values in place: " in output
+        assert set(row["faults"]) == {function}
+
+
+def test_an_impossible_time_is_printed_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "9 GFLOP/s, and this machine does 1"
+    monkeypatch.setattr("rowmax.bench.measure.possible.too_fast", lambda *_: {"sdpa": text})
+    chosen = ["--shape", "1,1,4,4", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
+    assert cli.main([*TINY, "--suite", "cpu-attention", *chosen, "--dtype", "float32"]) == 1
+    output = capsys.readouterr().out
+    (row,) = [line for line in output.splitlines() if line[1:].startswith("(1,1,4,4)")]
+    assert " impossible " in row
+    assert f"sdpa impossible: {text}" in output
+    assert "1 timings are impossible here, and not ranked: see above" in output
+
+
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a compiler"
 )
@@ -117,6 +170,8 @@ def test_peers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, refused: 
     "arguments, words",
     [
         (["--suite", "cpu-atention"], "--suite: expected names of cpu-attention, cpu-norms"),
+        (["--function", "no_such_module:f"], "--function: expected MODULE:NAME"),
+        (["--function", "torch:add", "--suite", "cpu-norms"], "--function: attention is all"),
         (["--peers", "xform"], "--peers: expected names of sdpa, sdpa-math"),
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
         (["--kind", "full,odd"], "got 'odd'"),

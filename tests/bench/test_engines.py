@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
+from rowmax.bench.measure.arena import CaseArena
 from rowmax.bench.measure.cases import FORWARD, SUITES, Case
 from rowmax.bench.measure.gate import Gate
 from rowmax.bench.measure.inputs import AttentionInputs, make_inputs
@@ -61,29 +61,57 @@ def test_openvino_has_no_grouped_heads_for_several_queries() -> None:
 
 
 class Prepared:
-    """Stands for an engine: counts what it prepares, and gives back the queries it was given."""
+    """Stands for an engine: counts what it prepares and binds, and gives back bound queries."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.prepared = self.bound = 0
 
     def __call__(self, inputs: AttentionInputs) -> Run:
-        self.count += 1
-        queries = inputs.q.detach()
-        return lambda: queries
+        self.prepared += 1
+        queries = [inputs.q.detach().clone()]
+
+        def bind(inputs: AttentionInputs) -> None:
+            self.bound += 1
+            queries[0] = inputs.q.detach().clone()
+
+        return Run(lambda: queries[0], bind)
 
 
-def test_an_engine_is_prepared_once_for_the_same_tensors() -> None:
+def test_an_engine_is_prepared_once_for_the_same_shapes_and_bound_to_other_values() -> None:
     prepared = Prepared()
     engine = Engine("E", prepared)
     inputs = inputs_of("padded", SQUARE, torch.float32)
     for same in (inputs, replace(inputs, dropout_p=0.0)):  # the gate's, then what is timed
         assert torch.equal(run_pass(engine, same, backward=False)[0], inputs.q)
-    assert prepared.count == 1
-    changes: list[dict[str, Tensor | None]] = [{"q": inputs.q + 1}, {"allowed": None}]
-    for change in changes:
-        other = replace(inputs, **change)  # type: ignore[arg-type]
-        assert torch.equal(run_pass(engine, other, backward=False)[0], other.q)
-    assert prepared.count == 3
+    assert (prepared.prepared, prepared.bound) == (1, 0)
+    moved = replace(inputs, q=inputs.q + 1)
+    assert torch.equal(run_pass(engine, moved, backward=False)[0], moved.q)
+    with torch.no_grad():
+        moved.q.mul_(2.0)
+    assert torch.equal(run_pass(engine, moved, backward=False)[0], moved.q)
+    assert (prepared.prepared, prepared.bound) == (1, 2)
+    engine.rebind(inputs)
+    assert torch.equal(run_pass(engine, inputs, backward=False)[0], inputs.q)
+    assert (prepared.prepared, prepared.bound) == (1, 3)
+    run_pass(engine, replace(inputs, allowed=None), backward=False)
+    assert prepared.prepared == 2
+
+
+@pytest.mark.parametrize("name, make", [("onnxruntime", onnx_runtime), ("openvino", open_vino)])
+@pytest.mark.parametrize("kind", ["full", "causal", "bias", "padded+bias"])
+def test_a_bound_engine_sees_other_values_and_other_addresses(
+    name: str, make: Callable[[], Engine], kind: str
+) -> None:
+    """Those that read the tensors themselves, and those that copy them into a layout of theirs."""
+    if peers.absent(name):
+        pytest.skip(f"{name} is not installed (the extra 'peers')")
+    engine = make()
+    arena = CaseArena(inputs_of(kind, SQUARE, torch.float32), seed=1)
+    for change in (arena.arena.renew, arena.moved, arena.arena.renew):
+        run_pass(engine, arena.inputs, backward=False)
+        change()
+        gate = Gate(arena.inputs, kind, naive_attention, backward=False)
+        assert gate.fault(engine, backward=False, is_peer=True) is None
 
 
 def test_what_engines_have_not() -> None:

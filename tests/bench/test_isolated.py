@@ -61,7 +61,13 @@ def test_rows_that_are_lost_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case has its row, and the run has failed."""
     suite = SUITES["cpu-norms"]
     cases: list[Case] = cases_of(suite, suite.dtypes, ["layer_norm"], suite.steps, [(4, 8)])
-    measured = (cases, ["torch"], "auto", Budget(0.0, 1, 1), gpu.GpuLimits(suite.dtypes[0], 1, 1))
+    measured = (
+        cases,
+        ["torch"],
+        "auto",
+        Budget(0.0, 1, 1),
+        gpu.GpuLimits(suite.dtypes[0], 1e18, 1e18),
+    )
     rows = list(runner.isolated_rows(*measured, seconds=60))
     assert [row.case for row in rows] == cases
     assert not any(row.failed for row in rows)

@@ -100,7 +100,7 @@ def test_what_the_speed_page_shows(pages: dict[str, str]) -> None:
 
 def test_what_the_verify_page_shows(pages: dict[str, str]) -> None:
     page = pages["verify"]
-    for text in ("attention: error / naive error", "rows sum to 1", "mpmath", "ulp, up to"):
+    for text in ("attention: error / allowed", "rows sum to 1", "mpmath", "ulp, up to"):
         assert text in page
     # a dot for each case
     assert page.count("<circle") > 8

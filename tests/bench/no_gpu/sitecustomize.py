@@ -107,7 +107,7 @@ def shrink() -> None:
         small = ((1, 8, 16, 16),) if suite.attention else ((16, 24),)
         kinds = suite.kinds if suite.attention else ("add_layer_norm",)
         cases.SUITES[name] = replace(suite, kinds=kinds, shapes=small, quick_shapes=small)
-    gpu.measure_limits.__defaults__ = ("cuda", 32, 2**12, 1)
+    gpu.measure_limits.__defaults__ = ("cuda", 128, 2**18, 1)
     timing.EventTimer.MAX_FLUSHES = 1
     for name, feature in list(smoke.FEATURES.items()):
         if name not in ("packed", "masked softmax"):
