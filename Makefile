@@ -170,7 +170,7 @@ $(BIN)/python:
 # torch comes first and by its exact version, so that a CPU-only build given by PIP_ARGS or by
 # pip's own settings is taken, and no later requirement can pull in another one.
 $(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -c constraints.txt setuptools wheel ninja
+	$(PIP) -c constraints.txt setuptools wheel
 	$(PIP) -c constraints.txt $(TORCH)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@
