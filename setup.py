@@ -179,12 +179,14 @@ class BuildExtension(build_ext):
         except (OSError, COMPILE["CompileError"]) as error:
             if not ext.optional:
                 raise
-            in_place = self.inplace or getattr(self, "editable_mode", False)
-            inside = ROOT if in_place else Path(self.build_lib, "rowmax")
+            inside = ROOT if self.inplace or self.editable_mode else Path(self.build_lib, "rowmax")
             report_absence(error, inside / "kernels")
 
     def compile_and_link(self, library: Path) -> None:
-        build = Path(self.build_temp).resolve()
+        # An editable install's own folder is a new one each time.
+        build = (
+            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        )
         runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
         common = [*FLAGS, "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{build}"]
         binding = [*common, "-DPy_LIMITED_API=0x030a0000", f"-I{PYTHON_HEADERS}"]
