@@ -11,7 +11,8 @@
 #   make test-aarch64  the same cross-compiled for aarch64, under qemu-user
 #   make sanitize  the C++ backend's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make fuzz      random calls of it under the sanitizers, for ten minutes (FUZZ_SECONDS)
-#   make wheel     dist/rowmax-*.whl, for every Python >= 3.10 and torch >= 2.10
+#   make wheel     dist/rowmax-*.whl, for every Python >= 3.10 and torch >= 2.10;
+#                  CXX=aarch64-linux-gnu-g++ makes that of aarch64
 #   make test-wheel  it, in fresh environments of each of TORCHES and PYTHONS
 #   make compile   compile every config of the GPU kernels for GPUs that need not be there, those for
 #                  sm_90 with the oldest Triton as well
@@ -45,7 +46,7 @@ FUZZ_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
-EXTRAS := transformer,pictures,huggingface,bench,test,lint
+EXTRAS := transformer,pictures,huggingface,bench,test,wheel,lint
 
 # What was installed last is known by these two files' time stamps.
 REQUIREMENTS := $(VENV)/.stamp-requirements
@@ -113,14 +114,16 @@ $(SANITIZED)/.stamp: $(REQUIREMENTS) setup.py $(CSRC) $(DEFINITIONS) csrc/write_
 	    --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	@touch $@
 
-# Built from a clean folder, where setuptools would pack what earlier builds left.
+# Built from a clean folder, where setuptools would pack what earlier builds left. auditwheel finds the
+# oldest system that has what the library wants of it, and fails where it wants more than C and C++.
 wheel: $(REQUIREMENTS)
-	rm -rf build/lib* build/bdist* dist
+	rm -rf build/lib* build/bdist* build/wheel
 	ROWMAX_EXTENSION=require $(BIN)/python -m pip --disable-pip-version-check wheel -q \
-	    --no-build-isolation --no-deps -w dist .
+	    --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 
 test-wheel: wheel
-	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/csrc/try_wheel.py dist/rowmax-*.whl \
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python tests/csrc/try_wheel.py dist/rowmax-*_$$(uname -m).whl \
 	    $(TORCHES:%=--torch %) $(PYTHONS:%=--python %) $(WHEEL_ARGS)
 
 # Triton either interprets or compiles, decided when it is imported: so this is a run of its own.
@@ -172,7 +175,7 @@ $(BIN)/python:
 # torch comes first and by its exact version, so that a CPU-only build given by PIP_ARGS or by
 # pip's own settings is taken, and no later requirement can pull in another one.
 $(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -c constraints.txt setuptools wheel ninja
+	$(PIP) -c constraints.txt setuptools wheel
 	$(PIP) -c constraints.txt $(TORCH)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	@touch $@

@@ -4,15 +4,20 @@ The folders `kernels/`, `transformer/` and `bench/` of the checkout are the pack
 `rowmax.kernels`, `rowmax.transformer` and `rowmax.bench`, and `package/` is `rowmax` itself.
 Everything that does not depend on the machine stands in pyproject.toml.
 
-The extension `rowmax.kernels._C` is built where torch can be imported and a C++20 compiler is
-found. The environment variable ROWMAX_EXTENSION says what happens otherwise:
+The extension `rowmax.kernels._C` is built where a C++20 compiler is found; CXX names another one.
+It needs no torch: csrc/binding/libtorch.h declares the C functions of torch that it uses, and finds
+them when it is loaded. For pip builds a package before it installs what the package depends on, in
+an environment of its own; a build that wanted torch would download one of several gigabytes there,
+with CUDA, to read a few headers. The environment variable ROWMAX_EXTENSION says what happens
+without a compiler:
 
     auto      (default) build it if that works; if not, install the pure Python package
     require   fail where it can't be built
     skip      don't try
 
-Without it the package holds missing_extension.txt with the reason, which `python -m rowmax.kernels`
-shows. ROWMAX_SANITIZE=address,undefined builds it with these sanitizers (`make sanitize`).
+Without it the package holds missing_extension.txt with the reason, which the first call on a CPU
+and `python -m rowmax.kernels` show. ROWMAX_SANITIZE=address,undefined builds it with these
+sanitizers (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE_DIR = {
@@ -39,8 +45,10 @@ PACKAGE_DIR = {
 }
 CHOICES = ("auto", "require", "skip")
 MISSING = "missing_extension.txt"
-# The oldest torch whose stable ABI the extension may rely on, as torch encodes it: 2.10.
-TORCH_TARGET_VERSION = "0x020a000000000000"
+COMPILE = runpy.run_path(str(ROOT / "csrc" / "compile.py"))
+COMPILER: list[str] = COMPILE["compiler"]()
+MACHINE: str = COMPILE["target_machine"](COMPILER) or platform.machine()
+PYTHON_HEADERS = sysconfig.get_paths()["include"]
 # Compiled once: the binding. Its headers, and those that the build writes, are in here.
 SOURCES = [
     "binding/attention_launch.cpp",
@@ -50,6 +58,7 @@ SOURCES = [
     "binding/fast_path_attention.cpp",
     "binding/fast_path.cpp",
     "binding/fast_path_norm.cpp",
+    "binding/libtorch.cpp",
     "binding/rows_launch.cpp",
     "binding/threads.cpp",
 ]
@@ -65,7 +74,7 @@ KERNEL_SOURCES = [
 ]
 # Name -> its flags, and what is compiled for it.
 INSTRUCTION_SETS: dict[str, tuple[list[str], list[str]]] = {"portable": ([], KERNEL_SOURCES)}
-if platform.machine() in ("x86_64", "AMD64"):
+if MACHINE == "x86_64":
     AVX2 = ["-mavx2", "-mfma", "-mf16c"]
     AVX512 = [*AVX2, "-mprfchw", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"]
     INSTRUCTION_SETS |= {
@@ -112,14 +121,12 @@ def report_absence(reason: object, folder: Path = ROOT / "kernels") -> None:
     (folder / MISSING).write_text(f"{reason}\n")
 
 
-def compiler_fault(compiler: str) -> str | None:
+def compiler_fault(compiler: list[str]) -> str | None:
     """Why `compiler` can't build the extension, found with a small program; or None."""
-    command = shlex.split(compiler)
-    if shutil.which(command[0]) is None:
-        return f"no C++ compiler: {command[0]} is not on the PATH"
-    headers = sysconfig.get_paths()["include"]
+    if shutil.which(compiler[0]) is None:
+        return f"no C++ compiler: {compiler[0]} is not on the PATH"
     done = subprocess.run(
-        [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", f"-I{headers}", "-"],
+        [*compiler, *FLAGS, "-fsyntax-only", "-x", "c++", f"-I{PYTHON_HEADERS}", "-"],
         input=PROBE,
         capture_output=True,
         text=True,
@@ -129,7 +136,7 @@ def compiler_fault(compiler: str) -> str | None:
         return None
     lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
     error = next((line for line in lines if "error" in line), lines[0])
-    return f"{compiler} can't compile it; GCC >= 12 with Python's headers can: {error}"
+    return f"{shlex.join(compiler)} can't compile it; GCC >= 12 with Python's headers can: {error}"
 
 
 def extension_arguments() -> dict[str, Any]:
@@ -140,72 +147,58 @@ def extension_arguments() -> dict[str, Any]:
     if choice == "skip":
         report_absence("ROWMAX_EXTENSION=skip")
         return {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
-    except ImportError as error:
-        if choice == "require":
-            raise
-        report_absence(f"torch can't be imported where rowmax is built ({error})")
-        return {}
-    fault = compiler_fault(get_cxx_compiler())
+    fault = compiler_fault(COMPILER)
     if fault is not None:
         if choice == "require":
             raise SystemExit(f"rowmax: {fault}")
         report_absence(fault)
         return {}
     (ROOT / "kernels" / MISSING).unlink(missing_ok=True)
-
-    # torch ships no type for BuildExtension that a checker could follow.
-    class BuildIfPossible(BuildExtension):  # type: ignore[misc, unused-ignore]
-        """Builds the extension with ninja; under `auto` a failure is reported, not raised."""
-
-        def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                # Whatever a missing or too old compiler makes torch or setuptools raise.
-                if choice == "require":
-                    raise
-                in_place = self.inplace or getattr(self, "editable_mode", False)
-                inside = ROOT if in_place else Path(self.build_lib, "rowmax")
-                report_absence(error, inside / "kernels")
-
-        def build_extension(self, ext: Extension) -> None:
-            build = Path(self.build_temp).resolve()
-            runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
-            include_dirs = [str(ROOT / "csrc"), str(build)]
-            ext.include_dirs += include_dirs
-            for name, (flags, sources) in INSTRUCTION_SETS.items():
-                ext.extra_objects += self.compiler.compile(
-                    [f"csrc/{source}" for source in sources],
-                    output_dir=str(build / name),
-                    include_dirs=include_dirs,
-                    extra_postargs=[*FLAGS, *KERNEL_FLAGS, *flags, f"-DROWMAX_ISA={name}"],
-                )
-            super().build_extension(ext)
-
-    extension: Extension = CppExtension(
+    extension = Extension(
         "rowmax.kernels._C",
         sources=[f"csrc/{source}" for source in SOURCES],
-        depends=[
-            str(path.relative_to(ROOT))
-            for pattern in (
-                *("csrc/**/*", "kernels/backends/cpu_common/*.py"),
-                *("kernels/api/masks.py", "kernels/ops/problem.py"),
-            )
-            for path in sorted(ROOT.glob(pattern))
-        ],
-        extra_compile_args=[*FLAGS, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
-        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
     # An optional extension may be missing from the build folder when files are collected.
     extension.optional = choice == "auto"
+    wheel = {"py_limited_api": "cp310"}
+    if platform.machine() != MACHINE and MACHINE in ("x86_64", "aarch64"):  # cross-compiled
+        wheel["plat_name"] = f"linux_{MACHINE}"
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildIfPossible},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": wheel},
     }
+
+
+class BuildExtension(build_ext):
+    """Compiles and links the extension; under `auto` a failure is reported, not raised."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.compile_and_link(Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, COMPILE["CompileError"]) as error:
+            if not ext.optional:
+                raise
+            inside = ROOT if self.inplace or self.editable_mode else Path(self.build_lib, "rowmax")
+            report_absence(error, inside / "kernels")
+
+    def compile_and_link(self, library: Path) -> None:
+        # An editable install's own folder is a new one each time.
+        build = (
+            ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        )
+        runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](build)
+        common = [*FLAGS, "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{build}"]
+        binding = [*common, "-DPy_LIMITED_API=0x030a0000", f"-I{PYTHON_HEADERS}"]
+        csrc = ROOT / "csrc"
+        steps = [(csrc / name, build / f"{Path(name).stem}.o", binding) for name in SOURCES]
+        for isa, (flags, names) in INSTRUCTION_SETS.items():
+            own = [*common, *KERNEL_FLAGS, *flags, f"-DROWMAX_ISA={isa}"]
+            steps += [(csrc / name, build / isa / f"{Path(name).stem}.o", own) for name in names]
+        COMPILE["compile_sources"](COMPILER, steps)
+        objects = [made for _, made, _ in steps]
+        COMPILE["link"](COMPILER, objects, library, ["-shared", "-pthread", "-ldl", *SANITIZE])
 
 
 # (tests/csrc/run_parity.py reads the tables above.)

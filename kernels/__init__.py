@@ -17,6 +17,7 @@ else:
     from .api.norms import add_layer_norm, layer_norm, rms_norm
     from .api.softmax import masked_softmax
     from .api.varlen import attention_varlen
+    from .backends.dispatch import MissingBackendWarning
     from .integrations import (
         attention_as_sdpa,
         compare,
@@ -33,6 +34,7 @@ __all__ = [
     "Documents",
     "KeyLengths",
     "Mask",
+    "MissingBackendWarning",
     "QueryLengths",
     "Window",
     "add_layer_norm",

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "binding/attention_plan.h"
+#include "binding/operators.h"
 #include "binding/set_mask.h"
 #include "constants.h"
 
@@ -21,13 +22,10 @@ int64_t item_type_of(ScalarType dtype) {
 }
 
 void check(const View& view, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      view.dtype == dtype, name, ": expected ", torch::headeronly::toString(dtype), ", got ",
-      torch::headeronly::toString(view.dtype));
+  require(view.dtype == dtype, name, ": expected ", dtype, ", got ", view.dtype);
   // (torch counts a tensor without elements as contiguous, whatever its strides.)
   const bool empty = std::find(view.sizes, view.sizes + 4, 0) != view.sizes + 4;
-  STD_TORCH_CHECK(
-      view.sizes[3] <= 1 || view.strides[3] == 1 || empty, name, ": expected contiguous rows");
+  require(view.sizes[3] <= 1 || view.strides[3] == 1 || empty, name, ": expected contiguous rows");
 }
 
 // A call, the type it is computed in (0 float, 1 double) and what follows from the two.
@@ -80,8 +78,8 @@ struct Launch {
   void set_mask(const MaskStructure& mask) {
     set_mask_fields(call, mask);
     if (mask.query_documents && mask.key_documents) {
-      call.query_documents_batch = mask.query_documents->stride(0);
-      call.key_documents_batch = mask.key_documents->stride(0);
+      call.query_documents_batch = mask.query_documents->strides()[0];
+      call.key_documents_batch = mask.key_documents->strides()[0];
     }
   }
 
@@ -105,7 +103,7 @@ struct Launch {
     call.dropout = problem.dropout_p > 0.0;
     call.keep_scale = 1.0;
     if (call.dropout) {
-      STD_TORCH_CHECK(problem.seed.has_value(), "seed: expected one with dropout_p > 0");
+      require(problem.seed.has_value(), "seed: expected one with dropout_p > 0");
       call.seed = *address<int64_t>(problem.seed);
       call.threshold = dropout_threshold(problem.dropout_p);
       call.keep_scale = dropout_scale(problem.dropout_p);
@@ -142,7 +140,7 @@ void forward(const View& out, const MaybeTensor& lse, const AttentionProblem& pr
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
   if (lse) {
-    STD_TORCH_CHECK(
+    require(
         lse->is_contiguous() &&
             lse->scalar_type() ==
                 (call.item_type == ITEM_COMPUTED ? ScalarType::Double : ScalarType::Float),
@@ -183,7 +181,7 @@ void backward(
   check(d_query, "d_query", dtype);
   check(d_key, "d_key", dtype);
   check(d_value, "d_value", dtype);
-  STD_TORCH_CHECK(
+  require(
       lse.is_contiguous() && lse.scalar_type() == ScalarType::Double,
       "lse: expected a contiguous float64 tensor");
   call.lse = lse.data_ptr();
@@ -199,7 +197,7 @@ void backward(
   call.d_value_batch = v[0], call.d_value_head = v[1], call.d_value_row = v[2];
   call.grad_lse = address<double>(grad_lse);
   call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
-  const int64_t* d_bias_sizes = d_bias ? d_bias->sizes().data() : nullptr;
+  const int64_t* d_bias_sizes = d_bias ? d_bias->sizes() : nullptr;
   if (d_bias) {
     const ScalarType computed = launch.type == 1 ? ScalarType::Double : ScalarType::Float;
     call.d_bias = d_bias->data_ptr();
@@ -270,19 +268,18 @@ void fast_path_attention(
   forward(out, std::nullopt, problem);
 }
 
+void register_attention() {
+  const std::string problem = std::string(kAttentionProblem) + ") -> ()";
+  Library definitions;
+  definitions.define("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem);
+  definitions.define(
+      "attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
+      " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"
+      " Tensor(e!)? delta, " +
+      problem);
+  Library on_cpu("CPU");
+  on_cpu.implement<Attention::attention_forward>("attention_forward");
+  on_cpu.implement<Attention::attention_backward>("attention_backward");
+}
+
 }  // namespace rowmax
-
-STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
-  const std::string problem = std::string(rowmax::kAttentionProblem) + ") -> ()";
-  m.def(("attention_forward(Tensor(a!) out, Tensor(b!)? lse, " + problem).c_str());
-  m.def(("attention_backward(Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse,"
-         " Tensor(a!) d_query, Tensor(b!) d_key, Tensor(c!) d_value, Tensor(d!)? d_bias,"
-         " Tensor(e!)? delta, " +
-         problem)
-            .c_str());
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&rowmax::Attention::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&rowmax::Attention::attention_backward));
-}

@@ -12,4 +12,7 @@ void fast_path_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
     std::optional<int64_t> band_upper);
 
+// The operators attention_forward and attention_backward.
+void register_attention();
+
 }  // namespace rowmax

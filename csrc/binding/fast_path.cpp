@@ -10,14 +10,6 @@ namespace {
 Torch torch_;
 const dlpack::ExchangeApi* api_;  // null where this torch offers none
 
-// A new reference to a module's attribute.
-PyObject* attribute(const char* module, const char* name) {
-  PyObject* imported = PyImport_ImportModule(module);
-  PyObject* found = imported == nullptr ? nullptr : PyObject_GetAttrString(imported, name);
-  Py_XDECREF(imported);
-  return found;
-}
-
 // The tensor as a View; false where it is not on the CPU or of another dtype.
 bool describe(const dlpack::Tensor& tensor, View& view) {
   if (tensor.device.type != dlpack::kCpu || tensor.byte_offset != 0 || tensor.dtype.lanes != 1) {
@@ -62,6 +54,13 @@ bool holds_its_values(PyObject* object, const dlpack::Tensor& tensor) {
 }  // namespace
 
 const Torch& looked_up() { return torch_; }
+
+PyObject* attribute(const char* module, const char* name) {
+  PyObject* imported = PyImport_ImportModule(module);
+  PyObject* found = imported == nullptr ? nullptr : PyObject_GetAttrString(imported, name);
+  Py_XDECREF(imported);
+  return found;
+}
 
 bool read(PyObject* object, View& view) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));

@@ -30,6 +30,9 @@ struct Torch {
 };
 const Torch& looked_up();
 
+// A new reference to a module's attribute; null with an exception set.
+PyObject* attribute(const char* module, const char* name);
+
 // Looks that up; false with an exception set where it can't be found.
 bool find_torch();
 

@@ -2,24 +2,18 @@
 
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 
+#include "binding/libtorch.h"
 #include "binding/threads.h"
 #include "kernels/dispatch.h"
 
 namespace rowmax {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeInt = std::optional<int64_t>;
 
@@ -37,10 +31,8 @@ struct View {
 };
 
 inline View view_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
-  return {
-      tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes().data(),
-      tensor.strides().data()};
+  require(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+  return {tensor.data_ptr(), tensor.scalar_type(), tensor.dim(), tensor.sizes(), tensor.strides()};
 }
 
 template <typename T>
@@ -53,7 +45,7 @@ inline void* mutable_address(const MaybeTensor& tensor) {
 
 // The stride with 0 for a dimension of size 1.
 inline int64_t broadcast_stride(const Tensor& tensor, int64_t dimension) {
-  return tensor.size(dimension) == 1 ? 0 : tensor.stride(dimension);
+  return tensor.sizes()[dimension] == 1 ? 0 : tensor.strides()[dimension];
 }
 
 // Words below this drop. p = 1 wants 2**32, one more than a word holds; a scale of 0 drops what is left.

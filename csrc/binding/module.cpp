@@ -1,12 +1,33 @@
 // The importable module rowmax.kernels._C. Loading it registers the operators torch.ops.rowmax_native.*
 // of the *_launch.cpp files; its functions leave them out.
 
+#include "binding/attention_launch.h"
 #include "binding/fast_path.h"
+#include "binding/rows_launch.h"
 
 using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
 static PyCFunction function(Function with_arguments) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(with_arguments));
+}
+
+// Whether torch's functions were found and the operators registered; false with an exception set.
+static bool register_operators() {
+  PyObject* path = rowmax::attribute("torch._C", "__file__");
+  PyObject* bytes = path == nullptr ? nullptr : PyUnicode_EncodeFSDefault(path);
+  const char* text = bytes == nullptr ? nullptr : PyBytes_AsString(bytes);
+  if (text != nullptr) {
+    try {
+      rowmax::find_libtorch(text);
+      rowmax::register_attention();
+      rowmax::register_rows();
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_ImportError, error.what());
+    }
+  }
+  Py_XDECREF(bytes);
+  Py_XDECREF(path);
+  return PyErr_Occurred() == nullptr;
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
@@ -32,5 +53,5 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
       nullptr,
       nullptr,
   };
-  return rowmax::find_torch() ? PyModule_Create(&definition) : nullptr;
+  return register_operators() && rowmax::find_torch() ? PyModule_Create(&definition) : nullptr;
 }

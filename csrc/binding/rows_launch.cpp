@@ -3,6 +3,7 @@
 
 #include "binding/rows_launch.h"
 
+#include "binding/operators.h"
 #include "binding/set_mask.h"
 #include "constants.h"
 
@@ -21,7 +22,7 @@ int item_of(ScalarType dtype) {
     case ScalarType::Half:
       return 3;
     default:
-      STD_TORCH_CHECK(false, "expected a float dtype, got ", torch::headeronly::toString(dtype));
+      throw std::runtime_error("expected a float dtype");
   }
 }
 
@@ -51,7 +52,7 @@ NormCall norm_call(
   call.keep_scale = 1.0;
   call.dropout = dropout_p > 0.0;
   if (call.dropout) {
-    STD_TORCH_CHECK(seed.has_value(), "seed: expected one with dropout_p > 0");
+    require(seed.has_value(), "seed: expected one with dropout_p > 0");
     call.seed = *address<int64_t>(seed);
     call.threshold = dropout_threshold(dropout_p);
     call.keep_scale = dropout_scale(dropout_p);
@@ -75,6 +76,23 @@ const void* parameter(
   return memory;
 }
 
+// Half types as they lie in memory, and their values.
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
+};
+struct Half {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 0x1f,
+                   mantissa = bits & 0x3ff;
+    const uint32_t magnitude =
+        exponent == 0 ? std::bit_cast<uint32_t>(static_cast<float>(mantissa) * 0x1p-24f)
+                      : (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+    return std::bit_cast<float>(sign | magnitude);
+  }
+};
+
 // `memory`, filled with a parameter's elements in the type computed in.
 template <typename T>
 const void* widened(const View& given, T* memory, int64_t columns) {
@@ -90,10 +108,10 @@ const void* widened(const View& given, T* memory, int64_t columns) {
       fill(static_cast<const double*>(given.data));
       break;
     case ScalarType::BFloat16:
-      fill(static_cast<const torch::headeronly::BFloat16*>(given.data));
+      fill(static_cast<const BFloat16*>(given.data));
       break;
     default:
-      fill(static_cast<const torch::headeronly::Half*>(given.data));
+      fill(static_cast<const Half*>(given.data));
   }
   return memory;
 }
@@ -241,11 +259,11 @@ void cross_entropy(
     bool with_gradient) {
   CrossEntropyCall call{};
   call.logits = logits.data_ptr();
-  call.logits_row = logits.stride(0);
+  call.logits_row = logits.strides()[0];
   call.target = static_cast<const int64_t*>(target.data_ptr());
   call.losses = losses.data_ptr();
-  call.rows = logits.size(0);
-  call.columns = logits.size(1);
+  call.rows = logits.sizes()[0];
+  call.columns = logits.sizes()[1];
   call.task_rows = task_rows(call.columns);
   call.ignore_index = ignore_index;
   call.with_gradient = with_gradient;
@@ -272,39 +290,36 @@ void fast_path_norm(
   run_forward(call, item, weight, bias, round_up(rows * computed_bytes(item), 64));
 }
 
-}  // namespace rowmax
-
-STABLE_TORCH_LIBRARY_FRAGMENT(rowmax_native, m) {
-  m.def(
+void register_rows() {
+  Library definitions;
+  definitions.define(
       "norm_forward(Tensor x, int x_row, Tensor? residual, int residual_row, Tensor? weight,"
       " Tensor? bias, Tensor(a!) y, Tensor(b!)? total, Tensor(c!)? mean, Tensor(d!) rstd, int rows,"
       " int columns, float eps, float dropout_p, Tensor? seed) -> ()");
-  m.def(
+  definitions.define(
       "norm_backward(Tensor x, int x_row, Tensor grad_y, int grad_y_row, Tensor? grad_total,"
       " int grad_total_row, Tensor? mean, Tensor rstd, Tensor? weight, Tensor(a!) d_total,"
       " Tensor(b!)? d_x, Tensor(c!)? d_weight, Tensor(d!)? d_bias, int rows, int columns,"
       " float dropout_p, Tensor? seed) -> ()");
-  m.def(("softmax_forward(Tensor(a!) weights, " + std::string(rowmax::kSoftmaxProblem) + ") -> ()")
-            .c_str());
-  m.def(
+  definitions.define(
+      "softmax_forward(Tensor(a!) weights, " + std::string(kSoftmaxProblem) + ") -> ()");
+  definitions.define(
       "softmax_backward(Tensor weights, int weights_row, Tensor grad, int grad_row,"
       " Tensor(a!) d_scores, int rows, int keys, float scale) -> ()");
-  m.def(
+  definitions.define(
       "cross_entropy(Tensor(a!) logits, Tensor target, Tensor(b!) losses, float label_smoothing,"
       " int ignore_index, bool with_gradient) -> ()");
-  m.def("vector_bits() -> int");
-  m.def("bfloat16_dots() -> bool");
+  definitions.define("vector_bits() -> int");
+  definitions.define("bfloat16_dots() -> bool");
+  Library on_cpu("CPU");
+  on_cpu.implement<norm_forward>("norm_forward");
+  on_cpu.implement<norm_backward>("norm_backward");
+  on_cpu.implement<Softmax::forward>("softmax_forward");
+  on_cpu.implement<softmax_backward>("softmax_backward");
+  on_cpu.implement<cross_entropy>("cross_entropy");
+  Library anywhere("CompositeExplicitAutograd");
+  anywhere.implement<vector_bits>("vector_bits");
+  anywhere.implement<bfloat16_dots>("bfloat16_dots");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CPU, m) {
-  m.impl("norm_forward", TORCH_BOX(&rowmax::norm_forward));
-  m.impl("norm_backward", TORCH_BOX(&rowmax::norm_backward));
-  m.impl("softmax_forward", TORCH_BOX(&rowmax::Softmax::forward));
-  m.impl("softmax_backward", TORCH_BOX(&rowmax::softmax_backward));
-  m.impl("cross_entropy", TORCH_BOX(&rowmax::cross_entropy));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(rowmax_native, CompositeExplicitAutograd, m) {
-  m.impl("vector_bits", TORCH_BOX(&rowmax::vector_bits));
-  m.impl("bfloat16_dots", TORCH_BOX(&rowmax::bfloat16_dots));
-}
+}  // namespace rowmax

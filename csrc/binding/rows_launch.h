@@ -14,4 +14,7 @@ void fast_path_norm(
     const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
     const View& y, int64_t rows, double eps, bool subtract_mean);
 
+// The operators of norms and masked softmax, and what is asked of this processor.
+void register_rows();
+
 }  // namespace rowmax

@@ -37,7 +37,7 @@ int64_t thread_count(int64_t tasks) {
   if (tasks <= 1 || inherited) {
     return 1;
   }
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  const int64_t threads = std::min(get_num_threads(), tasks);
   if (threads > 1) {
     started = true;
   }

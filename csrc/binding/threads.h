@@ -3,9 +3,9 @@
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdint>
+
+#include "binding/libtorch.h"
 
 namespace rowmax {
 
@@ -23,7 +23,7 @@ void run_on_threads(int64_t threads, const Run& run) {
     run(0);
     return;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       run(thread);
     }

@@ -17,9 +17,8 @@ namespace {
 template <typename Item>
 void fill(Item* row, int64_t columns, Computed<Item> value) {
   using T = Computed<Item>;
-  for_vectors<T>(columns, [&](int64_t c, int64_t count) {
-    store_first(row + c, splat(value), count);
-  });
+  for_vectors<T>(
+      columns, [&](int64_t c, int64_t count) { store_first(row + c, splat(value), count); });
 }
 
 // The loss of one row; the row becomes its gradient, if that is wanted.

@@ -16,7 +16,7 @@ namespace {
    isa::norm_forward,                       \
    isa::norm_backward,                      \
    isa::softmax_forward,                    \
-   isa::softmax_backward,                 \
+   isa::softmax_backward,                   \
    isa::cross_entropy}
 
 // The widest first; vectors as VECTORS in gemm.h.

@@ -141,8 +141,8 @@ void weigh(const SoftmaxCall& call, void* memory) {
         masked = true;
       }
       if (call.dense != nullptr) {
-        const uint8_t* flags = call.dense + batch * call.dense_batch + head * call.dense_head +
-                               query * call.dense_row;
+        const uint8_t* flags =
+            call.dense + batch * call.dense_batch + head * call.dense_head + query * call.dense_row;
         const auto allowed = [&](int64_t c) { return flags[range.first + c] != 0; };
         const int64_t width = range.end - range.first;
         if (call.dense_column != 1) {

@@ -22,6 +22,7 @@ from .biases import ALiBi
 from .checks import (
     FLOAT_DTYPES,
     autocast,
+    fail_keywords,
     fail_type,
     fail_value,
     require_broadcastable,
@@ -111,6 +112,7 @@ def attention(
     return_weights: bool = False,
     weight_heads: Sequence[int] | None = None,
     weight_rows: Sequence[int] | None = None,
+    **unknown: object,
 ) -> Tensor | tuple[Tensor, ...]:
     """Masked-softmax attention, fused, with gradients for q, k, v, a bias tensor and sinks.
 
@@ -145,6 +147,8 @@ def attention(
         TypeError, ValueError: a wrong type, dtype, shape, device or option; names the argument.
         RuntimeError: a named backend that cannot run here or cannot do this; says why.
     """
+    if unknown:
+        fail_keywords("attention", unknown)
     if (
         bias is None
         and softcap is None
@@ -189,8 +193,11 @@ def explain(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     sinks: Tensor | None = None,
+    **unknown: object,
 ) -> str:
     """Which backend `attention` with these arguments would take, and why not the others."""
+    if unknown:
+        fail_keywords("explain", unknown)
     problem = attention_problem(
         q, k, v, mask, bias, scale, softcap, dropout_p, seed, sinks, draw_seed=False
     )
@@ -303,7 +310,12 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         ("v", v, "(B, Hkv, Lk, Dv)"),
     ):
         if tensor.dim() != 4:
-            fail_value("attention", name, f"shape {shape_text(tensor.shape)}", dims)
+            fixes = {
+                2: f"{name}[None, None] is one head of one batch element",
+                3: f"{name}[:, None] adds a dimension of heads, {name}[None] one of a batch",
+            }
+            got, fix = f"shape {shape_text(tensor.shape)}", fixes.get(tensor.dim(), "")
+            fail_value("attention", name, got, dims, fix)
         require_like("attention", name, tensor, "q", q)
     batch, query_heads, _, head_dim = q.shape
     key_heads, key_len = k.shape[1], k.shape[2]
@@ -313,6 +325,7 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
             "k",
             f"shape {shape_text(k.shape)}",
             f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`",
+            "k.expand(B, -1, -1, -1) repeats one batch element" if k.shape[0] == 1 else "",
         )
     if tuple(v.shape[:3]) != tuple(k.shape[:3]):
         fail_value(
@@ -326,6 +339,7 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         "k",
         f"{key_heads} heads",
         f"a number of heads that divides the {query_heads} of `q`",
+        "of tensors (B, L, H, D), .transpose(1, 2) has the heads in front",
     )
 
 

@@ -16,12 +16,36 @@ _STRIDED = torch.strided
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def fail_value(function: str, argument: str, got: object, expected: str) -> NoReturn:
-    raise ValueError(f"{function}: `{argument}`: expected {expected}, got {got}")
+def fail_value(function: str, argument: str, got: object, expected: str, fix: str = "") -> NoReturn:
+    """`fix` is what a caller who made the usual mistake writes instead."""
+    raise ValueError(_sentence(function, argument, got, expected, fix))
 
 
-def fail_type(function: str, argument: str, got: object, expected: str) -> NoReturn:
-    raise TypeError(f"{function}: `{argument}`: expected {expected}, got {got}")
+def fail_type(function: str, argument: str, got: object, expected: str, fix: str = "") -> NoReturn:
+    raise TypeError(_sentence(function, argument, got, expected, fix))
+
+
+def _sentence(function: str, argument: str, got: object, expected: str, fix: str) -> str:
+    sentence = f"{function}: `{argument}`: expected {expected}, got {got}"
+    return f"{sentence}; {fix}" if fix else sentence
+
+
+# What takes the place of a keyword that torch's functions have and these have not.
+_KEYWORDS = {
+    "is_causal": "mask=Causal() is the causal mask",
+    "attn_mask": "`mask` takes a bool tensor, True = may attend, and `bias` one that is added",
+    "key_padding_mask": "mask=KeyLengths(lengths), or a bool tensor (B, 1, 1, Lk), True = a token",
+    "enable_gqa": "heads are grouped wherever `k` has fewer than `q`",
+    "dropout": "it is called `dropout_p`",
+}
+
+
+def fail_keywords(function: str, unknown: dict[str, object]) -> NoReturn:
+    """The error of a keyword that the function does not have, as Python words it."""
+    name = next(iter(unknown))
+    fix = _KEYWORDS.get(name)
+    sentence = f"{function}() got an unexpected keyword argument {name!r}"
+    raise TypeError(f"{sentence}; {fix}" if fix else sentence)
 
 
 def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
@@ -33,7 +57,10 @@ def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
 
 def require_tensor(function: str, argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        fail_type(function, argument, type(value).__name__, "a torch.Tensor")
+        kind = type(value).__name__
+        makers = {"ndarray": "torch.from_numpy", "list": "torch.tensor"}
+        fix = f"{makers[kind]}(...) makes one of it" if kind in makers else ""
+        fail_type(function, argument, kind, "a torch.Tensor", fix)
     if value.layout is not _STRIDED or value.is_nested:
         got = f"a {'nested ' if value.is_nested else ''}tensor of layout {value.layout}"
         fail_type(function, argument, got, "a dense tensor, of layout torch.strided")
@@ -43,20 +70,24 @@ def require_tensor(function: str, argument: str, value: object) -> Tensor:
 def require_float(function: str, argument: str, value: object) -> Tensor:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in FLOAT_DTYPES:
-        fail_type(function, argument, tensor.dtype, "dtype float64, float32, bfloat16 or float16")
+        expected = "dtype float64, float32, bfloat16 or float16"
+        fail_type(function, argument, tensor.dtype, expected, f"{argument}.float() is float32")
     return tensor
 
 
 def require_like(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     """`value` must have the dtype and the device of `like`."""
     if value.dtype != like.dtype:
-        fail_type(function, argument, value.dtype, f"dtype {like.dtype}, that of `{other}`")
+        expected = f"dtype {like.dtype}, that of `{other}`"
+        fail_type(function, argument, value.dtype, expected, f"{argument}.to({like.dtype}) has it")
     require_device(function, argument, value, other, like)
 
 
 def require_device(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     if value.device != like.device:
-        fail_value(function, argument, f"device {value.device}", f"{like.device}, as `{other}`")
+        got, expected = f"device {value.device}", f"{like.device}, as `{other}`"
+        fix = f'{argument}.to("{like.device}") is there'
+        fail_value(function, argument, got, expected, fix)
 
 
 def require_broadcastable(
@@ -64,11 +95,17 @@ def require_broadcastable(
 ) -> Tensor:
     """`value` viewed with leading ones, so that it has `len(shape)` dimensions and broadcasts."""
     if not broadcasts(value, shape):
+        fix = ""
+        if value.dim() == 2 and broadcasts(value[:, None, None], shape):
+            fix = f"{argument}[:, None, None, :] is one for the keys of each batch element"
+        elif value.dim() == 3 and broadcasts(value[:, None], shape):
+            fix = f"{argument}[:, None] is one for all heads"
         fail_value(
             function,
             argument,
             f"shape {shape_text(value.shape)}",
             f"a shape that broadcasts to {names} = {shape_text(shape)}",
+            fix,
         )
     return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
 
@@ -90,7 +127,8 @@ def require_number(function: str, argument: str, value: object) -> float:
     if isinstance(value, Tensor) or not (
         isinstance(value, int | float) or hasattr(value, "__float__")
     ):
-        fail_type(function, argument, type(value).__name__, "a number")
+        fix = f"{argument}.item() is one" if isinstance(value, Tensor) else ""
+        fail_type(function, argument, type(value).__name__, "a number", fix)
     number = float(value)
     if not -math.inf < number < math.inf:
         fail_value(function, argument, number, "a finite number")
@@ -100,7 +138,8 @@ def require_number(function: str, argument: str, value: object) -> float:
 def require_probability(function: str, argument: str, value: object) -> float:
     probability = require_number(function, argument, value)
     if not 0.0 <= probability <= 1.0:
-        fail_value(function, argument, probability, "a probability in [0, 1]")
+        fix = f"{probability:g} % are {probability / 100:g}" if 1.0 < probability <= 100.0 else ""
+        fail_value(function, argument, probability, "a probability in [0, 1]", fix)
     return probability
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -120,6 +120,9 @@ class Mask:
                 "got a second one (Causal, or Window with `right`); a bool mask can say both"
             )
         return _Conjunction(parts)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a mask is neither true nor false: join masks by `&`, not by `and` or `or`")
 
     def parts(self) -> tuple[Mask, ...]:
         """The masks that were joined by `&` into this one."""
@@ -313,6 +316,9 @@ class Dense(Mask):
                 "tensor",
                 self.tensor.dtype,
                 "dtype bool, True = may attend (pass additive float masks as `bias`)",
+                ""
+                if self.tensor.is_floating_point()
+                else "`== 1` or `== 0` makes it one, by what it says",
             )
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
@@ -331,7 +337,10 @@ def as_mask(function: str, mask: Mask | Tensor | None) -> Mask | None:
         return mask
     if not isinstance(mask, Tensor):
         expected = "None, a bool tensor or a mask object (Causal, Window, KeyLengths, ...)"
-        fail_type(function, "mask", type(mask).__name__, expected)
+        fix = "Causal() is the causal one" if mask is True or isinstance(mask, str) else ""
+        if isinstance(mask, type) and issubclass(mask, Mask):
+            fix = f"{mask.__name__}(...) makes one"
+        fail_type(function, "mask", type(mask).__name__, expected, fix)
     return Dense(mask)
 
 
@@ -469,10 +478,14 @@ def _rank(ids: Tensor) -> Tensor:
 def _require_integers(function: str, argument: str, value: object, dimensions: int) -> None:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in INTEGER_DTYPES:
-        fail_type(function, argument, tensor.dtype, "an integer dtype")
+        fix = f"{argument}.long() has one"
+        if tensor.dtype == torch.bool:
+            fix = f"of a padding mask, True = a token, {argument}.sum(-1) has the lengths"
+        fail_type(function, argument, tensor.dtype, "an integer dtype", fix)
     if tensor.dim() != dimensions:
         names = "(B,)" if dimensions == 1 else "(B, L)"
-        fail_value(function, argument, f"shape {shape_text(tensor.shape)}", f"shape {names}")
+        fix = f"{argument}[None] has one row for all" if tensor.dim() == dimensions - 1 else ""
+        fail_value(function, argument, f"shape {shape_text(tensor.shape)}", f"shape {names}", fix)
 
 
 def _per_batch(

@@ -12,6 +12,7 @@ from ..ops.torch_internals import any_autocast_enabled
 from ..ops.tracing import same_sizes
 from .checks import (
     autocasts,
+    fail_type,
     fail_value,
     require_device,
     require_float,
@@ -133,10 +134,17 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
     for name, parameter in parameters.items():
         if parameter is None:
             continue
+        if isinstance(parameter, int | tuple | list):
+            fix = f"{function} always normalises the last dimension: no shape is given"
+            fail_type(function, name, repr(parameter), "a torch.Tensor, or None", fix)
         require_float(function, name, parameter)
         require_device(function, name, parameter, "x", x)
         if not same_sizes(parameter.shape, x.shape[-1:]):
             fail_value(
-                function, name, f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
+                function,
+                name,
+                f"shape {shape_text(parameter.shape)}",
+                f"(N,) = ({x.shape[-1]},)",
+                f"{name}.flatten() has it" if parameter.numel() == x.shape[-1] else "",
             )
     return eps

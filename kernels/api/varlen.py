@@ -119,7 +119,8 @@ def attention_varlen(
         require_float("attention_varlen", name, tensor)
         if tensor.dim() != 3:
             got = f"shape {shape_text(tensor.shape)}"
-            fail_value("attention_varlen", name, got, "shape (total, H, D)")
+            fix = "`attention` takes padded batches (B, H, L, D)" if tensor.dim() == 4 else ""
+            fail_value("attention_varlen", name, got, "shape (total, H, D)", fix)
     _check_positional(mask, bias)
     if (max_seqlen_q is None) != (max_seqlen_k is None):
         missing = "max_seqlen_q" if max_seqlen_q is None else "max_seqlen_k"
@@ -185,7 +186,8 @@ def _check_positional(mask: object, bias: object) -> None:
     """Masks and biases must speak of positions only: a tensor in them would need packing too."""
     kinds = "None or Causal, Window or their `&`"
     if mask is not None and not isinstance(mask, Mask):
-        fail_type("attention_varlen", "mask", type(mask).__name__, kinds)
+        fix = "max_seqlen_q= and max_seqlen_k= are keywords here" if type(mask) is int else ""
+        fail_type("attention_varlen", "mask", type(mask).__name__, kinds, fix)
     for part in _parts(mask):
         if not isinstance(part, Causal | Window):
             fail_type("attention_varlen", "mask", type(part).__name__, kinds)
@@ -242,7 +244,7 @@ def _sequences(
     require_tensor("attention_varlen", argument, cu_seqlens)
     expected = f"(n + 1,) ints that begin with 0, never fall, and end with {total}"
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail_type("attention_varlen", argument, cu_seqlens.dtype, expected)
+        fail_type("attention_varlen", argument, cu_seqlens.dtype, expected, f"{argument}.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail_value("attention_varlen", argument, f"shape {shape_text(cu_seqlens.shape)}", expected)
     if longest is not None:
@@ -259,7 +261,10 @@ def _sequences(
     values: list[int] = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or values[-1] != total or any(length < 0 for length in lengths):
-        fail_value("attention_varlen", argument, values, expected)
+        fix = (
+            "F.pad(lengths.cumsum(0), (1, 0)) makes them of lengths" if sum(values) == total else ""
+        )
+        fail_value("attention_varlen", argument, values, expected, fix)
     needed = max(lengths, default=0)
     if longest is not None and longest < needed:
         bound = f"at least {needed}, the length of a sequence of `{argument}`"

@@ -48,10 +48,15 @@ FastPathAttention = Callable[
 FastPathNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Tensor | None]
 
 
+class MissingBackendWarning(RuntimeWarning):
+    """The backend that `auto` asks first does not work here, though nobody left it out."""
+
+
 class Backend(Protocol):
     """What each backend's package offers; tensors as in `problem.py`.
 
-    It may offer `fast_path_attention` and `fast_path_norm` as well: see `FastPathAttention`.
+    It may offer `fast_path_attention` and `fast_path_norm` as well: see `FastPathAttention`; and
+    `left_out_on_purpose()`, whether somebody chose to install rowmax without it.
     """
 
     def unavailable(self) -> str | None:
@@ -188,11 +193,35 @@ def _on_cpu(name: str) -> Backend | None:
 
 @functools.cache
 def _preferred(device: torch.device) -> Backend | None:
-    """The fused backend that is asked first, of those that work here; found once a device."""
+    """The fused backend that is asked first, of those that work here; found once a device.
+
+    Where another one should be asked before it, a warning says why that can't be.
+    """
+    missing: list[str] = []
     for name in PREFERENCE.get(device.type, ()):
-        if name != "reference" and unavailable(name) is None:
+        reason = unavailable(name)
+        if name == "reference":
+            break  # with a warning of its own, from `choose`
+        if reason is None:
+            if missing:
+                _warn_once(
+                    f"rowmax: backend 'auto' takes {name} on {device.type}, because "
+                    + "; ".join(missing),
+                    MissingBackendWarning,
+                )
             return load(name)
+        if not _left_out(name):
+            missing.append(f"{name}: {reason}")
     return None
+
+
+def _left_out(name: str) -> bool:
+    """Whether somebody chose that this installation lacks the backend."""
+    try:
+        on_purpose: Callable[[], bool] = getattr(load(name), "left_out_on_purpose", bool)
+    except ModuleNotFoundError:  # as the whole version does
+        return True
+    return on_purpose()
 
 
 def explain(problem: Problem) -> str:
@@ -230,10 +259,10 @@ def _refuses(name: str, problem: Problem) -> str | None:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def _warn_once(message: str, category: type[Warning] = RuntimeWarning) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, category, stacklevel=2)
 
 
 def installation() -> dict[str, Any]:

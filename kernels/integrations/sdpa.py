@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ..api.attention import attention
-from ..api.checks import broadcasts, fail_value, require_float, require_tensor, shape_text
+from ..api.checks import (
+    FLOAT_DTYPES,
+    broadcasts,
+    fail_type,
+    fail_value,
+    require_float,
+    require_tensor,
+    shape_text,
+)
 from ..api.masks import Causal, Mask
 from ..ops.torch_internals import tracing_state
 from ..ops.tracing import same_sizes, untraced
@@ -57,6 +65,10 @@ def scaled_dot_product_attention(
             fail_value(_NAME, name, f"shape {shape_text(tensor.shape)}", expected)
     if attn_mask is not None:
         require_tensor(_NAME, "attn_mask", attn_mask)
+        if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+            expected = "dtype bool, True = may attend, or a float one, which is added"
+            fix = "attn_mask.bool() is the first, where 1 means that"
+            fail_type(_NAME, "attn_mask", attn_mask.dtype, expected, fix)
         if is_causal:
             fail_value(_NAME, "is_causal", "True beside an `attn_mask`", "False, or no `attn_mask`")
     lead, q, k, v = _as_4d(query, key, value, enable_gqa)

@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1000, help="random calls (default: 1000)")
     parser.add_argument("--first-seed", type=int, default=0, help="of the calls (default: 0)")
     options = parser.parse_args()
-    ninja = require("ninja", "pip install ninja")
     compiler = require(options.compiler)
     emulator = []
     if options.emulator is not None:
@@ -68,12 +67,10 @@ def main() -> None:
         [compiler, "-dumpmachine"], check=True, capture_output=True, text=True
     ).stdout.strip()
     sanitizers = os.environ.get("ROWMAX_SANITIZE", "")
-    build = ROOT / "build" / "-".join(filter(None, ("parity", target, sanitizers)))
-    write_build(build, compiler, target.split("-")[0] == platform.machine())
-    if subprocess.run([ninja, "--quiet", "-C", str(build)], check=False).returncode != 0:
-        sys.exit(1)
+    folder = ROOT / "build" / "-".join(filter(None, ("parity", target, sanitizers)))
+    program = build(folder, compiler, target.split("-")[0] == platform.machine())
 
-    command = [*emulator, str(build / "runner")]
+    command = [*emulator, str(program)]
     seeds = range(options.first_seed, options.first_seed + options.calls)
     workers = max(1, min(os.cpu_count() or 1, len(seeds)))
     faulty: Counter[str] = Counter()
@@ -131,54 +128,40 @@ def forms(command: list[str]) -> list[Runner]:
     return [widest, *(Runner(command, environment | each) for each in settings)]
 
 
-def require(tool: str, advice: str | None = None) -> str:
+def require(tool: str) -> str:
     """The tool's path; the end of the program, with what to do, where there is none."""
-    beside = Path(sys.executable).parent / tool  # an environment that is not activated
-    path = shutil.which(tool) or (str(beside) if beside.is_file() else None)
+    path = shutil.which(tool)
     if path is None:
         package = PACKAGES.get(tool)
-        if advice is None:
-            advice = f"apt-get install {package}" if package else f"put {tool} on the PATH"
+        advice = f"apt-get install {package}" if package else f"put {tool} on the PATH"
         print(f"{tool} is missing: {advice}", file=sys.stderr)
         sys.exit(2)
     return path
 
 
-def write_build(build: Path, compiler: str, native: bool) -> None:
-    """A ninja file that compiles each kernel source for each instruction set, and the program."""
+def build(folder: Path, compiler: str, native: bool) -> Path:
+    """The program, with each kernel source compiled for each instruction set."""
     setup = runpy.run_path(str(ROOT / "setup.py"))
     write_headers = runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))
-    write_headers["write"](build)
-    write_headers["write_fields"](build)
+    write_headers["write"](folder)
+    write_headers["write_fields"](folder)
     instruction_sets = setup["INSTRUCTION_SETS"]
     if not native:
         instruction_sets = {"portable": instruction_sets["portable"]}
-    flags = [*setup["FLAGS"], "-I.", f"-I{ROOT}/csrc", "-pthread"]
-    lines = [
-        "rule compile",
-        f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule link",
-        f"  command = {compiler} $in -o $out -pthread {' '.join(setup['SANITIZE'])}"
-        + ("" if native else " -static"),
+    common = [*setup["FLAGS"], f"-I{folder}", f"-I{ROOT / 'csrc'}", "-pthread"]
+    steps = [
+        (ROOT / "csrc" / source, folder / f"{isa}-{Path(source).stem}.o", [*common, *own])
+        for isa, (flags, sources) in instruction_sets.items()
+        for own in [[*setup["KERNEL_FLAGS"], *flags, f"-DROWMAX_ISA={isa}"]]
+        for source in sources
     ]
-    objects = []
-
-    def compile_source(name: str, source: Path, own: list[str]) -> None:
-        objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: compile {source}", f"  flags = {' '.join([*flags, *own])}"])
-
-    for isa, (isa_flags, sources) in instruction_sets.items():
-        own = [*setup["KERNEL_FLAGS"], *isa_flags, f"-DROWMAX_ISA={isa}"]
-        for source in sources:
-            compile_source(f"{isa}-{Path(source).stem}", ROOT / "csrc" / source, own)
-    compile_source("dispatch", ROOT / "csrc" / "kernels" / "dispatch.cpp", [])
-    warnings = ["-Wall", "-Wextra", "-Werror", "-O2"]
-    compile_source("runner", ROOT / "tests" / "csrc" / "runner.cpp", warnings)
-    lines += [f"build runner: link {' '.join(objects)}", "default runner", ""]
-    (build / "build.ninja").write_text("\n".join(lines))
+    steps.append((ROOT / "csrc" / "kernels" / "dispatch.cpp", folder / "dispatch.o", common))
+    strict = [*common, "-Wall", "-Wextra", "-Werror", "-O2"]
+    steps.append((ROOT / "tests" / "csrc" / "runner.cpp", folder / "runner.o", strict))
+    setup["COMPILE"]["compile_sources"]([compiler], steps)
+    flags = ["-pthread", *setup["SANITIZE"], *([] if native else ["-static"])]
+    setup["COMPILE"]["link"]([compiler], [made for _, made, _ in steps], folder / "runner", flags)
+    return folder / "runner"
 
 
 if __name__ == "__main__":

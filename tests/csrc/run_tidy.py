@@ -2,7 +2,7 @@
 
     python -m tests.csrc.run_tidy            all sources; exit status 1 where a check fails
 
-The checks stand in .clang-tidy. Needs torch's headers and those that the build writes.
+The checks stand in .clang-tidy.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import os
 import runpy
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +24,7 @@ def main() -> None:
         runpy.run_path(str(ROOT / "csrc" / "write_headers.py"))["write"](Path(headers))
         flags = [
             *("-std=c++20", f"-I{ROOT / 'csrc'}", f"-I{headers}"),
-            f"-DTORCH_TARGET_VERSION={setup['TORCH_TARGET_VERSION']}",
-            *(f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])),
+            f"-isystem{setup['PYTHON_HEADERS']}",
         ]
         commands = [[source, *flags] for source in setup["SOURCES"]]
         for source in setup["KERNEL_SOURCES"]:

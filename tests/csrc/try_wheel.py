@@ -1,6 +1,6 @@
 """The wheel, installed where nothing else is: with several torch versions and several Pythons.
 
-    python tests/csrc/try_wheel.py dist/rowmax-0.1.0-cp310-abi3-linux_x86_64.whl \
+    python tests/csrc/try_wheel.py dist/rowmax-0.1.0-cp310-abi3-manylinux_2_34_x86_64.whl \
         --torch 2.13.0 --torch 2.12.0 --python python3.11 --python python3.13
 
 Each pair of a Python and a torch gets a fresh environment, in which one pip command installs the
@@ -92,7 +92,7 @@ def version(python: str) -> str:
 def wrong_contents(wheel: Path) -> list[str]:
     """Files that a user of the packages has no use for: sources of csrc, tests, caches."""
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
+        names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
     described = wheel.name.split("-")
     info = f"{described[0]}-{described[1]}.dist-info/"
     packages = {"rowmax", "rowmax/kernels", "rowmax/transformer", "rowmax/bench"}

@@ -157,3 +157,67 @@ def test_without_a_usable_directory_kernels_are_compiled_all_the_same(
         warnings.simplefilter("error")
         assert run_doubled(jit) == 42
     jit.machine_function.cache_clear()
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("value, announced", [("0", 1), ("1", 0)])
+def test_compiling_is_announced_and_reading_is_not(
+    value: str,
+    announced: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from rowmax.kernels.backends.cpu_numba import jit
+
+    monkeypatch.setenv("ROWMAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ROWMAX_QUIET", value)
+    for _ in range(2):  # compiled, then read from disk
+        assert run_doubled(jit) == 42
+    told = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
+    text = "rowmax: Numba compiles test_cache, once: about 2 s"
+    assert told == [("rowmax", "WARNING", text)] * announced
+    jit.machine_function.cache_clear()
+
+
+@NEEDS_NUMBA
+def test_a_function_is_compiled_with_its_kernel_alone(tmp_path: Path) -> None:
+    """Once for all integers, and never by itself, which was half of the time."""
+    script = """
+import ctypes
+from llvmlite.binding.executionengine import ExecutionEngine
+
+compiled = []
+finalize = ExecutionEngine.finalize_object
+ExecutionEngine.finalize_object = lambda engine: (compiled.append(engine), finalize(engine))
+
+from numba import types
+from rowmax.kernels.backends.cpu_numba import jit
+
+@jit.jit
+def product(pair, number):
+    return pair[0] * pair[1] * number
+
+def kernel(record):
+    record[0] = product((record[0], 2), 3) + product((1, record[0]), record[0])
+
+def first(record):  # with what Numba needs once
+    record[0] = record[0] * record[0] + 1
+
+jit.machine_function(first, types.int64)
+compiled.clear()
+address = jit.machine_function(kernel, types.int64)
+number = ctypes.c_int64(5)
+ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))(address)(number)
+print(number.value, len(compiled), len(product.overloads))
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script, "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        env=os.environ | {"ROWMAX_CACHE_DIR": str(tmp_path), "ROWMAX_QUIET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("55 1 1\n", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,49 @@ def test_without_fused_kernels_auto_takes_the_reference_and_says_so_once() -> No
     assert "numba: Numba is not installed (pip install numba)" in printed[0]
     assert "native: " in printed[0]
     assert printed[1] == "attention on cpu, torch.float32: reference", "warned more than once"
+
+
+FIRST_CALLS = """
+import warnings
+import torch
+from rowmax.kernels import MissingBackendWarning, attention, explain, layer_norm
+from rowmax.kernels.backends import cpu_native, dispatch
+
+cpu_native._REASON = REASON
+q = torch.ones(1, 2, 5, 8)
+explain(q, q, q)
+dispatch.installation()
+attention(q, q, q, backend="reference")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", MissingBackendWarning)
+    for _ in range(2):
+        layer_norm(q)
+        attention(q, q, q)
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+"""
+
+
+@pytest.mark.parametrize(
+    "reason, told",
+    [("no C++ compiler", True), ("ROWMAX_EXTENSION=skip", False), (None, True)],
+    ids=["compiler", "skipped", "unbuilt"],
+)
+def test_auto_says_once_that_the_extension_is_missing(
+    reason: str | None, told: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("numba")
+    path = tmp_path / "missing_extension.txt"
+    if reason is not None:
+        path.write_text(f"{reason}\n")
+    script = f"from pathlib import Path\nREASON = Path({str(path)!r})\n{FIRST_CALLS}"
+    why = "" if reason is None else f" ({reason})"
+    expected = (
+        "MissingBackendWarning rowmax: backend 'auto' takes numba on cpu, because native: the C++ "
+        f"extension is not built{why}; with GCC >= 12 and Python's headers, "
+        "`pip install --no-deps --force-reinstall --no-cache-dir .` in the checkout builds it\n"
+    )
+    assert run_without([OPTIONAL["native"]], script) == (expected if told else "")
 
 
 @pytest.mark.parametrize("missing", ["numba", "native", "triton"])

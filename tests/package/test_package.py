@@ -33,6 +33,11 @@ def test_the_version_is_that_of_the_installation() -> None:
     assert rowmax.__version__ == metadata.version("rowmax")
 
 
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert versions[0] == rowmax.__version__
+
+
 def test_every_public_name_of_the_kernels() -> None:
     for name in kernels.__all__:
         assert getattr(rowmax, name) is getattr(kernels, name)

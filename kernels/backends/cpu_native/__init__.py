@@ -33,6 +33,7 @@ __all__ = [
     "fast_path_norm",
     "layer_norm",
     "layer_norm_backward",
+    "left_out_on_purpose",
     "linear_cross_entropy",
     "masked_softmax",
     "masked_softmax_backward",
@@ -42,17 +43,24 @@ __all__ = [
 ]
 
 
+_REASON = Path(__file__).parents[2] / "missing_extension.txt"  # written by setup.py
+
+
+def left_out_on_purpose() -> bool:
+    """Whether rowmax was built with ROWMAX_EXTENSION=skip."""
+    return _REASON.is_file() and _REASON.read_text().strip() == "ROWMAX_EXTENSION=skip"
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Loads the extension, which registers its operators; why that fails, where it does."""
     try:
         importlib.import_module("..._C", __package__)
     except ModuleNotFoundError:
-        reason = Path(__file__).parents[2] / "missing_extension.txt"  # written by setup.py
-        why = f" ({reason.read_text().strip()})" if reason.is_file() else ""
+        why = f" ({_REASON.read_text().strip()})" if _REASON.is_file() else ""
         return (
-            f"the C++ extension is not built{why}; with torch >= 2.10, setuptools >= 77, ninja and "
-            "a C++20 compiler, `pip install --no-build-isolation .` in the checkout builds it"
+            f"the C++ extension is not built{why}; with GCC >= 12 and Python's headers, "
+            "`pip install --no-deps --force-reinstall --no-cache-dir .` in the checkout builds it"
         )
     except ImportError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"

@@ -30,7 +30,7 @@ from .gemm_bfloat16 import (
     store_rounded,
     transpose_words,
 )
-from .jit import OPTIONS, jit
+from .jit import OVERLOAD_OPTIONS, jit
 from .memory import bfloat16_at, load, pointer, store
 from .transpose import transpose
 from .vector import BFLOAT16, cast, select, splat
@@ -40,7 +40,7 @@ def either(floats: Callable[..., None], pairs: Callable[..., None]) -> Callable[
     """Compiles what it decorates as one of the two, by the record `call`, the first argument."""
 
     def declare(step: Callable[..., None]) -> Callable[..., None]:
-        overload(step, jit_options=OPTIONS, strict=False)(
+        overload(step, jit_options=OVERLOAD_OPTIONS, strict=False)(
             lambda call, *_: pairs if call.typeof("item") == BFLOAT16 else floats
         )
         return step

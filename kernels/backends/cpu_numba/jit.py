@@ -6,12 +6,17 @@ machine code depends on: all sources of this package, the constants, the vector 
 versions. Of processes that want the same kernel at once, one compiles it, and the others wait for
 what it leaves on disk. Where that folder can't be had (a user without a home, a file system that is
 read only or full), kernels are compiled in each process, after one warning.
+
+Compiling is announced by a warning of the logger "rowmax", which goes to standard error unless the
+program says otherwise; ROWMAX_QUIET=1 keeps it silent.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -25,20 +30,33 @@ import llvmlite
 import numba
 from filelock import FileLock
 from numba.core import config
+from numba.core.ccallback import CFunc
 
 from ..cpu_common import constants as cpu_constants
 from .host import vector_bits
+from .inner import InnerCompiler, InnerFunction
 
 CACHE_VARIABLE = "ROWMAX_CACHE_DIR"
+QUIET_VARIABLE = "ROWMAX_QUIET"
 
 # Called from other kernels only: no wrappers for Python or C, which would double the compile time.
-OPTIONS = {
+_OPTIONS = {
     "nogil": True,
     "error_model": "numpy",
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
 }
-jit = functools.partial(numba.njit, **OPTIONS)
+# For `overload`, whose functions are called from kernels as well.
+OVERLOAD_OPTIONS = {**_OPTIONS, "pipeline_class": InnerCompiler}
+
+# How long compiling takes, in seconds: on an AMD EPYC (Zen 4), rounded up.
+_SECONDS = {"attention_forward": 6, "attention_backward_kernels": 6, "attention_decode": 3}
+
+
+def jit(function: Callable[..., Any]) -> InnerFunction:
+    """Declare a function that kernels call."""
+    options = {"nopython": True, "boundscheck": None, **_OPTIONS}
+    return InnerFunction(function, targetoptions=options, pipeline_class=InnerCompiler)
 
 
 class _NoHomeError(Exception):
@@ -111,6 +129,35 @@ def _cache_in(directory: Path) -> Iterator[None]:
         config.CACHE_DIR = before
 
 
+class _Kernel(CFunc):
+    """Machine code that C can call; that it has to be compiled is said before."""
+
+    def _compile_uncached(self) -> Any:
+        if os.environ.get(QUIET_VARIABLE, "0") == "0":
+            name = self._pyfunc.__module__.rpartition(".")[2]
+            logging.getLogger("rowmax").warning(
+                "rowmax: Numba compiles %s, once%s: about %d s",
+                name.removesuffix("_kernels"),
+                " in each process" if _uncached else "",
+                _SECONDS.get(name, 2),
+            )
+        collecting = gc.isenabled()
+        gc.disable()  # as much garbage as is made here would have it search all of torch, often
+        try:
+            return super()._compile_uncached()
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def _compiled(kernel: Callable[..., None], signature: Any, keep: bool) -> CFunc:
+    function = _Kernel(kernel, (signature.args, signature.return_type), locals={}, options={})
+    if keep:
+        function.enable_caching()
+    function.compile()
+    return function
+
+
 @functools.cache
 def machine_function(kernel: Callable[..., None], argument: Any) -> int:
     """The address of `void kernel(argument *)` as machine code, compiled or read from disk once."""
@@ -123,10 +170,10 @@ def machine_function(kernel: Callable[..., None], argument: Any) -> int:
             pass
         name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
         with FileLock(directory / f"{kernel.__name__}-{name}.lock"), _cache_in(directory):
-            compiled = numba.cfunc(signature, cache=True)(kernel)
+            compiled = _compiled(kernel, signature, keep=True)
     except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
         _warn_uncached(str(error))
-        compiled = numba.cfunc(signature)(kernel)
+        compiled = _compiled(kernel, signature, keep=False)
     _kept_alive.append(compiled)
     address: int = compiled.address
     return address
