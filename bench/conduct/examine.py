@@ -44,6 +44,7 @@ class Subject:
     calls: int = 150  # on the same tensors, with other values each
     random: Random = field(default_factory=Random)
     guard: Guard = field(default_factory=Guard)  # from before its first call
+    refused: list[str] = field(default_factory=list)  # checks that it raised an error in
 
     @property
     def suite(self) -> Suite:
@@ -256,7 +257,9 @@ def fault_of(subject: Subject) -> str | None:
     for name, check in CHECKS.items():
         try:
             found = check(subject)
-        except Exception:
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            subject.refused.append(f"{name} ({type(error).__name__}: {first})")
             continue
         if found is not None:
             return f"{name}: {found}"

@@ -309,6 +309,13 @@ def _conduct(function: Function, case: Case, guard: Guard) -> str | None:
             guard=guard,
         )
         guard.examined[asked] = examine.fault_of(subject)
+        if subject.refused:
+            checks = f"{len(subject.refused)} of {len(examine.CHECKS)} checks"
+            warnings.warn(
+                f"a function of yours refused {checks}, the first: {subject.refused[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return guard.examined[asked]
 
 

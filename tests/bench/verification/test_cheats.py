@@ -149,6 +149,25 @@ def test_an_honest_kernel_is_accepted(name: str, dtype: str) -> None:
     assert by_speed(function, dtype=getattr(torch, dtype), kinds=["full", "causal"]) is None
 
 
+def test_what_is_refused_by_an_error_is_no_cheat_and_is_told() -> None:
+    def picky(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        if query.shape[2] % 16:
+            raise NotImplementedError("lengths of whole tiles only")
+        return F.scaled_dot_product_attention(query, key, value, **options)
+
+    with pytest.warns(RuntimeWarning, match="refused .* of 12 checks, .*lengths of whole tiles"):
+        (row,) = speed(
+            picky,
+            shapes=[(3, 4, 32, 16)],
+            kinds=["full"],
+            peers=["sdpa"],
+            seconds=0.05,
+            backend="reference",
+            backward=False,
+        ).rows
+    assert "yours" in row.timings
+
+
 def test_with_rowmaxs_contract_the_same_is_a_failure() -> None:
     report = verify(
         F.scaled_dot_product_attention,
