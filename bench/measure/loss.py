@@ -1,6 +1,6 @@
 """`python -m rowmax.bench loss`: linear_cross_entropy beside torch's projection and loss, unfused.
 
-Forward and both gradients, timed in turns in one process; and what each takes of memory at its peak,
+Forward and both gradients, timed in turns in one process; and the peak of memory of each, its
 results included.
 """
 

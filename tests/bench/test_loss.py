@@ -1,4 +1,4 @@
-"""`python -m rowmax.bench loss` prints a line an implementation, and refuses what can't be meant."""
+"""`python -m rowmax.bench loss` prints a line an implementation, and refuses what is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_prints_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["loss", *options]) == 0
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())["found"]
-    assert list(found)[0] == "unfused"
+    assert next(iter(found)) == "unfused"
     for name, figures in found.items():
         assert f"\n{name} " in printed
         assert figures["seconds"] > 0
