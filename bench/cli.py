@@ -23,7 +23,7 @@ from .. import console
 from .experiments import architectures
 from .machine import gpu
 from .machine.host import Limits, describe, load_average, measure_limits
-from .measure import comparison, history, loss, overhead, report, swap
+from .measure import comparison, history, loss, overhead, report, swap, training
 from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .measure.noise import Watch, complaints, keep_freed_memory, pinned
 from .measure.runner import Row, isolated_rows, rows_of, stranger_of
@@ -59,6 +59,7 @@ _COMMANDS: dict[str, Any] = {
     "overhead": overhead,
     "smoke": smoke,
     "swap": swap,
+    "training": training,
     "tune": tune,
     "configs": configs,
     "model": architectures,

@@ -66,6 +66,7 @@ BENCH = (
     "overhead",
     "smoke",
     "swap",
+    "training",
     "tune",
     "configs",
     "model",

@@ -1,0 +1,59 @@
+"""`python -m rowmax.bench training` prints a line an implementation, and refuses what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rowmax.bench.cli import main
+from rowmax.bench.measure import training
+from rowmax.transformer.config import ModelConfig
+
+TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
+
+
+def test_prints_tokens_a_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training.SIZES, "small", TINY)
+    out = tmp_path / "training.json"
+    options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
+    assert main(["training", *options]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert list(found["found"]) == ["packed", "padded", "nn.Transformer"]
+    for name in found["found"]:
+        assert f"\n{name} " in printed
+    assert found["tokens"] < found["places"]
+
+
+def test_the_same_batch_packed_and_padded() -> None:
+    for equal in (True, False):
+        padded, packed = training.batches(50, 5, equal=equal)
+        assert padded.tokens == packed.tokens
+        full = padded.source.numel() + padded.target_out.numel()
+        assert (padded.tokens == full) == equal
+
+
+def test_torchs_transformer_learns_the_same_kind_of_loss() -> None:
+    padded, packed = training.batches(50, 5, equal=False)
+    steps = training.steps(TINY, padded, packed, "reference")
+    losses = {name: step() for name, step in steps.items()}
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=0.1)  # dropout differs
+    assert losses["nn.Transformer"] == pytest.approx(losses["padded"], rel=0.5)
+    model = training.TorchTransformer(TINY).eval()
+    one = training.batches(50, 1, equal=False)[0]
+    longer = torch.nn.functional.pad(one.source, (0, 7), value=3)
+    changed = type(one)(
+        *(longer, one.source_lengths, one.target_in, one.target_out, one.target_lengths)
+    )
+    torch.testing.assert_close(model.loss(changed, 0.1), model.loss(one, 0.1))
+
+
+@pytest.mark.parametrize("wrong", [("--pairs", "0"), ("--seconds", "0")], ids=" ".join)
+def test_what_is_wrong(wrong: tuple[str, str], refused: Any) -> None:
+    assert wrong[0] in refused("training", *wrong)
