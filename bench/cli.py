@@ -23,7 +23,7 @@ from .. import console
 from .experiments import architectures
 from .machine import gpu
 from .machine.host import Limits, describe, load_average, measure_limits
-from .measure import comparison, history, loss, overhead, report, swap, training
+from .measure import comparison, decoding, history, loss, overhead, report, swap, training
 from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
 from .measure.noise import Watch, complaints, keep_freed_memory, pinned
 from .measure.runner import Row, isolated_rows, rows_of, stranger_of
@@ -60,6 +60,7 @@ _COMMANDS: dict[str, Any] = {
     "smoke": smoke,
     "swap": swap,
     "training": training,
+    "decoding": decoding,
     "tune": tune,
     "configs": configs,
     "model": architectures,

@@ -38,7 +38,9 @@ from .decoding import (
     translate_n_best,
 )
 from .evaluation import require_sacrebleu, score
+from .export import export_ctranslate2
 from .interface import TranslationModel
+from .model import EncoderDecoder
 from .options import Handler, parser
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -276,6 +278,18 @@ def _score(args: argparse.Namespace) -> int:
     return _IN_PART if dataset.too_long else 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    saved = checkpoints.load_average(args.model, args.average)
+    model = checkpoints.build_model(saved)
+    if not isinstance(model, EncoderDecoder):
+        raise UsageError(f"{saved.path} holds a model of --arch {saved.model.arch}: not exported")
+    if args.output.exists():
+        raise UsageError(f"--output: {args.output} is there already")
+    export_ctranslate2(model, saved.tokenizer, args.output, args.quantization)
+    _say(f"the model is in {args.output}")
+    return 0
+
+
 class _TooLong:
     """Says which sentence is beyond the model's limit, of those after the first ``before``."""
 
@@ -362,6 +376,7 @@ COMMANDS: dict[str, Handler] = {
     "translate": _translate,
     "evaluate": _evaluate,
     "score": _score,
+    "export": _export,
     "demo": _demo,
     "attend": lambda args: drawing.attend(args, _load),
     "positions": drawing.positions,

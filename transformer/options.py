@@ -10,6 +10,7 @@ from typing import Any
 from .commands import add_attend, add_positions
 from .config import ARCHITECTURES, PRESETS, RECURRENT, ModelConfig
 from .evaluation import TOKENIZATIONS
+from .export import QUANTIZATIONS
 from .tokenizer import SMALLEST_VOCABULARY
 
 BACKENDS = ("auto", "reference", "numba", "native", "triton")
@@ -42,6 +43,7 @@ def parser(run: Mapping[str, Handler]) -> argparse.ArgumentParser:
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_train, _add_translate, _add_evaluate, _add_score, _add_demo, _add_attend):
         _add_machine(add(commands))
+    _add_export(commands)
     add_positions(commands, _positive)
     for name, command in commands.choices.items():
         command.set_defaults(run=run[name])
@@ -177,6 +179,23 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
     return command
 
 
+def _add_export(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write a Transformer as a model of CTranslate2",
+        description="Write a trained Transformer and its vocabulary as a model of CTranslate2 (the "
+        "extra ctranslate2), which then gives the same tokens.",
+    )
+    _add_checkpoint(command)
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="a folder that is not there yet"
+    )
+    command.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="of the weights (default: as they are)"
+    )
+    return command
+
+
 def _add_evaluate(commands: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         "evaluate",
@@ -220,6 +239,7 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
 
 def _add_attend(commands: Any) -> argparse.ArgumentParser:
     attend = add_attend(commands, _positive)
+    _add_average(attend)
     _add_decoding(attend)
     attend.set_defaults(arch=None)
     return attend
@@ -241,6 +261,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         choices=ARCHITECTURES,
         help="what the model must be; a checkpoint of another architecture is an error",
     )
+    _add_checkpoint(command)
+    _add_decoding(command)
+
+
+def _add_checkpoint(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         type=Path,
@@ -248,10 +273,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a training run's directory, for its newest checkpoint, or one checkpoint",
     )
-    _add_decoding(command)
+    _add_average(command)
 
 
-def _add_decoding(command: argparse.ArgumentParser) -> None:
+def _add_average(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--average",
         type=_positive,
@@ -259,6 +284,9 @@ def _add_decoding(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="use the mean of the newest N checkpoints' weights (the paper: 5; default: 1)",
     )
+
+
+def _add_decoding(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--beam", type=_positive, default=1, help="translations kept at each step; 1 is greedy"
     )

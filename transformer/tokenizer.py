@@ -182,6 +182,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._bpe.get_vocab_size()
 
+    def tokens(self) -> list[str]:
+        """Every token of the vocabulary, by its id, in byte-level BPE's letters."""
+        return [str(self._bpe.id_to_token(index)) for index in range(self.vocab_size)]
+
     def encode(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids of each sentence."""
         texts = [" " + sentence for sentence in sentences]

@@ -67,6 +67,7 @@ BENCH = (
     "smoke",
     "swap",
     "training",
+    "decoding",
     "tune",
     "configs",
     "model",

@@ -1,0 +1,136 @@
+"""`python -m rowmax.bench decoding`: translation by the reference Transformer beside CTranslate2.
+
+The same random weights, exported, translate the same sentences into as many tokens each, for no
+translation ends by itself: greedily and by beam search, in turns in one process. CTranslate2
+computes in float32 and with int8 weights. Tokens of the best translations count, per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...console import from_extra
+from ...transformer.config import ModelConfig
+from ...transformer.decoding import beam_search, greedy
+from ...transformer.export import export_ctranslate2
+from ...transformer.model import EncoderDecoder
+from ...transformer.tokenizer import EOS
+from ..machine.host import describe, load_average
+from ..options import UsageError, check_outputs, seconds_of, set_threads
+from .timing import Budget, interleave, timer_for
+from .training import SIZES
+
+SOURCE = 20  # tokens of a sentence
+_TOKENS = 24  # of a translation
+Decode = Callable[[], list[int]]  # -> the lengths of the translations
+
+
+def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "decoding", help="translation by the reference Transformer beside CTranslate2"
+    )
+    command.add_argument("--size", choices=SIZES, default="base", help="default: base")
+    command.add_argument("--sentences", type=int, default=32, help="default: 32")
+    command.add_argument("--beam", type=int, default=4, help="beside greedy decoding; default: 4")
+    command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
+    command.add_argument("--threads", type=int, help="default: what torch takes")
+    command.add_argument("--seconds", type=float, help="to spend on each table; default: 30")
+    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures here too")
+
+
+def run(options: argparse.Namespace) -> int:
+    seconds = seconds_of("--seconds", options.seconds) or 30.0
+    set_threads(options.threads)
+    check_outputs({"--json": options.json})
+    for name in ("sentences", "beam"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    with from_extra("ctranslate2"):
+        import ctranslate2  # noqa: F401
+    machine = describe()
+    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        every = decoders(SIZES[options.size], options.sentences, options.backend, Path(folder))
+        for beam in dict.fromkeys((1, options.beam)):
+            calls = {name: (lambda of=of, beam=beam: of(beam)) for name, of in every.items()}
+            tokens = {name: sum(call()) for name, call in calls.items()}
+            budget = Budget(seconds=seconds, min_rounds=3, max_rounds=1000)
+            timings = interleave(calls, budget, timer_for("cpu"))
+            what = "greedy" if beam == 1 else f"beam {beam}"
+            print(
+                f"\n{options.size}, {what}, {options.sentences} sentences of {SOURCE} tokens"
+                f"\n{'':22} {'ms':>8} {'spread':>7} {'tokens/s':>9} {'rowmax / it':>11}"
+            )
+            rates = {name: tokens[name] / timing.median for name, timing in timings.items()}
+            for name, timing in timings.items():
+                print(
+                    f"{name:22} {1e3 * timing.median:8.1f} {100 * timing.spread:6.0f}% "
+                    f"{rates[name]:9.0f} {rates['rowmax'] / rates[name]:11.2f}"
+                )
+            found[what] = rates
+    if options.json is not None:
+        document = {"machine": machine, "size": options.size, "tokens_per_second": found}
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def decoders(
+    config: ModelConfig, sentences: int, backend: str, folder: Path
+) -> dict[str, Callable[[int], list[int]]]:
+    """Of a beam's width: the lengths of what each writes, EOS left out."""
+    with from_extra("ctranslate2"):
+        import ctranslate2
+    torch.manual_seed(0)
+    limited = ModelConfig(**{**vars(config), "max_length": _TOKENS})
+    model = EncoderDecoder(limited, backend).eval()
+    source = torch.randint(3, config.vocab_size, (sentences, SOURCE))
+    lengths = torch.full((sentences,), SOURCE)
+    source[:, -1] = EOS
+
+    def rowmax(beam: int) -> list[int]:
+        if beam == 1:
+            return list(map(len, greedy(model, source, lengths)))
+        return list(map(len, beam_search(model, source, lengths, beam, alpha=0.0)))
+
+    found: dict[str, Callable[[int], list[int]]] = {"rowmax": rowmax}
+    export_ctranslate2(model, _Names(config.vocab_size), folder / "model")
+    named = [[f"t{token}" for token in row[:-1]] for row in source.tolist()]
+    for kind in ("float32", "int8"):
+        translator = ctranslate2.Translator(
+            str(folder / "model"),
+            compute_type=kind,
+            intra_threads=torch.get_num_threads(),
+            inter_threads=1,
+        )
+
+        def decode(beam: int, translator: Any = translator) -> list[int]:
+            results = translator.translate_batch(
+                named,
+                beam_size=beam,
+                length_penalty=0,
+                max_decoding_length=_TOKENS,
+                min_decoding_length=_TOKENS,
+            )
+            return [len(result.hypotheses[0]) for result in results]
+
+        found[f"CTranslate2 {kind}"] = decode
+    return found
+
+
+class _Names:
+    """In place of a tokenizer: a text for each token."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def tokens(self) -> list[str]:
+        return ["<pad>", "<s>", "</s>", *(f"t{token}" for token in range(3, self._size))]

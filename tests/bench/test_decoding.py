@@ -1,0 +1,48 @@
+"""`python -m rowmax.bench decoding` prints a line an engine, and refuses what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rowmax.bench.cli import main
+from rowmax.bench.measure import decoding, training
+from rowmax.transformer.config import ModelConfig
+
+pytest.importorskip("ctranslate2")
+TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
+
+
+def test_prints_tokens_a_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training.SIZES, "small", TINY)
+    out = tmp_path / "decoding.json"
+    options = ["--size", "small", "--sentences", "2", "--beam", "3", "--seconds", "0.05"]
+    assert main(["decoding", *options, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())["tokens_per_second"]
+    assert list(found) == ["greedy", "beam 3"]
+    for rates in found.values():
+        assert list(rates) == ["rowmax", "CTranslate2 float32", "CTranslate2 int8"]
+        for name in rates:
+            assert f"\n{name} " in printed
+
+
+def test_all_write_as_much(tmp_path: Path) -> None:
+    """Else tokens a second would not be of the same work."""
+    every = decoding.decoders(TINY, 3, "reference", tmp_path)
+    for beam in (1, 3):
+        lengths = {name: decode(beam) for name, decode in every.items()}
+        assert lengths["CTranslate2 float32"] == lengths["CTranslate2 int8"] == [24] * 3
+        assert sum(lengths["rowmax"]) >= 0.5 * 24 * 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--sentences", "0"), ("--beam", "0"), ("--seconds", "0")], ids=" ".join
+)
+def test_what_is_wrong(wrong: tuple[str, str], refused: Any) -> None:
+    assert wrong[0] in refused("decoding", *wrong)
