@@ -86,7 +86,7 @@ def test_what_holds_tensors_has_no_plan() -> None:
 
 
 def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_launch, "_MOST_PLANS", 4)
+    monkeypatch.setattr(attention_launch, "_MAX_CACHED_PLANS", 4)
     for length in range(1, 12):
         q = torch.randn(1, 1, length, 8)
         out = attention(q, q, q, backend="numba")
