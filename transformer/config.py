@@ -142,6 +142,9 @@ def preset_config(preset: Preset, arch: str, given: Mapping[str, Any]) -> AnyMod
     return model_config(arch, {**values, **given})
 
 
+PRECISIONS = ("float32", "bfloat16")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Settings of training. The same settings, data and backend give bitwise the same weights."""
@@ -156,6 +159,7 @@ class TrainingConfig:
     # Whether batches are padded where the model could take them packed: the reference path.
     padded: bool = False
     accumulate: int = 1  # batches of an update
+    precision: str = "float32"  # of PRECISIONS: what products are computed in, by autocast
 
     def __post_init__(self) -> None:
         for name in ("steps", "warmup", "batch_tokens", "accumulate"):
@@ -174,6 +178,8 @@ class TrainingConfig:
             "0 <= value < 1",
             self.label_smoothing,
         )
+        expected = f"one of {', '.join(PRECISIONS)}"
+        _require(self.precision in PRECISIONS, "precision", expected, self.precision)
         _require(isinstance(self.padded, bool), "padded", "true or false", self.padded)
         _require(
             isinstance(self.seed, int) and 0 <= self.seed < 2**63,

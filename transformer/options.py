@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import add_attend, add_positions
-from .config import ARCHITECTURES, PRESETS, RECURRENT, ModelConfig
+from .config import ARCHITECTURES, PRECISIONS, PRESETS, RECURRENT, ModelConfig
 from .evaluation import TOKENIZATIONS
 from .export import QUANTIZATIONS
 from .tokenizer import SMALLEST_VOCABULARY
@@ -129,6 +129,12 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     )
     for option, kind, text in training_options:
         training.add_argument(f"--{option}", type=kind, help=text)
+    training.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="bfloat16: products by autocast, faster where the processor or GPU has instructions for "
+        "it, and many times slower elsewhere; weights and sums stay float32",
+    )
     training.add_argument(
         "--padded",
         action=argparse.BooleanOptionalAction,

@@ -97,7 +97,8 @@ class Trainer:
         total = 0.0
         for batch in batches:
             share = batch.target_tokens / target_tokens
-            loss = self.model.loss(batch, config.label_smoothing) * share
+            with self._autocast():
+                loss = self.model.loss(batch, config.label_smoothing) * share
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -109,6 +110,10 @@ class Trainer:
             )
         self.optimizer.step()
         return result
+
+    def _autocast(self) -> torch.autocast:
+        narrow = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=narrow)
 
     def _next_batch(self) -> Batch | PackedBatch:
         if self.position == len(self._plan):

@@ -48,6 +48,9 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--equal", action="store_true", help="sentences of one length: batches without padding"
     )
+    command.add_argument(
+        "--bfloat16", action="store_true", help="under autocast, packed and nn.Transformer, too"
+    )
     command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
     command.add_argument("--threads", type=int, help="default: what torch takes")
     command.add_argument("--seconds", type=float, help="to spend on all; default: 60")
@@ -65,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     config = SIZES[options.size]
     padded, packed = batches(config.vocab_size, options.pairs, equal=options.equal)
-    every = steps(config, padded, packed, options.backend)
+    every = steps(config, padded, packed, options.backend, narrow=options.bfloat16)
     memory = {name: _peak(step) for name, step in every.items()}
     budget = Budget(seconds=seconds, min_rounds=5, max_rounds=1000)
     timings = interleave(every, budget, timer_for("cpu"))
@@ -75,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
         f"{config.d_model}, vocabulary {config.vocab_size}, {options.pairs} pairs, "
         f"{packed.tokens} tokens, {100 * packed.tokens / places:.0f}% of the padded batch"
     )
-    print(f"{'':16} {'ms':>8} {'spread':>7} {'tokens/s':>9} {'ratio':>6} {'MiB':>7}")
+    print(f"{'':24} {'ms':>8} {'spread':>7} {'tokens/s':>9} {'ratio':>6} {'MiB':>7}")
     found: dict[str, Any] = {}
     theirs = timings["nn.Transformer"].median
     for name, timing in timings.items():
         peak = memory[name]
         line = (
-            f"{name:16} {1e3 * timing.median:8.1f} {100 * timing.spread:6.0f}% "
+            f"{name:24} {1e3 * timing.median:8.1f} {100 * timing.spread:6.0f}% "
             f"{packed.tokens / timing.median:9.0f} {theirs / timing.median:6.2f}"
         )
         print(line + ("" if peak is None else f" {peak / 2**20:7.0f}"))
@@ -110,7 +113,14 @@ def batches(vocabulary: int, pairs: int, *, equal: bool) -> tuple[Batch, PackedB
     return padded, PackedBatch(source, source_packing, pack(shifted)[0], target, target_packing)
 
 
-def steps(config: ModelConfig, padded: Batch, packed: PackedBatch, backend: str) -> dict[str, Step]:
+def steps(
+    config: ModelConfig,
+    padded: Batch,
+    packed: PackedBatch,
+    backend: str,
+    *,
+    narrow: bool = False,
+) -> dict[str, Step]:
     """A training step of each kind; it returns the loss."""
     torch.manual_seed(0)
     ours = [EncoderDecoder(config, backend).train() for _ in range(2)]
@@ -120,6 +130,13 @@ def steps(config: ModelConfig, padded: Batch, packed: PackedBatch, backend: str)
         "padded": (ours[1], lambda: ours[1].loss(padded, SMOOTHING)),
         "nn.Transformer": (theirs, lambda: theirs.loss(padded, SMOOTHING)),
     }
+
+    if narrow:
+        losses |= {
+            f"{name}, bfloat16": (model, _narrow(loss_of))
+            for name, (model, loss_of) in losses.items()
+            if name != "padded"
+        }
 
     def step_of(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
@@ -134,6 +151,16 @@ def steps(config: ModelConfig, padded: Batch, packed: PackedBatch, backend: str)
         return step
 
     return {name: step_of(*each) for name, each in losses.items()}
+
+
+def _narrow(loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The loss with products in bfloat16."""
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of()
+
+    return loss
 
 
 class TorchTransformer(nn.Module):

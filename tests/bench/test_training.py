@@ -22,12 +22,13 @@ def test_prints_tokens_a_second(
     monkeypatch.setitem(training.SIZES, "small", TINY)
     out = tmp_path / "training.json"
     options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
-    assert main(["training", *options]) == 0
+    assert main(["training", "--bfloat16", *options]) == 0
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert list(found["found"]) == ["packed", "padded", "nn.Transformer"]
+    names = ["packed", "padded", "nn.Transformer", "packed, bfloat16", "nn.Transformer, bfloat16"]
+    assert list(found["found"]) == names
     for name in found["found"]:
-        assert f"\n{name} " in printed
+        assert f"\n{name:24} " in printed
     assert found["tokens"] < found["places"]
 
 

@@ -103,6 +103,20 @@ def test_a_sentence_beyond_the_positions_is_refused_packed():
 
 
 @pytest.mark.parametrize("padded", [True, False])
+def test_bfloat16_products_with_float32_weights(padded):
+    """Near the losses of float32 and, over forty steps, as low."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = new_trainer("native", dropout=0.0, padded=padded, precision=precision)
+        losses[precision] = [trainer.step().loss for _ in range(40)]
+        assert all(weight.dtype == torch.float32 for weight in weights(trainer))
+        assert all(state.dtype == torch.float32 for state in trainer.optimizer_tensors().values())
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"][0] == pytest.approx(losses["float32"][0], rel=0.02)
+    assert sum(losses["bfloat16"][-5:]) == pytest.approx(sum(losses["float32"][-5:]), rel=0.1)
+
+
+@pytest.mark.parametrize("padded", [True, False])
 def test_accumulated_batches_are_one_large_batch(padded):
     """The mean is over all their tokens, however they are divided."""
     trainer = new_trainer(dropout=0.0, accumulate=3, clip=1e6, padded=padded)
@@ -303,6 +317,9 @@ def test_resuming_with_other_data(tmp_path):
         ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected 0 <= value < 1"),
         ({"seed": -1}, "seed: expected an integer from 0"),
+        ({"padded": 1}, "padded: expected true or false, got 1"),
+        ({"accumulate": 0}, "accumulate: expected a positive integer, got 0"),
+        ({"precision": "half"}, "precision: expected one of float32, bfloat16, got"),
     ],
 )
 def test_bad_settings(setting, message):
