@@ -132,8 +132,8 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
     training.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="bfloat16: products by autocast, faster where the processor or GPU has instructions for "
-        "it, and many times slower elsewhere; weights and sums stay float32",
+        help="bfloat16: products by autocast, faster where the processor or GPU has instructions "
+        "for it, and many times slower elsewhere; weights and sums stay float32",
     )
     training.add_argument(
         "--padded",
