@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -208,9 +209,14 @@ def _translate(args: argparse.Namespace) -> int:
     if not args.sentences and sys.stdin is None:
         raise UsageError("no sentence is given, and standard input is closed")
     sampling = _sampling(args)
+    if args.n_best is not None and sampling is not None:
+        raise UsageError(f"--n-best {args.n_best} is no option of --sample")
     if args.n_best is not None and not args.n_best <= args.beam:
         raise UsageError(f"--n-best {args.n_best}: expected at most --beam, which is {args.beam}")
     model, tokenizer = _load(args)
+    generator = None
+    if sampling is not None:  # one for all that is read
+        generator = sampling.generator(next(model.parameters()).device)
     what = "sentence" if args.sentences else "line"
     done = left = 0
     for sentences in [args.sentences] if args.sentences else _lines(sys.stdin):
@@ -231,6 +237,7 @@ def _translate(args: argparse.Namespace) -> int:
                 *(model, tokenizer, sentences, args.beam, args.length_penalty),
                 too_long=too_long,
                 sampling=sampling,
+                generator=generator,
             )
             lines = [_one_line(output) for output in outputs]
         for line in lines:
@@ -283,7 +290,7 @@ def _export(args: argparse.Namespace) -> int:
     model = checkpoints.build_model(saved)
     if not isinstance(model, EncoderDecoder):
         raise UsageError(f"{saved.path} holds a model of --arch {saved.model.arch}: not exported")
-    if args.output.exists():
+    if os.path.lexists(args.output):
         raise UsageError(f"--output: {args.output} is there already")
     export_ctranslate2(model, saved.tokenizer, args.output, args.quantization)
     _say(f"the model is in {args.output}")

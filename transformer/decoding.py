@@ -206,8 +206,10 @@ def translate(
     batch_tokens: int = 4_000,
     too_long: Callable[[SentenceTooLongError], None] | None = None,
     sampling: Sampling | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[str]:
-    """The translation of each sentence; ``beam=1`` decodes greedily, or as ``sampling`` draws.
+    """The translation of each sentence; ``beam=1`` decodes greedily, or as ``sampling`` draws,
+    from its seed on or from where ``generator`` stands.
 
     A blank sentence gives an empty one. For a sentence beyond the model's length limit
     ``too_long`` is called with the error, and its translation is empty; without it, the first such
@@ -215,8 +217,7 @@ def translate(
     """
     if sampling is not None and beam > 1:
         raise ValueError(f"beam: expected 1 beside sampling, got {beam}")
-    generator = None
-    if sampling is not None:
+    if sampling is not None and generator is None:
         generator = sampling.generator(next(model.parameters()).device)
 
     def decode(source: Tensor, lengths: Tensor) -> list[str]:
@@ -228,7 +229,7 @@ def translate(
             outputs = beam_search(model, source, lengths, beam, alpha)
         return tokenizer.decode(outputs)
 
-    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // beam, too_long)
+    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // max(1, beam), too_long)
     return ["" if translation is None else translation for translation in found]
 
 
@@ -254,7 +255,7 @@ def translate_n_best(
             for best in found
         ]
 
-    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // beam, too_long)
+    found = _in_batches(model, tokenizer, sentences, decode, batch_tokens // max(1, beam), too_long)
     return [best or [] for best in found]
 
 
@@ -271,6 +272,8 @@ def _in_batches(
     too_long: Callable[[SentenceTooLongError], None] | None,
 ) -> list[_T | None]:
     """What ``decode`` makes of each sentence; None of one that is blank or too long."""
+    if isinstance(sentences, str):
+        raise TypeError("sentences: expected a sequence of sentences, got a str")
     limit = model.config.max_length
     device = next(model.parameters()).device
     encoded = [[*ids, EOS] for ids in tokenizer.encode(sentences)]

@@ -6,6 +6,8 @@ quantization is asked for. It counts a translation's length in another way than 
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +41,7 @@ def export_ctranslate2(
     if quantization is not None and quantization not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
         raise ValueError(f"quantization: expected one of {known}, got {quantization!r}")
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(f"{folder} is there already")
     with from_extra("ctranslate2"):
         from ctranslate2.specs import TransformerSpec
@@ -63,8 +65,13 @@ def export_ctranslate2(
     spec.config.layer_norm_epsilon = EPS
     spec.validate()
     spec.optimize(quantization=quantization)
-    folder.mkdir(parents=True)
-    spec.save(str(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # whole or not at all
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as begun:
+        made = Path(begun, "model")
+        made.mkdir()
+        spec.save(str(made))
+        made.rename(folder)
 
 
 def _set_encoder(spec: Any, model: EncoderDecoder) -> None:

@@ -25,11 +25,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0.0):
             raise ValueError(f"temperature: expected a number > 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
             raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
-        if not 0 <= self.seed < 2**63:
+        if not (type(self.seed) is int and 0 <= self.seed < 2**63):
             raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -37,7 +37,9 @@ class Sampling:
 
     def pick(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """A token (B,) of each row of logits (B, V)."""
-        scaled = logits.float() / self.temperature
+        # float64 and at most 0: any temperature > 0 leaves the likeliest token
+        scaled = logits.double()
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is None and self.top_p == 1.0:
             return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]
         count = min(self.top_k or scaled.shape[-1], scaled.shape[-1])

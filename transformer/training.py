@@ -179,9 +179,10 @@ class Trainer:
         epoch: Any = state.get("epoch")
         position: Any = state.get("position")
         plan: list[np.ndarray] = []
-        if _is_count(step, MAX_STEPS) and _is_count(epoch, step):
+        batches = step * self.config.accumulate if _is_count(step, MAX_STEPS) else 0
+        if _is_count(step, MAX_STEPS) and _is_count(epoch, batches):
             plan = self.dataset.plan(self.config.batch_tokens, self.config.seed, epoch)
-        if not plan or not _is_count(position, min(step, len(plan))):
+        if not plan or not _is_count(position, min(batches, len(plan))):
             raise CheckpointError(
                 f"{saved.path}: training.json is damaged: step {step}, epoch {epoch}, batch "
                 f"{position} is no place in this training"

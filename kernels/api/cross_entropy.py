@@ -77,11 +77,13 @@ def linear_cross_entropy(
         fail_value(_NAME, "label_smoothing", label_smoothing, "a number from 0 to 1")
     if type(ignore_index) is not int:
         fail_type(_NAME, "ignore_index", type(ignore_index).__name__, "an int")
+    if not -(2**63) <= ignore_index < 2**63:
+        fail_value(_NAME, "ignore_index", ignore_index, "an int of 64 bits, as a target is")
     if reduction not in _REDUCTIONS:
         fail_value(_NAME, "reduction", repr(reduction), f"one of {', '.join(_REDUCTIONS)}")
     needs_grad = torch.is_grad_enabled()
     problem = LinearCrossEntropyProblem(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(target.numel(), x.shape[-1]),
         weight,
         target.reshape(-1),
         smoothing,

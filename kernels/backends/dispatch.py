@@ -124,7 +124,7 @@ class Backend(Protocol):
     def linear_cross_entropy(
         self, problem: LinearCrossEntropyProblem
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """loss () in the dtype of statistics; d_x, d_weight, None where not asked for."""
+        """loss (); d_x and d_weight of the sum over tokens, or None; all but d_x of statistics."""
 
 
 def check_name(function: str, backend: object) -> str:

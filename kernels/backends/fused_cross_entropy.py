@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..ops.layout import statistics_dtype
 from ..ops.problem import LinearCrossEntropyProblem
-from .reference.cross_entropy import token_scale
 
 # Tokens of a chunk. Fewer would make the sum of d_weight, read and written once a chunk, costly.
 _MIN_CHUNK = 256
@@ -39,7 +38,7 @@ class CrossEntropyRows(Protocol):
 def linear_cross_entropy(
     problem: LinearCrossEntropyProblem, rows: CrossEntropyRows
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """loss, d_x and d_weight, of which the last two are None where not asked for."""
+    """loss; d_x and d_weight of the sum, d_weight in the dtype of statistics, or None."""
     x, weight, target, label_smoothing, ignore_index, mean, x_grad, weight_grad = problem
     tokens, vocabulary = x.shape[0], weight.shape[0]
     if x.is_cpu:
@@ -50,6 +49,7 @@ def linear_cross_entropy(
     d_weight = weight.new_zeros(weight.shape, dtype=statistics) if weight_grad else None
     chunk = min(tokens, chunk_tokens(vocabulary, x.device.type))
     logits = x.new_empty(chunk, vocabulary)
+    product = weight.new_empty(weight.shape if statistics != x.dtype and weight_grad else 0)
     target = target.contiguous()
     for start in range(0, tokens, max(1, chunk)):
         here = slice(start, min(start + chunk, tokens))
@@ -63,15 +63,13 @@ def linear_cross_entropy(
         if d_weight is not None and d_weight.dtype == x.dtype:
             d_weight.addmm_(scores.t(), part)
         elif d_weight is not None:
-            d_weight += torch.mm(scores.t(), part)
+            # a mean: the sum of a chunk may be beyond the half type
+            torch.addmm(product, scores.t(), part, beta=0, alpha=1.0 / len(part), out=product)
+            d_weight.add_(product, alpha=len(part))
     loss = torch.cat(losses).sum()
     if mean:
         loss = loss / (target != ignore_index).sum()
-        scale = token_scale(problem, statistics)
-        for gradient in (d_x, d_weight):
-            if gradient is not None:
-                gradient.mul_(scale)
-    return loss, d_x, None if d_weight is None else d_weight.to(weight.dtype)
+    return loss, d_x, d_weight
 
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:

@@ -38,6 +38,7 @@ def autograd_of(operator: Operator, call: Call) -> Call:
     constant_at = [at for at, name in enumerate(names) if name not in tensors]
     argument_at = [at for at, name in enumerate(names) if name in operator.saves]
     results = [result.name for result in operator.results]
+    away_at = [at for at, name in enumerate(results) if name in operator.given_away]
     result_at = [at for at, name in enumerate(results) if name in operator.saves]
     assert len(argument_at) + len(result_at) == len(operator.saves)
     saved = (*(names[at] for at in argument_at), *(results[at] for at in result_at))
@@ -56,16 +57,35 @@ def autograd_of(operator: Operator, call: Call) -> Call:
         ctx.set_materialize_grads(False)
         ctx.constants = [arguments[at] for at in constant_at]
         found = (outputs,) if one_output else outputs
-        ctx.save_for_backward(
-            *[arguments[at] for at in argument_at], *[found[at] for at in result_at]
-        )
-        return outputs
+        to_save = [*[arguments[at] for at in argument_at], *[found[at] for at in result_at]]
+        away = [found[at] for at in away_at]
+        if not away:
+            ctx.save_for_backward(*to_save)
+            return outputs
+        if functorch_is_active():
+            ctx.given_away = None
+            ctx.save_for_backward(*to_save, *away)
+            return outputs
+        # The caller gets empty ones: nobody but the first backward pass has these.
+        ctx.given_away = away
+        ctx.save_for_backward(*to_save)
+        empty = [result.new_empty(0) for result in away]
+        ctx.mark_non_differentiable(*empty)
+        rest = iter(empty)
+        return tuple(next(rest) if at in away_at else each for at, each in enumerate(found))
 
     def backward(ctx: Any, *gradients: Tensor | None) -> Values:
         needed = ctx.needs_input_grad[2:]
         if all(gradient is None for gradient in gradients):
             return nothing + (None,) * len(needed)
-        given = absent | dict(zip(kept, (*ctx.saved_tensors, *ctx.constants), strict=True))
+        tensors = ctx.saved_tensors
+        kept_here = (*tensors[: len(saved)], *ctx.constants)
+        given = absent | dict(zip(kept, kept_here, strict=True))
+        if away_at:
+            away, ctx.given_away = ctx.given_away, None
+            given["given_away"] = away is not None
+            away = away or tensors[len(saved) :]
+            given |= dict(zip(operator.given_away, away, strict=False))
         wanted = dict(zip(operator.differentiable, needed, strict=True))
         return nothing + tuple(operator.derivative(call, given, wanted, gradients))
 

@@ -1,7 +1,9 @@
 """The operator `linear_cross_entropy` and its backward pass.
 
-The gradients are found with the loss, while the logits of a chunk are at hand: the backward pass
-multiplies them by the gradient of the loss, a number.
+The gradients are found with the loss, while the logits of a chunk are at hand. They are those of
+the sum over the tokens; the backward pass multiplies them by the gradient of the loss and by
+1 / tokens at once. It does so in place the first time; a graph that is kept for more computes them
+anew.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.reference import second_order
+from ..backends.reference.cross_entropy import token_scale
 from .fast_path import are_ordinary, nothing_watches
+from .layout import statistics_dtype
 from .operator_checks import Checks
 from .problem import LinearCrossEntropyProblem
 from .spec import Argument, Named, Operator, Result, TensorSpec, Values, arguments_of, gradient_of
@@ -23,7 +27,8 @@ _ARGUMENTS = arguments_of(LinearCrossEntropyProblem)
 _X, _WEIGHT = _ARGUMENTS[:2]
 _LOSS = TensorSpec("", "statistics", grad=True)
 _D_X = Argument("d_x", "Tensor?", TensorSpec("T N"))
-_D_WEIGHT = Argument("d_weight", "Tensor?", TensorSpec("V N"))
+_SUMS = TensorSpec("V N", "statistics")
+_D_WEIGHT = Argument("d_weight", "Tensor?", _SUMS)
 
 
 def _gradients(
@@ -32,28 +37,33 @@ def _gradients(
     grad_loss = gradients[0]
     if grad_loss is None:
         return None, None
-    if any(wanted[name] and not given[f"{name}_grad"] for name in wanted):
+    if any(wanted[name] and not _is_there(given, name) for name in wanted):
         asked = {f"{name}_grad": needed for name, needed in wanted.items()}
-        found = call("linear_cross_entropy", *LINEAR_CROSS_ENTROPY.flat(given | asked))
-        given = given | asked | dict(zip(("loss", "d_x", "d_weight"), found, strict=True))
-    found = {name: given[f"d_{name}"] if given[f"{name}_grad"] else None for name in wanted}
-    d_x, d_weight = found["x"], found["weight"]
-    if not _is_one(grad_loss):
+        with torch.no_grad():
+            found = call("linear_cross_entropy", *LINEAR_CROSS_ENTROPY.flat(given | asked))
+        named = dict(zip(("loss", "d_x", "d_weight"), found, strict=True))
+        given = given | asked | named | {"given_away": True}
+    problem = _problem(given)
+    read = {f"d_{name}": given[f"d_{name}"] if wanted[name] else None for name in wanted}
+    there = [tensor for tensor in read.values() if tensor is not None]
+    if given["given_away"] and _may_change(grad_loss, *there):
+        scaled = _scaled(None, problem, grad_loss, read["d_x"], read["d_weight"], in_place=True)
+    else:
         operator = LINEAR_CROSS_ENTROPY_BACKWARD
-        read = {"grad_loss": grad_loss, "d_x": d_x, "d_weight": d_weight}
-        d_x, d_weight = call(operator.name, *operator.flat(given | read))
-    return d_x if given["x_grad"] else None, d_weight if given["weight_grad"] else None
+        flags = {f"{name}_grad": read[f"d_{name}"] is not None for name in wanted}
+        scaled = call(
+            operator.name, *operator.flat(given | flags | read | {"grad_loss": grad_loss})
+        )
+    d_x, d_weight = scaled
+    return d_x if wanted["x"] else None, d_weight if wanted["weight"] else None
 
 
-def _is_one(grad_loss: Tensor) -> bool:
-    """Whether the gradients are right as they are: `loss.backward()` on a CPU, the usual call."""
-    return (
-        not torch.is_grad_enabled()
-        and nothing_watches()
-        and are_ordinary((grad_loss,))
-        and grad_loss.is_cpu
-        and grad_loss.item() == 1.0
-    )
+def _is_there(given: Named, name: str) -> bool:
+    return given[f"{name}_grad"] and given[f"d_{name}"] is not None
+
+
+def _may_change(*tensors: Tensor) -> bool:
+    return not torch.is_grad_enabled() and nothing_watches() and are_ordinary(tensors)
 
 
 def _second_order(
@@ -76,11 +86,21 @@ def _scaled(
     grad_loss: Tensor,
     d_x: Tensor | None,
     d_weight: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        None if d_x is None else (d_x * grad_loss).to(d_x.dtype),
-        None if d_weight is None else (d_weight * grad_loss).to(d_weight.dtype),
-    )
+    """Times the gradient of the loss and 1 / tokens; rounded to a half type once."""
+    dtype = statistics_dtype(problem.x.dtype)
+    factor = grad_loss.to(dtype) * token_scale(problem, dtype)
+    scaled: list[Tensor | None] = []
+    for gradient in (d_x, d_weight):
+        if gradient is None:
+            scaled.append(None)
+        elif in_place and gradient.dtype == problem.x.dtype == dtype:
+            scaled.append(gradient.mul_(factor))
+        else:
+            scaled.append((gradient.to(dtype) * factor).to(problem.x.dtype))
+    return scaled[0], scaled[1]
 
 
 def _check(checks: Checks) -> None:
@@ -96,12 +116,13 @@ LINEAR_CROSS_ENTROPY = Operator(
     results=(
         Result("loss", "x", _LOSS),
         gradient_of("d_x", _X, when="x_grad"),
-        gradient_of("d_weight", _WEIGHT, when="weight_grad"),
+        Result("d_weight", "weight", _SUMS, when="weight_grad"),
     ),
     split=lambda fields: (LinearCrossEntropyProblem(*fields), ()),
     run=lambda backend, problem: backend.linear_cross_entropy(problem),
     unfused_backend=reference,
-    saves=("x", "weight", "target", "d_x", "d_weight"),
+    saves=("x", "weight", "target"),
+    given_away=("d_x", "d_weight"),
     derivative=_gradients,
     independent=lambda _: (),
     check=_check,

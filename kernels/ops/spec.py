@@ -127,6 +127,8 @@ class Operator:
     independent: Callable[[Named], tuple[str, ...]]
     # what no spec says: numbers in their ranges, arguments that come together
     check: Callable[[Any], None]
+    # results that are kept for the derivative alone, which may change them: see autograd.py
+    given_away: tuple[str, ...] = ()
     # says how many batch elements there are, where that is not the batch in memory
     bind_batch: Callable[[Any], None] = lambda _: None
     names: tuple[str, ...] = field(init=False)

@@ -229,6 +229,10 @@ OTHERS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: linear_cross_entropy(X, X, IDS, ignore_index=None),  # type: ignore[arg-type]
         *(TypeError, "`ignore_index`.*NoneType"),
     ),
+    "loss_ignored_too_large": (
+        lambda: linear_cross_entropy(X, X, IDS, ignore_index=2**63),
+        *(ValueError, "`ignore_index`.*64 bits"),
+    ),
     "loss_reduction": (
         lambda: linear_cross_entropy(X, X, IDS, reduction="none"),
         *(ValueError, "`reduction`.*mean, sum"),

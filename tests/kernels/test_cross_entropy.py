@@ -16,7 +16,7 @@ from rowmax.kernels.testing import CrossEntropyCase, named_cases, peak_bytes
 from rowmax.kernels.testing.cases import Draw
 from rowmax.kernels.testing.cross_entropy import KINDS, cross_entropy_case
 
-from .backends import device_of, doing, dtype_name
+from .backends import device_of, doing, dtype_name, is_interpreted
 from .support import DTYPES, assert_parity
 
 
@@ -98,6 +98,82 @@ def test_gradients_may_be_asked_for_twice(backend: str) -> None:
     torch.testing.assert_close(first, kept)
     loss.backward()
     torch.testing.assert_close(x.grad, kept)
+
+
+def test_gradients_are_nobody_elses(backend: str) -> None:
+    """Each backward pass has memory of its own, which may be changed, and no graph."""
+    device = device_of(backend)
+    x, weight, target = (tensor.to(device) for tensor in draw(9, 4, 6))
+    x.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(F.linear(x, weight), target), (x, weight))
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    for gradient, right in zip(first, expected, strict=True):
+        torch.testing.assert_close(gradient, right)
+        assert not gradient.requires_grad
+        gradient.mul_(7)
+    second = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    torch.testing.assert_close(second, expected)
+    for count in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        torch.testing.assert_close(weight.grad, count * expected[1])
+    torch.nn.utils.clip_grad_norm_([x, weight], 1e-4)
+    torch.testing.assert_close(second, expected)
+    x.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(x.grad, expected[0])
+
+
+def test_a_weight_that_is_an_embedding_too(backend: str) -> None:
+    _, weight, target = (tensor.to(device_of(backend)) for tensor in draw(9, 4, 6))
+    weight.requires_grad_()
+    tokens = target.roll(1)
+    loss = linear_cross_entropy(weight[tokens], weight, target, backend=backend)
+    naive = F.cross_entropy(F.linear(weight[tokens], weight), target)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, weight), torch.autograd.grad(naive, weight)
+    )
+
+
+def test_half_gradients_are_rounded_once(backend: str) -> None:
+    """A large gradient of the loss, as a loss scaler's, meets gradients that are not yet small."""
+    device = device_of(backend)
+    tokens = 2048
+    x, weight, target = draw(tokens, 8, 12)
+    x = (12 * weight[target]).half()  # a model that is sure: p - q is about 1e-4
+    leaves = x.to(device).requires_grad_(), weight.half().to(device).requires_grad_()
+    loss = linear_cross_entropy(*leaves, target.to(device), backend=backend)
+    found = torch.autograd.grad(loss, leaves, torch.tensor(2.0**16, device=device))
+    wide, naive = (
+        [leaf.detach().cpu().to(dtype).requires_grad_() for leaf in leaves]
+        for dtype in (torch.float64, torch.float16)
+    )
+    exact = torch.autograd.grad(F.cross_entropy(F.linear(*wide), target) * 2.0**16, wide)
+    theirs = torch.autograd.grad(F.cross_entropy(F.linear(*naive).float(), target) * 2.0**16, naive)
+    for got, other, right in zip(found, theirs, exact, strict=True):
+        error, allowed = ((each.cpu().double() - right).norm() for each in (got, other))
+        assert error <= 1.5 * allowed
+
+
+def test_half_sums_beyond_the_type(backend: str) -> None:
+    """Of a chunk's tokens, whose mean is an ordinary number."""
+    device = device_of(backend)
+    count = 4000 if is_interpreted(backend) else 20_000
+    x = torch.full((count, 2), 20.0, dtype=torch.float16, device=device)
+    weight = torch.zeros(100, 2, dtype=torch.float16, device=device, requires_grad=True)
+    target = torch.zeros(count, dtype=torch.int64, device=device)
+    linear_cross_entropy(x, weight, target, backend=backend).backward()
+    assert weight.grad is not None
+    expected = torch.full((2,), -19.8, device=device)
+    torch.testing.assert_close(weight.grad[0].float(), expected, rtol=1e-3, atol=0)
+
+
+def test_no_columns(backend: str) -> None:
+    """All logits are 0."""
+    x, weight, target = (tensor.to(device_of(backend)) for tensor in draw(5, 0, 4))
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    assert loss.item() == pytest.approx(math.log(4))
+    assert linear_cross_entropy(x[:0], weight, target[:0], backend=backend).isnan()
 
 
 def test_all_ignored(backend: str) -> None:

@@ -88,6 +88,17 @@ def test_n_best_sampling_and_scores(trained, tmp_path, capsys):
     assert "1 with a blank side (the first is number 2) and 1 too long" in captured.err
 
 
+def test_lines_are_sampled_one_after_another(trained, capsys, monkeypatch):
+    """Whatever is read at a time, the draws go on."""
+    command = ["translate", "--model", str(trained), "--backend", "reference", "--sample"]
+    monkeypatch.setattr(cli, "_CHUNK", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("구 오\n" * 6))
+    assert cli.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[:2] != lines[2:4]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -95,6 +106,7 @@ def test_n_best_sampling_and_scores(trained, tmp_path, capsys):
         (("--top-p", "0.5"), "--top-p is for --sample alone"),
         (("--seed", "1"), "--seed is for --sample alone"),
         (("--sample", "--beam", "2"), "--beam 2 is no option of --sample"),
+        (("--sample", "--n-best", "1"), "--n-best 1 is no option of --sample"),
         (("--sample", "--top-p", "1.5"), "--top-p: expected 0 < top_p <= 1, got 1.5"),
         (("--sample", "--top-p", "nan"), "--top-p: expected"),
         (("--sample", "--temperature", "0"), "--temperature: expected a number > 0, got 0.0"),

@@ -279,7 +279,8 @@ def test_a_sentence_beyond_the_limit(pair_of_model_and_tokenizer):
 def test_sampling_of_the_likeliest_token_is_greedy(reverser):
     source, lengths = sources(20, 12, 9, seed=103)
     expected = greedy(reverser, source, lengths)
-    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-4)):
+    cold = (Sampling(temperature=temperature) for temperature in (1e-4, 1e-40, 5e-324))
+    for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), *cold):
         assert sample(reverser, source, lengths, sampling) == expected
 
 
@@ -325,6 +326,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(sampling, allowed):
         ({"top_p": 0.0}, "top_p.*0 < top_p <= 1"),
         ({"top_p": 1.1}, "top_p"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": True}, "top_k"),
     ],
 )
 def test_wrong_sampling(setting, message):
@@ -348,6 +352,16 @@ def test_translating_by_sampling_and_n_best(pair_of_model_and_tokenizer):
         assert scores == sorted(scores, reverse=True)
     with pytest.raises(ValueError, match="beam: expected 1 beside sampling"):
         translate(model, tokenizer, sentences, beam=2, sampling=Sampling())
+
+
+def test_arguments_of_translate_that_can_not_be(pair_of_model_and_tokenizer):
+    model, tokenizer = pair_of_model_and_tokenizer
+    with pytest.raises(TypeError, match="sentences: .* got a str"):
+        translate(model, tokenizer, "ab")
+    with pytest.raises(ValueError, match="beam must be at least 1"):
+        translate(model, tokenizer, ["ab"], beam=0)
+    with pytest.raises(ValueError, match="beam must be at least 1"):
+        translate_n_best(model, tokenizer, ["ab"], 1, beam=0)
 
 
 def test_more_of_the_best_than_beams(reverser):

@@ -105,3 +105,15 @@ def test_what_is_wrong(tmp_path: Path) -> None:
         export_ctranslate2(random_model(False), TOKENIZER, tmp_path / "a", "int3")
     with pytest.raises(FileExistsError, match="is there already"):
         export_ctranslate2(random_model(False), TOKENIZER, tmp_path)
+
+
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(ctranslate2.specs.TransformerSpec, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        export_ctranslate2(random_model(False), TOKENIZER, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

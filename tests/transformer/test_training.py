@@ -298,6 +298,25 @@ def test_fit_validates_saves_and_shows_progress(tmp_path):
     assert float(throughput) > 0
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("accumulate", [4, 7])
+def test_accumulated_training_goes_on_where_it_stood(accumulate, padded, tmp_path):
+    """Beyond the batches of an epoch, and over more epochs than steps."""
+    changes = {"accumulate": accumulate, "padded": padded, "batch_tokens": 300}
+    straight, first, second = (new_trainer(**changes) for _ in range(3))
+    for _ in range(9):
+        straight.step()
+    for _ in range(5):
+        first.step()
+    path = checkpoints.save(
+        tmp_path, 5, first.model, TOKENIZER, first.optimizer_tensors(), first.state()
+    )
+    second.restore(checkpoints.load(path))
+    for _ in range(4):
+        second.step()
+    assert all(map(torch.equal, weights(straight), weights(second)))
+
+
 def test_resuming_with_other_data(tmp_path):
     trainer = new_trainer()
     trainer.step()
