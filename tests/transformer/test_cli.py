@@ -94,7 +94,7 @@ def test_lines_are_sampled_one_after_another(trained, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_CHUNK", 2)
     monkeypatch.setattr(sys, "stdin", io.StringIO("구 오\n" * 6))
     assert cli.main(command) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.split("\n")[:-1]
     assert len(lines) == 6
     assert lines[:2] != lines[2:4]
 
