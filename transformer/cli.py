@@ -263,13 +263,7 @@ def _sampling(args: argparse.Namespace) -> Sampling | None:
 
 
 def _score(args: argparse.Namespace) -> int:
-    text = _pairs(args.source, args.target, args.tsv)
-    if args.built_in:
-        if text is not None:
-            raise UsageError("--built-in brings its own text; give no files with it")
-        text = list(corpus.splits(train=0).test)
-    if text is None:
-        raise UsageError("nothing to score: give --source and --target, --tsv, or --built-in")
+    text = _test_text(args, "nothing to score")
     model, tokenizer = _load(args)
     dataset = Dataset(text, tokenizer, model.config.max_length)
     if dataset.left_out():
@@ -283,6 +277,18 @@ def _score(args: argparse.Namespace) -> int:
             log_p, tokens = next(scores)
             print(f"{log_p:.4f}\t{tokens}")
     return _IN_PART if dataset.too_long else 0
+
+
+def _test_text(args: argparse.Namespace, missing: str) -> list[SentencePair]:
+    """The text that the options name, or the built-in corpus's test set."""
+    text = _pairs(args.source, args.target, args.tsv)
+    if args.built_in:
+        if text is not None:
+            raise UsageError("--built-in brings its own text; give no files with it")
+        return list(corpus.splits(train=0).test)
+    if text is None:
+        raise UsageError(f"{missing}: give --source and --target, --tsv, or --built-in")
+    return text
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -341,13 +347,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         {"--source": args.source, "--target": args.target, "--tsv": args.tsv},
         {"--model": checkpoints.folders(args.model)},
     )
-    text = _pairs(args.source, args.target, args.tsv)
-    if args.built_in:
-        if text is not None:
-            raise UsageError("--built-in brings its own text; give no files with it")
-        text = list(corpus.splits(train=0).test)
-    if text is None:
-        raise UsageError("no text to test on: give --source and --target, --tsv, or --built-in")
+    text = _test_text(args, "no text to test on")
     require_sacrebleu()
     model, tokenizer = _load(args)
     too_long = _TooLong("line")

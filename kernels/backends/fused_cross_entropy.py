@@ -6,6 +6,8 @@ loss and both gradients take the three products that they take unfused.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -35,8 +37,15 @@ class CrossEntropyRows(Protocol):
         """
 
 
-def linear_cross_entropy(
-    problem: LinearCrossEntropyProblem, rows: CrossEntropyRows
+def linear_cross_entropy_by(
+    rows: CrossEntropyRows,
+) -> Callable[[LinearCrossEntropyProblem], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """What `dispatch.Backend` asks for, of a backend with this kernel of rows."""
+    return functools.partial(_linear_cross_entropy, rows=rows)
+
+
+def _linear_cross_entropy(
+    problem: LinearCrossEntropyProblem, *, rows: CrossEntropyRows
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """loss; d_x and d_weight of the sum, d_weight in the dtype of statistics, or None."""
     x, weight, target, label_smoothing, ignore_index, mean, x_grad, weight_grad = problem

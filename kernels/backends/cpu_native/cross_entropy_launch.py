@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import statistics_dtype
-from ...ops.problem import LinearCrossEntropyProblem
-from .. import fused_cross_entropy
-
-
-def linear_cross_entropy(
-    problem: LinearCrossEntropyProblem,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return fused_cross_entropy.linear_cross_entropy(problem, cross_entropy)
+from ..fused_cross_entropy import linear_cross_entropy_by
 
 
 def cross_entropy(
@@ -24,3 +17,6 @@ def cross_entropy(
         logits, target, losses, label_smoothing, ignore_index, with_gradient
     )
     return losses
+
+
+linear_cross_entropy = linear_cross_entropy_by(cross_entropy)

@@ -5,16 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.layout import statistics_dtype
-from ...ops.problem import LinearCrossEntropyProblem
-from .. import fused_cross_entropy
+from ..fused_cross_entropy import linear_cross_entropy_by
 from .cross_entropy import ROWS
 from .rows import task_rows
-
-
-def linear_cross_entropy(
-    problem: LinearCrossEntropyProblem,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return fused_cross_entropy.linear_cross_entropy(problem, cross_entropy)
 
 
 def cross_entropy(
@@ -41,3 +34,6 @@ def cross_entropy(
         },
     )
     return losses
+
+
+linear_cross_entropy = linear_cross_entropy_by(cross_entropy)

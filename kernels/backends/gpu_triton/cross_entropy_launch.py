@@ -5,17 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.layout import statistics_dtype
-from ...ops.problem import LinearCrossEntropyProblem
-from .. import fused_cross_entropy
+from ..fused_cross_entropy import linear_cross_entropy_by
 from . import plans
 from .cross_entropy import cross_entropy_rows
 from .rows import block_tile
-
-
-def linear_cross_entropy(
-    problem: LinearCrossEntropyProblem,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return fused_cross_entropy.linear_cross_entropy(problem, cross_entropy)
 
 
 def cross_entropy(
@@ -57,3 +50,6 @@ def _plan(
         },
     )
     return (losses,)
+
+
+linear_cross_entropy = linear_cross_entropy_by(cross_entropy)
