@@ -15,32 +15,34 @@ struct QueryTerms {
 };
 
 // P in the place of the block's scores, and dS in the place of its dP. Rows of the block are taken one
-// after another, as they lie in memory, with the terms of `vectors` vectors of queries in registers.
+// after another, as they lie in memory, with the terms of `vectors` vectors of queries in registers:
+// those from lane `at` on.
 template <int vectors, typename T>
 inline void gradient_rows(
-    bool masked, int64_t k0, int64_t keys, T* scores, T* d_weights, const QueryTerms<T>& of) {
-  constexpr int lanes = LANES<T>, width = vectors * lanes;
+    bool masked, int64_t k0, int64_t keys, int64_t width, int64_t at, T* scores, T* d_weights,
+    const QueryTerms<T>& of) {
+  constexpr int lanes = LANES<T>;
   Vec<T> lse2[vectors], rest[vectors], delta[vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    lse2[v] = load(of.lse2 + v * lanes);
-    rest[v] = load(of.rest + v * lanes);
-    delta[v] = load(of.delta + v * lanes);
+    lse2[v] = load(of.lse2 + at + v * lanes);
+    rest[v] = load(of.rest + at + v * lanes);
+    delta[v] = load(of.delta + at + v * lanes);
   }
-  const IntOf<T>*first = of.first, *last = of.last;
+  const IntOf<T>*first = of.first + at, *last = of.last + at;
   const auto rows = [&](auto of_mask) {
     for (int64_t k = 0; k < keys; ++k) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        const int64_t at = k * width + v * lanes;
-        Vec<T> weight = exp2<T>(load(scores + at) - lse2[v] - rest[v]);
+        const int64_t cell = k * width + at + v * lanes;
+        Vec<T> weight = exp2<T>(load(scores + cell) - lse2[v] - rest[v]);
         if constexpr (of_mask) {
           const Ints<T> low = load_bits<Ints<T>>(first + v * lanes);
           const Ints<T> high = load_bits<Ints<T>>(last + v * lanes);
           weight = select(in_range<T>(k0 + k, low, high), weight, Vec<T>{});
         }
-        store(scores + at, weight);
-        store(d_weights + at, weight * (load(d_weights + at) - delta[v]));
+        store(scores + cell, weight);
+        store(d_weights + cell, weight * (load(d_weights + cell) - delta[v]));
       }
     }
   };
@@ -86,8 +88,9 @@ inline void gradient_block(
   if (call.dropout) {
     return dropped_gradients(call, tile, k0, keys, scores, d_weights, of);
   }
-  with_vectors<T>(tile.width, [&](auto vectors) {
-    gradient_rows<decltype(vectors)::value>(masked, k0, keys, scores, d_weights, of);
+  for_panels<T>(tile.width, [&](int64_t at, auto vectors) {
+    gradient_rows<decltype(vectors)::value>(
+        masked, k0, keys, tile.width, at, scores, d_weights, of);
   });
 }
 

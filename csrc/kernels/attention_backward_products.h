@@ -110,10 +110,12 @@ struct GradientFloats {
       const TileParts<T>& parts, T* weights, T* d_scores, Matrix<T> d_key, Matrix<T> d_value,
       T* d_query_t, bool add, const T*) {
     const int64_t width = tile.width;
-    multiply_wide<T>(
-        d_value.row, block.keys, tile.rows, {weights, width, 1}, parts.grad_out, d_value, true);
-    multiply_wide<T>(
-        d_key.row, block.keys, tile.rows, {d_scores, width, 1}, parts.query, d_key, true);
+    multiply<T>(
+        d_value.row / LANES<T>, block.keys, tile.rows, {weights, width, 1}, parts.grad_out, d_value,
+        true);
+    multiply<T>(
+        d_key.row / LANES<T>, block.keys, tile.rows, {d_scores, width, 1}, parts.query, d_key,
+        true);
     // as `score_products` left it
     const Matrix<const T> key = call.item_type == ITEM_COMPUTED
                                     ? key_rows(call, block)

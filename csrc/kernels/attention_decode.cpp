@@ -291,7 +291,7 @@ void decode_chunk(
       call, call.value, value, call.value_row, counted, call.value_dim, with.value_columns, with,
       [&](auto values) {
         const Left<T> weights{with.scores + skipped, with.scores_row, 1};
-        multiply_wide<T>(with.value_columns, rows, counted, weights, values, totals, false);
+        multiply<T>(with.value_columns / LANES<T>, rows, counted, weights, values, totals, false);
       });
 }
 

@@ -46,34 +46,36 @@ struct ForwardScratch {
 
 // Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
 // `rescale` and returns whether any maximum moved. Rows of the block are read one after another, as they
-// lie in memory, with the sums of `vectors` vectors of queries in registers.
+// lie in memory, with the sums of `vectors` vectors of queries in registers: those from lane `at` on.
 template <int vectors, typename T>
-bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>& to) {
-  constexpr int lanes = LANES<T>, width = vectors * lanes;
+bool softmax_rows(
+    bool masked, int64_t k0, int64_t keys, int64_t width, int64_t at, const ForwardScratch<T>& to) {
+  constexpr int lanes = LANES<T>;
   const Vec<T> nothing = splat(-INFINITE<T>), zero{};
   Vec<T> after[vectors], shift[vectors], total[vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    after[v] = load(to.row_max + v * lanes);
+    after[v] = load(to.row_max + at + v * lanes);
     total[v] = zero;
   }
+  T* scores = to.scores + at;
   if (masked) {
-    for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t k = 0; k < keys; ++k, scores += width) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        T* at = to.scores + k * width + v * lanes;
-        const Ints<T> low = load_bits<Ints<T>>(to.first + v * lanes);
-        const Ints<T> high = load_bits<Ints<T>>(to.last + v * lanes);
-        const Vec<T> score = select(in_range<T>(k0 + k, low, high), load(at), nothing);
-        store(at, score);
+        const Ints<T> low = load_bits<Ints<T>>(to.first + at + v * lanes);
+        const Ints<T> high = load_bits<Ints<T>>(to.last + at + v * lanes);
+        const Vec<T> all = load(scores + v * lanes);
+        const Vec<T> score = select(in_range<T>(k0 + k, low, high), all, nothing);
+        store(scores + v * lanes, score);
         after[v] = maximum(score, after[v]);
       }
     }
   } else {
-    for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t k = 0; k < keys; ++k, scores += width) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        after[v] = maximum(load(to.scores + k * width + v * lanes), after[v]);
+        after[v] = maximum(load(scores + v * lanes), after[v]);
       }
     }
   }
@@ -82,24 +84,24 @@ bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>
   for (int v = 0; v < vectors; ++v) {
     shift[v] = after[v] == nothing ? zero : after[v];
   }
-  for (int64_t k = 0; k < keys; ++k) {
+  scores = to.scores + at;
+  for (int64_t k = 0; k < keys; ++k, scores += width) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
-      T* at = to.scores + k * width + v * lanes;
-      const Vec<T> weight = exp2<T>(load(at) - shift[v]);
+      const Vec<T> weight = exp2<T>(load(scores + v * lanes) - shift[v]);
       total[v] = total[v] + weight;
-      store(at, weight);
+      store(scores + v * lanes, weight);
     }
   }
   bool moved = false;
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
-    T *row_max = to.row_max + v * lanes, *row_sum = to.row_sum + v * lanes;
+    T *row_max = to.row_max + at + v * lanes, *row_sum = to.row_sum + at + v * lanes;
     const Vec<T> before = load(row_max);
     moved = moved || any_lane(after[v] > before);
     const Vec<T> factor = exp2<T>(before - shift[v]);
     store(row_max, after[v]);
-    store(to.rescale + v * lanes, factor);
+    store(to.rescale + at + v * lanes, factor);
     store(row_sum, multiply_add(load(row_sum), factor, total[v]));
   }
   return moved;
@@ -109,9 +111,11 @@ bool softmax_rows(bool masked, int64_t k0, int64_t keys, const ForwardScratch<T>
 template <typename T>
 bool softmax_block(
     bool masked, int64_t k0, int64_t keys, int64_t width, const ForwardScratch<T>& to) {
-  return with_vectors<T>(width, [&](auto vectors) {
-    return softmax_rows<decltype(vectors)::value>(masked, k0, keys, to);
+  bool moved = false;
+  for_panels<T>(width, [&](int64_t at, auto vectors) {
+    moved |= softmax_rows<decltype(vectors)::value>(masked, k0, keys, width, at, to);
   });
+  return moved;
 }
 
 // out = keep_scale * O / l and lse of the tile's rows; zeros and -inf where l = 0.
@@ -192,6 +196,20 @@ void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
   }
 }
 
+// Ask for a tile's rows of out, and for the queries of the tile before it in the head, which comes next.
+template <typename T>
+void prefetch_tile(const AttentionCall& call, const Sequence& sequence, const Tile& tile) {
+  const int64_t row = sequence.first_query + tile.start;
+  const int64_t out =
+      sequence.batch_index * call.out_batch + tile.h * call.out_head + row * call.out_row;
+  prefetch_target<T>(call.item_type, call.out, out, call.out_row, tile.rows, call.value_dim);
+  if (tile.start > 0) {
+    const int64_t query = sequence.batch_index * call.query_batch + tile.h * call.query_head +
+                          (row - call.tile) * call.query_row;
+    prefetch_rows<T>(call.item_type, call.query, query, call.query_row, call.tile, call.head_dim);
+  }
+}
+
 // One tile of queries of head (b, h), from `start` on; `following` is the short head after it, or -1.
 template <typename Products, typename T = typename Products::T>
 void forward_tile(
@@ -232,6 +250,8 @@ void forward_tile(
         call, key + k0 * call.key_row, keys, width, to.query_t, to.scores, to.wide_rows);
     if (following >= 0 && !started) {
       prefetch_part<T>(call, following, kKey);
+    } else if (!started) {
+      prefetch_tile<T>(call, sequence, tile);
     }
     if (call.cap != 0.0) {
       cap_scores(static_cast<T>(call.cap), to.scores, to.terms, keys * width);

@@ -36,7 +36,7 @@ template <typename T>
 inline Tile tile_of(
     const AttentionCall& call, int64_t b, int64_t h, int64_t start, int64_t length) {
   const int64_t rows = min(call.tile, length - start);
-  return {b, h, start, rows, min<int64_t>(VECTORS * LANES<T>, round_up(rows, LANES<T>))};
+  return {b, h, start, rows, min<int64_t>(TILE_VECTORS * LANES<T>, round_up(rows, LANES<T>))};
 }
 
 // Of a batch element: bounds on j - i, how many queries and keys count, and how many of these have
@@ -66,20 +66,35 @@ inline Limits limits_of(const AttentionCall& call, int64_t b, const Sequence& se
   return limits;
 }
 
-// visit(the number of vectors that `width` lanes are), as a constant.
+// Vectors of a row of scores whose sums, and the coefficients of exp2, the registers hold.
+#if defined(ROWMAX_AVX512) || defined(__aarch64__)
+inline constexpr int PANEL_VECTORS = 4;
+#else
+inline constexpr int PANEL_VECTORS = 2;
+#endif
+
+// visit(first lane, number of vectors as a constant) for panels of so many vectors or fewer.
 template <typename T, typename Visit>
-ROWMAX_INLINE auto with_vectors(int64_t width, const Visit& visit) {
-  const int64_t vectors = width / LANES<T>;
-  if constexpr (VECTORS == 4) {
-    if (vectors == 4) {
-      return visit(std::integral_constant<int, 4>{});
+ROWMAX_INLINE void for_panels(int64_t width, const Visit& visit) {
+  int64_t vectors = width / LANES<T>;
+  for (int64_t panels = (vectors + PANEL_VECTORS - 1) / PANEL_VECTORS, at = 0; panels > 0;
+       --panels) {
+    const int64_t wide = (vectors + panels - 1) / panels;
+    if constexpr (PANEL_VECTORS == 4) {
+      if (wide == 4) {
+        visit(at, std::integral_constant<int, 4>{});
+      } else if (wide == 3) {
+        visit(at, std::integral_constant<int, 3>{});
+      }
     }
-    if (vectors == 3) {
-      return visit(std::integral_constant<int, 3>{});
+    if (wide == 2) {
+      visit(at, std::integral_constant<int, 2>{});
+    } else if (wide == 1) {
+      visit(at, std::integral_constant<int, 1>{});
     }
+    at += wide * LANES<T>;
+    vectors -= wide;
   }
-  return vectors == 2 ? visit(std::integral_constant<int, 2>{})
-                      : visit(std::integral_constant<int, 1>{});
 }
 
 // The keys begin <= j < end are attended by some query of a tile, common_first to common_last by all.
@@ -304,7 +319,7 @@ inline void add_bias(
   const Matrix<const T> source = readable<T>(
       call.bias_item_type, call.bias, offset, call.bias_row, by_row ? tile.rows : 1,
       call.bias_column == 0 ? 1 : keys, scratch);
-  T* of_rows = scratch + VECTORS * LANES<T>;
+  T* of_rows = scratch + TILE_VECTORS * LANES<T>;
   for (int64_t r = 0; by_row && r < tile.width; ++r) {
     of_rows[r] = r < tile.rows ? source.at[r * source.row] * factor : T(0);
   }

@@ -19,13 +19,19 @@ namespace {
    isa::softmax_backward,                   \
    isa::cross_entropy}
 
-// The widest first; vectors as VECTORS in gemm.h.
+#if defined(__aarch64__)
+constexpr int kPortableVectors = 8;
+#else
+constexpr int kPortableVectors = 2;
+#endif
+
+// The widest first; vectors as TILE_VECTORS in gemm.h.
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
     ROWMAX_KERNELS(avx512, 64, 4),
-    ROWMAX_KERNELS(avx2, 32, 2),
+    ROWMAX_KERNELS(avx2, 32, 6),
 #endif
-    ROWMAX_KERNELS(portable, 16, 2),
+    ROWMAX_KERNELS(portable, 16, kPortableVectors),
 };
 
 bool runs_here(const Kernels& kernels) {

@@ -19,13 +19,17 @@
 namespace rowmax {
 namespace ROWMAX_ISA {
 
-// Registers of C: 16 of AVX-512's 32, and 8 of the 16 of AVX2; SSE and NEON as AVX2.
+// A tile of C in registers, at most: 4 x 4 or 8 x 2 of 32 registers (AVX-512, NEON), 4 x 3 or 6 x 2 of
+// 16 (AVX2), 4 x 2 without fused products (SSE). A tile of queries, which `TILE_VECTORS` are, may be
+// several of these wide: K and V are read once for all of it.
 #if defined(ROWMAX_AVX512)
-inline constexpr int VECTORS = 4;
-inline constexpr bool TALL_TILES = true;  // 8 x 2 registers
+inline constexpr int VECTORS = 4, TILE_VECTORS = 4, TALL = 8;
+#elif defined(__aarch64__)
+inline constexpr int VECTORS = 4, TILE_VECTORS = 8, TALL = 8;
+#elif defined(ROWMAX_AVX2)
+inline constexpr int VECTORS = 3, TILE_VECTORS = 6, TALL = 6;
 #else
-inline constexpr int VECTORS = 2;
-inline constexpr bool TALL_TILES = false;
+inline constexpr int VECTORS = 2, TILE_VECTORS = 2, TALL = 4;
 #endif
 
 // A matrix whose element (r, k) lies at at[r * row + k * depth].
@@ -42,39 +46,43 @@ ROWMAX_INLINE int64_t computed_here(int64_t number) {
   return number;
 }
 
-// `tiles` tiles of C, one below the other: a call for each would cost a twentieth of its time.
+// `tiles` tiles of C, one below the other, and `panels` of them side by side: a call for each would cost
+// a twentieth of its time.
 template <typename T, int rows, int vectors, typename Item>
 __attribute__((noinline)) void multiply_tiles(
-    int64_t tiles, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
-    bool add) {
+    int64_t tiles, int64_t panels, int64_t depth, Left<T> left, Matrix<const Item> right,
+    Matrix<T> result, bool add) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    Vec<T> sums[rows][vectors] = {};
-    const T* a = left.at;
-    const Item* b = right.at;
-    for (int64_t k = 0; k < depth; ++k) {
-      Vec<T> columns[vectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        columns[v] = load(b + v * LANES<T>);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Vec<T> element = splat(a[r * left.row]);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      Vec<T> sums[rows][vectors] = {};
+      const T* a = left.at;
+      const Item* b = right.at + panel * vectors * LANES<T>;
+      for (int64_t k = 0; k < depth; ++k) {
+        Vec<T> columns[vectors];
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
-          sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+          columns[v] = load(b + v * LANES<T>);
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> element = splat(a[r * left.row]);
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) {
+            sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
+          }
+        }
+        a += left.depth;
+        b += right.row;
       }
-      a += left.depth;
-      b += right.row;
-    }
-    const int64_t row = computed_here(result.row);
+      const int64_t row = computed_here(result.row);
+      T* c = result.at + panel * vectors * LANES<T>;
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) {
-        T* to = result.at + r * row + v * LANES<T>;
-        store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+        for (int v = 0; v < vectors; ++v) {
+          T* to = c + r * row + v * LANES<T>;
+          store(to, add ? load(to) + sums[r][v] : sums[r][v]);
+        }
       }
     }
     left.at += rows * left.row;
@@ -83,57 +91,52 @@ __attribute__((noinline)) void multiply_tiles(
 }
 
 template <typename T, int vectors, typename Item>
-inline void multiply_columns(
-    int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right, Matrix<T> result,
-    bool add) {
-  constexpr int tall = vectors == 1 || (vectors == 2 && TALL_TILES) ? 8 : 4;
+inline void multiply_panels(
+    int64_t panels, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
+    Matrix<T> result, bool add) {
+  constexpr int tall = vectors == 1 ? 8 : vectors == 2 ? TALL : 4;
   const auto step = [&](auto height) {
     const int64_t tiles = rows / height;
     if (tiles > 0) {
       multiply_tiles<T, decltype(height)::value, vectors, Item>(
-          tiles, depth, left, right, result, add);
+          tiles, panels, depth, left, right, result, add);
       left.at += tiles * height * left.row;
       result.at += tiles * height * result.row;
       rows -= tiles * height;
     }
   };
   step(std::integral_constant<int, tall>{});
-  if constexpr (tall == 8) {
+  if constexpr (tall > 4) {
     step(std::integral_constant<int, 4>{});
   }
   step(std::integral_constant<int, 1>{});
 }
 
-// C (+)= A B over `vectors` (1 to VECTORS) vectors of columns: added to C with `add`, else in its
-// place. B's items may be of a half type.
+// C (+)= A B over `vectors` vectors of columns: added to C with `add`, else in its place. B's items may
+// be of a half type.
 template <typename T, typename Item = T>
 inline void multiply(
     int64_t vectors, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
     Matrix<T> result, bool add) {
+  const auto step = [&](auto width, int64_t panels) {
+    if (panels > 0) {
+      multiply_panels<T, decltype(width)::value, Item>(
+          panels, rows, depth, left, right, result, add);
+      right.at += panels * width * LANES<T>;
+      result.at += panels * width * LANES<T>;
+      vectors -= panels * width;
+    }
+  };
+  // one vector is left rather as two twos
+  const int64_t rest = vectors % VECTORS;
+  step(
+      std::integral_constant<int, VECTORS>{},
+      vectors / VECTORS - (VECTORS == 3 && rest == 1 && vectors > 1 ? 1 : 0));
   if constexpr (VECTORS == 4) {
-    if (vectors == 4) {
-      return multiply_columns<T, 4, Item>(rows, depth, left, right, result, add);
-    }
-    if (vectors == 3) {
-      return multiply_columns<T, 3, Item>(rows, depth, left, right, result, add);
-    }
+    step(std::integral_constant<int, 3>{}, vectors / 3);
   }
-  if (vectors == 2) {
-    return multiply_columns<T, 2, Item>(rows, depth, left, right, result, add);
-  }
-  multiply_columns<T, 1, Item>(rows, depth, left, right, result, add);
-}
-
-// The same for any number of columns, a multiple of the lanes.
-template <typename T, typename Item = T>
-inline void multiply_wide(
-    int64_t columns, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
-    Matrix<T> result, bool add) {
-  for (int64_t at = 0; at < columns; at += VECTORS * LANES<T>) {
-    const int64_t vectors = min<int64_t>(VECTORS, (columns - at) / LANES<T>);
-    multiply<T, Item>(
-        vectors, rows, depth, left, {right.at + at, right.row}, {result.at + at, result.row}, add);
-  }
+  step(std::integral_constant<int, 2>{}, vectors / 2);
+  step(std::integral_constant<int, 1>{}, vectors);
 }
 
 }  // namespace ROWMAX_ISA

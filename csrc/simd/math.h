@@ -8,21 +8,21 @@
 namespace rowmax {
 namespace ROWMAX_ISA {
 
-// Mantissa bits, the exponent's bias, the number whose addition leaves round(x) in the low bits, and
-// the coefficients of the series.
+// Mantissa bits, the exponent's bias, the number whose addition leaves round(x) + bias in the low bits,
+// and the coefficients of the series.
 template <typename T>
 struct Format;
 template <>
 struct Format<float> {
   static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr float rounder = 0x1.8p23f;
+  static constexpr float rounder = 0x1.8p23f + bias;
   static constexpr auto& exp2 = EXP2_FLOAT;
   static constexpr auto& tanh = TANH_FLOAT;
 };
 template <>
 struct Format<double> {
   static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr double rounder = 0x1.8p52;
+  static constexpr double rounder = 0x1.8p52 + bias;
   static constexpr auto& exp2 = EXP2_DOUBLE;
   static constexpr auto& tanh = TANH_DOUBLE;
 };
@@ -39,7 +39,7 @@ ROWMAX_INLINE Vec<T> polynomial(const double (&coefficients)[count], Vec<T> x) {
 }
 
 // 2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
-// 2^x = 2^n * 2^f with n = round(x): a polynomial in f, then n added to the exponent's bits.
+// 2^x = 2^n * 2^f with n = round(x): a polynomial in f, and n + bias for the exponent's bits.
 template <typename T>
 ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
   using F = Format<T>;
@@ -47,8 +47,7 @@ ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> clamped = maximum(splat(static_cast<T>(-F::bias)), x);
   const Vec<T> shifted = clamped + splat(F::rounder);
   const Vec<T> fraction = clamped - (shifted - splat(F::rounder));
-  const Words<T> exponent = (reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits) +
-                            (static_cast<WordOf<T>>(F::bias) << F::mantissa_bits);
+  const Words<T> exponent = reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits;
   return polynomial<T>(F::exp2, fraction) * reinterpret_cast<Vec<T>>(exponent);
 }
 

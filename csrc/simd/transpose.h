@@ -17,17 +17,55 @@ struct Matrix {
   int64_t row;
 };
 
-// LANES vectors of LANES elements, in registers: log2(LANES) rounds of interleaving vector r with
-// vector r + LANES / 2.
+// 128 bits are a part of a vector, within which shuffles cost least. Elements of two vectors in turn,
+// part by part: of the parts' first halves (half = 0) or their second halves (half = 1).
+template <typename V, int part, int half, int... lane>
+ROWMAX_INLINE V interleave_parts(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return __builtin_shufflevector(
+      a, b, (lane / part * part + half * part / 2 + lane % part / 2 + lanes * (lane % 2))...);
+}
+
+// The even (odd = 0) or the odd parts of two vectors, one after the other.
+template <typename V, int part, int odd, int... lane>
+ROWMAX_INLINE V every_other_part(V a, V b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, ((2 * (lane / part) + odd) * part + lane % part)...);
+}
+
+// As many vectors as they have elements, turned over in registers: first each part with those of the
+// vectors next to it, then parts as wholes.
 template <typename V, int lanes>
 ROWMAX_INLINE void transpose_rows(V (&rows)[lanes]) {
+  constexpr int part = 16 / sizeof(ElementOf<V>);
+  constexpr auto numbers = std::make_integer_sequence<int, lanes>{};
+  V mixed[lanes];
 #pragma GCC unroll 4
-  for (int round = lanes; round > 1; round /= 2) {
-    V mixed[lanes];
+  for (int round = part; round > 1; round /= 2) {
 #pragma GCC unroll 8
-    for (int r = 0; r < lanes / 2; ++r) {
-      mixed[2 * r] = interleave(rows[r], rows[r + lanes / 2], 0);
-      mixed[2 * r + 1] = interleave(rows[r], rows[r + lanes / 2], 1);
+    for (int first = 0; first < lanes; first += part) {
+#pragma GCC unroll 8
+      for (int r = 0; r < part / 2; ++r) {
+        const V a = rows[first + r], b = rows[first + r + part / 2];
+        mixed[first + 2 * r] = interleave_parts<V, part, 0>(a, b, numbers);
+        mixed[first + 2 * r + 1] = interleave_parts<V, part, 1>(a, b, numbers);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) {
+      rows[r] = mixed[r];
+    }
+  }
+  constexpr int parts = lanes / part;
+#pragma GCC unroll 4
+  for (int round = parts; round > 1; round /= 2) {
+#pragma GCC unroll 8
+    for (int r = 0; r < parts / 2; ++r) {
+#pragma GCC unroll 8
+      for (int c = 0; c < part; ++c) {
+        const V a = rows[2 * r * part + c], b = rows[(2 * r + 1) * part + c];
+        mixed[r * part + c] = every_other_part<V, part, 0>(a, b, numbers);
+        mixed[(r + parts / 2) * part + c] = every_other_part<V, part, 1>(a, b, numbers);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < lanes; ++r) {

@@ -18,7 +18,7 @@ if dispatch.unavailable("numba") is not None:
 
 from rowmax.kernels.backends.cpu_numba import attention_plan
 from rowmax.kernels.backends.cpu_numba.attention_plan import Sizes
-from rowmax.kernels.backends.cpu_numba.gemm import VECTORS
+from rowmax.kernels.backends.cpu_numba.gemm import TILE_VECTORS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 THREADS = """
@@ -97,6 +97,6 @@ def test_plans_are_the_same(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
             ),
         )
         found = (ctypes.c_int64 * NUMBERS)()
-        given = (ctypes.c_int64 * 9)(*of, VECTORS, lanes, row_bytes, threads)
+        given = (ctypes.c_int64 * 9)(*of, TILE_VECTORS, lanes, row_bytes, threads)
         library.plan(given, None if d_bias is None else (ctypes.c_int64 * 4)(*d_bias), found)
         assert tuple(found) == expected, (of, lanes, row_bytes, threads, d_bias)

@@ -105,22 +105,16 @@ def score_products(
 # --- dV, dK and dQ^T ------------------------------------------------------------------------------
 
 
-@jit
-def _multiply_wide(columns, rows, depth, a, a_row, b, b_row, c):
-    """C += A B with C and A (rows, .) scratch and `columns` of B in panels of VECTORS."""
-    lanes = lanes_of(a)
-    for at in range(0, columns, VECTORS * lanes):
-        vectors = min(VECTORS, (columns - at) // lanes)
-        multiply(vectors, rows, depth, (a, a_row, 1), (b + at, b_row), (c + at, columns), True)
-
-
 def _gradients_in_floats(
     call, vectors, keys, tile, weights, d_scores, spare, ones, key, key_rows, sums, d_query_t, add
 ):
     rows, width, query, query_row, grad_out, grad_out_row = tile
     d_key, key_columns, d_value, value_columns = sums
-    _multiply_wide(value_columns, keys, rows, weights, width, grad_out, grad_out_row, d_value)
-    _multiply_wide(key_columns, keys, rows, d_scores, width, query, query_row, d_key)
+    lanes = lanes_of(weights)
+    left, right = (weights, width, 1), (grad_out, grad_out_row)
+    multiply(value_columns // lanes, keys, rows, left, right, (d_value, value_columns), True)
+    left, right = (d_scores, width, 1), (query, query_row)
+    multiply(key_columns // lanes, keys, rows, left, right, (d_key, key_columns), True)
     at, row = key_rows, call.head_dim  # as `score_products` left them
     if call.item_type == ITEM_COMPUTED:
         at, row = pointer(call.key, call.zero) + key, call.key_row

@@ -25,7 +25,7 @@ from ..cpu_common.constants import CHUNK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
 from .attention_rows import copy_rows, readable, write_rows
 from .attention_tiles import attends_none, highest_key, limits, lowest_key, sequence_of
 from .call import Kernel, read
-from .gemm import VECTORS, dots, lanes_of, multiply
+from .gemm import dots, lanes_of, multiply
 from .jit import jit
 from .memory import (
     add_across,
@@ -210,10 +210,8 @@ def _add_values(call, at, keys, weights, weights_row, rows, totals, columns, wid
             *(call, call.value, at + k * call.value_row, call.value_row),
             *(count, call.value_dim, columns, wide_rows),
         )
-        for c in range(0, columns, VECTORS * lanes):
-            vectors = min(VECTORS, (columns - c) // lanes)
-            left, right = (weights + k, weights_row, 1), (value + c, value_row)
-            multiply(vectors, rows, count, left, right, (totals + c, columns), k > 0)
+        left, right = (weights + k, weights_row, 1), (value, value_row)
+        multiply(columns // lanes, rows, count, left, right, (totals, columns), k > 0)
 
 
 @jit

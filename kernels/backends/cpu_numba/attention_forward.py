@@ -157,6 +157,23 @@ def _prefetch(call, plane, what):
 
 
 @jit
+def _prefetch_tile(call, b, h, start, rows):
+    """Ask for a tile's rows of out, and for the queries of the tile before it in the head, which
+    comes next."""
+    zero = call.zero
+    batch_index, first_query, _, _, _ = sequence_of(call, b)
+    row = first_query + start
+    at = batch_index * call.out_batch + h * call.out_head + row * call.out_row
+    prefetch_target(call.item_type, call.out, at, call.out_row, rows, call.value_dim, zero)
+    if start > 0:
+        at = batch_index * call.query_batch + h * call.query_head
+        at += (row - call.tile) * call.query_row
+        prefetch_rows(
+            call.item_type, call.query, at, call.query_row, call.tile, call.head_dim, zero
+        )
+
+
+@jit
 def _forward_tile(call, b, h, start, following, scratch):
     """One tile of queries, `start` to at most `start` + call.tile, of head (b, h)."""
     zero = call.zero
@@ -210,6 +227,8 @@ def _forward_tile(call, b, h, start, following, scratch):
         score_product(call, vectors, keys, key_at, query_t, scores, width, wide_rows)
         if following >= 0 and not started:
             _prefetch(call, following, _KEY)
+        elif not started:
+            _prefetch_tile(call, b, h, start, rows)
         if call.cap != 0.0:
             cap_scores(cast(call.cap, zero), scores, terms, keys * width)
         if has_terms(call):

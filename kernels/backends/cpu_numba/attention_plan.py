@@ -20,7 +20,7 @@ from ..cpu_common.constants import (
     MAX_DECODE_ROWS,
     SHORT_HEAD,
 )
-from .gemm import VECTORS
+from .gemm import TILE_VECTORS
 from .threads import thread_count
 
 
@@ -128,7 +128,7 @@ def bias_gradient_kind(of: Sizes, d_bias: Sequence[int], of_computed_type: bool)
 
 def tile_queries(query_len: int, lanes: int) -> int:
     """Queries of a tile: as many as the registers hold."""
-    return min(VECTORS * lanes, max(1, _divide_up(query_len, lanes)) * lanes)
+    return min(TILE_VECTORS * lanes, max(1, _divide_up(query_len, lanes)) * lanes)
 
 
 def heads_at_once(heads: int, length: int) -> int:

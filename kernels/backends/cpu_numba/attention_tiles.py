@@ -10,7 +10,7 @@ import math
 
 from ..cpu_common.constants import BLOCK_KEYS, ITEM_BFLOAT16, ITEM_FLOAT16, LOG2_E
 from .attention_rows import prefetch_rows, readable
-from .gemm import VECTORS, lanes_of
+from .gemm import TILE_VECTORS, lanes_of
 from .jit import jit
 from .memory import (
     as_integers32,
@@ -54,7 +54,7 @@ def sequence_of(call, b):
 def tile_vectors(rows, like):
     """Vectors that hold `rows` queries, one a lane."""
     lanes = lanes_of(like)
-    return min(VECTORS, (rows + lanes - 1) // lanes)
+    return min(TILE_VECTORS, (rows + lanes - 1) // lanes)
 
 
 @jit

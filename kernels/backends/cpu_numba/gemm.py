@@ -5,8 +5,8 @@
 A's elements are broadcast, B's and C's rows are vectors: a tile of up to 4 x VECTORS registers of C
 stays in registers for the whole depth, with no packing of A or B. The old C is added at the end:
 a sum over many blocks is then one of short sums, whose rounding error grows with the root of the
-block's depth, not of the whole length. Strides are in elements; only
-the columns of B and C are contiguous. Which way a matrix is read is a matter of strides alone:
+block's depth, not of the whole length. Strides are in elements; only the columns of B and C are
+contiguous. Which way a matrix is read is a matter of strides alone:
 
     S^T = K Q^T         A = K,  rows = keys, depth = D       B = Q^T, columns = queries
     O^T += V^T P^T      A = V,  rows = Dv,   depth = keys    B = P^T, columns = queries
@@ -15,102 +15,138 @@ the columns of B and C are contiguous. Which way a matrix is read is a matter of
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .host import vector_bits
 from .jit import jit
 from .vector import LANES, Pointer, broadcast, fma, llvm_element, load_vector, store_vector
 
-# Registers of C: 16 of AVX-512's 32, and 8 of the 16 that AVX and NEON's halves leave room for.
-VECTORS = 4 if vector_bits() == 512 else 2
-TALL_TILES = vector_bits() == 512  # 8 x 2 registers
+# A tile of C in registers, at most: 4 x 4 or 8 x 2 of 32 registers (AVX-512, NEON), 4 x 3 or 6 x 2
+# of 16 (AVX2). A tile of queries, which TILE_VECTORS are, may be several of these wide: K and V are
+# read once for all of it.
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+if vector_bits() == 512:
+    VECTORS, TILE_VECTORS, _TALL = 4, 4, 8
+elif _ARM:
+    VECTORS, TILE_VECTORS, _TALL = 4, 8, 8
+elif vector_bits() == 256:
+    VECTORS, TILE_VECTORS, _TALL = 3, 6, 6
+else:
+    VECTORS, TILE_VECTORS, _TALL = 2, 2, 4
+# Rows of a tile that is so many vectors wide; the last rows take the next number.
+_HEIGHTS = {1: (8, 4, 1), 2: tuple(dict.fromkeys((_TALL, 4, 1))), 3: (4, 1), 4: (4, 1)}
 
 
-def _tile_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
-    """C's tile of rows x vectors as one LLVM function, made once a module.
+def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
+    """Tiles of C of rows x vectors, one below the other and `panels` of them side by side.
 
-    (depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+    (tiles, panels, depth, a, a_row, a_depth, b, b_depth, c, c_row, add) as one LLVM function, made
+    once a module.
     """
     element = llvm_element(dtype)
-    name = f"rowmax_tile_{dtype}_{rows}x{vectors}"
+    name = f"rowmax_tiles_{dtype}_{rows}x{vectors}"
     if name in module.globals:
         return module.globals[name]
     i64, pointer = ir.IntType(64), element.as_pointer()
-    kind = ir.FunctionType(
-        ir.VoidType(), [i64, pointer, i64, i64, pointer, i64, pointer, i64, ir.IntType(1)]
-    )
-    function = ir.Function(module, kind, name)
+    parameters = [i64, i64, i64, pointer, i64, i64, pointer, i64, pointer, i64, ir.IntType(1)]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
     function.linkage = "internal"
     function.attributes.add("noinline")
-    depth, a, a_row, a_depth, b, b_depth, c, c_row, add = function.args
+    tiles, panels, depth, a, a_row, a_depth, b, b_depth, c, c_row, add = function.args
     lanes = LANES[dtype]
     vector = ir.VectorType(element, lanes)
-    entry, loop, done = (function.append_basic_block(label) for label in ("entry", "loop", "done"))
-
-    builder = ir.IRBuilder(entry)
-    zero = ir.Constant(vector, None)
-
-    def c_at(b: ir.IRBuilder, r: int, v: int) -> ir.Value:
-        offset = b.add(b.mul(c_row, ir.Constant(i64, r)), ir.Constant(i64, v * lanes))
-        return b.gep(c, [offset])
-
     cells = [(r, v) for r in range(rows) for v in range(vectors)]
-    a_offsets = [builder.mul(a_row, ir.Constant(i64, r)) for r in range(rows)]
+
+    def number(value: int) -> ir.Value:
+        return ir.Constant(i64, value)
+
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    a_offsets = [builder.mul(a_row, number(r)) for r in range(rows)]
+    with (
+        cgutils.for_range(builder, tiles) as tile,
+        cgutils.for_range(builder, panels) as panel,
+    ):
+        first_row = builder.mul(tile.index, number(rows))
+        column = builder.mul(panel.index, number(vectors * lanes))
+        a_first = builder.gep(a, [builder.mul(first_row, a_row)])
+        c_first = builder.gep(c, [builder.add(builder.mul(first_row, c_row), column)])
+        products = _tile_products(
+            *(builder, vector, depth, a_first, a_offsets, a_depth, builder.gep(b, [column])),
+            *(b_depth, cells),
+        )
+        for r, v in cells:
+            offset = builder.add(builder.mul(c_row, number(r)), number(v * lanes))
+            at = builder.gep(c_first, [offset])
+            before = load_vector(builder, at, vector)
+            before = builder.select(add, before, ir.Constant(vector, None))
+            store_vector(builder, builder.fadd(before, products[r, v]), at)
+    builder.ret_void()
+    return function
+
+
+def _tile_products(
+    builder: ir.IRBuilder,
+    vector: ir.VectorType,
+    depth: ir.Value,
+    a: ir.Value,
+    a_offsets: list[ir.Value],
+    a_depth: ir.Value,
+    b: ir.Value,
+    b_depth: ir.Value,
+    cells: list[tuple[int, int]],
+) -> dict[tuple[int, int], ir.Value]:
+    """sum over k of A[r, k] * B[k, v] for the cells (r, v) of a tile, in registers."""
+    i64 = ir.IntType(64)
+    before, zero = builder.block, ir.Constant(vector, None)
+    loop = builder.append_basic_block("depth")
+    done = builder.append_basic_block("depth.done")
     some = builder.icmp_signed(">", depth, ir.Constant(i64, 0))
     builder.cbranch(some, loop, done)
 
     builder.position_at_end(loop)
-    k = builder.phi(i64)
-    a_k = builder.phi(pointer)
-    b_k = builder.phi(pointer)
+    k, a_k, b_k = builder.phi(i64), builder.phi(a.type), builder.phi(b.type)
     sums = {cell: builder.phi(vector) for cell in cells}
     columns = [
-        load_vector(builder, builder.gep(b_k, [ir.Constant(i64, v * lanes)]), vector)
-        for v in range(vectors)
+        load_vector(builder, builder.gep(b_k, [ir.Constant(i64, v * vector.count)]), vector)
+        for v in range(1 + max(v for _, v in cells))
     ]
     after = {}
-    for r in range(rows):
-        scalar = broadcast(builder, vector, builder.load(builder.gep(a_k, [a_offsets[r]])))
-        for v in range(vectors):
-            after[r, v] = fma(builder, scalar, columns[v], sums[r, v])
-    k_next = builder.add(k, ir.Constant(i64, 1))
-    a_next, b_next = builder.gep(a_k, [a_depth]), builder.gep(b_k, [b_depth])
-    builder.cbranch(builder.icmp_signed("<", k_next, depth), loop, done)
-    for phi, first, following in (
-        (k, ir.Constant(i64, 0), k_next),
-        (a_k, a, a_next),
-        (b_k, b, b_next),
+    for r, offset in enumerate(a_offsets):
+        scalar = broadcast(builder, vector, builder.load(builder.gep(a_k, [offset])))
+        for v, column in enumerate(columns):
+            after[r, v] = fma(builder, scalar, column, sums[r, v])
+    following = builder.add(k, ir.Constant(i64, 1))
+    for phi, first, step in (
+        (k, ir.Constant(i64, 0), following),
+        (a_k, a, builder.gep(a_k, [a_depth])),
+        (b_k, b, builder.gep(b_k, [b_depth])),
     ):
-        phi.add_incoming(first, entry)
-        phi.add_incoming(following, loop)
-    for cell in cells:
-        sums[cell].add_incoming(zero, entry)
-        sums[cell].add_incoming(after[cell], loop)
+        phi.add_incoming(first, before)
+        phi.add_incoming(step, loop)
+    builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
 
     builder.position_at_end(done)
     products = {}
     for cell in cells:
         products[cell] = builder.phi(vector)
-        products[cell].add_incoming(zero, entry)
-        products[cell].add_incoming(after[cell], loop)
-    for cell, product in products.items():
-        before = load_vector(builder, c_at(builder, *cell), vector)
-        total = builder.fadd(builder.select(add, before, zero), product)
-        store_vector(builder, total, c_at(builder, *cell))
-    builder.ret_void()
-    return function
+        for phi in (sums[cell], products[cell]):
+            phi.add_incoming(zero, before)
+            phi.add_incoming(after[cell], loop)
+    return products
 
 
 @intrinsic(prefer_literal=True)
-def _tile(
+def _panels(
     typing: Any,
-    rows: Any,
     vectors: Any,
+    panels: Any,
+    rows: Any,
     depth: Any,
     a: Any,
     a_row: Any,
@@ -121,24 +157,34 @@ def _tile(
     c_row: Any,
     add: Any,
 ) -> Any:
-    if not isinstance(rows, types.IntegerLiteral) or not isinstance(vectors, types.IntegerLiteral):
+    """`multiply` of so many panels of `vectors`, a literal, vectors."""
+    if not isinstance(vectors, types.IntegerLiteral):
         return None
     i64 = types.int64
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        function = _tile_function(
-            builder.module, a.dtype, rows.literal_value, vectors.literal_value
-        )
-        builder.call(function, [*args[2:10], builder.trunc(args[10], ir.IntType(1))])
+        _, panels, rows, depth, at, a_row, a_depth, b, b_depth, to, c_row, add = args
+        add = builder.trunc(add, ir.IntType(1))
+        for height in _HEIGHTS[vectors.literal_value]:
+            tall = ir.Constant(ir.IntType(64), height)
+            tiles = builder.sdiv(rows, tall)
+            tiles_of = _tiles_function(builder.module, a.dtype, height, vectors.literal_value)
+            builder.call(
+                tiles_of, [tiles, panels, depth, at, a_row, a_depth, b, b_depth, to, c_row, add]
+            )
+            done = builder.mul(tiles, tall)
+            at = builder.gep(at, [builder.mul(done, a_row)])
+            to = builder.gep(to, [builder.mul(done, c_row)])
+            rows = builder.sub(rows, done)
         return context.get_dummy_value()
 
-    sig = types.void(rows, vectors, i64, a, i64, i64, b, i64, c, i64, types.boolean)
+    sig = types.void(vectors, i64, i64, i64, a, i64, i64, b, i64, c, i64, types.boolean)
     return sig, generate
 
 
 @jit
 def multiply(vectors, rows, depth, left, right, result, add):
-    """C[r, :] (+)= sum_k A[r, k] B[k, :] over `vectors` (1 to VECTORS) vectors of columns.
+    """C[r, :] (+)= sum_k A[r, k] B[k, :] over `vectors` vectors of columns.
 
     `left` is A as (pointer, row stride, depth stride), `right` B as (pointer, depth stride),
     `result` C as (pointer, row stride). With `add` the product is added to C, else it replaces it.
@@ -146,40 +192,25 @@ def multiply(vectors, rows, depth, left, right, result, add):
     a, a_row, a_depth = left
     b, b_depth = right
     c, c_row = result
-    r = 0
-    if vectors == 4:
-        while r + 4 <= rows:
-            _tile(4, 4, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 4
-        while r < rows:
-            _tile(1, 4, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 1
-    elif vectors == 3:
-        while r + 4 <= rows:
-            _tile(4, 3, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 4
-        while r < rows:
-            _tile(1, 3, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 1
-    elif vectors == 2:
-        if TALL_TILES:
-            while r + 8 <= rows:
-                at, to = a + r * a_row, c + r * c_row
-                _tile(8, 2, depth, at, a_row, a_depth, b, b_depth, to, c_row, add)
-                r += 8
-        while r + 4 <= rows:
-            _tile(4, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 4
-        while r < rows:
-            _tile(1, 2, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 1
-    else:
-        while r + 8 <= rows:
-            _tile(8, 1, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 8
-        while r < rows:
-            _tile(1, 1, depth, a + r * a_row, a_row, a_depth, b, b_depth, c + r * c_row, c_row, add)
-            r += 1
+    lanes = lanes_of(c)
+    if VECTORS == 4:
+        count = vectors // 4
+        if count > 0:
+            _panels(4, count, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+            b, c, vectors = b + 4 * count * lanes, c + 4 * count * lanes, vectors - 4 * count
+    if VECTORS >= 3:
+        count = vectors // 3
+        if VECTORS == 3 and vectors % 3 == 1 and count > 0:
+            count -= 1  # two twos rather than a three and a one
+        if count > 0:
+            _panels(3, count, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+            b, c, vectors = b + 3 * count * lanes, c + 3 * count * lanes, vectors - 3 * count
+    count = vectors // 2
+    if count > 0:
+        _panels(2, count, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+        b, c, vectors = b + 2 * count * lanes, c + 2 * count * lanes, vectors - 2 * count
+    if vectors > 0:
+        _panels(1, 1, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
 
 
 def _dots_function(module: ir.Module, dtype: types.Type, rows: int) -> ir.Function:

@@ -34,10 +34,10 @@ from .vector import (
 )
 
 _EXP2_COEFFICIENTS = {types.float32: EXP2_FLOAT, types.float64: EXP2_DOUBLE}
-# mantissa bits, exponent bias, and the number whose addition leaves round(x) in the low bits
+# mantissa bits, exponent bias, and the number whose addition leaves round(x) + bias in the low bits
 _FORMAT = {
-    types.float32: (23, 127, 1.5 * 2.0**23),
-    types.float64: (52, 1023, 1.5 * 2.0**52),
+    types.float32: (23, 127, 1.5 * 2.0**23 + 127),
+    types.float64: (52, 1023, 1.5 * 2.0**52 + 1023),
 }
 
 
@@ -45,7 +45,7 @@ _FORMAT = {
 def exp2(typing: Any, x: Vector) -> Any:
     """2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
 
-    2^x = 2^n * 2^f with n = round(x): a polynomial in f, then n added to the exponent's bits.
+    2^x = 2^n * 2^f with n = round(x): a polynomial in f, and n + bias for the exponent's bits.
     """
     mantissa_bits, exponent_bias, rounder = _FORMAT[x.dtype]
 
@@ -62,10 +62,7 @@ def exp2(typing: Any, x: Vector) -> Any:
         value: ir.Value = constant(kind, powers[-1])
         for coefficient in reversed(powers[:-1]):
             value = fma(builder, value, fraction, constant(kind, coefficient))
-        exponent = builder.add(
-            builder.shl(builder.bitcast(shifted, bits), constant(bits, mantissa_bits)),
-            constant(bits, exponent_bias << mantissa_bits),
-        )
+        exponent = builder.shl(builder.bitcast(shifted, bits), constant(bits, mantissa_bits))
         return builder.fmul(value, builder.bitcast(exponent, kind))
 
     return x(x), generate
