@@ -254,8 +254,14 @@ ROWMAX_INLINE V load_bits(const void* from) {
 // Half of a vector's bytes: as many items of half its elements' width as it has lanes.
 typedef Lanes<uint16_t, VECTOR_BYTES / 2> HalfBits;
 
+// (GCC converts vectors of 256 bits in halves.)
 ROWMAX_INLINE Vec<float> widen(HalfBits bits, Bfloat16) {
+#if defined(ROWMAX_AVX2)
+  return reinterpret_cast<Vec<float>>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)), 16));
+#else
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(bits, Words<float>) << 16);
+#endif
 }
 
 ROWMAX_INLINE Vec<float> widen(HalfBits bits, Float16) {
@@ -280,7 +286,14 @@ ROWMAX_INLINE HalfBits narrow(Vec<float> v, Bfloat16) {
   const Words<float> bits = reinterpret_cast<Words<float>>(v);
   const Words<float> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words<float> nan = bits >> 16 | 0x40;
-  return __builtin_convertvector(v == v ? rounded : nan, HalfBits);
+  const Words<float> result = v == v ? rounded : nan;
+#if defined(ROWMAX_AVX2)
+  const __m256i words = reinterpret_cast<__m256i>(result);
+  return reinterpret_cast<HalfBits>(
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+#else
+  return __builtin_convertvector(result, HalfBits);
+#endif
 }
 
 ROWMAX_INLINE HalfBits narrow(Vec<float> v, Float16) {
