@@ -80,7 +80,8 @@ test-narrow: $(PACKAGE)
 	ROWMAX_VECTOR_BITS=256 $(BIN)/python -m pytest $(TEST_ARGS) -k "numba or native" \
 	    tests/kernels/test_attention_parity.py tests/kernels/test_numba_norms.py \
 	    tests/kernels/test_norms.py tests/kernels/test_softmax.py \
-	    tests/kernels/test_cross_entropy.py tests/kernels/test_bfloat16_dots.py
+	    tests/kernels/test_cross_entropy.py tests/kernels/test_bfloat16_dots.py \
+	    tests/kernels/test_numba_split.py
 	ROWMAX_BFLOAT16_DOTS=0 $(BIN)/python -m pytest $(TEST_ARGS) tests/kernels/test_bfloat16_dots.py
 
 # The kernels are built once more, from the sources and flags that setup.py names.

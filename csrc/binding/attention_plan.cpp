@@ -20,6 +20,17 @@ int64_t tile_queries(int64_t query_len, int64_t vectors, int64_t lanes) {
   return min(vectors * lanes, max<int64_t>(1, divide_up(query_len, lanes)) * lanes);
 }
 
+// The busiest thread's queries, times `threads`; a tile costs as much as `lanes` queries more.
+int64_t forward_work(const Sizes& of, int64_t tile, int64_t lanes, int64_t threads) {
+  const int64_t tasks = of.batch * of.heads * divide_up(of.query_len, tile);
+  if (tasks <= threads || tasks % threads != 0) {
+    return divide_up(tasks, threads) * (tile + lanes) * threads;
+  }
+  const int64_t whole = of.query_len / tile, rest = of.query_len % tile;
+  const int64_t last = rest > 0 ? divide_up(rest, lanes) * lanes + lanes : 0;
+  return of.batch * of.heads * (whole * (tile + lanes) + last);
+}
+
 // Heads that a thread takes at once: several short ones, so that one can ask memory for the next. Long
 // heads are tiles that any thread may take.
 int64_t heads_at_once(int64_t heads, int64_t length) {
@@ -41,10 +52,17 @@ DecodePlan decode_plan(const Sizes& of) {
 ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes) {
   const int64_t planes = of.batch * of.heads;
   int64_t tile = tile_queries(of.query_len, vectors, lanes);
-  // Fewer queries a tile where threads would stay idle.
+  // Narrower tiles where few wide ones would leave threads idle.
   const int64_t threads = thread_count(planes * divide_up(of.query_len, lanes));
-  while (tile > lanes && planes * divide_up(of.query_len, tile) < threads) {
-    tile -= lanes;
+  if (planes * divide_up(of.query_len, tile) < 8 * threads) {
+    int64_t least = forward_work(of, tile, lanes, threads);
+    for (int64_t narrower = tile - lanes; narrower > 0; narrower -= lanes) {
+      const int64_t work = forward_work(of, narrower, lanes, threads);
+      if (work < least) {
+        tile = narrower;
+        least = work;
+      }
+    }
   }
   const int64_t tiles = divide_up(of.query_len, tile);
   const int64_t tasks_per_grab =

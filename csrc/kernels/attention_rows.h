@@ -43,10 +43,16 @@ inline Matrix<const T> readable(
     return {static_cast<const T*>(address) + offset, row};
   }
   with_items<T>(item_type, address, [&](auto* items) {
+    const int64_t full = columns - columns % LANES<T>;
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < columns; c += LANES<T>) {
-        const auto vector = load_first(items + offset + r * row + c, columns - c);
-        store_first(scratch + r * columns + c, vector, columns - c);
+      const auto* from = items + offset + r * row;
+      T* to = scratch + r * columns;
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < full; c += LANES<T>) {
+        store(to + c, load(from + c));
+      }
+      if (full < columns) {
+        store_first(to + full, load_first(from + full, columns - full), columns - full);
       }
     }
   });

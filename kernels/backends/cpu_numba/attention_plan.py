@@ -69,10 +69,14 @@ def forward_plan(of: Sizes, lanes: int) -> ForwardPlan:
     """A task is a tile of queries of a head."""
     planes = of.batch * of.heads
     tile = tile_queries(of.query_len, lanes)
-    # Fewer queries a tile where threads would stay idle.
+    # Narrower tiles where few wide ones would leave threads idle.
     threads = thread_count(planes * _divide_up(of.query_len, lanes))
-    while tile > lanes and planes * _divide_up(of.query_len, tile) < threads:
-        tile -= lanes
+    if planes * _divide_up(of.query_len, tile) < 8 * threads:
+        least = _forward_work(of, tile, lanes, threads)
+        for narrower in range(tile - lanes, 0, -lanes):
+            work = _forward_work(of, narrower, lanes, threads)
+            if work < least:
+                tile, least = narrower, work
     tiles = _divide_up(of.query_len, tile)
     tasks_per_grab = max(1, tiles * heads_at_once(planes, max(of.query_len, of.key_len)))
     return ForwardPlan(tile, tasks_per_grab, _divide_up(planes * tiles, tasks_per_grab))
@@ -129,6 +133,16 @@ def bias_gradient_kind(of: Sizes, d_bias: Sequence[int], of_computed_type: bool)
 def tile_queries(query_len: int, lanes: int) -> int:
     """Queries of a tile: as many as the registers hold."""
     return min(TILE_VECTORS * lanes, max(1, _divide_up(query_len, lanes)) * lanes)
+
+
+def _forward_work(of: Sizes, tile: int, lanes: int, threads: int) -> int:
+    """The busiest thread's queries, times `threads`; a tile costs as much as `lanes` queries more."""
+    tasks = of.batch * of.heads * _divide_up(of.query_len, tile)
+    if tasks <= threads or tasks % threads != 0:
+        return _divide_up(tasks, threads) * (tile + lanes) * threads
+    whole, rest = divmod(of.query_len, tile)
+    last = _divide_up(rest, lanes) * lanes + lanes if rest > 0 else 0
+    return of.batch * of.heads * (whole * (tile + lanes) + last)
 
 
 def heads_at_once(heads: int, length: int) -> int:
