@@ -38,7 +38,7 @@ def train(rank: int, store: str) -> None:
     own, other = (next(each.parameters()).grad for each in (original, parallel))
     assert own is not None
     assert other is not None
-    words = gain(lambda: step(original), lambda: step(parallel), 0)
+    words = gain(lambda: step(original), lambda: step(parallel), seconds=0)
     if rank == 0:
         print(report)
         print(f"largest difference of a summed gradient: {(own - other).abs().max():.1e}")
