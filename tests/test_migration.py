@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_both_sides_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         if "new" in names:
             old, new = names.pop("old"), names.pop("new")
             assert old.std() > 0.01, block
-            torch.testing.assert_close(new, old, msg=lambda text, block=block: f"{block}\n{text}")
+            torch.testing.assert_close(new, old, msg=partial("{}\n{}".format, block))
             pairs += 1
         else:
             assert ("old" in names) == (block is not BLOCKS[0]), block
@@ -111,3 +112,4 @@ def test_every_left_side_has_a_right_one() -> None:
         for at, side in enumerate(sides):
             name = "new" if at % 2 else "old"
             assert re.search(rf"^{name}(, _)? = ", side, re.M), side
+            assert max(map(len, side.splitlines())) <= 46, f"wider than its column: {side}"
