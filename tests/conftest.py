@@ -14,6 +14,8 @@ from time import time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # NumPy's products in Triton's interpreter are too small for threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# A second process that compiles Numba's kernels would take the other test process's core.
+os.environ.setdefault("ROWMAX_COMPILE_AHEAD", "0")
 # Inductor keeps compiled graphs on disk, without the schemas of the operators in them.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 

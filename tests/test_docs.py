@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -32,7 +33,10 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", re.MULTILIN
 COMMAND = re.compile(r"python -m (rowmax\.\w+)((?:[^\n`\\]|\\\n)*)")
 
 
-@pytest.mark.parametrize("page", ["README.md", "swap-examples.md", "verify.md"])
+SCRIPTS = ["README.md", "backends.md", "masks.md", "norms.md", "swap-examples.md", "verify.md"]
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
 def test_snippets_print_what_the_page_shows(page: str, tmp_path: Path) -> None:
     """All Python of a page as one script in a fresh process, output compared.
 
@@ -49,6 +53,21 @@ def test_snippets_print_what_the_page_shows(page: str, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout == "".join(output for _, _, output in blocks)
+
+
+def test_no_page_has_python_that_nothing_runs() -> None:
+    """The contract's is run below, the migration page's by test_migration.py."""
+    with_python = {page for page, text in PAGES_TEXT.items() if "```python" in text}
+    assert with_python == {*SCRIPTS, "contract.md", "migration.md"}
+
+
+def test_the_pictures_of_the_masks_are_what_they_draw() -> None:
+    """And all are on the page; `python docs/mask_pictures.py` draws them again."""
+    drawn: dict[str, str] = runpy.run_path(str(ROOT / "docs" / "mask_pictures.py"))["pictures"]()
+    folder = ROOT / "docs" / "pictures" / "masks"
+    assert {path.name: path.read_text("utf-8") for path in folder.iterdir()} == drawn
+    shown = re.findall(r"\(pictures/masks/(\S+)\)", PAGES_TEXT["masks.md"])
+    assert sorted(shown) == sorted(drawn)
 
 
 def test_the_contracts_example_of_a_test_passes() -> None:

@@ -26,6 +26,7 @@ from .checks import (
     require_tensor,
     shape_text,
 )
+from .drawing import Drawn
 
 Align = Literal["upper_left", "lower_right"] | int | Tensor | None
 
@@ -104,7 +105,7 @@ class MaskStructure(NamedTuple):
 NO_MASK = MaskStructure()
 
 
-class Mask:
+class Mask(Drawn):
     """Base of all masks. `a & b` allows what both allow."""
 
     def __and__(self, other: Mask) -> Mask:

@@ -79,8 +79,7 @@ class Kernel:
         """
         function = self._functions.get(dtype)
         if function is None and tasks > 0:
-            function = machine_function(self.kernel, self._records[dtype])
-            self._functions[dtype] = function
+            function = self.compile(dtype)
         try:
             values = self._values(fields)
         except KeyError:
@@ -91,6 +90,13 @@ class Kernel:
         record = self._struct.pack(*values, 0.0, 0.0)
         sizes = (_round_up(scratch_bytes), _round_up(shared_bytes), shared_zeros)
         return Plan(function or 0, tasks, record, *sizes)
+
+    def compile(self, dtype: torch.dtype) -> int:
+        """Its machine function for tensors of `dtype`, by its address."""
+        name = str(dtype).removeprefix("torch.")
+        function = machine_function(self.kernel, self._records[dtype], name)
+        self._functions[dtype] = function
+        return function
 
     def __call__(
         self,

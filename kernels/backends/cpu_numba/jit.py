@@ -33,6 +33,7 @@ from numba.core import config
 from numba.core.ccallback import CFunc
 
 from ..cpu_common import constants as cpu_constants
+from . import ahead
 from .host import vector_bits
 from .inner import InnerCompiler, InnerFunction
 
@@ -132,7 +133,12 @@ def _cache_in(directory: Path) -> Iterator[None]:
 class _Kernel(CFunc):
     """Machine code that C can call; that it has to be compiled is said before."""
 
+    dtype = ""  # of the tensors, by name
+
     def _compile_uncached(self) -> Any:
+        if self.dtype and not _uncached:
+            folder = cache_directory(self._pyfunc).parent
+            ahead.start(self.dtype, self._pyfunc.__module__, folder)
         if os.environ.get(QUIET_VARIABLE, "0") == "0":
             name = self._pyfunc.__module__.rpartition(".")[2]
             logging.getLogger("rowmax").warning(
@@ -150,8 +156,9 @@ class _Kernel(CFunc):
                 gc.enable()
 
 
-def _compiled(kernel: Callable[..., None], signature: Any, keep: bool) -> CFunc:
+def _compiled(kernel: Callable[..., None], signature: Any, dtype: str, keep: bool) -> CFunc:
     function = _Kernel(kernel, (signature.args, signature.return_type), locals={}, options={})
+    function.dtype = dtype
     if keep:
         function.enable_caching()
     function.compile()
@@ -159,8 +166,11 @@ def _compiled(kernel: Callable[..., None], signature: Any, keep: bool) -> CFunc:
 
 
 @functools.cache
-def machine_function(kernel: Callable[..., None], argument: Any) -> int:
-    """The address of `void kernel(argument *)` as machine code, compiled or read from disk once."""
+def machine_function(kernel: Callable[..., None], argument: Any, dtype: str = "") -> int:
+    """The address of `void kernel(argument *)` as machine code, compiled or read from disk once.
+
+    dtype: of the tensors, by name; with it, other kernels may be compiled at the same time.
+    """
     signature = numba.void(numba.types.CPointer(argument))
     try:
         directory = cache_directory(kernel)
@@ -170,10 +180,10 @@ def machine_function(kernel: Callable[..., None], argument: Any) -> int:
             pass
         name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
         with FileLock(directory / f"{kernel.__name__}-{name}.lock"), _cache_in(directory):
-            compiled = _compiled(kernel, signature, keep=True)
+            compiled = _compiled(kernel, signature, dtype, keep=True)
     except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
         _warn_uncached(str(error))
-        compiled = _compiled(kernel, signature, keep=False)
+        compiled = _compiled(kernel, signature, dtype, keep=False)
     _kept_alive.append(compiled)
     address: int = compiled.address
     return address

@@ -1,0 +1,83 @@
+"""The common kernels of a dtype, compiled side by side, by a second Python on a free core.
+
+A training step wants four kernels, one after the other; Numba compiles one at a time in a process.
+So the first that has to be compiled begins a process of low priority that compiles the others,
+those first that will be wanted last. The locks in `jit` divide the work: who wants a kernel that
+the other is at waits for what it leaves on disk. ROWMAX_COMPILE_AHEAD=0 begins none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+VARIABLE = "ROWMAX_COMPILE_AHEAD"
+# (module, kernel), in the order in which they are compiled here
+COMMON = (
+    ("attention_backward_kernels", "BACKWARD"),
+    ("norm_backward", "BACKWARD"),
+    ("attention_forward", "FORWARD"),
+    ("norm_forward", "FORWARD"),
+)
+_SCRIPT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    f"from {__name__} import main; main(*sys.argv[2:])"
+)
+_started: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def start(dtype: str, module: str, folder: Path) -> None:
+    """Begin the process, if there is none yet: `module`'s kernel is compiled by the caller.
+
+    folder: where all kernels' folders lie.
+    """
+    name = module.rpartition(".")[2]
+    if dtype in _started or name not in dict(COMMON) or not _may():
+        return
+    lock = folder / f"ahead-{dtype}.lock"
+    command = [sys.executable, "-c", _SCRIPT, json.dumps(sys.path), dtype, name, str(lock)]
+    try:
+        with FileLock(lock, timeout=0):
+            pass
+        _started[dtype] = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {VARIABLE: "0"},
+            start_new_session=True,  # what interrupts the program leaves it alone
+        )
+    except (Timeout, OSError, NotImplementedError):
+        return  # another process's is at it; or there are no locks or no processes to be had
+
+
+def _may() -> bool:
+    """Whether that is wanted, this program is a Python, and a core is free."""
+    if os.environ.get(VARIABLE, "1") == "0" or getattr(sys, "frozen", False):
+        return False
+    if not Path(sys.executable or "").name.startswith("python"):
+        return False  # an interpreter in another program, which would be begun again
+    try:
+        return os.getloadavg()[0] + 1 <= len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        return False
+
+
+def main(dtype: str, module: str, lock: str) -> None:
+    """In that process: compile the common kernels, but for `module`'s."""
+    os.nice(10)
+    try:
+        with FileLock(lock, timeout=0):
+            for name, kernel in COMMON:
+                if name != module:
+                    found = importlib.import_module(f".{name}", __package__)
+                    getattr(found, kernel).compile(getattr(torch, dtype))
+    except Timeout:
+        return
