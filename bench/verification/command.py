@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from ...console import from_extra
 from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
+from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
 from ..conduct.guard import Guard
-from ..options import UsageError, check_outputs, imported, listed, names_of, set_threads
+from ..options import UsageError, check_outputs, listed, names_of, set_threads
 from ..shapes import calls
 from . import suite
 from .contracts import CONTRACTS
-from .implementations import Backend, Implementation, Sdpa
+from .implementations import Backend, Foreign, Implementation
 from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
@@ -40,10 +40,11 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument(
         "--function",
-        metavar="MODULE:NAME",
-        help="verify this callable with SDPA's signature instead, for example "
-        "torch.nn.functional:scaled_dot_product_attention",
+        metavar="WHERE",
+        help=f"verify an attention, norm or softmax of yours instead: {FORMS}; --op tells what it "
+        "is where its name does not",
     )
+    add_foreign_options(command)
     command.add_argument("--device", default="cpu", help="of --function; default: %(default)s")
     command.add_argument("--op", metavar="NAMES", help=f"of {listed(OPS)}")
     command.add_argument("--kind", metavar="NAMES", help=f"of {listed(ALL_KINDS)}")
@@ -82,9 +83,10 @@ def run(options: argparse.Namespace) -> int:
     implementations = _implementations(options)
     settings = _settings(options)
     if options.function is not None:
-        settings = replace(settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops))
+        (one,) = implementations
+        settings = suite.with_ops_of(settings, one)
         if not settings.ops:
-            raise UsageError("--op: with --function, attention is all that is verified")
+            raise UsageError(f"--op: {one.name} is {listed(one.ops)}, got {options.op}")
     set_threads(options.threads)
     check_outputs({"--json": options.json, "--html": options.html})
     if options.verbose:
@@ -148,9 +150,10 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
         except Exception as error:
             raise UsageError(f"--device: {options.device} does not work here") from error
         guard = Guard()  # before anything of the module runs
-        function = imported("--function", options.function)
-        held_to = CONTRACTS[options.contract]
-        return [Sdpa(function, options.function, device, guard, held_to)]
+        op = suite.named_op(names_of("--op", options.op, OPS)) if options.op else None
+        candidate = where(options, op).load()
+        return [Foreign(candidate, options.function, device, guard, CONTRACTS[options.contract])]
+    refuse_without_function(options)
     if options.contract != "rowmax":
         raise UsageError("--contract: only with --function; backends have rowmax's")
     names = names_of("--backend", options.backend, dispatch.NAMES)

@@ -20,8 +20,9 @@ from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
 from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
+from ..peers.candidates import foreign_row
 from .contracts import Contract
-from .implementations import DeclinedError, Implementation, Sdpa, contract_of
+from .implementations import DeclinedError, Foreign, Implementation, contract_of
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
@@ -65,7 +66,7 @@ class Invariant:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def rows_sum_to_one(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """With v all ones, out is the sum of each row's weights."""
     case = _case(implementation, dtype)
     case = replace(case, v=torch.ones_like(case.v))
@@ -75,7 +76,7 @@ def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str |
     return _fault(implementation, out, case, expected)
 
 
-def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def keys_permuted(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The order of keys is no part of attention: all results as without, but for their order."""
     kind = Kind(bias=lambda s, draw: draw.normal(1, s.Hq, s.Lq, s.Lk))
     case = _case(implementation, dtype, kind)
@@ -85,18 +86,19 @@ def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | N
     permuted = replace(case, k=case.k[:, :, order], v=case.v[:, :, order], bias=bias[..., order])
     results = _results(implementation, permuted)
     back = order.argsort()
-    for name in ("d_k", "d_v"):
+    for name in results.keys() & {"d_k", "d_v"}:
         results[name] = results[name][:, :, back]
-    results["d_bias"] = results["d_bias"][..., back]
+    if "d_bias" in results:
+        results["d_bias"] = results["d_bias"][..., back]
     return _fault(implementation, results, case)
 
 
-def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def scores_shifted(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A constant added to all scores of a row changes nothing but its lse, by that constant."""
     case = _case(implementation, dtype)
     shifted = replace(case, bias=torch.full((1, 1, 1, 1), 4.0).to(dtype))
     results = _results(implementation, shifted)
-    del results["d_bias"]
+    results.pop("d_bias", None)
     if "lse" in results:
         results["lse"] = results["lse"] - 4.0
     magnitudes = shifted.expected
@@ -107,7 +109,7 @@ def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | 
     return _fault(implementation, results, shifted, unshifted)
 
 
-def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def padding_unread(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """NaN and infinities in padding give the same bits as zeros there."""
     lengths = torch.tensor([70, 0, 23, 41])
     kind = Kind(lambda s, draw: KeyLengths(lengths))
@@ -120,30 +122,32 @@ def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | 
     got = _results(implementation, poisoned)
     fault = _difference(got, expected)
     if fault is None:
-        for name in ("d_k", "d_v"):
+        for name in sorted(got.keys() & {"d_k", "d_v"}):
             if bool(got[name].masked_select(padding).any()):
                 return f"{name}: padding has a gradient"
     return fault
 
 
-def empty_rows_are_zero(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def empty_rows_are_zero(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A query that may attend nothing gives out = 0, lse = -inf and no gradient."""
     allowed = torch.ones(SIZES.Lq, SIZES.Lk, dtype=torch.bool)
     allowed[5], allowed[-1] = False, False
     kind = Kind(lambda s, draw: allowed)
     results = _results(implementation, _case(implementation, dtype, kind))
     for row in (5, SIZES.Lq - 1):
-        for name in ("out", "d_q"):
+        for name in ("out", "d_q") if implementation.backward else ("out",):
             found = results[name][:, :, row]
             if bool((found != 0.0).any()):
                 return f"{name}: {float(found.flatten()[0]):.3g} in a row without keys"
         if "lse" in results and not bool((results["lse"][:, :, row] == -torch.inf).all()):
             return "lse: expected -inf in a row without keys"
-    finite = all(bool(torch.isfinite(results[name]).all()) for name in ("d_k", "d_v"))
+    finite = all(
+        bool(torch.isfinite(results[name]).all()) for name in results.keys() & {"d_k", "d_v"}
+    )
     return None if finite else "d_k or d_v: not finite beside a row without keys"
 
 
-def same_bits_again(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """Three runs on the same inputs."""
     for case in _several(implementation, dtype):
         first = _results(implementation, case)
@@ -154,7 +158,7 @@ def same_bits_again(implementation: Implementation, dtype: torch.dtype) -> str |
     return None
 
 
-def any_threads(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
     for case in _several(implementation, dtype):
         fault = _on_threads(partial(_results, implementation, case))
@@ -163,7 +167,7 @@ def any_threads(implementation: Implementation, dtype: torch.dtype) -> str | Non
     return None
 
 
-def batch_invariance(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def batch_invariance(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A batch element alone gives the bits that it gives among others."""
     for case in _several(implementation, dtype):
         together = _results(implementation, case)
@@ -183,21 +187,22 @@ def batch_invariance(implementation: Implementation, dtype: torch.dtype) -> str 
     return None
 
 
-def dropout_scales(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def dropout_scales(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A weight is dropped, or grows by 1 / (1 - p); about p of them drop. Of SDPA's signature.
 
     With v the unit matrix, out is the weights themselves. Backends, whose dropout is a function
     of the seed, are held to the oracle's in every weight instead.
     """
-    if not isinstance(implementation, Sdpa):
+    if not isinstance(implementation, Foreign):
         raise DeclinedError("held to the oracle's dropout, weight by weight")
     dropout_p, length = 0.25, 64
     draw = Draw(41, dtype)
     q, k = (draw.normal(4, 2, length, 16).to(implementation.device) for _ in range(2))
     unit = torch.eye(length, dtype=dtype, device=implementation.device).expand(4, 2, length, length)
     torch.manual_seed(7)
-    dropped = implementation.function(q, k, unit, dropout_p=dropout_p).double()
-    whole = implementation.function(q, k, unit).double() / (1 - dropout_p)
+    function = implementation.candidate.attention
+    dropped = function(q, k, unit, dropout_p=dropout_p).double()
+    whole = function(q, k, unit).double() / (1 - dropout_p)
     zero = dropped == 0.0
     wrong = (dropped - whole).abs() > 8 * torch.finfo(dtype).eps * whole
     if bool((wrong & ~zero).any()):
@@ -227,19 +232,19 @@ ATTENTION = {
 
 
 def rows_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     first = _results(implementation, case, op)
     return _difference(_results(implementation, case, op), first)
 
 
 def rows_any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     return _on_threads(lambda: _results(implementation, case, op))
 
 
 def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A row alone gives the bits that it gives among others."""
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     together = _results(implementation, case, op)
     row = 100
     inputs, found = {}, {}
@@ -255,7 +260,7 @@ def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> s
 
 def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """NaN in a row stays in it: all others keep their bits."""
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     expected = _results(implementation, case, op)
     name = "scores" if op == "masked_softmax" else "x"
     poisoned = case.inputs[name].clone()
@@ -298,12 +303,20 @@ CROSS_ENTROPY = {"same bits again": loss_again}
 def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
     """The number of checks that `check` makes for each dtype."""
     here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    of_attention = len(ATTENTION) + len(examine.CHECKS)
-    return sum(of_attention if op == "attention" else len(_by_op(op)) for op in here)
+    return sum(len(_by_op(op)) + len(_conduct_of(implementation, op)) for op in here)
+
+
+def _conduct_of(implementation: Implementation, op: str) -> Mapping[str, examine.Check]:
+    """How a stranger behaves; of a backend at attention, which stands for its other functions."""
+    if op == "attention" or isinstance(implementation, Foreign):
+        return examine.CHECKS
+    return {}
 
 
 def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype], str | None]]:
-    """The checks of an op other than attention."""
+    """The invariants of an op."""
+    if op == "attention":
+        return ATTENTION
     return CROSS_ENTROPY if op == "linear_cross_entropy" else ROW_WISE
 
 
@@ -314,17 +327,12 @@ def check(
     for op in ops:
         if op not in implementation.ops or op == "attention_varlen":
             continue
-        if op == "attention":
-            for name, attention_check in ATTENTION.items():
-                run = partial(attention_check, implementation, dtype)
-                yield _checked(op, name, dtype, run, contract)
-            subject = _subject(implementation, dtype)
-            for name, conduct_check in examine.CHECKS.items():
-                yield _checked(op, name, dtype, partial(conduct_check, subject), contract)
-        else:
-            for name, row_check in _by_op(op).items():
-                run = partial(row_check, implementation, op, dtype)
-                yield _checked(op, name, dtype, run, contract)
+        for name, invariant in _by_op(op).items():
+            run = partial(invariant, implementation, op, dtype)
+            yield _checked(op, name, dtype, run, contract)
+        subject = _subject(implementation, op, dtype)
+        for name, conduct in _conduct_of(implementation, op).items():
+            yield _checked(op, name, dtype, partial(conduct, subject), contract)
 
 
 def _checked(
@@ -340,18 +348,21 @@ def _checked(
         return Invariant(op, name, dtype, f"{type(error).__name__}: {first}", promised=promised)
 
 
-def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subject:
-    kernel = implementation.kernel("attention")
+def _subject(implementation: Implementation, op: str, dtype: torch.dtype) -> examine.Subject:
+    kernel = implementation.kernel(op)
 
-    def function(inputs: AttentionInputs) -> tuple[Tensor, ...]:
+    def attention(inputs: AttentionInputs) -> tuple[Tensor, ...]:
         return outputs_of(kernel(inputs.q, inputs.k, inputs.v))[:1]
 
+    function: Any = attention if op == "attention" else partial(foreign_row, kernel, op)
     return examine.Subject(
         function,
+        kind="full" if op == "attention" else op,
         dtype=dtype,
+        backward=implementation.backward,
         device=implementation.device.type,
-        calls=CALLS if isinstance(implementation, Sdpa) else OWN_CALLS,
-        guard=implementation.guard if isinstance(implementation, Sdpa) else Guard(),
+        calls=CALLS if isinstance(implementation, Foreign) else OWN_CALLS,
+        guard=implementation.guard if isinstance(implementation, Foreign) else Guard(),
     )
 
 
@@ -362,7 +373,8 @@ def _case(
     sizes: Shape = SIZES,
 ) -> AttentionCase:
     case = attention_case(kind or Kind(), sizes, Draw(17, dtype))
-    return case if implementation.with_lse else case.without_lse()
+    case = case if implementation.with_lse else case.without_lse()
+    return case if implementation.backward else case.forward_only()
 
 
 def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[AttentionCase]:
@@ -375,12 +387,14 @@ def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[Att
         yield _case(implementation, dtype, kind, sizes)
 
 
-def _row_case(op: str, dtype: torch.dtype) -> RowCase:
+def _row_case(implementation: Implementation, op: str, dtype: torch.dtype) -> RowCase:
     draw = Draw(23, dtype)
     if op == "masked_softmax":
         scores, grad = draw.normal(1, 1, *ROWS), draw.normal(1, 1, *ROWS)
-        return RowCase(op, {"scores": scores}, (grad,))
-    return norm_case(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
+        case = RowCase(op, {"scores": scores}, (grad,))
+    else:
+        case = norm_case(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
+    return case if implementation.backward else case.forward_only()
 
 
 def _row(tensor: Tensor, row: int) -> Tensor:
