@@ -21,6 +21,7 @@ import torch
 
 from .. import console
 from . import speed_options
+from .candidate import new
 from .candidate.options import refuse_without_function, where
 from .candidate.sources import Where
 from .experiments import architectures
@@ -67,6 +68,7 @@ _COMMANDS: dict[str, Any] = {
     "compare": comparison,
     "chart": ratio_chart,
     "record": recorder,
+    "new": new,
     "verify": verification,
     "loss": loss,
     "overhead": overhead,

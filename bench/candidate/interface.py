@@ -98,6 +98,12 @@ class Candidate:
         """Of rowmax.kernels, those that it can stand for."""
         return ("attention", "attention_varlen") if self.layout == "packed" else (self.op,)
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether query heads may share a key head: other layouts' kernels take it as it is."""
+        knows = self._binding.knows
+        return self.layout != "bhld" or knows("enable_gqa") or knows("module")
+
     # --- attention --------------------------------------------------------------------------------
 
     def _attention(
@@ -124,7 +130,7 @@ class Candidate:
             given["mask"] = attn_mask
         if binding.knows("module"):
             given["module"] = _Module(query.shape[1] // key.shape[1])
-        elif enable_gqa and self.layout == "bhld":  # kernels of other layouts take it as it is
+        elif enable_gqa and not self.takes_groups:
             self._must_know("enable_gqa")
         if binding.knows("enable_gqa"):
             given["enable_gqa"] = enable_gqa

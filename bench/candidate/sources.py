@@ -4,10 +4,12 @@ custom op, or an attention that is registered with transformers.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import platform
 import sys
@@ -42,13 +44,30 @@ class Where:
 
     @property
     def computes(self) -> str:
-        """Before anything is imported."""
-        return self.op or op_of(self.text)
+        """Before anything is imported: by the name of the function, of a file the only one."""
+        return self.op or op_of(_only_function(self.text) or self.text)
 
     def load(self) -> Candidate:
         for module in self.imports:
             module_of("--import", module)
-        return load(self.text, op=self.computes, layout=self.layout, backward=self.backward)
+        found = load(self.text, op=self.op, layout=self.layout, backward=self.backward)
+        if found.op != self.computes:
+            raise UsageError(f"--function: {self.text}: --op {found.op} says what it computes")
+        return found
+
+
+def _only_function(text: str) -> str | None:
+    """The name of the only public function that a file defines, which is not run."""
+    path = Path(text)
+    if path.suffix != ".py" or not path.is_file():
+        return None
+    try:
+        body = ast.parse(path.read_text("utf-8")).body
+    except (SyntaxError, ValueError):
+        return None  # what is wrong with it is told where it is imported
+    names = [one.name for one in body if isinstance(one, ast.FunctionDef)]
+    public = [name for name in names if not name.startswith("_")]
+    return public[0] if len(public) == 1 else None
 
 
 def load(
@@ -214,13 +233,15 @@ def _package(option: str, folder: Path) -> ModuleType:
 
 
 def _own_loader() -> Callable[[Path], ModuleType] | None:
-    """`get_local_kernel(path)` of the package `kernels`, 0.15 or later."""
+    """`get_local_kernel(path)` of the package `kernels`; older ones want a name besides."""
     try:
         importlib.metadata.version("kernels")
         from kernels import get_local_kernel  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return None
-    return get_local_kernel
+    parameters = list(inspect.signature(get_local_kernel).parameters.values())
+    wanted = [one for one in parameters if one.default is one.empty]
+    return get_local_kernel if len(wanted) == 1 else None
 
 
 def _variants() -> list[str]:

@@ -372,6 +372,8 @@ def _case(
     kind: Kind | None = None,
     sizes: Shape = SIZES,
 ) -> AttentionCase:
+    if isinstance(implementation, Foreign) and not implementation.candidate.takes_groups:
+        sizes = sizes._replace(Hkv=sizes.Hq)
     case = attention_case(kind or Kind(), sizes, Draw(17, dtype))
     case = case if implementation.with_lse else case.without_lse()
     return case if implementation.backward else case.forward_only()

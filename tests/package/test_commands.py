@@ -61,6 +61,7 @@ BENCH = (
     "compare",
     "chart",
     "record",
+    "new",
     "verify",
     "loss",
     "overhead",
