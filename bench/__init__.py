@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from .measure.measurement import Speeds, speed
 from .shapes import record
-from .verification import Report, verify
+from .verification import ModelReport, Report, verify, verify_model
 
-__all__ = ["Report", "Speeds", "record", "speed", "verify"]
+__all__ = ["ModelReport", "Report", "Speeds", "record", "speed", "verify", "verify_model"]

@@ -24,6 +24,7 @@ import torch
 from ..options import UsageError, listed
 from .interface import Candidate, op_of
 
+PLACES = "MODULE:NAME, FILE.py[:NAME] or FOLDER[:NAME]"
 FORMS = "MODULE:NAME, FILE.py[:NAME], FOLDER[:NAME], NAMESPACE::OP or attn_implementation:NAME"
 _TRANSFORMERS = "attn_implementation:"
 
@@ -89,22 +90,25 @@ def load(
     elif "::" in text:
         function = _custom_op(option, text)
     else:
-        place, _, name = text.partition(":")
-        path = Path(place)
-        if path.suffix == ".py" or path.is_dir():
-            module = module_of(option, place)
-            function = _member(option, text, module, name)
-            op = op or op_of(name or getattr(function, "__name__", ""))
-        elif name:
-            function = _member(option, text, _imported(option, text, place), name)
-        else:
-            raise UsageError(f"{option}: expected {FORMS}, got {text}")
+        function = callable_of(option, text, FORMS)
+        op = op or op_of(text.partition(":")[2] or getattr(function, "__name__", ""))
     try:
         return Candidate(
             function, text, op=op, layout=layout, out_layout=out_layout, backward=backward
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"{option}: {text}: {error}") from error
+
+
+def callable_of(option: str, text: str, forms: str = PLACES) -> Callable[..., Any]:
+    """Of a module, a file or a folder; `forms` is what the error says was expected."""
+    place, _, name = text.partition(":")
+    path = Path(place)
+    if path.suffix == ".py" or path.is_dir():
+        return _member(option, text, module_of(option, place), name)
+    if not name:
+        raise UsageError(f"{option}: expected {forms}, got {text}")
+    return _member(option, text, _imported(option, text, place), name)
 
 
 def module_of(option: str, place: str) -> ModuleType:

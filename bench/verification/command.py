@@ -14,12 +14,14 @@ from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
+from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
 from ..options import UsageError, check_outputs, listed, names_of, set_threads
 from ..shapes import calls
 from . import suite
 from .contracts import CONTRACTS
 from .implementations import Backend, Foreign, Implementation
+from .model import verify_model
 from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
@@ -43,6 +45,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="WHERE",
         help=f"verify an attention, norm or softmax of yours instead: {FORMS}; --op tells what it "
         "is where its name does not",
+    )
+    command.add_argument(
+        "--model",
+        metavar="WHERE",
+        help="a function without arguments that returns a model and its inputs, of a module or a "
+        "file: whether each layer gives the same bits again, on any number of threads, and for a "
+        "batch element alone; nothing else is verified then",
     )
     add_foreign_options(command)
     command.add_argument("--device", default="cpu", help="of --function; default: %(default)s")
@@ -80,6 +89,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.model is not None:
+        return _run_model(options)
     implementations = _implementations(options)
     settings = _settings(options)
     if options.function is not None:
@@ -98,6 +109,26 @@ def run(options: argparse.Namespace) -> int:
         options.json.write_text(report.as_json(), encoding="utf-8")
     if options.html is not None:
         options.html.write_text(report.as_html(), encoding="utf-8")
+    return 0 if report.passed else 1
+
+
+def _run_model(options: argparse.Namespace) -> int:
+    for name in ("function", "backend", "op", "kind", "check", "shape", "shapes", "html"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name}: not with --model")
+    set_threads(options.threads)
+    check_outputs({"--json": options.json})
+    for module in options.imports:
+        module_of("--import", module)
+    made = callable_of("--model", options.model)()
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
+        kind = type(made).__name__
+        raise UsageError(f"--model: expected (model, inputs) of {options.model}, got a {kind}")
+    chosen = {"backward": not options.forward_only, "contract": options.contract}
+    report = verify_model(*made, **chosen)
+    print(report)
+    if options.json is not None:
+        options.json.write_text(report.as_json(), encoding="utf-8")
     return 0 if report.passed else 1
 
 

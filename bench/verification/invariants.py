@@ -437,10 +437,10 @@ def _difference(got: Results, expected: Results) -> str | None:
 
 
 def _on_threads(run: Callable[[], Results]) -> str | None:
-    with _threads(1):
+    with on_threads(1):
         alone = run()
     for threads in (2, 3):
-        with _threads(threads):
+        with on_threads(threads):
             fault = _difference(run(), alone)
         if fault is not None:
             return f"{threads} threads against one: {fault}"
@@ -448,7 +448,7 @@ def _on_threads(run: Callable[[], Results]) -> str | None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def on_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
