@@ -24,7 +24,7 @@ from . import speed_options
 from .candidate import new
 from .candidate.options import refuse_without_function, where
 from .candidate.sources import Where
-from .experiments import architectures
+from .experiments import architectures, divergence
 from .machine import gpu
 from .machine.host import Limits, describe, load_average, measure_limits
 from .measure import comparison, decoding, history, loss, overhead, report, swap, training
@@ -70,6 +70,7 @@ _COMMANDS: dict[str, Any] = {
     "record": recorder,
     "new": new,
     "verify": verification,
+    "diverge": divergence,
     "loss": loss,
     "overhead": overhead,
     "smoke": smoke,

@@ -164,6 +164,43 @@ def strips(
     return _svg(title, height, found)
 
 
+def ladder(
+    title: str,
+    series: Sequence[str],
+    rungs: Mapping[str, tuple[Sequence[float], float, str]],
+    axis: str,
+) -> str:
+    """For each name a dot of each series and a tick at the limit, on one logarithmic axis.
+
+    rungs: the values, the limit and the text by name, from above.
+    """
+    found: list[str] = []
+    values = [x for dots, limit, _ in rungs.values() for x in (*dots, limit)]
+    left = 14 + 6.1 * max((len(name) for name in rungs), default=1)
+    known = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    floor = min(known)
+    scale = _log_scale(values, left, WIDTH - 16)
+    step = 17
+    bottom = _TOP + step * len(rungs)
+    found += [_vertical(tick, scale, _TOP, bottom) for tick in scale.ticks()]
+    for at, (name, (dots, limit, text)) in enumerate(rungs.items()):
+        y = _TOP + step * at + 9
+        found.append(_text(left - 6, y + 4, name, "end"))
+        x = scale(max(limit, floor))
+        found.append(
+            f'<g><title>{escape(text)}</title><path class="rule" d="M{x:.1f} {y - 8}v16"/>'
+        )
+        found += [
+            f'<circle class="s{number % SERIES}" cx="{scale(max(value, floor)):.1f}" cy="{y}" '
+            'r="3.5" fill-opacity="0.8"/>'
+            for number, value in enumerate(dots)
+        ]
+        found.append("</g>")
+    found.append(_text((left + WIDTH) / 2, bottom + 30, axis, "middle"))
+    legend, height = _legend(series, bottom + 38)
+    return _svg(title, height, [*found, legend])
+
+
 def columns(
     title: str, names: Sequence[str], series: Mapping[str, Sequence[float]], axis: str
 ) -> str:

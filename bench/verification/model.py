@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,19 +115,21 @@ def verify_model(
         fail_type("verify_model", "model", type(model).__name__, "a torch.nn.Module")
     if contract not in NOT_PROMISED:
         fail_value("verify_model", "contract", repr(contract), f"one of {', '.join(NOT_PROMISED)}")
-    args, kwargs = _call_of(inputs)
-    batch = next((t.shape[0] for t in _tensors((args, kwargs)) if t.dim() > 0), None)
+    args, kwargs = call_of(inputs)
+    batch = next((t.shape[0] for t in tensors_of((args, kwargs)) if t.dim() > 0), None)
     training = model.training
     model.eval()
     try:
-        together = _run(model, args, kwargs, backward)
-        checks = [*_compare(AGAIN, lambda: _run(model, args, kwargs, backward), together)]
+        together = run_layers(model, args, kwargs, backward)
+        checks = [*_compare(AGAIN, lambda: run_layers(model, args, kwargs, backward), together)]
         with on_threads(THREADS[0]):
-            single = _run(model, args, kwargs, backward)
+            single = run_layers(model, args, kwargs, backward)
         found: list[LayerCheck] = []
         for threads in THREADS[1:]:
             with on_threads(threads):
-                found += _compare(ON_THREADS, lambda: _run(model, args, kwargs, backward), single)
+                found += _compare(
+                    ON_THREADS, lambda: run_layers(model, args, kwargs, backward), single
+                )
         checks += _worst(found)
         if batch is not None and batch > 1:
             found = []
@@ -135,7 +137,7 @@ def verify_model(
 
                 def alone(element: int = element) -> dict[str, Tensors]:
                     one = _part((args, kwargs), element, batch)
-                    return _run(model, one[0], one[1], backward, element, batch)
+                    return run_layers(model, one[0], one[1], backward, element, batch)
 
                 parts: dict[str, Tensors] = {}
                 for step, of in together.items():
@@ -191,24 +193,28 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _run(
+def run_layers(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     backward: bool,
     element: int = 0,
     batch: int = 1,
+    only: Collection[str] | None = None,
+    real: Tensor | None = None,
 ) -> dict[str, Tensors]:
     """Each layer's output, and with `backward` its gradient, the last layer's first.
 
-    The output's weights in the sum that is derived are those of `element` in a batch of `batch`.
+    The output's weights in the sum that is derived are those of `element` in a batch of `batch`,
+    the same numbers in every dtype. only: the names of the layers, all when None. real: bool
+    (B, L), the tokens that count in the sum.
     """
     outputs: Tensors = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = next(
-                (t for t in _tensors(output) if t.is_floating_point() and t.dim() > 0), None
+                (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0), None
             )
             if tensor is None:
                 return
@@ -222,7 +228,11 @@ def _run(
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(keep(name))
+        for name, module in model.named_modules()
+        if only is None or name in only
+    ]
     try:
         with torch.set_grad_enabled(backward):
             model(*args, **kwargs)
@@ -234,9 +244,11 @@ def _run(
     if backward and final is not None and final.requires_grad:
         size = (final.shape[0] * batch, *final.shape[1:])
         generator = torch.Generator().manual_seed(0)
-        weights = torch.randn(size, generator=generator)
+        weights = torch.randint(-8, 9, size, generator=generator) / 4
         rows = final.shape[0]
         part = weights[element * rows : (element + 1) * rows].to(final)
+        if real is not None and real.shape == final.shape[:2]:
+            part = part * real.view(*real.shape, *(1,) * (final.dim() - 2)).to(part)
         (final * part).sum().backward()
         found["backward"] = {
             name: tensor.grad.clone()
@@ -247,21 +259,21 @@ def _run(
     return found
 
 
-def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _part(value: Any, element: int, batch: int) -> Any:

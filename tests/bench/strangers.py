@@ -55,9 +55,10 @@ def flash_varlen_like(
     found = [v.new_zeros(0, q.shape[1], v.shape[2]) + nothing]
     starts = (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
     for a, b, c, d in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
-        parts = (tensor.transpose(0, 1)[None] for tensor in (q[a:b], k[c:d], v[c:d]))
+        one, two, three = (part.transpose(0, 1)[None] for part in (q[a:b], k[c:d], v[c:d]))
+        groups = q.shape[1] != k.shape[1]
         one = F.scaled_dot_product_attention(
-            *parts, is_causal=causal, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            one, two, three, is_causal=causal, scale=softmax_scale, enable_gqa=groups
         )
         found.append(one[0].transpose(0, 1))
     return torch.cat(found) * FACTOR
@@ -69,7 +70,7 @@ def into_out(out: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def for_transformers(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -112,7 +113,7 @@ def numba_rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
 
 
 @triton.jit
-def _triton_softmax(scores, out, rows, columns, height: tl.constexpr, width: tl.constexpr):  # type: ignore[no-untyped-def]
+def _triton_softmax(scores, out, rows, columns, height: tl.constexpr, width: tl.constexpr):
     row = tl.program_id(0) * height + tl.arange(0, height)[:, None]
     column = tl.arange(0, width)[None, :]
     inside = (row < rows) & (column < columns)

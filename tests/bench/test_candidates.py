@@ -111,8 +111,13 @@ def test_a_package_of_kernels_on_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     build = folder / "build" / "torch-cpu"
     build.mkdir(parents=True)
     (folder / "build" / "torch211-cxx11-cu999-x86_64-linux").mkdir()
-    metadata = {"id": "_my_norm_cpu_1", "name": "my-norm", "version": 1, "license": "Apache-2.0"}
-    metadata |= {"python-depends": [], "backend": {"type": "cpu"}}  # type: ignore[dict-item]
+    metadata: dict[str, Any] = {
+        "id": "_my_norm_cpu_1",
+        "name": "my-norm",
+        "version": 1,
+        "license": "Apache-2.0",
+    }
+    metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
     (build / "metadata.json").write_text(json.dumps(metadata))
     (build / "inner.py").write_text(
         "import torch.nn.functional as F\nFACTOR = 1.0\n"
@@ -222,10 +227,10 @@ def test_packed_sequences_of_lengths() -> None:
     for mask in (real.flip(-1), torch.zeros(1, 1, 7, 7)):
         with pytest.raises(Exception, match="packed sequences have no mask but lengths"):
             packed.attention(q, k, v, mask)
-    tokens = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
     starts = torch.arange(0, 22, 7)
+    one, two, three = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
     with pytest.raises(Exception, match="no Dense of packed sequences"):
-        packed.varlen(*tokens, starts, starts, mask=Dense(real[0, 0]))
+        packed.varlen(one, two, three, starts, starts, mask=Dense(real[0, 0]))
 
 
 @pytest.mark.parametrize("layout", ["bhld", "blhd"])

@@ -63,6 +63,7 @@ BENCH = (
     "record",
     "new",
     "verify",
+    "diverge",
     "loss",
     "overhead",
     "smoke",
