@@ -54,7 +54,7 @@ from .options import (
     set_threads,
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
-from .render import ratio_chart, speed_page
+from .render import markdown, ratio_chart, speed_page
 from .shapes import calls, recorder, saving
 from .speed_options import DTYPES
 from .tuning import configs, smoke, tune
@@ -136,6 +136,7 @@ def speed(options: argparse.Namespace) -> int:
     if options.csv is not None:
         history.check(options.csv)
     check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
+    markdown.check_markdown(options)
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
         layout = options.layout or "bhld"
         if stranger is not None and not any(suite.on_gpu for suite in suites):
@@ -233,6 +234,7 @@ def _measure(
         options.html.write_text(speed_page.html(document()), encoding="utf-8")
     if options.csv is not None:
         history.append(options.csv, document())
+    markdown.write_markdown(options, markdown.of_speed(document()))
     return 1 if any(row.failed for row in rows) else 0
 
 

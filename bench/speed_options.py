@@ -12,6 +12,7 @@ from .candidate.options import FORMS, add_foreign_options
 from .measure.cases import PARTS, PASSES, SUITES
 from .options import listed
 from .peers.candidates import ONLY_BY_NAME
+from .render.markdown import add_markdown_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -111,6 +112,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--html", metavar="FILE", type=Path, help="write a self-contained page with charts"
     )
+    add_markdown_options(command)
     command.add_argument(
         "--no-pin",
         action="store_true",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..candidate.sources import callable_of, module_of
 from ..options import UsageError, check_outputs, set_threads
 from ..render import charts
 from ..render.document import Section, page
+from ..render.json_text import json_text
 from ..verification.model import call_of, run_layers
 
 SCHEMA = "rowmax-diverge-1"
@@ -76,7 +76,7 @@ class Divergence:
 
     def as_json(self) -> str:
         document = {"schema": SCHEMA, "passed": self.passed, **asdict(self)}
-        return json.dumps(document, indent=1) + "\n"
+        return json_text(document)
 
     def as_html(self) -> str:
         return page(f"{self.names[0]} and {self.names[1]}: where they part", self._sections())

@@ -17,6 +17,7 @@ from ..candidate.options import FORMS, add_foreign_options, refuse_without_funct
 from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
 from ..options import UsageError, check_outputs, listed, names_of, set_threads
+from ..render.markdown import add_markdown_options, check_markdown, write_markdown
 from ..shapes import calls
 from . import suite
 from .contracts import CONTRACTS
@@ -86,6 +87,8 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--verbose", action="store_true", help="a line for every case")
     command.add_argument("--json", metavar="FILE", type=Path, help="write everything found")
     command.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots")
+    command.add_argument("--csv", metavar="FILE", type=Path, help="write a line a result")
+    add_markdown_options(command)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -99,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
         if not settings.ops:
             raise UsageError(f"--op: {one.name} is {listed(one.ops)}, got {options.op}")
     set_threads(options.threads)
-    check_outputs({"--json": options.json, "--html": options.html})
+    check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
+    check_markdown(options)
     if options.verbose:
         print(VERBOSE_HEADING)
     with _Progress(verbose=options.verbose) as progress:
@@ -109,11 +113,25 @@ def run(options: argparse.Namespace) -> int:
         options.json.write_text(report.as_json(), encoding="utf-8")
     if options.html is not None:
         options.html.write_text(report.as_html(), encoding="utf-8")
+    if options.csv is not None:
+        options.csv.write_text(report.as_csv(), encoding="utf-8")
+    write_markdown(options, report.as_markdown())
     return 0 if report.passed else 1
 
 
 def _run_model(options: argparse.Namespace) -> int:
-    for name in ("function", "backend", "op", "kind", "check", "shape", "shapes", "html"):
+    for name in (
+        "function",
+        "backend",
+        "op",
+        "kind",
+        "check",
+        "shape",
+        "shapes",
+        "html",
+        "csv",
+        "markdown",
+    ):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name}: not with --model")
     set_threads(options.threads)

@@ -4,7 +4,6 @@ and for a batch element alone; and the first layer that does not.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels.api.checks import fail_type, fail_value
 from ..machine.host import describe
+from ..render.json_text import json_text
 from .invariants import on_threads
 
 SCHEMA = "rowmax-verify-model-1"
@@ -75,7 +75,7 @@ class ModelReport:
 
     def as_json(self) -> str:
         document = {"schema": SCHEMA, **asdict(self), "passed": self.passed}
-        return json.dumps(document, indent=1) + "\n"
+        return json_text(document)
 
     def __str__(self) -> str:
         machine = self.machine
