@@ -7,6 +7,7 @@ Colours are the classes s0 to s7 (series), `grid`, `mark` and `label` of `page.h
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -270,9 +271,15 @@ def _number(value: float) -> str:
 
 
 def _svg(title: str, height: float, content: Sequence[str]) -> str:
+    """What each mark says when pointed at stands in a list as well, which keys open and scroll."""
+    texts = re.findall("<title>(.*?)</title>", "".join(content), re.DOTALL)
+    listed = "".join(f"<li>{text}</li>" for text in texts)
+    values = (
+        f'<details><summary>{len(texts)} values</summary><ul tabindex="0">{listed}</ul></details>'
+    )
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height:.0f}" '
         f'role="img" aria-label="{escape(title, quote=True)}" xmlns="http://www.w3.org/2000/svg">'
         + "".join(content)
-        + "</svg></figure>"
+        + f"</svg>{values if texts else ''}</figure>"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from . import suite
 from .contracts import CONTRACTS
 from .implementations import Backend, Foreign, Implementation
 from .model import verify_model
+from .outcome import Report
 from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
@@ -106,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     check_markdown(options)
     if options.verbose:
         print(VERBOSE_HEADING)
-    with _Progress(verbose=options.verbose) as progress:
+    with _Progress(verbose=options.verbose, html=options.html) as progress:
         report = suite.run(implementations, settings, progress)
     print("\n".join(lines(report)))
     if options.json is not None:
@@ -215,12 +218,25 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
     return list(map(Backend, names))
 
 
-class _Progress(suite.Listener):
-    """A bar on standard error where that is a terminal; with `verbose`, a line a case."""
+EVERY = 2.0  # seconds between the pages of a run that goes on, at least
 
-    def __init__(self, *, verbose: bool) -> None:
+
+class _Progress(suite.Listener):
+    """A bar on standard error where that is a terminal; with `verbose`, a line a case.
+
+    With `html`, a page of what was found so far, as often as takes a twentieth of the time.
+    """
+
+    def __init__(self, *, verbose: bool, html: Path | None = None) -> None:
         self._verbose = verbose
+        self._html = html
+        self._report: Report | None = None
+        self._started = self._next = perf_counter()
+        self._total = self._done = 0
         self._bar: Any = None
+
+    def opened(self, report: Report) -> None:
+        self._report = report
 
     def __enter__(self) -> _Progress:
         return self
@@ -230,6 +246,7 @@ class _Progress(suite.Listener):
             self._bar.close()
 
     def begin(self, total: int) -> None:
+        self._total = total
         if self._verbose or not sys.stderr.isatty():
             return
         with from_extra("bench"):
@@ -237,9 +254,17 @@ class _Progress(suite.Listener):
         self._bar = tqdm(total=total, leave=False, unit=" checks")
 
     def step(self, description: str) -> None:
+        self._done += 1
         if self._bar is not None:
             self._bar.set_description(description, refresh=False)
             self._bar.update()
+        if self._html is not None and self._report is not None and perf_counter() >= self._next:
+            began = perf_counter()
+            so_far = f"{self._done} of {self._total} checks, at {description}"
+            part = replace(self._report, unfinished=so_far, seconds=began - self._started)
+            self._html.write_text(part.as_html(), encoding="utf-8")
+            took = perf_counter() - began
+            self._next = began + max(EVERY, 20 * took)
 
     def ran(self, implementation: str, run: Run) -> None:
         if self._verbose:

@@ -95,6 +95,7 @@ class Report:
     mutations: list[Mutation] = field(default_factory=list)
     seconds: float = 0.0
     processor_seconds: float = 0.0  # of all threads: what a busy machine does not change
+    unfinished: str | None = None  # how far a run is that is not at its end
 
     @property
     def passed(self) -> bool:

@@ -58,6 +58,7 @@ class Settings:
 class Listener:
     """Callbacks of a run's progress, which do nothing here."""
 
+    def opened(self, report: Report) -> None: ...  # to which all that is found will be added
     def begin(self, total: int) -> None: ...
     def step(self, description: str) -> None: ...
     def ran(self, implementation: str, run: Run) -> None: ...
@@ -169,6 +170,7 @@ def run(
         describe(), settings.as_json() | {"implementations": [one.name for one in implementations]}
     )
     report.findings = [Findings(implementation.name) for implementation in implementations]
+    listener.opened(report)
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
     listener.begin(_steps(implementations, settings, cases))
     if "oracle" in settings.checks:
