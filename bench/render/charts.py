@@ -18,6 +18,8 @@ SERIES = 8  # colours that there are; a ninth series begins again with the first
 MAX_TICKS = 7
 _LEFT, _RIGHT, _TOP = 52, 12, 14
 _PLOT = 230  # height of a plot with two axes
+_TICK_ROOM = 44  # of a tick like 0.0001
+_NAME = 28  # characters of a layer's name
 
 
 class Point(NamedTuple):
@@ -177,16 +179,19 @@ def ladder(
     """
     found: list[str] = []
     values = [x for dots, limit, _ in rungs.values() for x in (*dots, limit)]
-    left = 14 + 6.1 * max((len(name) for name in rungs), default=1)
+    left = 14 + 6.1 * max((len(_end_of(name)) for name in rungs), default=1)
     known = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
     floor = min(known)
     scale = _log_scale(values, left, WIDTH - 16)
     step = 17
     bottom = _TOP + step * len(rungs)
-    found += [_vertical(tick, scale, _TOP, bottom) for tick in scale.ticks()]
+    ticks = scale.ticks()
+    while (scale.end - scale.start) / max(1, len(ticks)) < _TICK_ROOM and len(ticks) > 2:
+        ticks = ticks[::2]
+    found += [_vertical(tick, scale, _TOP, bottom) for tick in ticks]
     for at, (name, (dots, limit, text)) in enumerate(rungs.items()):
         y = _TOP + step * at + 9
-        found.append(_text(left - 6, y + 4, name, "end"))
+        found.append(_text(left - 6, y + 4, _end_of(name), "end"))
         x = scale(max(limit, floor))
         found.append(
             f'<g><title>{escape(text)}</title><path class="rule" d="M{x:.1f} {y - 8}v16"/>'
@@ -200,6 +205,11 @@ def ladder(
     found.append(_text((left + WIDTH) / 2, bottom + 30, axis, "middle"))
     legend, height = _legend(series, bottom + 38)
     return _svg(title, height, [*found, legend])
+
+
+def _end_of(name: str) -> str:
+    """A layer's name, without the beginning of a long one."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 
 def columns(
