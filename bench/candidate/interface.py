@@ -40,7 +40,7 @@ _PASSED = {
 
 def op_of(name: str) -> str:
     """What a function of this name is taken to compute."""
-    last = re.split(r"[.:]", name)[-1]
+    last = re.split(r":|<locals>\.", name)[-1]
     found = (op for op, pattern in _IN_NAMES if re.search(pattern, last, re.IGNORECASE))
     return next(found, "attention")
 

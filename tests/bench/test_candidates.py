@@ -180,6 +180,8 @@ def test_what_an_interface_lacks_is_declined_and_told() -> None:
     [
         ("my.module:FusedRMSNorm", "rms_norm"),
         ("LayerNormFn", "layer_norm"),
+        ("my.norms:LayerNormFn.apply", "layer_norm"),
+        ("test_of_a_softmax.<locals>.mine", "attention"),
         ("masked_softmax", "masked_softmax"),
         ("flash_attn_func", "attention"),
         ("fused_add_layer_norm", "add_layer_norm"),
