@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +15,25 @@ from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_te
 from ...kernels.testing.cross_entropy import CrossEntropyCase, cross_entropy_case
 from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
+from ...kernels.testing.suite import ATTENTION_OPS
 from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
 from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
 from ..peers.candidates import foreign_row
+from .bits import difference, on_all_threads
 from .contracts import Contract
 from .implementations import DeclinedError, Foreign, Implementation, contract_of
+from .packed_invariants import PACKED
+
+T = TypeVar("T")
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
 DECODING = Shape(4, 4, 2, 1, 600, 32, 32)
 ROWS = (257, 96)
+# What says whether the same numbers come out again.
+DETERMINISM = ("same bits again", "any thread count", "alone as in a batch")
 # On the same tensors, with other values each: of a stranger's function, and of a backend.
 CALLS, OWN_CALLS = 150, 6
 
@@ -120,7 +126,7 @@ def padding_unread(implementation: Implementation, op: str, dtype: torch.dtype) 
     poisoned = replace(clean, k=torch.where(padding, poison, k), v=torch.where(padding, -poison, v))
     expected = _results(implementation, replace(clean, k=k, v=v))
     got = _results(implementation, poisoned)
-    fault = _difference(got, expected)
+    fault = difference(got, expected)
     if fault is None:
         for name in sorted(got.keys() & {"d_k", "d_v"}):
             if bool(got[name].masked_select(padding).any()):
@@ -152,7 +158,7 @@ def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype)
     for case in _several(implementation, dtype):
         first = _results(implementation, case)
         for _ in range(2):
-            fault = _difference(_results(implementation, case), first)
+            fault = difference(_results(implementation, case), first)
             if fault is not None:
                 return fault
     return None
@@ -161,7 +167,7 @@ def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype)
 def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
     for case in _several(implementation, dtype):
-        fault = _on_threads(partial(_results, implementation, case))
+        fault = on_all_threads(partial(_results, implementation, case))
         if fault is not None:
             return fault
     return None
@@ -181,7 +187,7 @@ def batch_invariance(implementation: Implementation, op: str, dtype: torch.dtype
             if isinstance(case.mask, KeyLengths):
                 changes["mask"] = KeyLengths(case.mask.lengths[part])
             alone = _results(implementation, replace(case, **changes))
-            fault = _difference(alone, {name: value[part] for name, value in together.items()})
+            fault = difference(alone, {name: value[part] for name, value in together.items()})
             if fault is not None:
                 return fault
     return None
@@ -234,12 +240,12 @@ ATTENTION = {
 def rows_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     case = _row_case(implementation, op, dtype)
     first = _results(implementation, case, op)
-    return _difference(_results(implementation, case, op), first)
+    return difference(_results(implementation, case, op), first)
 
 
 def rows_any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     case = _row_case(implementation, op, dtype)
-    return _on_threads(lambda: _results(implementation, case, op))
+    return on_all_threads(lambda: _results(implementation, case, op))
 
 
 def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
@@ -255,7 +261,7 @@ def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> s
         if name not in ("d_weight", "d_bias"):
             found[name] = _row(tensor, row)
     got = _results(implementation, alone, op)
-    return _difference({name: got[name] for name in found}, found)
+    return difference({name: got[name] for name in found}, found)
 
 
 def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
@@ -270,7 +276,7 @@ def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> s
     names = [key for key in expected if key not in ("d_weight", "d_bias")]
     if not bool(got["out"][..., 100, :].isnan().any()):
         return "out: a row that holds NaN gives numbers"
-    return _difference(
+    return difference(
         {key: got[key][..., others, :] for key in names},
         {key: expected[key][..., others, :] for key in names},
     )
@@ -290,7 +296,7 @@ ROW_WISE = {
 def loss_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     case = cross_entropy_case("ignored", (ROWS[0], 24, ROWS[1]), Draw(29, dtype))
     first = _results(implementation, case, op)
-    return _difference(_results(implementation, case, op), first)
+    return difference(_results(implementation, case, op), first)
 
 
 # The products are torch's: what they promise about threads and rows is for torch to say.
@@ -300,14 +306,25 @@ CROSS_ENTROPY = {"same bits again": loss_again}
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
+def count(
+    implementation: Implementation, ops: tuple[str, ...], only: Collection[str] | None = None
+) -> int:
     """The number of checks that `check` makes for each dtype."""
-    here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    return sum(len(_by_op(op)) + len(_conduct_of(implementation, op)) for op in here)
+    here = [op for op in ops if op in implementation.ops]
+    return sum(
+        len(_chosen(_by_op(op), only)) + len(_chosen(_conduct_of(implementation, op), only))
+        for op in here
+    )
+
+
+def _chosen(checks: Mapping[str, T], only: Collection[str] | None) -> dict[str, T]:
+    return {name: check for name, check in checks.items() if only is None or name in only}
 
 
 def _conduct_of(implementation: Implementation, op: str) -> Mapping[str, examine.Check]:
     """How a stranger behaves; of a backend at attention, which stands for its other functions."""
+    if op == "attention_varlen":
+        return {}
     if op == "attention" or isinstance(implementation, Foreign):
         return examine.CHECKS
     return {}
@@ -315,23 +332,30 @@ def _conduct_of(implementation: Implementation, op: str) -> Mapping[str, examine
 
 def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype], str | None]]:
     """The invariants of an op."""
-    if op == "attention":
-        return ATTENTION
+    if op in ATTENTION_OPS:
+        return ATTENTION if op == "attention" else PACKED
     return CROSS_ENTROPY if op == "linear_cross_entropy" else ROW_WISE
 
 
 def check(
-    implementation: Implementation, ops: tuple[str, ...], dtype: torch.dtype
+    implementation: Implementation,
+    ops: tuple[str, ...],
+    dtype: torch.dtype,
+    only: Collection[str] | None = None,
 ) -> Iterator[Invariant]:
+    """All of them, or those named in `only`."""
     contract = contract_of(implementation)
     for op in ops:
-        if op not in implementation.ops or op == "attention_varlen":
+        if op not in implementation.ops:
             continue
-        for name, invariant in _by_op(op).items():
+        for name, invariant in _chosen(_by_op(op), only).items():
             run = partial(invariant, implementation, op, dtype)
             yield _checked(op, name, dtype, run, contract)
+        conducts = _chosen(_conduct_of(implementation, op), only)
+        if not conducts:
+            continue
         subject = _subject(implementation, op, dtype)
-        for name, conduct in _conduct_of(implementation, op).items():
+        for name, conduct in conducts.items():
             yield _checked(op, name, dtype, partial(conduct, subject), contract)
 
 
@@ -422,36 +446,3 @@ def _fault(
     held_to = contract.expected(case, expected or case.expected)
     found = accuracies(results, held_to, case.sum_dtype, contract.factor(case.q.dtype))
     return next((f"{one.tensor}: {one.fault}" for one in found if one.fault is not None), None)
-
-
-def _difference(got: Results, expected: Results) -> str | None:
-    """Where two results do not hold the same bits, NaN for NaN."""
-    for name, tensor in got.items():
-        other = expected[name]
-        same = (tensor == other) | (tensor.isnan() & other.isnan())
-        if not bool(same.all()):
-            apart = float((tensor.double() - other.double()).abs().nan_to_num(torch.inf).max())
-            share = 100 * float((~same).double().mean())
-            return f"{name}: {share:.2g}% of the elements differ, by up to {apart:.2g}"
-    return None
-
-
-def _on_threads(run: Callable[[], Results]) -> str | None:
-    with on_threads(1):
-        alone = run()
-    for threads in (2, 3):
-        with on_threads(threads):
-            fault = _difference(run(), alone)
-        if fault is not None:
-            return f"{threads} threads against one: {fault}"
-    return None
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...kernels.api.checks import fail_type, fail_value
 from ..machine.host import describe
 from ..render.json_text import json_text
-from .invariants import on_threads
+from .bits import on_threads
 
 SCHEMA = "rowmax-verify-model-1"
 THREADS = (1, 2, 3)

@@ -28,7 +28,7 @@ from .runs import run as run_case
 
 DTYPES = {dtype_text(dtype): dtype for dtype in ALL_DTYPES}
 QUICK_DTYPES = ("float32", "bfloat16")
-CHECKS = ("oracle", "accuracy", "invariants", "mutations", "cheats")
+CHECKS = ("oracle", "accuracy", "invariants", "determinism", "mutations", "cheats")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ def verify(
         dtypes: of "float64", "float32", "bfloat16", "float16"; all when None, with `quick`
             float32 and bfloat16.
         checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",
-            "mutations" (of kernels broken on purpose: whether the suite notices), "cheats" (of
-            candidates that look faster or more right than they are); all when None.
+            "determinism" (those of them that ask for the same bits: again, on any number of
+            threads, alone as in a batch), "mutations" (of kernels broken on purpose: whether the
+            suite notices), "cheats" (of candidates that look faster or more right than they are);
+            all when None.
         shapes: (B, Hq, Hkv, Lq, Lk, D, Dv) each, for attention in place of the suite's own.
         contract: "rowmax", or "torch" for what promises no more than torch's functions do: what
             is not promised is reported, but is no failure.
@@ -187,8 +189,9 @@ def run(
                         findings.runs.append(run_case(case, implementation))
                         listener.ran(implementation.name, findings.runs[-1])
                     listener.step(description)
-            if "invariants" in settings.checks:
-                for invariant in invariants.check(implementation, settings.ops, dtype):
+            if {"invariants", "determinism"} & set(settings.checks):
+                only = _invariants_of(settings)
+                for invariant in invariants.check(implementation, settings.ops, dtype, only):
                     findings.invariants.append(invariant)
                     listener.step(description)
         if "mutations" in settings.checks:
@@ -238,11 +241,17 @@ def _steps(
     for name, of_dtype in cases.items():
         if "accuracy" in settings.checks:
             total += len(implementations) * len(of_dtype)
-        if "invariants" in settings.checks:
-            total += sum(invariants.count(one, settings.ops) for one in implementations)
+        if {"invariants", "determinism"} & set(settings.checks):
+            only = _invariants_of(settings)
+            total += sum(invariants.count(one, settings.ops, only) for one in implementations)
         if "mutations" in settings.checks:
             total += mutation.count(settings.ops, DTYPES[name])
     return total
+
+
+def _invariants_of(settings: Settings) -> tuple[str, ...] | None:
+    """Determinism is a part of them; None: all of them."""
+    return None if "invariants" in settings.checks else invariants.DETERMINISM
 
 
 def _has_cheats(settings: Settings) -> bool:
