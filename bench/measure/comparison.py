@@ -53,6 +53,7 @@ class Run:
     source: str
     machine: Mapping[str, str]  # the fields that times depend on
     memory: str
+    layout: str  # of attention's tensors
     complaints: Sequence[str]
     cases: Sequence[Measured]
 
@@ -168,6 +169,7 @@ def _parsed(document: Mapping[str, Any]) -> Run:
         _text(source),
         {name: _text(machine.get(name)) for name in ("cpu", "torch_threads", "instruction_set")},
         _text(document["settings"].get("memory", "fresh")),
+        _text(document["settings"].get("layout", "bhld")),
         [_text(complaint) for complaint in document["noise"]["complaints"]],
         [_measured(row) for row in document["rows"]],
     )
@@ -251,6 +253,8 @@ def lines(
     if before.memory != after.memory:
         memory = f"A has {before.memory} memory for results, B {after.memory}"
         found.append(f"other conditions: {memory}")
+    if before.layout != after.layout:
+        found.append(f"other conditions: A has tensors in {before.layout}, B in {after.layout}")
     for name, one in (("A", before), ("B", after)):
         found += [f"{name} was noisy: {complaint}" for complaint in one.complaints]
     if not changes:

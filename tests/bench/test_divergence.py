@@ -62,6 +62,37 @@ def test_the_first_layer_beyond_what_is_allowed_is_named(dtype: torch.dtype) -> 
     assert deep.name == "layers.1.norm2"
 
 
+class Near(nn.Module):
+    """A ReLU whose input is 0 but for rounding: 3 * 0.1 - 0.3."""
+
+    def __init__(self, beside: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.1]))
+        self.beside = beside
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = (torch.tensor(3.0) * torch.tensor(0.1)).to(x)
+        return torch.relu(x * self.weight - constant + self.beside)
+
+
+class Two(nn.Module):
+    def __init__(self, beside: float) -> None:
+        super().__init__()
+        self.scale = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(self.scale.weight)
+        self.near = Near(beside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.near(self.scale(x))
+
+
+def test_either_side_of_a_relu_is_right() -> None:
+    """The gradient of what comes before it is 0 or not: with moved weights both have the same."""
+    x = torch.tensor([[3.0]])
+    assert diverge(Two(0.0), Two(1e-12), x).passed
+    assert not diverge(Two(0.0), Two(0.1), x).passed
+
+
 def test_what_is_no_model_or_has_nothing_in_common_is_refused() -> None:
     with pytest.raises(TypeError, match="diverge: .*other"):
         diverge(encoder(), 3, inputs())  # type: ignore[arg-type]
