@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rowmax.bench import speed, verify
+from rowmax.bench import cli, speed, verify
 from rowmax.bench.candidate import Candidate, sources
 from rowmax.bench.machine.host import CpuLimits
 from rowmax.bench.measure.cases import SUITES, Case
@@ -253,3 +253,53 @@ def test_a_softmax_of_strangers_may_give_nan_where_nothing_is_allowed() -> None:
     report = by_verify(softmax, checks=["accuracy"])
     assert report.passed, report.failures
     assert any("masked_softmax key-lengths" in text for text in report.not_promised)
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def test_the_commands_take_every_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rowmax.bench.cli.measure_limits", lambda: CpuLimits(1, 1e15, 1e15))
+    written = tmp_path / "out.json"
+    common = ["--dtype", "float32", "--json", str(written)]
+    timed = ["speed", *common, "--backend", "reference", "--seconds", "0.02", "--pass", "forward"]
+
+    where = f"{FILE}:flash_like"
+    shape = ["--shape", "2,2,24,16", "--kind", "full", "--peers", "naive"]
+    assert cli.main([*timed, "--function", where, "--layout", "blhd", *shape]) == 0
+    document = json.loads(written.read_text("utf-8"))
+    assert document["settings"]["layout"] == "blhd"
+    assert where in document["rows"][0]["seconds"]
+
+    where = "rowmax_strangers::attention"
+    chosen = ["--function", where, "--import", str(FILE), "--forward-only"]
+    assert cli.main([*timed, *chosen, *shape]) == 0
+    document = json.loads(written.read_text("utf-8"))
+    assert document["settings"]["layout"] == "bhld"
+    assert where in document["rows"][0]["seconds"]
+    checks = ["--check", "accuracy", "--kind", "none,causal", "--quick", "--contract", "torch"]
+    assert cli.main(["verify", *chosen, *common, *checks]) == 0
+    (one,) = json.loads(written.read_text("utf-8"))["implementations"]
+    tensors = {result["tensor"] for case in one["cases"] for result in case["results"]}
+    assert tensors == {"out"}
+
+    where = f"{FILE}:layernorm"  # which is timed at nothing but layer norms
+    assert cli.main([*timed, "--function", where, "--shape", "32,16", "--peers", "torch"]) == 0
+    rows = json.loads(written.read_text("utf-8"))["rows"]
+    assert [row["kind"] for row in rows] == ["layer_norm"]
+    assert where in rows[0]["seconds"]
+    capsys.readouterr()
+
+
+def test_an_op_that_the_name_does_not_tell(refused: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch.nn.functional as F\n"
+        "def fused(x, weight=None, eps=1e-6):\n"
+        "    return F.rms_norm(x, x.shape[-1:], weight, eps)\n"
+    )
+    assert "expected 3 tensors among its parameters" in refused("verify", "--function", str(file))
+    accuracy = ["--check", "accuracy", "--dtype", "float32", "--quick", "--contract", "torch"]
+    assert cli.main(["verify", "--function", str(file), "--op", "rms_norm", *accuracy]) == 0
