@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from .experiments.divergence import Divergence, diverge
 from .measure.measurement import Speeds, speed
 from .shapes import record
-from .verification import Report, verify
+from .verification import ModelReport, Report, verify, verify_model
 
-__all__ = ["Report", "Speeds", "record", "speed", "verify"]
+__all__ = [
+    "Divergence",
+    "ModelReport",
+    "Report",
+    "Speeds",
+    "diverge",
+    "record",
+    "speed",
+    "verify",
+    "verify_model",
+]

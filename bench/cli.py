@@ -20,13 +20,28 @@ from typing import Any, TypeVar
 import torch
 
 from .. import console
-from .experiments import architectures
+from . import speed_options
+from .candidate import new
+from .candidate.options import refuse_without_function, where
+from .candidate.sources import Where
+from .experiments import architectures, divergence
 from .machine import gpu
 from .machine.host import Limits, describe, load_average, measure_limits
 from .measure import comparison, decoding, history, loss, overhead, report, swap, training
-from .measure.cases import PARTS, PASSES, SUITES, Case, Shape, Suite, cases_of, parts_of, shape_text
+from .measure.cases import (
+    FORWARD,
+    PARTS,
+    PASSES,
+    SUITES,
+    Case,
+    Shape,
+    Suite,
+    cases_of,
+    parts_of,
+    shape_text,
+)
 from .measure.noise import Watch, complaints, keep_freed_memory, pinned
-from .measure.runner import Row, isolated_rows, rows_of, stranger_of
+from .measure.runner import Row, computes, isolated_rows, rows_of, stranger_of
 from .measure.timing import Budget, timer_for
 from .options import (
     UsageError,
@@ -39,22 +54,23 @@ from .options import (
     set_threads,
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
-from .render import ratio_chart, speed_page
+from .render import markdown, ratio_chart, speed_page
 from .shapes import calls, recorder, saving
+from .speed_options import DTYPES
 from .tuning import configs, smoke, tune
 from .verification import command as verification
 
 FULL = Budget(seconds=4.0, min_rounds=5, max_rounds=200)
 QUICK = Budget(seconds=1.0, min_rounds=3, max_rounds=50)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 # Those that have a module of their own, with `add_command` and `run`, in the order of --help.
 _COMMANDS: dict[str, Any] = {
     "compare": comparison,
     "chart": ratio_chart,
     "record": recorder,
+    "new": new,
     "verify": verification,
+    "diverge": divergence,
     "loss": loss,
     "overhead": overhead,
     "smoke": smoke,
@@ -90,110 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measures the kernels of rowmax against PyTorch's own paths.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser(
-        "speed",
-        help="time, share of the machine's limits, and the ratio to the fastest peer",
-        description=(
-            "Times rowmax and its peers in turns, in one run, each after it has passed a "
-            "correctness check against float64."
-        ),
-        epilog="example: python -m rowmax.bench speed --shape 8,8,512,64 --kind full,dropout",
-    )
-    command.add_argument(
-        "--suite",
-        metavar="NAMES",
-        help=f"comma-separated, of {listed(SUITES)}; default: those whose device is here",
-    )
-    command.add_argument(
-        "--shape",
-        metavar="SIZES",
-        action="append",
-        help="a shape of your own: 'batch,heads,length,head size' for attention, or "
-        "'batch,heads,queries,keys,head size', with 32/8 for 32 heads that share 8 key heads; "
-        "'rows,columns' for the norms; may be given more than once",
-    )
-    command.add_argument(
-        "--shapes",
-        metavar="FILE",
-        type=Path,
-        help="the calls that `record` noted, in place of suites, shapes, kinds, passes and dtypes; "
-        "the end tells what they would save, by how often each came",
-    )
-    command.add_argument(
-        "--kind",
-        metavar="NAMES",
-        help="only these kinds of call; for attention also any of "
-        f"{listed(PARTS)}, joined by +: causal+padded+dropout",
-    )
-    command.add_argument(
-        "--pass",
-        dest="steps",
-        metavar="NAMES",
-        help=f"of {listed(PASSES)} (alone); default: on the CPU without the last",
-    )
-    command.add_argument(
-        "--dtype", metavar="NAMES", help=f"of {listed(DTYPES)}; default: those of the suite"
-    )
-    command.add_argument(
-        "--peers",
-        metavar="NAMES",
-        help=f"only these peers; rowmax's own, {listed(ONLY_BY_NAME)}, only if named here",
-    )
-    command.add_argument(
-        "--function",
-        metavar="MODULE:NAME",
-        help="a function of yours with SDPA's signature, in a column of its own; it is examined "
-        "before it is timed, called with other values each time, and some of the calls that were "
-        "timed are judged",
-    )
-    command.add_argument(
-        "--backend", default="auto", help="of rowmax.kernels; default: %(default)s"
-    )
-    command.add_argument("--threads", type=int, help="default: what torch takes")
-    command.add_argument(
-        "--seconds", type=float, help="to spend on timing each line; default: 4, quick: 1"
-    )
-    command.add_argument(
-        "--quick",
-        action="store_true",
-        help="fewer rounds, fewer shapes, and no peer that is compiled by torch",
-    )
-    command.add_argument(
-        "--shape-by-shape", action="store_true", help="all kinds of a shape before the next shape"
-    )
-    command.add_argument(
-        "--stop-after", type=float, metavar="SECONDS", help="begin no further shape after this"
-    )
-    command.add_argument(
-        "--limit",
-        type=float,
-        metavar="SECONDS",
-        default=300.0,
-        help="on a GPU, where each shape has a process of its own: end it then; default: 300",
-    )
-    command.add_argument(
-        "--json", metavar="FILE", type=Path, help="write the results here too, line by line"
-    )
-    command.add_argument(
-        "--csv", metavar="FILE", type=Path, help="append a line for each timing to this history"
-    )
-    command.add_argument(
-        "--html", metavar="FILE", type=Path, help="write a self-contained page with charts"
-    )
-    command.add_argument(
-        "--no-pin",
-        action="store_true",
-        help="leave the choice of CPUs to the system; by default the process keeps to one CPU a "
-        "core, as many as it has threads, where there are more",
-    )
-    command.add_argument(
-        "--memory",
-        choices=("fresh", "kept"),
-        default="fresh",
-        help="of results on the CPU: as the C library's own settings have it, with the cost of "
-        "fresh pages (default), or kept by the process from call to call",
-    )
-    command.set_defaults(run=speed)
+    speed_options.add_command(commands)
+    commands.choices["speed"].set_defaults(run=speed)
     for name, module in _COMMANDS.items():
         module.add_command(commands)
         commands.choices[name].set_defaults(run=module.run)
@@ -212,8 +126,9 @@ def speed(options: argparse.Namespace) -> int:
         suites = _unique(case.suite for case in cases)
     peers = _chosen_peers(options, suites)
     check_backend(options.backend)
-    if options.function is not None and not any(suite.attention for suite in suites):
-        raise UsageError("--function: attention is all that it is timed at")
+    stranger = _stranger(options)
+    if stranger is not None and not any(computes(case) == stranger.computes for case in cases):
+        raise UsageError(f"--function: {stranger.computes} is not among what is measured")
     budget = _budget(options)
     stop_after = seconds_of("--stop-after", options.stop_after)
     seconds_of("--limit", options.limit)
@@ -221,9 +136,14 @@ def speed(options: argparse.Namespace) -> int:
     if options.csv is not None:
         history.check(options.csv)
     check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
+    markdown.check_markdown(options)
     with pinned(torch.get_num_threads(), wanted=not options.no_pin) as cpus:
-        if options.function is not None and not any(suite.on_gpu for suite in suites):
-            stranger_of(options.function)  # on a GPU, each process imports it
+        layout = options.layout or "bhld"
+        if stranger is not None and not any(suite.on_gpu for suite in suites):
+            layout = stranger_of(stranger)[0].layout  # on a GPU, each process imports it
+        if layout != "bhld":
+            counts = Counter({replace(c, layout="blhd"): count for c, count in counts.items()})
+            cases = [replace(case, layout="blhd") for case in cases]
         return _measure(options, suites, peers, cases, budget, stop_after, cpus, counts)
 
 
@@ -244,6 +164,7 @@ def _measure(
         "backend": options.backend,
         "peers": peers,
         "function": options.function,
+        "layout": cases[0].layout,
         "quick": options.quick,
         "seconds_a_line": budget.seconds,
         "pinned_to_cpus": cpus,
@@ -273,15 +194,17 @@ def _measure(
     def is_over() -> bool:
         return stop_after is not None and perf_counter() - started > stop_after
 
-    for (suite, dtype), suite_cases in itertools.groupby(cases, key=lambda c: (c.suite, c.dtype)):
+    stranger = _stranger(options)
+    for (suite, dtype), group_of in itertools.groupby(cases, key=lambda c: (c.suite, c.dtype)):
         if is_over():
             break
+        of_suite = list(group_of)
         columns = [name for name in peers_of(suite) if name in peers]
-        if options.function is not None and suite.attention:
-            columns.append(options.function)
+        if stranger is not None and any(computes(c) == stranger.computes for c in of_suite):
+            columns.append(stranger.name)
         _print(report.header_lines(suite, dtype, columns))
         kind = None
-        for _, group in itertools.groupby(suite_cases, key=lambda case: (case.kind, case.shape)):
+        for _, group in itertools.groupby(of_suite, key=lambda case: (case.kind, case.shape)):
             if is_over():
                 break
             same = list(group)
@@ -290,9 +213,9 @@ def _measure(
                 _print([report.kind_line(same[0])])
             measured = (same, peers, options.backend, budget, limits[suite.device])
             for row in (
-                isolated_rows(*measured, options.limit, options.function)
+                isolated_rows(*measured, options.limit, stranger)
                 if suite.on_gpu
-                else rows_of(*measured, options.function)
+                else rows_of(*measured, stranger)
             ):
                 if probed:
                     watch.probe()
@@ -311,6 +234,7 @@ def _measure(
         options.html.write_text(speed_page.html(document()), encoding="utf-8")
     if options.csv is not None:
         history.append(options.csv, document())
+    markdown.write_markdown(options, markdown.of_speed(document()))
     return 1 if any(row.failed for row in rows) else 0
 
 
@@ -331,9 +255,22 @@ def _measure_limits(suites: Iterable[Suite]) -> dict[str, Limits]:
     return limits
 
 
+def _stranger(options: argparse.Namespace) -> Where | None:
+    if options.function is None:
+        refuse_without_function(options)
+        if options.op is not None:
+            raise UsageError("--op: only with --function")
+        return None
+    return where(options, options.op)
+
+
 def _chosen_suites(options: argparse.Namespace) -> list[Suite]:
     names = names_of("--suite", options.suite, SUITES)
     has_gpu = torch.cuda.is_available()
+    stranger = _stranger(options)
+    if stranger is not None and options.suite is None:
+        wanted = stranger.computes == "attention"
+        names = [n for n in names if SUITES[n].attention == wanted and not SUITES[n].model]
     if options.suite is None:
         names = [name for name in names if has_gpu or not SUITES[name].on_gpu]
     for name in names:
@@ -383,6 +320,8 @@ def _chosen_peers(options: argparse.Namespace, suites: Sequence[Suite]) -> list[
 def _chosen_cases(options: argparse.Namespace, suites: Sequence[Suite]) -> list[Case]:
     kinds = _kinds(options, suites)
     steps = None if options.steps is None else names_of("--pass", options.steps, PASSES)
+    if options.forward_only and steps is None:
+        steps = [FORWARD]
     own = _shapes(options)
     cases: list[Case] = []
     for suite in suites:
@@ -409,7 +348,9 @@ def _kinds(options: argparse.Namespace, suites: Sequence[Suite]) -> list[str]:
     """The suites' own, or those of --kind, in that order, with combinations of parts."""
     known = _unique(kind for suite in suites for kind in suite.kinds)
     if options.kind is None:
-        return known
+        stranger = _stranger(options)
+        own = None if stranger is None else stranger.computes
+        return [own] if own in known else known
     chosen = [current_name("--kind", kind.strip()) for kind in options.kind.split(",")]
     has_attention = any(suite.attention for suite in suites)
     known += [kind for kind in chosen if has_attention and _joined(kind)]

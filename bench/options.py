@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 from ..console import UsageError, check_outputs, check_writable, set_threads
 from ..kernels.backends import dispatch
@@ -17,7 +15,6 @@ __all__ = [
     "check_outputs",
     "check_writable",
     "current_name",
-    "imported",
     "listed",
     "names_of",
     "renamed",
@@ -88,20 +85,3 @@ def check_backend(name: str) -> None:
     reason = dispatch.unavailable(name)
     if reason is not None:
         raise UsageError(f"--backend: {name} does not work here: {reason}")
-
-
-def imported(option: str, text: str) -> Any:
-    """The callable that MODULE:NAME says."""
-    module, _, name = text.partition(":")
-    expected = f"{option}: expected MODULE:NAME of a callable that can be imported"
-    if not module or not name:
-        raise UsageError(f"{expected}, got {text}")
-    try:
-        function: Any = importlib.import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{expected}, got {text}: {error}") from error
-    if not callable(function):
-        raise UsageError(f"{expected}, got {text}, a {type(function).__name__}")
-    return function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import runpy
 import shlex
@@ -137,3 +138,18 @@ def test_commands_are_understood(module: str, words: list[str]) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text("utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+def test_bring_your_kernel_followed_literally(tmp_path: Path) -> None:
+    """Each line of each block of commands, in order, in one empty folder."""
+    blocks = [code for language, code, _ in BLOCK.findall(PAGES_TEXT["bring-your-kernel.md"])]
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) > 8
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in lines:
+        done = subprocess.run(
+            ["sh", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        expected = 1 if line.endswith("# exit status 1") else 0
+        assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -23,7 +23,9 @@ Region = tuple[slice, ...]
 
 
 class Arena:
-    """Contiguous tensors by name; what `renew` puts into one is its first values, rotated.
+    """Tensors by name, each dense in memory in some order of its dimensions.
+
+    What `renew` puts into one is its first values, rotated.
 
     So values keep their distribution, whatever it is, and a renewal costs one copy. `key` makes a
     renewal one that can be repeated.
@@ -32,7 +34,8 @@ class Arena:
     def __init__(self, tensors: Mapping[str, Tensor], seed: int | None = None) -> None:
         self.tensors = dict(tensors)
         self._random = random.Random(seed)  # None: the system's entropy, which nobody can guess
-        self._first = {name: tensor.detach().flatten().clone() for name, tensor in tensors.items()}
+        self._orders = {name: _order(tensor) for name, tensor in tensors.items()}
+        self._first = {name: self._flat(name).clone() for name in tensors}
         self._shift = dict.fromkeys(tensors, 0)
         self._nudges: list[tuple[str, int]] = []
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -74,11 +77,12 @@ class Arena:
         if not names:
             return None
         name = draw.choice(names)
-        shape = self.tensors[name].shape
+        shape, region = self.tensors[name].shape, regions[name]
         for _ in range(NUDGED):
             at = 0
-            for size, part in zip(shape, regions[name], strict=True):
-                at = at * size + draw.choice(range(*part.indices(size)))
+            for axis in self._orders[name]:
+                size = shape[axis]
+                at = at * size + draw.choice(range(*region[axis].indices(size)))
             self._nudges.append((name, at))
             with torch.no_grad():
                 self._flat(name)[at].add_(NUDGE)
@@ -90,7 +94,7 @@ class Arena:
             tensor = self.tensors[name]
             start = _ALIGNMENT * self._random.randrange(1, _PADDING // _ALIGNMENT + 1)
             buffer = tensor.new_empty(tensor.numel() + _PADDING, requires_grad=False)
-            moved = buffer[start : start + tensor.numel()].view(tensor.shape)
+            moved = buffer.as_strided(tensor.shape, tensor.stride(), start)
             moved.copy_(tensor.detach())
             self.tensors[name] = moved.requires_grad_(tensor.requires_grad)
 
@@ -115,7 +119,13 @@ class Arena:
         return right
 
     def _flat(self, name: str) -> Tensor:
-        return self.tensors[name].detach().view(-1)
+        return self.tensors[name].detach().permute(self._orders[name]).view(-1)
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions as they lie in memory, the outermost first."""
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
 
 
 def _rotate(target: Tensor, first: Tensor, shift: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..candidate.interface import OPS
 from ..measure.arena import CaseArena, peek
 from ..measure.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case, Shape, Suite
 from ..measure.gate import Gate
@@ -35,7 +36,7 @@ class Subject:
     """A candidate and what it is asked for."""
 
     function: Function  # from inputs to outputs
-    kind: str = "full"
+    kind: str = "full"  # of attention, or the name of a row-wise function
     heads: tuple[int, int] = (4, 4)  # of queries, of keys
     head_size: int = 16
     dtype: torch.dtype = torch.float32
@@ -48,11 +49,20 @@ class Subject:
 
     @property
     def suite(self) -> Suite:
-        return replace(SUITES["cpu-attention"], device=self.device)
+        name = "cpu-norms" if self.kind in OPS else "cpu-attention"
+        return replace(SUITES[name], device=self.device)
 
-    def arena(self, queries: int, keys: int, *, kind: str | None = None, batch: int = 3) -> Trial:
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Those that are put to the test."""
+        return ("q", "k", "v") if self.suite.attention else ("x",)
+
+    def arena(self, queries: int, keys: int, *, masked: bool = True, batch: int = 3) -> Trial:
+        """Of attention without its mask where it is not `masked`; of rows, as many in each."""
+        if not self.suite.attention:
+            return Trial(self, self.kind, (batch * queries, keys))
         shape = (batch, *self.heads, queries, keys, self.head_size)
-        return Trial(self, self.kind if kind is None else kind, shape)
+        return Trial(self, self.kind if masked else "full", shape)
 
 
 class Trial:
@@ -114,7 +124,7 @@ def other_values(subject: Subject) -> str | None:
 
 def few_values(subject: Subject) -> str | None:
     """All but a few values of one tensor are those of the last call."""
-    for name in ("q", "k", "v"):
+    for name in subject.tensors:
         trial = subject.arena(40, 40)
         for _ in range(2):
             trial.call()
@@ -200,12 +210,12 @@ def odd_length(subject: Subject) -> str | None:
 
 
 def many_keys(subject: Subject) -> str | None:
-    return subject.arena(3, LONG, kind="full", batch=1).judged()
+    return subject.arena(3, LONG, masked=False, batch=1).judged()
 
 
 def zeros(subject: Subject) -> str | None:
     """Of all queries or keys: each weight is the same, and no short cut is right."""
-    for name in ("q", "k"):
+    for name in subject.tensors[:2]:
         trial = subject.arena(ODD, ODD)
         trial.fill({name: torch.zeros_like})
         found = trial.judged()
@@ -223,18 +233,19 @@ def signed_zeros(subject: Subject) -> str | None:
         return tensor.where(~chosen.to(tensor.device), tensor * 0.0)
 
     trial = subject.arena(ODD, ODD)
-    trial.fill(dict.fromkeys(("q", "k", "v"), some))
+    trial.fill(dict.fromkeys(subject.tensors, some))
     return trial.judged()
 
 
 def large_scores(subject: Subject) -> str | None:
     """In the hundreds: exp of them overflows where the row's maximum is not taken off."""
     trial = subject.arena(ODD, ODD)
-    trial.fill({"q": partial(torch.mul, LARGE)})
+    trial.fill({subject.tensors[0]: partial(torch.mul, LARGE)})
     return trial.judged()
 
 
-CHECKS: dict[str, Callable[[Subject], str | None]] = {
+Check = Callable[[Subject], str | None]
+CHECKS: dict[str, Check] = {
     "nothing replaced": nothing_replaced,
     "other values in place": other_values,
     "a few other values": few_values,

@@ -208,6 +208,7 @@ class Case:
     kind: str
     shape: Shape
     step: str  # one of PASSES
+    layout: str = "bhld"  # of attention's tensors in memory: or "blhd"
 
     @property
     def backward(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..options import UsageError, listed, renamed
 from ..peers.candidates import ROWMAX
+from ..render import markdown
 from .intervals import Interval, overlap, ratio_interval
 from .report import SCHEMA
 from .timing import geometric_mean
@@ -52,6 +53,7 @@ class Run:
     source: str
     machine: Mapping[str, str]  # the fields that times depend on
     memory: str
+    layout: str  # of attention's tensors
     complaints: Sequence[str]
     cases: Sequence[Measured]
 
@@ -113,11 +115,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "or a busier one changes less; default: %(default)s",
     )
     command.add_argument("--candidate", default=ROWMAX, help="default: %(default)s")
+    markdown.add_markdown_options(command)
 
 
 def run(options: argparse.Namespace) -> int:
     if not options.threshold >= 0 or math.isinf(options.threshold):
         raise UsageError(f"--threshold: expected a number >= 0, got {options.threshold}")
+    markdown.check_markdown(options)
     threshold = options.threshold / 100
     before, after = (load(path) for path in (options.before, options.after))
     if options.by == "ratio" and options.candidate != ROWMAX:
@@ -127,6 +131,11 @@ def run(options: argparse.Namespace) -> int:
     if not changes and not unmatched:
         raise UsageError(f"neither file has a case of {options.candidate}")
     print("\n".join([*lines(before, after, changes, threshold, options.by), *unmatched]))
+    factor = 1e3 if options.by == "time" else 1.0
+    table = [
+        (_case(c.key), factor * c.before, factor * c.after, c.verdict(threshold)) for c in changes
+    ]
+    markdown.write_markdown(options, markdown.of_compare(table, unmatched, threshold))
     return 1 if unmatched or any(one.verdict(threshold) == "SLOWER" for one in changes) else 0
 
 
@@ -160,6 +169,7 @@ def _parsed(document: Mapping[str, Any]) -> Run:
         _text(source),
         {name: _text(machine.get(name)) for name in ("cpu", "torch_threads", "instruction_set")},
         _text(document["settings"].get("memory", "fresh")),
+        _text(document["settings"].get("layout", "bhld")),
         [_text(complaint) for complaint in document["noise"]["complaints"]],
         [_measured(row) for row in document["rows"]],
     )
@@ -243,6 +253,8 @@ def lines(
     if before.memory != after.memory:
         memory = f"A has {before.memory} memory for results, B {after.memory}"
         found.append(f"other conditions: {memory}")
+    if before.layout != after.layout:
+        found.append(f"other conditions: A has tensors in {before.layout}, B in {after.layout}")
     for name, one in (("A", before), ("B", after)):
         found += [f"{name} was noisy: {complaint}" for complaint in one.complaints]
     if not changes:

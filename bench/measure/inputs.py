@@ -371,6 +371,8 @@ def _attention_inputs(case: Case, draw: _Draw) -> AttentionInputs:
         key_heads = heads // GROUP
     q, k, v, d_out = (
         draw.normal(batch, some_heads, length, size)
+        if case.layout == "bhld"
+        else draw.normal(batch, length, some_heads, size).transpose(1, 2)
         for some_heads, length in (
             *((heads, queries), (key_heads, keys), (key_heads, keys)),
             (heads, queries),

@@ -1,23 +1,23 @@
-"""`speed`: anyone's own attention, timed beside rowmax and every peer that is here."""
+"""`speed`: anyone's own kernel, timed beside rowmax and every peer that is here."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..candidate import Candidate, load
 from ..conduct.guard import Guard
 from ..machine import gpu
 from ..machine.host import describe, measure_limits
 from ..options import renamed
-from ..peers.candidates import ONLY_BY_NAME, ROWMAX, SLOW_TO_START, Function, peers_of, sdpa
+from ..peers.candidates import ONLY_BY_NAME, ROWMAX, SLOW_TO_START, Function, peers_of
 from . import report
 from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
-from .runner import Row, candidates, run_cases
+from .runner import Row, candidates, function_of, run_cases
 from .timing import Budget, timer_for
 
 
@@ -33,11 +33,13 @@ class Speeds:
 
 
 def speed(
-    function: Callable[..., Tensor] | None = None,
+    function: Callable[..., Any] | str | None = None,
     *,
     name: str = "yours",
-    shapes: Sequence[Shape] = ((8, 8, 512, 64),),
-    kinds: Sequence[str] = ("full", "causal"),
+    shapes: Sequence[Shape] | None = None,
+    kinds: Sequence[str] | None = None,
+    op: str | None = None,
+    layout: str | None = None,
     dtype: torch.dtype = torch.float32,
     backward: bool = True,
     device: str = "cpu",
@@ -45,14 +47,19 @@ def speed(
     backend: str = "auto",
     seconds: float = 1.0,
 ) -> Speeds:
-    """Times attention: A B C, A B C, ..., each candidate after it has passed the gate.
+    """Times attention, or a norm: A B C, A B C, ..., each candidate after it has passed the gate.
 
     Args:
-        function: a callable with the signature of
-            `torch.nn.functional.scaled_dot_product_attention`, in the column `name`; None times
-            rowmax and the peers alone. One that is not right is not timed: see a row's `faults`.
-        shapes: (B, H, L, D), (B, H, Lq, Lk, D) or (B, Hq, Hkv, Lq, Lk, D) each.
-        kinds: as of `bench speed --kind`: "full", "causal", "padded+dropout", ...
+        function: an attention, norm or softmax, or where it is to be found, as `verify` takes it,
+            in the column `name`; None times rowmax and the peers alone. One that is not right is
+            not timed: see a row's `faults`.
+        shapes: (B, H, L, D), (B, H, Lq, Lk, D) or (B, Hq, Hkv, Lq, Lk, D) each, by default
+            (8, 8, 512, 64); or (rows, columns), by default (4096, 1024).
+        kinds: as of `bench speed --kind`: "full", "causal", "padded+dropout", ...; of a norm, its
+            name alone.
+        op: what `function` computes, where its name does not say it. layout: of its q, k and v,
+            "bhld", "blhd" or "packed"; for "blhd" and "packed" all candidates get tensors that are
+            (B, L, H, D) in memory.
         backward: also forward and backward together.
         peers: their names; None takes those of the suite that need no compilation.
         seconds: to spend on each line.
@@ -60,7 +67,21 @@ def speed(
     Raises:
         ValueError: an unknown kind, peer or device, or a shape that no kind suits.
     """
-    suites = [suite for suite in SUITES.values() if suite.attention and suite.device == device]
+    guard = Guard()
+    candidate = None
+    if isinstance(function, str):
+        candidate = load(function, op=op, layout=layout, backward=backward)
+    elif function is not None:
+        candidate = Candidate(function, name, op=op, layout=layout, backward=backward)
+    computes = candidate.op if candidate is not None else op or "attention"
+    is_attention = computes == "attention"
+    kinds = kinds or (("full", "causal") if is_attention else (computes,))
+    shapes = shapes or (((8, 8, 512, 64),) if is_attention else ((4096, 1024),))
+    suites = [
+        suite
+        for suite in SUITES.values()
+        if suite.attention == is_attention and not suite.model and suite.device == device
+    ]
     if not suites:
         raise ValueError(f"speed: device: expected cpu or cuda, got {device!r}")
     suite = replace(suites[0], dtypes=(dtype,))
@@ -74,11 +95,13 @@ def speed(
             )
     kinds = [renamed("--kind", kind) for kind in kinds]
     for kind in kinds:
-        if not parts_of(kind) <= set(PARTS):
-            raise ValueError(f"speed: kinds: expected {', '.join(PARTS)} joined by +, got {kind!r}")
+        known = ", ".join(PARTS) + " joined by +" if is_attention else computes
+        if not (parts_of(kind) <= set(PARTS) if is_attention else kind == computes):
+            raise ValueError(f"speed: kinds: expected {known}, got {kind!r}")
     for shape in shapes:
         if not suite.takes(tuple(shape)):
-            raise ValueError(f"speed: shapes: expected 4, 5 or 6 sizes, got {tuple(shape)}")
+            sizes = "4, 5 or 6 sizes" if is_attention else "rows and columns"
+            raise ValueError(f"speed: shapes: expected {sizes}, got {tuple(shape)}")
     here = list(peers_of(suite))
     for peer in peers or ():
         if peer not in here:
@@ -91,10 +114,11 @@ def speed(
     cases = cases_of(suite, (dtype,), kinds, steps, [tuple(shape) for shape in shapes])
     if not cases:
         raise ValueError("speed: no kind suits a shape: nothing to measure")
-    guard = Guard()
+    if candidate is not None and candidate.layout != "bhld":
+        cases = [replace(case, layout="blhd") for case in cases]
     timer = timer_for(device)
     limits = measure_limits() if device == "cpu" else gpu.measure_limits(dtype, timer)
-    columns = [*chosen, *(() if function is None else (name,))]
+    columns = [*chosen, *(() if candidate is None else (name,))]
     text = report.machine_lines(describe(), {device: limits}, [suite])
     text += report.header_lines(suite, dtype, columns)
     rows: list[Row] = []
@@ -106,9 +130,9 @@ def speed(
             last = case.kind
             text.append(report.kind_line(case))
         functions: dict[str, Function] = candidates(case, chosen, backend)
-        if function is not None:
-            functions[name] = partial(sdpa, function=function)
-        foreign = {} if function is None else {name: guard}
+        if candidate is not None:
+            functions[name] = function_of(candidate)
+        foreign = {} if candidate is None else {name: guard}
         for row in run_cases([case], functions, budget, limits, timer, foreign):
             rows.append(row)
             text += report.row_lines(row, columns, printed)

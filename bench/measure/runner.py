@@ -14,13 +14,15 @@ from typing import Any
 import torch
 
 from ...kernels.testing.memory import peak_bytes
+from ..candidate import Candidate
+from ..candidate.sources import Where
 from ..conduct import clocks, examine
 from ..conduct.guard import Guard
 from ..machine.host import Limits
-from ..options import imported
 from ..peers.candidates import (
     ROWMAX,
     Function,
+    foreign_row,
     measured_call,
     naive,
     peers_of,
@@ -151,26 +153,38 @@ def rows_of(
     backend: str,
     budget: Budget,
     limits: Limits,
-    stranger: str | None = None,
+    stranger: Where | None = None,
 ) -> Iterator[Row]:
     """`run_cases` of the candidates for one kind, shape and dtype.
 
-    `stranger`: MODULE:NAME of a function with SDPA's signature, in the column of that name.
+    `stranger`: a function of someone else's, in the column of its name.
     """
     functions = candidates(cases[0], peers, backend)
     guards = {}
-    if stranger is not None and cases[0].suite.attention:
-        function, guards[stranger] = stranger_of(stranger)
-        functions[stranger] = partial(sdpa, function=function)
+    if stranger is not None and computes(cases[0]) == stranger.computes:
+        candidate, guards[stranger.name] = stranger_of(stranger)
+        functions[stranger.name] = function_of(candidate)
     timer = timer_for(cases[0].suite.device)
     yield from run_cases(cases, functions, budget, limits, timer, guards)
 
 
 @functools.cache
-def stranger_of(stranger: str) -> tuple[Callable[..., Any], Guard]:
+def stranger_of(stranger: Where) -> tuple[Candidate, Guard]:
     """The guard is there before anything of the module runs."""
     guard = Guard()
-    return imported("--function", stranger), guard
+    return stranger.load(), guard
+
+
+def computes(case: Case) -> str:
+    """What a case is of, as candidates are: attention, or a row-wise function."""
+    return "attention" if case.suite.attention else case.kind
+
+
+def function_of(candidate: Candidate) -> Function:
+    """From a case's inputs to its outputs."""
+    if candidate.op == "attention":
+        return partial(sdpa, function=candidate.attention)
+    return partial(foreign_row, candidate.row, candidate.op)
 
 
 def isolated_rows(
@@ -180,7 +194,7 @@ def isolated_rows(
     budget: Budget,
     limits: Limits,
     seconds: float,
-    stranger: str | None = None,
+    stranger: Where | None = None,
 ) -> Iterator[Row]:
     """`rows_of` in a process of its own: where it is lost, the rest of its rows say so."""
     done = 0
@@ -290,19 +304,20 @@ def _admit(
 
 
 def _conduct(function: Function, case: Case, guard: Guard) -> str | None:
-    """What examination finds; of attention, for that is what has an interface for strangers."""
-    if not case.suite.attention:
-        return None
-    sizes = case.sizes
-    key_heads = sizes.heads // GROUP if "gqa" in case.parts else sizes.key_heads
-    kind = "+".join(part for part in case.kind.split("+") if part not in NOT_A_MASK) or "full"
-    asked = kind, sizes.heads, key_heads, sizes.head_size, case.dtype, case.backward
+    """What examination finds."""
+    kind, heads, head_size = case.kind, (1, 1), 1
+    if case.suite.attention:
+        sizes = case.sizes
+        heads = sizes.heads, (sizes.heads // GROUP if "gqa" in case.parts else sizes.key_heads)
+        head_size = sizes.head_size
+        kind = "+".join(part for part in kind.split("+") if part not in NOT_A_MASK) or "full"
+    asked = kind, *heads, head_size, case.dtype, case.backward
     if asked not in guard.examined:
         subject = examine.Subject(
             function,
             kind=kind,
-            heads=(sizes.heads, key_heads),
-            head_size=sizes.head_size,
+            heads=heads,
+            head_size=head_size,
             dtype=case.dtype,
             backward=case.backward,
             device=case.suite.device,

@@ -174,6 +174,22 @@ def torch_norm(kind: str, inputs: NormInputs) -> Outputs:
     return F.layer_norm(total, columns, inputs.weight, inputs.bias, EPS), total
 
 
+def foreign_row(function: Callable[..., Any], kind: str, inputs: NormInputs) -> Outputs:
+    """A stranger's, called as the function of rowmax.kernels that `kind` names."""
+    if kind == "masked_softmax":
+        found = function(inputs.x, mask=inputs.allowed)
+    else:
+        given = {"weight": inputs.weight, "bias": inputs.bias}
+        tensors = (inputs.x,) if inputs.residual is None else (inputs.x, inputs.residual)
+        found = function(
+            *tensors,
+            eps=EPS,
+            **{name: tensor for name, tensor in given.items() if tensor is not None},
+            **({"dropout_p": inputs.dropout_p, "seed": SEED} if inputs.dropout_p > 0.0 else {}),
+        )
+    return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+
 def naive_norm(kind: str, inputs: NormInputs) -> Outputs:
     """The equations as they are written, in the dtype of the inputs."""
     if kind == "masked_softmax":

@@ -7,6 +7,7 @@ Colours are the classes s0 to s7 (series), `grid`, `mark` and `label` of `page.h
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +18,8 @@ SERIES = 8  # colours that there are; a ninth series begins again with the first
 MAX_TICKS = 7
 _LEFT, _RIGHT, _TOP = 52, 12, 14
 _PLOT = 230  # height of a plot with two axes
+_TICK_ROOM = 44  # of a tick like 0.0001
+_NAME = 28  # characters of a layer's name
 
 
 class Point(NamedTuple):
@@ -164,6 +167,51 @@ def strips(
     return _svg(title, height, found)
 
 
+def ladder(
+    title: str,
+    series: Sequence[str],
+    rungs: Mapping[str, tuple[Sequence[float], float, str]],
+    axis: str,
+) -> str:
+    """For each name a dot of each series and a tick at the limit, on one logarithmic axis.
+
+    rungs: the values, the limit and the text by name, from above.
+    """
+    found: list[str] = []
+    values = [x for dots, limit, _ in rungs.values() for x in (*dots, limit)]
+    left = 14 + 6.1 * max((len(_end_of(name)) for name in rungs), default=1)
+    known = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    floor = min(known)
+    scale = _log_scale(values, left, WIDTH - 16)
+    step = 17
+    bottom = _TOP + step * len(rungs)
+    ticks = scale.ticks()
+    while (scale.end - scale.start) / max(1, len(ticks)) < _TICK_ROOM and len(ticks) > 2:
+        ticks = ticks[::2]
+    found += [_vertical(tick, scale, _TOP, bottom) for tick in ticks]
+    for at, (name, (dots, limit, text)) in enumerate(rungs.items()):
+        y = _TOP + step * at + 9
+        found.append(_text(left - 6, y + 4, _end_of(name), "end"))
+        x = scale(max(limit, floor))
+        found.append(
+            f'<g><title>{escape(text)}</title><path class="rule" d="M{x:.1f} {y - 8}v16"/>'
+        )
+        found += [
+            f'<circle class="s{number % SERIES}" cx="{scale(max(value, floor)):.1f}" cy="{y}" '
+            'r="3.5" fill-opacity="0.8"/>'
+            for number, value in enumerate(dots)
+        ]
+        found.append("</g>")
+    found.append(_text((left + WIDTH) / 2, bottom + 30, axis, "middle"))
+    legend, height = _legend(series, bottom + 38)
+    return _svg(title, height, [*found, legend])
+
+
+def _end_of(name: str) -> str:
+    """A layer's name, without the beginning of a long one."""
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+
+
 def columns(
     title: str, names: Sequence[str], series: Mapping[str, Sequence[float]], axis: str
 ) -> str:
@@ -233,9 +281,15 @@ def _number(value: float) -> str:
 
 
 def _svg(title: str, height: float, content: Sequence[str]) -> str:
+    """What each mark says when pointed at stands in a list as well, which keys open and scroll."""
+    texts = re.findall("<title>(.*?)</title>", "".join(content), re.DOTALL)
+    listed = "".join(f"<li>{text}</li>" for text in texts)
+    values = (
+        f'<details><summary>{len(texts)} values</summary><ul tabindex="0">{listed}</ul></details>'
+    )
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {height:.0f}" '
         f'role="img" aria-label="{escape(title, quote=True)}" xmlns="http://www.w3.org/2000/svg">'
         + "".join(content)
-        + "</svg></figure>"
+        + f"</svg>{values if texts else ''}</figure>"
     )

@@ -22,11 +22,15 @@ class Section(NamedTuple):
     rows: Sequence[Sequence[str]] = ()
 
 
-def page(title: str, sections: Iterable[Section]) -> str:
-    """The page of these sections, by the template `page.html`."""
+def page(title: str, sections: Iterable[Section], *, refresh: int | None = None) -> str:
+    """The page of these sections, by the template `page.html`; it loads itself again after
+    `refresh` seconds.
+    """
     with from_extra("bench"):
         import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    return environment.get_template("page.html").render(title=title, sections=list(sections))
+    return environment.get_template("page.html").render(
+        title=title, sections=list(sections), refresh=refresh
+    )

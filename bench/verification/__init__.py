@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .model import ModelReport, verify_model
 from .outcome import Report
 from .suite import verify
 
-__all__ = ["Report", "verify"]
+__all__ = ["ModelReport", "Report", "verify", "verify_model"]

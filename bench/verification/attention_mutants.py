@@ -69,6 +69,7 @@ class Mutant:
     device = torch.device("cpu")
     ops: tuple[str, ...] = ("attention",)
     with_lse = True
+    backward = True
 
     def __init__(self, fault: str | None = None) -> None:
         self.name = fault or "tiled, no fault"

@@ -10,7 +10,7 @@ import torch
 from . import invariants
 from .cheats import CHEATS
 from .contracts import CONTRACTS
-from .implementations import Sdpa
+from .implementations import Foreign
 from .mutation import Mutation
 
 DTYPE = torch.float32  # one is enough: what they do is no matter of rounding
@@ -27,7 +27,7 @@ def check() -> Iterator[Mutation]:
     for name, cheat in _SEEN.items():
         by, done = None, 0
         with ExitStack() as stack:
-            candidate = Sdpa(cheat.make(stack), name, contract=CONTRACTS["torch"])
+            candidate = Foreign(cheat.make(stack), name, contract=CONTRACTS["torch"])
             for found in invariants.check(candidate, ("attention",), DTYPE):
                 done += 1
                 if found.failed:

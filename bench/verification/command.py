@@ -6,6 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,12 +15,17 @@ from ...console import from_extra
 from ...kernels.backends import dispatch
 from ...kernels.testing.cases import Shape
 from ...kernels.testing.suite import ALL_KINDS, OPS
+from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
+from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
-from ..options import UsageError, check_outputs, imported, listed, names_of, set_threads
+from ..options import UsageError, check_outputs, listed, names_of, set_threads
+from ..render.markdown import add_markdown_options, check_markdown, write_markdown
 from ..shapes import calls
 from . import suite
 from .contracts import CONTRACTS
-from .implementations import Backend, Implementation, Sdpa
+from .implementations import Backend, Foreign, Implementation
+from .model import verify_model
+from .outcome import Report
 from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
@@ -40,10 +46,18 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument(
         "--function",
-        metavar="MODULE:NAME",
-        help="verify this callable with SDPA's signature instead, for example "
-        "torch.nn.functional:scaled_dot_product_attention",
+        metavar="WHERE",
+        help=f"verify an attention, norm or softmax of yours instead: {FORMS}; --op tells what it "
+        "is where its name does not",
     )
+    command.add_argument(
+        "--model",
+        metavar="WHERE",
+        help="a function without arguments that returns a model and its inputs, of a module or a "
+        "file: whether each layer gives the same bits again, on any number of threads, and for a "
+        "batch element alone; nothing else is verified then",
+    )
+    add_foreign_options(command)
     command.add_argument("--device", default="cpu", help="of --function; default: %(default)s")
     command.add_argument("--op", metavar="NAMES", help=f"of {listed(OPS)}")
     command.add_argument("--kind", metavar="NAMES", help=f"of {listed(ALL_KINDS)}")
@@ -76,26 +90,66 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--verbose", action="store_true", help="a line for every case")
     command.add_argument("--json", metavar="FILE", type=Path, help="write everything found")
     command.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots")
+    command.add_argument("--csv", metavar="FILE", type=Path, help="write a line a result")
+    add_markdown_options(command)
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.model is not None:
+        return _run_model(options)
     implementations = _implementations(options)
     settings = _settings(options)
     if options.function is not None:
-        settings = replace(settings, ops=tuple(op for op in settings.ops if op in Sdpa.ops))
+        (one,) = implementations
+        settings = suite.with_ops_of(settings, one)
         if not settings.ops:
-            raise UsageError("--op: with --function, attention is all that is verified")
+            raise UsageError(f"--op: {one.name} is {listed(one.ops)}, got {options.op}")
     set_threads(options.threads)
-    check_outputs({"--json": options.json, "--html": options.html})
+    check_outputs({"--json": options.json, "--html": options.html, "--csv": options.csv})
+    check_markdown(options)
     if options.verbose:
         print(VERBOSE_HEADING)
-    with _Progress(verbose=options.verbose) as progress:
+    with _Progress(verbose=options.verbose, html=options.html) as progress:
         report = suite.run(implementations, settings, progress)
     print("\n".join(lines(report)))
     if options.json is not None:
         options.json.write_text(report.as_json(), encoding="utf-8")
     if options.html is not None:
         options.html.write_text(report.as_html(), encoding="utf-8")
+    if options.csv is not None:
+        options.csv.write_text(report.as_csv(), encoding="utf-8")
+    write_markdown(options, report.as_markdown())
+    return 0 if report.passed else 1
+
+
+def _run_model(options: argparse.Namespace) -> int:
+    for name in (
+        "function",
+        "backend",
+        "op",
+        "kind",
+        "check",
+        "shape",
+        "shapes",
+        "html",
+        "csv",
+        "markdown",
+    ):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name}: not with --model")
+    set_threads(options.threads)
+    check_outputs({"--json": options.json})
+    for module in options.imports:
+        module_of("--import", module)
+    made = callable_of("--model", options.model)()
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
+        kind = type(made).__name__
+        raise UsageError(f"--model: expected (model, inputs) of {options.model}, got a {kind}")
+    chosen = {"backward": not options.forward_only, "contract": options.contract}
+    report = verify_model(*made, **chosen)
+    print(report)
+    if options.json is not None:
+        options.json.write_text(report.as_json(), encoding="utf-8")
     return 0 if report.passed else 1
 
 
@@ -148,9 +202,10 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
         except Exception as error:
             raise UsageError(f"--device: {options.device} does not work here") from error
         guard = Guard()  # before anything of the module runs
-        function = imported("--function", options.function)
-        held_to = CONTRACTS[options.contract]
-        return [Sdpa(function, options.function, device, guard, held_to)]
+        op = suite.named_op(names_of("--op", options.op, OPS)) if options.op else None
+        candidate = where(options, op).load()
+        return [Foreign(candidate, options.function, device, guard, CONTRACTS[options.contract])]
+    refuse_without_function(options)
     if options.contract != "rowmax":
         raise UsageError("--contract: only with --function; backends have rowmax's")
     names = names_of("--backend", options.backend, dispatch.NAMES)
@@ -163,12 +218,25 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
     return list(map(Backend, names))
 
 
-class _Progress(suite.Listener):
-    """A bar on standard error where that is a terminal; with `verbose`, a line a case."""
+EVERY = 2.0  # seconds between the pages of a run that goes on, at least
 
-    def __init__(self, *, verbose: bool) -> None:
+
+class _Progress(suite.Listener):
+    """A bar on standard error where that is a terminal; with `verbose`, a line a case.
+
+    With `html`, a page of what was found so far, as often as takes a twentieth of the time.
+    """
+
+    def __init__(self, *, verbose: bool, html: Path | None = None) -> None:
         self._verbose = verbose
+        self._html = html
+        self._report: Report | None = None
+        self._started = self._next = perf_counter()
+        self._total = self._done = 0
         self._bar: Any = None
+
+    def opened(self, report: Report) -> None:
+        self._report = report
 
     def __enter__(self) -> _Progress:
         return self
@@ -178,6 +246,7 @@ class _Progress(suite.Listener):
             self._bar.close()
 
     def begin(self, total: int) -> None:
+        self._total = total
         if self._verbose or not sys.stderr.isatty():
             return
         with from_extra("bench"):
@@ -185,9 +254,17 @@ class _Progress(suite.Listener):
         self._bar = tqdm(total=total, leave=False, unit=" checks")
 
     def step(self, description: str) -> None:
+        self._done += 1
         if self._bar is not None:
             self._bar.set_description(description, refresh=False)
             self._bar.update()
+        if self._html is not None and self._report is not None and perf_counter() >= self._next:
+            began = perf_counter()
+            so_far = f"{self._done} of {self._total} checks, at {description}"
+            part = replace(self._report, unfinished=so_far, seconds=began - self._started)
+            self._html.write_text(part.as_html(), encoding="utf-8")
+            took = perf_counter() - began
+            self._next = began + max(EVERY, 20 * took)
 
     def ran(self, implementation: str, run: Run) -> None:
         if self._verbose:

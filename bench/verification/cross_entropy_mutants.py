@@ -34,6 +34,7 @@ class CrossEntropyMutant:
 
     device = torch.device("cpu")
     with_lse = True
+    backward = True
     ops: tuple[str, ...] = ("linear_cross_entropy",)
 
     def __init__(self, fault: str) -> None:

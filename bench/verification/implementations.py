@@ -1,4 +1,4 @@
-"""The implementations to verify: a backend of rowmax.kernels, or a callable like torch's SDPA."""
+"""The implementations to verify: a backend of rowmax.kernels, or a stranger's function."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from ...kernels import ALiBi, Causal, Mask
 from ...kernels.backends.dispatch import PREFERENCE
 from ...kernels.testing.oracle import AttentionCase, Kernel
 from ...kernels.testing.suite import ATTENTION_OPS, OPS
+from ..candidate import Candidate, DeclinedError
 from ..conduct.guard import Guard
 from .contracts import ROWMAX, Contract
 
-
-class DeclinedError(Exception):
-    """The implementation has no way to express or compute this; its text says why."""
+__all__ = ["Backend", "DeclinedError", "Foreign", "Implementation", "contract_of"]
 
 
 class Implementation(Protocol):
@@ -28,6 +27,7 @@ class Implementation(Protocol):
     device: torch.device
     ops: tuple[str, ...]
     with_lse: bool  # whether `attention` returns it
+    backward: bool  # whether its gradients are looked at
 
     def kernel(self, op: str) -> Kernel:
         """The function, called as `assert_as_accurate_as_naive` says. It raises DeclinedError."""
@@ -38,6 +38,7 @@ class Backend:
 
     ops: tuple[str, ...] = OPS
     with_lse = True
+    backward = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -67,35 +68,37 @@ class _Refusals:
             raise DeclinedError(reason) from error
 
 
-SdpaLike = Callable[..., Tensor]
-
-
-class Sdpa:
-    """A callable with the signature of torch.nn.functional.scaled_dot_product_attention.
+class Foreign:
+    """A stranger's function, by the interface that its `Candidate` gives it.
 
     Masks are handed over as bool tensors, True = may attend, or as `is_causal=True` where that is
     all there is; biases, ALiBi among them, as a float `attn_mask` with -inf where masked.
     """
 
-    ops: tuple[str, ...] = ("attention",)
     with_lse = False
 
     def __init__(
         self,
-        function: SdpaLike,
+        candidate: Candidate | Callable[..., Any],
         name: str | None = None,
         device: torch.device | str = "cpu",
         guard: Guard | None = None,
         contract: Contract = ROWMAX,
     ) -> None:
-        self.function = function
+        if not isinstance(candidate, Candidate):
+            candidate = Candidate(candidate, name)
+        self.candidate = candidate
         self.contract = contract
-        self.guard = guard or Guard()  # from before `function` was imported, where it is given
-        self.name = str(name or getattr(function, "__qualname__", type(function).__name__))
+        self.guard = guard or Guard()  # from before the function was imported, where it is given
+        self.name = name or candidate.name
         self.device = torch.device(device)
+        self.backward = candidate.backward
+        self.ops = candidate.ops
 
     def kernel(self, op: str) -> Kernel:
-        return self._attention
+        if op == "attention":
+            return self._attention
+        return self.candidate.varlen if op == "attention_varlen" else self.candidate.row
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if not {"sinks", "softcap"}.isdisjoint(options):
@@ -109,7 +112,9 @@ class Sdpa:
             chosen["scale"] = options["scale"]
         if q.shape[1] != k.shape[1]:
             chosen["enable_gqa"] = True
-        return self.function(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, **chosen)
+        return self.candidate.attention(
+            *(q, k, v), attn_mask=mask, dropout_p=0.0, is_causal=is_causal, **chosen
+        )
 
     def _masks(self, call: AttentionCase) -> tuple[Tensor | None, bool]:
         """attn_mask and is_causal."""
@@ -132,4 +137,4 @@ class Sdpa:
 
 def contract_of(implementation: Implementation) -> Contract:
     """A stranger's may be torch's; everything else promises what rowmax does."""
-    return implementation.contract if isinstance(implementation, Sdpa) else ROWMAX
+    return implementation.contract if isinstance(implementation, Foreign) else ROWMAX

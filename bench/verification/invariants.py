@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,17 +15,25 @@ from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_te
 from ...kernels.testing.cross_entropy import CrossEntropyCase, cross_entropy_case
 from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
+from ...kernels.testing.suite import ATTENTION_OPS
 from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
 from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
+from ..peers.candidates import foreign_row
+from .bits import difference, on_all_threads
 from .contracts import Contract
-from .implementations import DeclinedError, Implementation, Sdpa, contract_of
+from .implementations import DeclinedError, Foreign, Implementation, contract_of
+from .packed_invariants import PACKED
+
+T = TypeVar("T")
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
 DECODING = Shape(4, 4, 2, 1, 600, 32, 32)
 ROWS = (257, 96)
+# What says whether the same numbers come out again.
+DETERMINISM = ("same bits again", "any thread count", "alone as in a batch")
 # On the same tensors, with other values each: of a stranger's function, and of a backend.
 CALLS, OWN_CALLS = 150, 6
 
@@ -65,7 +72,7 @@ class Invariant:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def rows_sum_to_one(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """With v all ones, out is the sum of each row's weights."""
     case = _case(implementation, dtype)
     case = replace(case, v=torch.ones_like(case.v))
@@ -75,7 +82,7 @@ def rows_sum_to_one(implementation: Implementation, dtype: torch.dtype) -> str |
     return _fault(implementation, out, case, expected)
 
 
-def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def keys_permuted(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The order of keys is no part of attention: all results as without, but for their order."""
     kind = Kind(bias=lambda s, draw: draw.normal(1, s.Hq, s.Lq, s.Lk))
     case = _case(implementation, dtype, kind)
@@ -85,18 +92,19 @@ def keys_permuted(implementation: Implementation, dtype: torch.dtype) -> str | N
     permuted = replace(case, k=case.k[:, :, order], v=case.v[:, :, order], bias=bias[..., order])
     results = _results(implementation, permuted)
     back = order.argsort()
-    for name in ("d_k", "d_v"):
+    for name in results.keys() & {"d_k", "d_v"}:
         results[name] = results[name][:, :, back]
-    results["d_bias"] = results["d_bias"][..., back]
+    if "d_bias" in results:
+        results["d_bias"] = results["d_bias"][..., back]
     return _fault(implementation, results, case)
 
 
-def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def scores_shifted(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A constant added to all scores of a row changes nothing but its lse, by that constant."""
     case = _case(implementation, dtype)
     shifted = replace(case, bias=torch.full((1, 1, 1, 1), 4.0).to(dtype))
     results = _results(implementation, shifted)
-    del results["d_bias"]
+    results.pop("d_bias", None)
     if "lse" in results:
         results["lse"] = results["lse"] - 4.0
     magnitudes = shifted.expected
@@ -107,7 +115,7 @@ def scores_shifted(implementation: Implementation, dtype: torch.dtype) -> str | 
     return _fault(implementation, results, shifted, unshifted)
 
 
-def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def padding_unread(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """NaN and infinities in padding give the same bits as zeros there."""
     lengths = torch.tensor([70, 0, 23, 41])
     kind = Kind(lambda s, draw: KeyLengths(lengths))
@@ -118,52 +126,54 @@ def padding_unread(implementation: Implementation, dtype: torch.dtype) -> str | 
     poisoned = replace(clean, k=torch.where(padding, poison, k), v=torch.where(padding, -poison, v))
     expected = _results(implementation, replace(clean, k=k, v=v))
     got = _results(implementation, poisoned)
-    fault = _difference(got, expected)
+    fault = difference(got, expected)
     if fault is None:
-        for name in ("d_k", "d_v"):
+        for name in sorted(got.keys() & {"d_k", "d_v"}):
             if bool(got[name].masked_select(padding).any()):
                 return f"{name}: padding has a gradient"
     return fault
 
 
-def empty_rows_are_zero(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def empty_rows_are_zero(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A query that may attend nothing gives out = 0, lse = -inf and no gradient."""
     allowed = torch.ones(SIZES.Lq, SIZES.Lk, dtype=torch.bool)
     allowed[5], allowed[-1] = False, False
     kind = Kind(lambda s, draw: allowed)
     results = _results(implementation, _case(implementation, dtype, kind))
     for row in (5, SIZES.Lq - 1):
-        for name in ("out", "d_q"):
+        for name in ("out", "d_q") if implementation.backward else ("out",):
             found = results[name][:, :, row]
             if bool((found != 0.0).any()):
                 return f"{name}: {float(found.flatten()[0]):.3g} in a row without keys"
         if "lse" in results and not bool((results["lse"][:, :, row] == -torch.inf).all()):
             return "lse: expected -inf in a row without keys"
-    finite = all(bool(torch.isfinite(results[name]).all()) for name in ("d_k", "d_v"))
+    finite = all(
+        bool(torch.isfinite(results[name]).all()) for name in results.keys() & {"d_k", "d_v"}
+    )
     return None if finite else "d_k or d_v: not finite beside a row without keys"
 
 
-def same_bits_again(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """Three runs on the same inputs."""
     for case in _several(implementation, dtype):
         first = _results(implementation, case)
         for _ in range(2):
-            fault = _difference(_results(implementation, case), first)
+            fault = difference(_results(implementation, case), first)
             if fault is not None:
                 return fault
     return None
 
 
-def any_threads(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
     for case in _several(implementation, dtype):
-        fault = _on_threads(partial(_results, implementation, case))
+        fault = on_all_threads(partial(_results, implementation, case))
         if fault is not None:
             return fault
     return None
 
 
-def batch_invariance(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def batch_invariance(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A batch element alone gives the bits that it gives among others."""
     for case in _several(implementation, dtype):
         together = _results(implementation, case)
@@ -177,27 +187,28 @@ def batch_invariance(implementation: Implementation, dtype: torch.dtype) -> str 
             if isinstance(case.mask, KeyLengths):
                 changes["mask"] = KeyLengths(case.mask.lengths[part])
             alone = _results(implementation, replace(case, **changes))
-            fault = _difference(alone, {name: value[part] for name, value in together.items()})
+            fault = difference(alone, {name: value[part] for name, value in together.items()})
             if fault is not None:
                 return fault
     return None
 
 
-def dropout_scales(implementation: Implementation, dtype: torch.dtype) -> str | None:
+def dropout_scales(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A weight is dropped, or grows by 1 / (1 - p); about p of them drop. Of SDPA's signature.
 
     With v the unit matrix, out is the weights themselves. Backends, whose dropout is a function
     of the seed, are held to the oracle's in every weight instead.
     """
-    if not isinstance(implementation, Sdpa):
+    if not isinstance(implementation, Foreign):
         raise DeclinedError("held to the oracle's dropout, weight by weight")
     dropout_p, length = 0.25, 64
     draw = Draw(41, dtype)
     q, k = (draw.normal(4, 2, length, 16).to(implementation.device) for _ in range(2))
     unit = torch.eye(length, dtype=dtype, device=implementation.device).expand(4, 2, length, length)
     torch.manual_seed(7)
-    dropped = implementation.function(q, k, unit, dropout_p=dropout_p).double()
-    whole = implementation.function(q, k, unit).double() / (1 - dropout_p)
+    function = implementation.candidate.attention
+    dropped = function(q, k, unit, dropout_p=dropout_p).double()
+    whole = function(q, k, unit).double() / (1 - dropout_p)
     zero = dropped == 0.0
     wrong = (dropped - whole).abs() > 8 * torch.finfo(dtype).eps * whole
     if bool((wrong & ~zero).any()):
@@ -227,19 +238,19 @@ ATTENTION = {
 
 
 def rows_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     first = _results(implementation, case, op)
-    return _difference(_results(implementation, case, op), first)
+    return difference(_results(implementation, case, op), first)
 
 
 def rows_any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(op, dtype)
-    return _on_threads(lambda: _results(implementation, case, op))
+    case = _row_case(implementation, op, dtype)
+    return on_all_threads(lambda: _results(implementation, case, op))
 
 
 def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A row alone gives the bits that it gives among others."""
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     together = _results(implementation, case, op)
     row = 100
     inputs, found = {}, {}
@@ -250,12 +261,12 @@ def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> s
         if name not in ("d_weight", "d_bias"):
             found[name] = _row(tensor, row)
     got = _results(implementation, alone, op)
-    return _difference({name: got[name] for name in found}, found)
+    return difference({name: got[name] for name in found}, found)
 
 
 def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """NaN in a row stays in it: all others keep their bits."""
-    case = _row_case(op, dtype)
+    case = _row_case(implementation, op, dtype)
     expected = _results(implementation, case, op)
     name = "scores" if op == "masked_softmax" else "x"
     poisoned = case.inputs[name].clone()
@@ -265,7 +276,7 @@ def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> s
     names = [key for key in expected if key not in ("d_weight", "d_bias")]
     if not bool(got["out"][..., 100, :].isnan().any()):
         return "out: a row that holds NaN gives numbers"
-    return _difference(
+    return difference(
         {key: got[key][..., others, :] for key in names},
         {key: expected[key][..., others, :] for key in names},
     )
@@ -285,7 +296,7 @@ ROW_WISE = {
 def loss_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     case = cross_entropy_case("ignored", (ROWS[0], 24, ROWS[1]), Draw(29, dtype))
     first = _results(implementation, case, op)
-    return _difference(_results(implementation, case, op), first)
+    return difference(_results(implementation, case, op), first)
 
 
 # The products are torch's: what they promise about threads and rows is for torch to say.
@@ -295,36 +306,57 @@ CROSS_ENTROPY = {"same bits again": loss_again}
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def count(implementation: Implementation, ops: tuple[str, ...]) -> int:
+def count(
+    implementation: Implementation, ops: tuple[str, ...], only: Collection[str] | None = None
+) -> int:
     """The number of checks that `check` makes for each dtype."""
-    here = [op for op in ops if op in implementation.ops and op != "attention_varlen"]
-    of_attention = len(ATTENTION) + len(examine.CHECKS)
-    return sum(of_attention if op == "attention" else len(_by_op(op)) for op in here)
+    here = [op for op in ops if op in implementation.ops]
+    return sum(
+        len(_chosen(_by_op(op), only)) + len(_chosen(_conduct_of(implementation, op), only))
+        for op in here
+    )
+
+
+def _chosen(checks: Mapping[str, T], only: Collection[str] | None) -> dict[str, T]:
+    return {name: check for name, check in checks.items() if only is None or name in only}
+
+
+def _conduct_of(implementation: Implementation, op: str) -> Mapping[str, examine.Check]:
+    """How a stranger behaves; of a backend at attention, which stands for its other functions."""
+    if op == "attention_varlen":
+        return {}
+    if op == "attention" or isinstance(implementation, Foreign):
+        return examine.CHECKS
+    return {}
 
 
 def _by_op(op: str) -> Mapping[str, Callable[[Implementation, str, torch.dtype], str | None]]:
-    """The checks of an op other than attention."""
+    """The invariants of an op."""
+    if op in ATTENTION_OPS:
+        return ATTENTION if op == "attention" else PACKED
     return CROSS_ENTROPY if op == "linear_cross_entropy" else ROW_WISE
 
 
 def check(
-    implementation: Implementation, ops: tuple[str, ...], dtype: torch.dtype
+    implementation: Implementation,
+    ops: tuple[str, ...],
+    dtype: torch.dtype,
+    only: Collection[str] | None = None,
 ) -> Iterator[Invariant]:
+    """All of them, or those named in `only`."""
     contract = contract_of(implementation)
     for op in ops:
-        if op not in implementation.ops or op == "attention_varlen":
+        if op not in implementation.ops:
             continue
-        if op == "attention":
-            for name, attention_check in ATTENTION.items():
-                run = partial(attention_check, implementation, dtype)
-                yield _checked(op, name, dtype, run, contract)
-            subject = _subject(implementation, dtype)
-            for name, conduct_check in examine.CHECKS.items():
-                yield _checked(op, name, dtype, partial(conduct_check, subject), contract)
-        else:
-            for name, row_check in _by_op(op).items():
-                run = partial(row_check, implementation, op, dtype)
-                yield _checked(op, name, dtype, run, contract)
+        for name, invariant in _chosen(_by_op(op), only).items():
+            run = partial(invariant, implementation, op, dtype)
+            yield _checked(op, name, dtype, run, contract)
+        conducts = _chosen(_conduct_of(implementation, op), only)
+        if not conducts:
+            continue
+        subject = _subject(implementation, op, dtype)
+        for name, conduct in conducts.items():
+            yield _checked(op, name, dtype, partial(conduct, subject), contract)
 
 
 def _checked(
@@ -340,18 +372,21 @@ def _checked(
         return Invariant(op, name, dtype, f"{type(error).__name__}: {first}", promised=promised)
 
 
-def _subject(implementation: Implementation, dtype: torch.dtype) -> examine.Subject:
-    kernel = implementation.kernel("attention")
+def _subject(implementation: Implementation, op: str, dtype: torch.dtype) -> examine.Subject:
+    kernel = implementation.kernel(op)
 
-    def function(inputs: AttentionInputs) -> tuple[Tensor, ...]:
+    def attention(inputs: AttentionInputs) -> tuple[Tensor, ...]:
         return outputs_of(kernel(inputs.q, inputs.k, inputs.v))[:1]
 
+    function: Any = attention if op == "attention" else partial(foreign_row, kernel, op)
     return examine.Subject(
         function,
+        kind="full" if op == "attention" else op,
         dtype=dtype,
+        backward=implementation.backward,
         device=implementation.device.type,
-        calls=CALLS if isinstance(implementation, Sdpa) else OWN_CALLS,
-        guard=implementation.guard if isinstance(implementation, Sdpa) else Guard(),
+        calls=CALLS if isinstance(implementation, Foreign) else OWN_CALLS,
+        guard=implementation.guard if isinstance(implementation, Foreign) else Guard(),
     )
 
 
@@ -361,8 +396,11 @@ def _case(
     kind: Kind | None = None,
     sizes: Shape = SIZES,
 ) -> AttentionCase:
+    if isinstance(implementation, Foreign) and not implementation.candidate.takes_groups:
+        sizes = sizes._replace(Hkv=sizes.Hq)
     case = attention_case(kind or Kind(), sizes, Draw(17, dtype))
-    return case if implementation.with_lse else case.without_lse()
+    case = case if implementation.with_lse else case.without_lse()
+    return case if implementation.backward else case.forward_only()
 
 
 def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[AttentionCase]:
@@ -375,12 +413,14 @@ def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[Att
         yield _case(implementation, dtype, kind, sizes)
 
 
-def _row_case(op: str, dtype: torch.dtype) -> RowCase:
+def _row_case(implementation: Implementation, op: str, dtype: torch.dtype) -> RowCase:
     draw = Draw(23, dtype)
     if op == "masked_softmax":
         scores, grad = draw.normal(1, 1, *ROWS), draw.normal(1, 1, *ROWS)
-        return RowCase(op, {"scores": scores}, (grad,))
-    return norm_case(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
+        case = RowCase(op, {"scores": scores}, (grad,))
+    else:
+        case = norm_case(op, draw.normal(*ROWS), draw, ("weight", "bias"), {})
+    return case if implementation.backward else case.forward_only()
 
 
 def _row(tensor: Tensor, row: int) -> Tensor:
@@ -406,36 +446,3 @@ def _fault(
     held_to = contract.expected(case, expected or case.expected)
     found = accuracies(results, held_to, case.sum_dtype, contract.factor(case.q.dtype))
     return next((f"{one.tensor}: {one.fault}" for one in found if one.fault is not None), None)
-
-
-def _difference(got: Results, expected: Results) -> str | None:
-    """Where two results do not hold the same bits, NaN for NaN."""
-    for name, tensor in got.items():
-        other = expected[name]
-        same = (tensor == other) | (tensor.isnan() & other.isnan())
-        if not bool(same.all()):
-            apart = float((tensor.double() - other.double()).abs().nan_to_num(torch.inf).max())
-            share = 100 * float((~same).double().mean())
-            return f"{name}: {share:.2g}% of the elements differ, by up to {apart:.2g}"
-    return None
-
-
-def _on_threads(run: Callable[[], Results]) -> str | None:
-    with _threads(1):
-        alone = run()
-    for threads in (2, 3):
-        with _threads(threads):
-            fault = _difference(run(), alone)
-        if fault is not None:
-            return f"{threads} threads against one: {fault}"
-    return None
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

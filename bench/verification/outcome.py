@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ import torch
 
 from ...kernels.testing.cases import dtype_text
 from ...kernels.testing.tolerance import FACTOR, SUMMATION, ULP_BINS, Accuracy
+from ..render.markdown import of_verify
 from .invariants import Invariant
 from .mutation import Mutation
 from .runs import Run
@@ -19,6 +22,11 @@ if TYPE_CHECKING:  # it needs mpmath
     from .high_precision import OracleCheck
 
 SCHEMA = "rowmax-verify-2"
+CSV_FIELDS = (
+    *("implementation", "op", "kind", "shape", "dtype", "tensor", "passed", "promised", "declined"),
+    *("error", "fault", "of_limit", "ratio", "largest_error", "relative_rms_error"),
+    *("naive_largest_error", "naive_relative_rms_error", "largest_ulps"),
+)
 
 
 @dataclass
@@ -87,6 +95,7 @@ class Report:
     mutations: list[Mutation] = field(default_factory=list)
     seconds: float = 0.0
     processor_seconds: float = 0.0  # of all threads: what a busy machine does not change
+    unfinished: str | None = None  # how far a run is that is not at its end
 
     @property
     def passed(self) -> bool:
@@ -114,7 +123,30 @@ class Report:
         return [f"{one.name}: {text}" for one in self.findings for text in one.not_promised]
 
     def as_json(self) -> str:
-        document = {
+        return json.dumps(self.as_document(), indent=1) + "\n"
+
+    def as_markdown(self) -> str:
+        """A summary for a pull request."""
+        return of_verify(self.as_document())
+
+    def as_csv(self) -> str:
+        """A line for each tensor of each case, and for each case that was declined or failed."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for one in self.findings:
+            for run in one.runs:
+                case = _case(run)
+                results = case.pop("results") or [{}]
+                shape = "x".join(map(str, case.pop("shape")))
+                for result in results:
+                    found = {**case, **result, "implementation": one.name, "shape": shape}
+                    writer.writerow({name: found.get(name) for name in CSV_FIELDS})
+        return text.getvalue()
+
+    def as_document(self) -> dict[str, Any]:
+        """What `as_json` writes; docs/schemas has its schema."""
+        return {
             "schema": SCHEMA,
             "machine": self.machine,
             "settings": self.settings,
@@ -141,7 +173,6 @@ class Report:
             "failures": self.failures,
             "not_promised": self.not_promised,
         }
-        return json.dumps(document, indent=1) + "\n"
 
     def as_html(self) -> str:
         """One self-contained page with plots."""

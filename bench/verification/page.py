@@ -12,11 +12,13 @@ from .invariants import Invariant
 from .outcome import Findings, Report
 
 MAX_FAILURES = 100
+REFRESH = 5  # seconds after which a page of a run that goes on is loaded again
 MOST = 100.0  # of what is allowed: where a dot for more of it, or for NaN, stands
 
 
 def html(report: Report) -> str:
-    return page("rowmax verify", _sections(report))
+    refresh = None if report.unfinished is None else REFRESH
+    return page("rowmax verify", _sections(report), refresh=refresh)
 
 
 def _sections(report: Report) -> Iterator[Section]:
@@ -27,7 +29,11 @@ def _sections(report: Report) -> Iterator[Section]:
         f"{report.seconds:.0f} s",
         style="soft",
     )
-    if report.passed:
+    if report.unfinished is not None:
+        found = len(report.failures)
+        so_far = f"{found} findings so far" if found else "nothing was found wrong so far"
+        yield Section(text=f"still running, {report.unfinished}: {so_far}", style="soft")
+    elif report.passed:
         yield Section(text="✓ passed: nothing was found wrong", style="good")
     else:
         rows = [[text] for text in report.failures[:MAX_FAILURES]]

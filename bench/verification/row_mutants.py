@@ -38,6 +38,7 @@ class RowMutant:
 
     device = torch.device("cpu")
     with_lse = True
+    backward = True
 
     def __init__(self, fault: str) -> None:
         self.name = self.fault = fault

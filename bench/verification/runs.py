@@ -50,8 +50,8 @@ class Run:
 def run(case: NamedCase, implementation: Implementation) -> Run:
     """An error that the implementation raises is a result, not the end of the run."""
     contract = contract_of(implementation)
-    promised = case.kind not in contract.kinds
-    test_case = case.case(with_lse=implementation.with_lse)
+    promised = contract.promises(case.op, case.kind)
+    test_case = case.case(with_lse=implementation.with_lse, backward=implementation.backward)
     try:
         results = test_case.run(implementation.kernel(case.op), implementation.device)
     except DeclinedError as error:

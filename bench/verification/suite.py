@@ -1,8 +1,8 @@
-"""`verify`: the whole suite run on the backends here, or on any callable with SDPA's signature."""
+"""`verify`: the whole suite run on the backends here, or on a stranger's function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter, process_time
 from types import ModuleType
@@ -15,17 +15,20 @@ from ...kernels.backends import dispatch
 from ...kernels.testing import DTYPES as ALL_DTYPES
 from ...kernels.testing.cases import NamedCase, Shape, dtype_text
 from ...kernels.testing.suite import ALL_KINDS, OPS, named_cases
+from ..candidate import Candidate, load
+from ..candidate.interface import OPS as CANDIDATE_OPS
+from ..conduct.guard import Guard
 from ..machine.host import describe
 from . import cheating, invariants, mutation
 from .contracts import CONTRACTS
-from .implementations import Backend, Implementation, Sdpa, SdpaLike
+from .implementations import Backend, Foreign, Implementation
 from .outcome import Findings, Report
 from .runs import Run
 from .runs import run as run_case
 
 DTYPES = {dtype_text(dtype): dtype for dtype in ALL_DTYPES}
 QUICK_DTYPES = ("float32", "bfloat16")
-CHECKS = ("oracle", "accuracy", "invariants", "mutations", "cheats")
+CHECKS = ("oracle", "accuracy", "invariants", "determinism", "mutations", "cheats")
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,14 @@ class Settings:
 class Listener:
     """Callbacks of a run's progress, which do nothing here."""
 
+    def opened(self, report: Report) -> None: ...  # to which all that is found will be added
     def begin(self, total: int) -> None: ...
     def step(self, description: str) -> None: ...
     def ran(self, implementation: str, run: Run) -> None: ...
 
 
 def verify(
-    function: SdpaLike | None = None,
+    function: Callable[..., Any] | str | None = None,
     *,
     name: str | None = None,
     backends: Sequence[str] | None = None,
@@ -72,15 +76,18 @@ def verify(
     shapes: Sequence[Sequence[int]] = (),
     quick: bool = False,
     contract: str = "rowmax",
+    layout: str | None = None,
+    backward: bool = True,
     device: torch.device | str = "cpu",
     listener: Listener | None = None,
 ) -> Report:
     """Holds kernels to the float64 oracle, forward and every gradient, and reports what it finds.
 
     Args:
-        function: a callable with the signature of
-            `torch.nn.functional.scaled_dot_product_attention`, run on `device`; None takes the
-            backends of rowmax.kernels.
+        function: an attention, norm or softmax, run on `device`, or where it is to be found, as
+            `--function` says it; its arguments are known by their names. What it computes is said
+            by `ops`, where that is one, or else by its own name; attention by default. None takes
+            the backends of rowmax.kernels.
         name: what the report calls `function`; its own name when None.
         backends: names of backends, without `function`; those that work here when None.
         ops: of "attention", "attention_varlen", "layer_norm", "add_layer_norm", "rms_norm",
@@ -88,11 +95,15 @@ def verify(
         dtypes: of "float64", "float32", "bfloat16", "float16"; all when None, with `quick`
             float32 and bfloat16.
         checks: of "oracle" (against mpmath), "accuracy" (adversarial inputs too), "invariants",
-            "mutations" (of kernels broken on purpose: whether the suite notices), "cheats" (of
-            candidates that look faster or more right than they are); all when None.
+            "determinism" (those of them that ask for the same bits: again, on any number of
+            threads, alone as in a batch), "mutations" (of kernels broken on purpose: whether the
+            suite notices), "cheats" (of candidates that look faster or more right than they are);
+            all when None.
         shapes: (B, Hq, Hkv, Lq, Lk, D, Dv) each, for attention in place of the suite's own.
         contract: "rowmax", or "torch" for what promises no more than torch's functions do: what
             is not promised is reported, but is no failure.
+        layout: of q, k and v: "bhld", "blhd" or "packed", which cu_seqlens_q tells by itself.
+        backward: False where `function` has no gradients.
         quick: fewer shapes and dtypes: less than a minute once kernels are compiled.
 
     Returns:
@@ -102,8 +113,6 @@ def verify(
         TypeError: `function` is not callable. ValueError: an unknown name, a shape that is none.
         RuntimeError: a named backend that does not work here.
     """
-    if function is not None and not callable(function):
-        raise TypeError(f"verify: function: expected a callable, got {type(function).__name__}")
     chosen = None if dtypes is None and not quick else (dtypes or QUICK_DTYPES)
     settings = Settings(
         ops=_names("ops", ops, OPS),
@@ -116,15 +125,31 @@ def verify(
     )
     if function is None and contract != "rowmax":
         raise ValueError(f"verify: contract: backends have rowmax's, got {contract!r}")
-    implementations: list[Implementation]
     if function is None:
-        implementations = list(map(Backend, available(backends)))
+        return run(list(map(Backend, available(backends))), settings, listener or Listener())
+    guard = Guard()
+    op = None if ops is None else named_op(settings.ops)
+    if isinstance(function, str):
+        candidate = load(function, op=op, layout=layout, backward=backward)
     else:
-        held_to = CONTRACTS[settings.contract]
-        implementations = [Sdpa(function, name, device, contract=held_to)]
-        attention = tuple(op for op in settings.ops if op == "attention")
-        settings = replace(settings, ops=attention)
-    return run(implementations, settings, listener or Listener())
+        try:
+            candidate = Candidate(function, name, op=op, layout=layout, backward=backward)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"verify: {error}") from error
+    one = Foreign(candidate, name, device, guard, CONTRACTS[settings.contract])
+    return run([one], with_ops_of(settings, one), listener or Listener())
+
+
+def named_op(ops: Sequence[str]) -> str | None:
+    """What a stranger's function computes, where the ops asked for say it."""
+    known = ["attention" if op == "attention_varlen" else op for op in ops]
+    chosen = [op for op in dict.fromkeys(known) if op in CANDIDATE_OPS]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def with_ops_of(settings: Settings, one: Implementation) -> Settings:
+    """The ops that it has, of those asked for."""
+    return replace(settings, ops=tuple(op for op in settings.ops if op in one.ops))
 
 
 def available(names: Sequence[str] | None = None) -> list[str]:
@@ -147,6 +172,7 @@ def run(
         describe(), settings.as_json() | {"implementations": [one.name for one in implementations]}
     )
     report.findings = [Findings(implementation.name) for implementation in implementations]
+    listener.opened(report)
     cases = {name: cases_of(settings, DTYPES[name]) for name in settings.dtypes}
     listener.begin(_steps(implementations, settings, cases))
     if "oracle" in settings.checks:
@@ -163,8 +189,9 @@ def run(
                         findings.runs.append(run_case(case, implementation))
                         listener.ran(implementation.name, findings.runs[-1])
                     listener.step(description)
-            if "invariants" in settings.checks:
-                for invariant in invariants.check(implementation, settings.ops, dtype):
+            if {"invariants", "determinism"} & set(settings.checks):
+                only = _invariants_of(settings)
+                for invariant in invariants.check(implementation, settings.ops, dtype, only):
                     findings.invariants.append(invariant)
                     listener.step(description)
         if "mutations" in settings.checks:
@@ -214,11 +241,17 @@ def _steps(
     for name, of_dtype in cases.items():
         if "accuracy" in settings.checks:
             total += len(implementations) * len(of_dtype)
-        if "invariants" in settings.checks:
-            total += sum(invariants.count(one, settings.ops) for one in implementations)
+        if {"invariants", "determinism"} & set(settings.checks):
+            only = _invariants_of(settings)
+            total += sum(invariants.count(one, settings.ops, only) for one in implementations)
         if "mutations" in settings.checks:
             total += mutation.count(settings.ops, DTYPES[name])
     return total
+
+
+def _invariants_of(settings: Settings) -> tuple[str, ...] | None:
+    """Determinism is a part of them; None: all of them."""
+    return None if "invariants" in settings.checks else invariants.DETERMINISM
 
 
 def _has_cheats(settings: Settings) -> bool:

@@ -69,17 +69,18 @@ class NamedCase:
     dtype: torch.dtype
     make: Callable[[], TestCase]
 
-    def case(self, *, with_lse: bool = True) -> TestCase:
+    def case(self, *, with_lse: bool = True, backward: bool = True) -> TestCase:
         """The same object each time, until `forget`."""
-        if with_lse not in self._made:
+        chosen = with_lse, backward
+        if chosen not in self._made:
             case = self.make()
             if not with_lse and isinstance(case, AttentionCase | PackedCase):
                 case = case.without_lse()
-            self._made[with_lse] = case
-        return self._made[with_lse]
+            self._made[chosen] = case if backward else case.forward_only()
+        return self._made[chosen]
 
     @cached_property
-    def _made(self) -> dict[bool, TestCase]:
+    def _made(self) -> dict[tuple[bool, bool], TestCase]:
         return {}
 
     def forget(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -63,6 +63,9 @@ class CrossEntropyCase:
         leaves = self._leaves(self.x.dtype, device)
         returned = kernel(leaves["x"], leaves["weight"], self.target.to(device), **self.options)
         return on_device(self._results(leaves, outputs_of(returned)), self.x.device)
+
+    def forward_only(self) -> CrossEntropyCase:
+        return replace(self, grad_loss=None)
 
     def _leaves(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         tensors = {"x": self.x, "weight": self.weight}

@@ -44,6 +44,9 @@ class TestCase(Protocol):
     def run(self, kernel: Kernel, device: torch.device | str | None = None) -> Results:
         """The kernel's outputs and gradients, computed on `device`, returned where the case is."""
 
+    def forward_only(self) -> TestCase:
+        """The same without gradients."""
+
 
 def expected_of(
     exact: Results, naive: Results, magnitudes: Results, terms: int
@@ -147,6 +150,9 @@ class AttentionCase:
     def without_lse(self) -> AttentionCase:
         """For kernels that return out alone."""
         return replace(self, grad_lse=None, with_lse=False)
+
+    def forward_only(self) -> AttentionCase:
+        return replace(self, grad_out=None, grad_lse=None)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> AttentionCase:
         gradients = {"grad_out": self.grad_out, "grad_lse": self.grad_lse}
@@ -256,6 +262,10 @@ class PackedCase:
     def without_lse(self) -> PackedCase:
         """For kernels that return out alone."""
         return PackedCase(self._arguments.without_lse(), self._padded.without_lse(), self._lengths)
+
+    def forward_only(self) -> PackedCase:
+        arguments, padded = self._arguments.forward_only(), self._padded.forward_only()
+        return PackedCase(arguments, padded, self._lengths)
 
     def run(self, kernel: Kernel, device: torch.device | str | None = None) -> Results:
         arguments = self._arguments

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -92,6 +92,9 @@ class RowCase:
             keywords["mask"] = mask_on(device, self.mask)
         outputs = outputs_of(kernel(*positional, **keywords, **self.options))
         return on_device(self._results(leaves, outputs), self.x.device)
+
+    def forward_only(self) -> RowCase:
+        return replace(self, grads=())
 
     def _equation(self, dtype: torch.dtype) -> Results:
         """The equation by torch's own operations and autograd, computed in `dtype`."""

@@ -170,8 +170,10 @@ def test_peers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, refused: 
     "arguments, words",
     [
         (["--suite", "cpu-atention"], "--suite: expected names of cpu-attention, cpu-norms"),
-        (["--function", "no_such_module:f"], "--function: expected MODULE:NAME"),
-        (["--function", "torch:add", "--suite", "cpu-norms"], "--function: attention is all"),
+        (["--function", "no_such_module:f"], "--function: can't import no_such_module:f"),
+        (["--function", "torch:add", "--suite", "cpu-norms"], "--function: attention is not among"),
+        (["--function", "no_file.py:f"], "--function: expected a file that is there"),
+        (["--op", "rms_norm"], "--op: only with --function"),
         (["--peers", "xform"], "--peers: expected names of sdpa, sdpa-math"),
         (["--suite", "cpu-norms", "--peers", "sdpa"], "--peers: expected names of torch, naive"),
         (["--kind", "full,odd"], "got 'odd'"),

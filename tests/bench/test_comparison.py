@@ -72,13 +72,14 @@ def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFix
             timing["interval"] = [3 * edge for edge in timing["interval"]]
     slow["machine"] = {**slow["machine"], "cpu": "another"}
     slow["noise"]["complaints"] = ["it was busy"]
-    slow["settings"] = {**slow["settings"], "memory": "kept"}
+    slow["settings"] = {**slow["settings"], "memory": "kept", "layout": "blhd"}
     files = [save("a.json", document()), save("b.json", slow)]
     assert cli.main(["compare", *files]) == 1
     output = capsys.readouterr().out
     assert "other machines (cpu)" in output
     assert "B was noisy: it was busy" in output
     assert "A has fresh memory for results, B kept" in output
+    assert "A has tensors in bhld, B in blhd" in output
     assert cli.main(["compare", *files, "--by", "ratio"]) == 0
 
 

@@ -18,7 +18,7 @@ from rowmax.bench.verification.outcome import SCHEMA
 from rowmax.bench.verification.text import WIDTH
 from rowmax.kernels.testing.cases import KINDS, SHAPES
 from rowmax.kernels.testing.oracle import AttentionCase
-from rowmax.kernels.testing.suite import ALL_KINDS
+from rowmax.kernels.testing.suite import ALL_KINDS, OPS
 
 FEW: dict[str, Any] = {"kinds": ["causal", "key-lengths", "bias"], "dtypes": ["float32"]}
 ONE_SHAPE = [(2, 4, 2, 9, 9, 8, 8)]
@@ -109,6 +109,47 @@ def test_the_reference_passes(check: str) -> None:
     text = str(report)
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "reference" in text
+
+
+def test_determinism_alone_is_asked_for_of_every_function() -> None:
+    again = {"same bits again", "any thread count", "alone as in a batch"}
+    report = verify(backends=["reference"], dtypes=["float32"], checks=["determinism"])
+    assert report.passed, report.failures
+    found: dict[str, set[str]] = {}
+    for one in report.findings[0].invariants:
+        found.setdefault(one.op, set()).add(one.name)
+    assert found.pop("linear_cross_entropy") == {"same bits again"}
+    assert set(found) == set(OPS) - {"linear_cross_entropy"}
+    assert all(names == again for names in found.values())
+
+
+@pytest.mark.parametrize("fault", ["same bits again", "any thread count", "alone as in a batch"])
+def test_packed_sequences_that_depend_on_what_they_must_not(fault: str) -> None:
+    calls = 0
+
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+    ) -> Tensor:
+        nonlocal calls
+        calls += 1
+        depends = {
+            "same bits again": calls,
+            "any thread count": torch.get_num_threads(),
+            "alone as in a batch": len(cu_seqlens_q),
+        }
+        out = kernels.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, backend="reference")
+        return out * (1 + 1e-3 * depends[fault])
+
+    report = verify(packed, ops=["attention_varlen"], dtypes=["float32"], checks=["determinism"])
+    broken = {one.name for one in report.findings[0].invariants if one.fault is not None}
+    assert fault in broken
+    assert broken == {fault} or fault == "same bits again"
 
 
 def test_numba_passes_what_is_quick_in_float32() -> None:
@@ -231,10 +272,12 @@ def test_a_finding_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shape", "1,3,2,4,4,8,8"], "Hq a multiple of Hkv"),
         (["--contract", "torch"], "--contract: only with --function"),
         (["--threads", "0"], "--threads: expected at least 1"),
-        (["--function", "torch"], "--function: expected MODULE:NAME"),
-        (["--function", "torch:no_such_function"], "--function: expected MODULE:NAME"),
+        (["--function", "torch"], "--function: expected MODULE:NAME, FILE.py[:NAME]"),
+        (["--function", "torch:no_such_function"], "--function: expected a callable"),
         (["--function", "torch:float32"], "a dtype"),
-        (["--function", "torch:add", "--op", "rms_norm"], "attention is all that is verified"),
+        (["--function", "torch:add", "--op", "linear_cross_entropy"], "is attention, got"),
+        (["--layout", "blhd"], "--layout: only with --function"),
+        (["--forward-only"], "--forward-only: only with --function"),
         (["--function", "torch:add", "--device", "nowhere"], "--device: nowhere does not work"),
         (["--json", "/nonexistent-folder/x.json"], "--json: can't write /nonexistent-folder"),
         (["--html", "/nonexistent-folder/x.html"], "--html: can't write /nonexistent-folder"),
