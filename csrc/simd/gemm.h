@@ -94,7 +94,7 @@ template <typename T, int vectors, typename Item>
 inline void multiply_panels(
     int64_t panels, int64_t rows, int64_t depth, Left<T> left, Matrix<const Item> right,
     Matrix<T> result, bool add) {
-  constexpr int tall = vectors == 1 ? 8 : vectors == 2 ? TALL : 4;
+  constexpr int tall = vectors == 1 ? 8 : vectors == 2 ? TALL : vectors <= VECTORS ? 4 : 1;
   const auto step = [&](auto height) {
     const int64_t tiles = rows / height;
     if (tiles > 0) {
@@ -109,7 +109,9 @@ inline void multiply_panels(
   if constexpr (tall > 4) {
     step(std::integral_constant<int, 4>{});
   }
-  step(std::integral_constant<int, 1>{});
+  if constexpr (tall > 1) {
+    step(std::integral_constant<int, 1>{});
+  }
 }
 
 // C (+)= A B over `vectors` vectors of columns: added to C with `add`, else in its place. B's items may
@@ -127,6 +129,9 @@ inline void multiply(
       vectors -= panels * width;
     }
   };
+  if (rows == 1) {  // of decoding: B is read as it lies in memory, and eight sums hide the latency
+    step(std::integral_constant<int, 8>{}, vectors / 8);
+  }
   // one vector is left rather as two twos
   const int64_t rest = vectors % VECTORS;
   step(

@@ -205,24 +205,31 @@ ROWMAX_INLINE ElementOf<V> largest_lane(V v) {
   return join_lanes(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// The sums of the even and the odd lanes of two vectors: a's pairs, then b's.
-template <typename V, int... lane>
+// The sums of neighbouring groups of `group` lanes of two vectors: within each `block` lanes a's, then b's.
+template <int block, int group, typename V, int... lane>
 ROWMAX_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (2 * lane)...) +
-         __builtin_shufflevector(a, b, (2 * lane + 1)...);
+  constexpr int lanes = sizeof...(lane), half = block / 2;
+  const auto first = [](int at) constexpr {
+    const int inside = at % half;
+    return at / block * block + inside / group * 2 * group + inside % group +
+           (at % block < half ? 0 : lanes);
+  };
+  return __builtin_shufflevector(a, b, first(lane)...) +
+         __builtin_shufflevector(a, b, (first(lane) + group)...);
 }
 // The sums of as many vectors as they have lanes: lane n is the sum of the lanes of vector n. Rounds
-// of adding the neighbours in two vectors into one.
+// of adding neighbours, of two vectors into one: first within 128 bits, where shuffles cost least.
 template <int count, typename V>
 ROWMAX_INLINE V add_across(const V (&vectors)[count]) {
   if constexpr (count == 1) {
     return vectors[0];
   } else {
-    constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>);
+    constexpr int lanes = sizeof(V) / sizeof(ElementOf<V>), part = 16 / sizeof(ElementOf<V>);
+    constexpr bool within = count * part > lanes;
     V sums[count / 2];
 #pragma GCC unroll 8
     for (int n = 0; n < count / 2; ++n) {
-      sums[n] = add_neighbours(
+      sums[n] = add_neighbours<within ? part : lanes, within ? 1 : part>(
           vectors[2 * n], vectors[2 * n + 1], std::make_integer_sequence<int, lanes>{});
     }
     return add_across(sums);

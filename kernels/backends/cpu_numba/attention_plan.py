@@ -136,7 +136,7 @@ def tile_queries(query_len: int, lanes: int) -> int:
 
 
 def _forward_work(of: Sizes, tile: int, lanes: int, threads: int) -> int:
-    """The busiest thread's queries, times `threads`; a tile costs as much as `lanes` queries more."""
+    """The busiest thread's queries, times `threads`; a tile costs as much as `lanes` more."""
     tasks = of.batch * of.heads * _divide_up(of.query_len, tile)
     if tasks <= threads or tasks % threads != 0:
         return _divide_up(tasks, threads) * (tile + lanes) * threads

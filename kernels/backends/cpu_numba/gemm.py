@@ -40,7 +40,7 @@ elif vector_bits() == 256:
 else:
     VECTORS, TILE_VECTORS, _TALL = 2, 2, 4
 # Rows of a tile that is so many vectors wide; the last rows take the next number.
-_HEIGHTS = {1: (8, 4, 1), 2: tuple(dict.fromkeys((_TALL, 4, 1))), 3: (4, 1), 4: (4, 1)}
+_HEIGHTS = {1: (8, 4, 1), 2: tuple(dict.fromkeys((_TALL, 4, 1))), 3: (4, 1), 4: (4, 1), 8: (1,)}
 
 
 def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
@@ -193,6 +193,11 @@ def multiply(vectors, rows, depth, left, right, result, add):
     b, b_depth = right
     c, c_row = result
     lanes = lanes_of(c)
+    if rows == 1:  # of decoding: B is read as it lies in memory, and eight sums hide the latency
+        count = vectors // 8
+        if count > 0:
+            _panels(8, count, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+            b, c, vectors = b + 8 * count * lanes, c + 8 * count * lanes, vectors - 8 * count
     if VECTORS == 4:
         count = vectors // 4
         if count > 0:

@@ -11,11 +11,13 @@ import operator
 import sys
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin
 
+from .host import vector_bits
 from .vector import (
     BFLOAT16,
     FLOAT16,
@@ -318,14 +320,15 @@ def load_first_equal(
 def add_across(typing: Any, source: types.Type) -> Any:
     """The sums of LANES consecutive vectors: lane n is the sum of the lanes of vector n.
 
-    Each round adds the even and the odd lanes of two vectors into one.
+    Rounds of adding neighbours, of two vectors into one: first within 128 bits, where shuffles cost
+    least.
     """
     kind = llvm_vector(float_vector(source.dtype))
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         lanes = kind.count
+        part = 128 * lanes // vector_bits()
         index = ir.VectorType(ir.IntType(32), lanes)
-        even, odd = (ir.Constant(index, list(range(half, 2 * lanes, 2))) for half in (0, 1))
         vectors = [
             load_vector(
                 builder, builder.gep(args[0], [ir.Constant(ir.IntType(64), n * lanes)]), kind
@@ -333,6 +336,12 @@ def add_across(typing: Any, source: types.Type) -> Any:
             for n in range(lanes)
         ]
         while len(vectors) > 1:
+            # neighbouring lanes within 128 bits, then neighbours of 128 bits
+            block, group = (part, 1) if len(vectors) * part > lanes else (lanes, part)
+            both = np.arange(2 * lanes).reshape(2, lanes // block, -1, 2, group)
+            even, odd = (
+                ir.Constant(index, both[..., n, :].swapaxes(0, 1).ravel().tolist()) for n in (0, 1)
+            )
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [
                 builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))

@@ -9,33 +9,51 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from .gemm import lanes_of
+from .host import vector_bits
 from .jit import jit
 from .memory import computed_type, narrow, stored_vector, widen
 from .vector import LANES, broadcast, constant, llvm_element, load_vector, store_vector
 
 
 def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """The transpose of as many rows as they have lanes.
+    """The transpose of as many rows as they have lanes, entirely in registers.
 
-    log2(LANES) rounds of interleaving row r with row r + LANES / 2, entirely in registers.
+    First within 128 bits, where shuffles cost least: rounds of interleaving two rows. Then 128 bits
+    as wholes: rounds of taking every other one of two rows.
     """
     lanes = len(rows)
-    half = lanes // 2
-    indices = ir.VectorType(ir.IntType(32), lanes)
-    low = ir.Constant(indices, [i // 2 + lanes * (i % 2) for i in range(lanes)])
-    high = ir.Constant(indices, [half + i // 2 + lanes * (i % 2) for i in range(lanes)])
-    for _ in range(lanes.bit_length() - 1):
-        mixed = []
-        for r in range(half):
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], low))
-            mixed.append(builder.shuffle_vector(rows[r], rows[r + half], high))
-        rows = mixed
+    part = 128 * lanes // vector_bits()
+    numbers = np.arange(2 * lanes)
+    # of two rows: (row, part, half of it, lane) and (part, lane)
+    halves = numbers.reshape(2, lanes // part, 2, part // 2)
+    parts = numbers.reshape(-1, part)
+    for _ in range(part.bit_length() - 1):
+        rows = [
+            _shuffled(builder, rows[r], rows[r + part // 2], halves[:, :, half].transpose(1, 2, 0))
+            for first in range(0, lanes, part)
+            for r in range(first, first + part // 2)
+            for half in (0, 1)
+        ]
+    for _ in range((lanes // part).bit_length() - 1):
+        rows = [
+            _shuffled(builder, rows[r + c], rows[r + part + c], parts[odd::2])
+            for odd in (0, 1)
+            for r in range(0, lanes, 2 * part)
+            for c in range(part)
+        ]
     return rows
+
+
+def _shuffled(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: Any) -> ir.Value:
+    """The elements of two rows that the array `lanes` names, in its order."""
+    indices = ir.VectorType(ir.IntType(32), lanes.size)
+    return builder.shuffle_vector(a, b, ir.Constant(indices, lanes.ravel().tolist()))
 
 
 def _block_function(
