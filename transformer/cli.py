@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,6 +39,7 @@ from .decoding import (
     translate,
     translate_n_best,
 )
+from .distributed import WorkerLostError, device_of, joined, launched, postponed_termination
 from .evaluation import require_sacrebleu, score
 from .export import export_ctranslate2
 from .interface import TranslationModel
@@ -70,6 +72,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     set_threads(args.threads)
     try:
         device = torch.device(args.device)
+        device = device_of(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
@@ -87,17 +90,23 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError("--built-in brings its own text; give no files with it")
     elif text is None:
         raise UsageError("no text to train on: give --source and --target, --tsv, or --built-in")
-    with checkpoints.exclusive(args.output):
+    with contextlib.ExitStack() as held:
+        workers = held.enter_context(joined(device, args.join_seconds))
+        if workers.first:  # the others leave the output alone
+            held.enter_context(checkpoints.exclusive(args.output))
         if text is None:
             built_in = corpus.splits()
             text, validation_text = list(built_in.train), list(built_in.validation)
-        saved = _saved(args)
+        saved = _saved(args) if workers.first else None
         preset = PRESETS[args.preset]
+        vocabulary: str | None = None
         if saved is not None:
-            tokenizer = saved.tokenizer
-        else:
+            vocabulary = saved.tokenizer.to_json()
+        elif workers.first:
             vocab_size = args.vocab_size or preset.vocab_size
-            tokenizer = Tokenizer.train((side for pair in text for side in pair), vocab_size)
+            sides = (side for pair in text for side in pair)
+            vocabulary = Tokenizer.train(sides, vocab_size).to_json()
+        tokenizer = Tokenizer.from_json(workers.share("vocabulary", vocabulary))
         given = {**_given_to_model(args), "vocab_size": tokenizer.vocab_size}
         model_config = preset_config(preset, args.arch, given)
         training_given = _given(args, [field.name for field in dataclasses.fields(TrainingConfig)])
@@ -105,26 +114,42 @@ def _train(args: argparse.Namespace) -> int:
         if saved is not None:
             _require_same(saved, model_config, config)
         dataset = Dataset(text, tokenizer, model_config.max_length)
-        _say(f"training on {len(dataset):,} pairs, vocabulary of {tokenizer.vocab_size:,} subwords")
+        workers.require_same(
+            {
+                "model": dataclasses.asdict(model_config),
+                "training": {**dataclasses.asdict(config), "save_every": args.save_every},
+                "data": dataset.fingerprint(),
+            }
+        )
+        say = _say if workers.first else _say_nothing
+        say(f"training on {len(dataset):,} pairs, vocabulary of {tokenizer.vocab_size:,} subwords")
+        if workers.count > 1:
+            say(f"{workers.count} processes, each with a part of every batch")
         if dataset.left_out():
-            _say(dataset.left_out())
+            say(dataset.left_out())
         validation = None
         if validation_text is not None:
             validation = Dataset(validation_text, tokenizer, model_config.max_length)
         torch.manual_seed(config.seed)
         model = new_model(model_config, args.backend).to(device)
-        trainer = Trainer(model, dataset, config)
+        trainer = Trainer(model, dataset, config, workers)
         if saved is not None:
             trainer.restore(saved)
-            _say(f"resuming after step {trainer.steps_done:,} from {saved.path}")
+            say(f"resuming after step {trainer.steps_done:,} from {saved.path}")
+        trainer.follow_first()
+        held.enter_context(postponed_termination(workers))
         try:
             fit(trainer, tokenizer, args.output, validation, args.save_every, args.keep)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(_interrupted(args.output)) from error
         except TrainingError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             return 1
-    _say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
+        except WorkerLostError as error:
+            _say(f"error: process {workers.rank} of {workers.count}: {error}; no further step")
+            say(_interrupted(args.output))
+            return 1
+    say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
     return 0
 
 
@@ -378,6 +403,10 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def _say_nothing(_: str) -> None:
+    """In place of `_say`, where another process says it."""
+
+
 COMMANDS: dict[str, Handler] = {
     "train": _train,
     "translate": _translate,
@@ -395,6 +424,7 @@ ERRORS = (
     DataError,
     CheckpointError,
     TrainingError,
+    WorkerLostError,
     SentenceTooLongError,
     AttendError,
 )
@@ -405,6 +435,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parser(COMMANDS).parse_args(arguments)
+        _, processes = launched()
+        if processes > 1 and args.command != "train":
+            raise UsageError(
+                f"{args.command} is the work of one process, not of {processes}: start it without "
+                "torchrun"
+            )
         return int(args.run(args))
 
     return console.run(command, "error: ", ERRORS)

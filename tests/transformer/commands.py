@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from rowmax.transformer import cli, corpus
@@ -19,6 +21,16 @@ def write_pairs(folder: Path, count: int, name: str = "text") -> tuple[str, ...]
         lines = "".join(f"{pair[side]}\n" for pair in pairs)
         (folder / f"{name}.{suffix}").write_text(lines, "utf-8")
     return "--source", str(folder / f"{name}.ko"), "--target", str(folder / f"{name}.en")
+
+
+def forkserver() -> ForkServerContext:
+    """Processes forked from one that has imported what training does: to start Python and torch
+    anew each time takes longer than the training."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [cli.__name__, "torch._dynamo", "tokenizers", "safetensors.torch", "tqdm"]
+    )
+    return context
 
 
 def fails(capsys, *arguments: str) -> str:
