@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def forkserver() -> ForkServerContext:
         [cli.__name__, "torch._dynamo", "tokenizers", "safetensors.torch", "tqdm"]
     )
     return context
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port: int = opened.getsockname()[1]
+    return port
+
+
+def variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in given.items()}}
 
 
 def fails(capsys, *arguments: str) -> str:

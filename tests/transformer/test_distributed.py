@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from rowmax.transformer import corpus
 from rowmax.transformer.distributed import Workers
 from rowmax.transformer.training import step_seed
 
-from .commands import fails, forkserver
+from .commands import fails, forkserver, free_port, variables
 
 STEPS = 12
 
@@ -46,18 +45,6 @@ def command(text: Path, output: Path, *more: str) -> list[str]:
         *("--batch-tokens", "200", "--steps", str(STEPS), "--backend", "reference"),
         *("--threads", "1", "--join-seconds", "60", *more),
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port: int = opened.getsockname()[1]
-    return port
-
-
-def variables(rank: int, count: int, port: int) -> dict[str, str]:
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in given.items()}}
 
 
 # What a process does. No function of this file: a new process can't import it.
