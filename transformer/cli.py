@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from .. import console
-from ..console import UsageError, check_outputs, check_text, set_threads
+from ..console import UsageError, check_outputs, check_text, set_threads, threads_line
 from . import checkpoint as checkpoints
 from . import commands as drawing
 from . import corpus, demo
@@ -122,6 +122,7 @@ def _train(args: argparse.Namespace) -> int:
             }
         )
         say = _say if workers.first else _say_nothing
+        say(threads_line())
         say(f"training on {len(dataset):,} pairs, vocabulary of {tokenizer.vocab_size:,} subwords")
         if workers.count > 1:
             say(f"{workers.count} processes, each with a part of every batch")
@@ -395,7 +396,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    demo.run(args.output, args.steps, args.backend, _device(args))
+    device = _device(args)
+    _say(threads_line())
+    demo.run(args.output, args.steps, args.backend, device)
     return 0
 
 
