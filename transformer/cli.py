@@ -45,6 +45,7 @@ from .export import export_ctranslate2
 from .interface import TranslationModel
 from .model import EncoderDecoder
 from .options import Handler, parser
+from .quantization import quantize
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .training import Trainer, TrainingError, fit
@@ -211,6 +212,8 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
     if not 0 <= args.length_penalty <= MAX_ALPHA:
         raise UsageError(f"--length-penalty: expected 0 to {MAX_ALPHA}, got {args.length_penalty}")
+    if args.int8 and device.type != "cpu":
+        raise UsageError(f"--int8: on the CPU alone, got --device {args.device}")
     saved = checkpoints.load_average(args.model, args.average)
     if args.beam > saved.model.vocab_size:
         raise UsageError(
@@ -222,6 +225,8 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
             f"--arch {args.arch}: {saved.path} holds a model of --arch {saved.model.arch}"
         )
     model = checkpoints.build_model(saved, args.backend).to(device)
+    if args.int8:
+        quantize(model)
     try:
         model.probe()
     except RuntimeError as error:

@@ -257,7 +257,7 @@ def _add_attend(commands: Any) -> argparse.ArgumentParser:
     attend = add_attend(commands, _positive)
     _add_average(attend)
     _add_decoding(attend)
-    attend.set_defaults(arch=None)
+    attend.set_defaults(arch=None, int8=False)
     return attend
 
 
@@ -276,6 +276,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--arch",
         choices=ARCHITECTURES,
         help="what the model must be; a checkpoint of another architecture is an error",
+    )
+    command.add_argument(
+        "--int8",
+        action="store_true",
+        help="linear layers in eight bits: faster on a CPU, nearly the same scores",
     )
     _add_checkpoint(command)
     _add_decoding(command)

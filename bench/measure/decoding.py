@@ -9,9 +9,11 @@ equal sizes is timed as well. Tokens of the best translations count, per second.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from ...console import from_extra
 from ...transformer.config import ModelConfig
 from ...transformer.decoding import beam_search, greedy
 from ...transformer.export import export_ctranslate2
+from ...transformer.interface import TranslationModel
 from ...transformer.model import EncoderDecoder
+from ...transformer.quantization import quantize
 from ...transformer.tokenizer import BOS, EOS, PAD
 from . import figures
 from .timing import Budget, interleave, timer_for
@@ -86,12 +90,17 @@ def decoders(
     lengths = torch.full((sentences,), SOURCE)
     source[:, -1] = EOS
 
-    def rowmax(beam: int) -> list[int]:
+    def rowmax(model: TranslationModel, beam: int) -> list[int]:
         if beam == 1:
             return list(map(len, greedy(model, source, lengths)))
         return list(map(len, beam_search(model, source, lengths, beam, alpha=0.0)))
 
-    found: dict[str, Callable[[int], list[int]]] = {"rowmax": rowmax}
+    narrow = copy.deepcopy(model)
+    quantize(narrow)
+    found: dict[str, Callable[[int], list[int]]] = {
+        "rowmax": partial(rowmax, model),
+        "rowmax int8": partial(rowmax, narrow),
+    }
     export_ctranslate2(model, _Names(config.vocab_size), folder / "model")
     named = [[f"t{token}" for token in row[:-1]] for row in source.tolist()]
     for kind in ("float32", "int8"):
