@@ -7,12 +7,19 @@ it is asked for: `import rowmax` loads no torch, and a subpackage loads what it 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"] and "torch" not in sys.modules:
+    # Now: `python -m` imports a package, and with it torch, before its __main__ runs.
+    from . import waiting
+
+    waiting.settle_for(sys.orig_argv)
 
 _SUBPACKAGES = ("bench", "kernels", "transformer")
 

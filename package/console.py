@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .waiting import chosen, usable_cpus
+
 _INTERRUPTED, _CLOSED = 130, 141
 _MOST_THREADS = 1024
 # Text is UTF-8 whatever the locale says. File names and arguments may hold bytes that are not: they
@@ -118,14 +120,23 @@ def _one_file(path: Path, other: Path) -> bool:
 
 
 def set_threads(threads: int | None) -> None:
-    """`--threads`, where it was given; UsageError beyond what an OpenMP runtime starts."""
-    if threads is None:
-        return
-    if not 1 <= threads <= _MOST_THREADS:
+    """`--threads`, or torch's own choice within what the process may use; UsageError beyond what an
+    OpenMP runtime starts."""
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise UsageError(f"--threads: expected at least 1, at most {_MOST_THREADS}, got {threads}")
     import torch
 
-    torch.set_num_threads(threads)
+    if threads is None:
+        threads = min(torch.get_num_threads(), usable_cpus())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def threads_line() -> str:
+    """How many threads work, and how they wait."""
+    import torch
+
+    return f"{torch.get_num_threads()} threads of {usable_cpus()} CPUs, {chosen(os.environ)}"
 
 
 def check_text(what: str, text: str) -> None:

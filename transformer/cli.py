@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from .. import console
-from ..console import UsageError, check_outputs, check_text, set_threads
+from ..console import UsageError, check_outputs, check_text, set_threads, threads_line
 from . import checkpoint as checkpoints
 from . import commands as drawing
 from . import corpus, demo
@@ -38,11 +39,13 @@ from .decoding import (
     translate,
     translate_n_best,
 )
+from .distributed import WorkerLostError, device_of, joined, launched, postponed_termination
 from .evaluation import require_sacrebleu, score
 from .export import export_ctranslate2
 from .interface import TranslationModel
 from .model import EncoderDecoder
 from .options import Handler, parser
+from .quantization import quantize
 from .sampling import Sampling
 from .tokenizer import Tokenizer
 from .training import Trainer, TrainingError, fit
@@ -70,6 +73,7 @@ def _device(args: argparse.Namespace) -> torch.device:
     set_threads(args.threads)
     try:
         device = torch.device(args.device)
+        device = device_of(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
@@ -87,17 +91,23 @@ def _train(args: argparse.Namespace) -> int:
             raise UsageError("--built-in brings its own text; give no files with it")
     elif text is None:
         raise UsageError("no text to train on: give --source and --target, --tsv, or --built-in")
-    with checkpoints.exclusive(args.output):
+    with contextlib.ExitStack() as held:
+        workers = held.enter_context(joined(device, args.join_seconds))
+        if workers.first:  # the others leave the output alone
+            held.enter_context(checkpoints.exclusive(args.output))
         if text is None:
             built_in = corpus.splits()
             text, validation_text = list(built_in.train), list(built_in.validation)
-        saved = _saved(args)
+        saved = _saved(args) if workers.first else None
         preset = PRESETS[args.preset]
+        vocabulary: str | None = None
         if saved is not None:
-            tokenizer = saved.tokenizer
-        else:
+            vocabulary = saved.tokenizer.to_json()
+        elif workers.first:
             vocab_size = args.vocab_size or preset.vocab_size
-            tokenizer = Tokenizer.train((side for pair in text for side in pair), vocab_size)
+            sides = (side for pair in text for side in pair)
+            vocabulary = Tokenizer.train(sides, vocab_size).to_json()
+        tokenizer = Tokenizer.from_json(workers.share("vocabulary", vocabulary))
         given = {**_given_to_model(args), "vocab_size": tokenizer.vocab_size}
         model_config = preset_config(preset, args.arch, given)
         training_given = _given(args, [field.name for field in dataclasses.fields(TrainingConfig)])
@@ -105,26 +115,43 @@ def _train(args: argparse.Namespace) -> int:
         if saved is not None:
             _require_same(saved, model_config, config)
         dataset = Dataset(text, tokenizer, model_config.max_length)
-        _say(f"training on {len(dataset):,} pairs, vocabulary of {tokenizer.vocab_size:,} subwords")
+        workers.require_same(
+            {
+                "model": dataclasses.asdict(model_config),
+                "training": {**dataclasses.asdict(config), "save_every": args.save_every},
+                "data": dataset.fingerprint(),
+            }
+        )
+        say = _say if workers.first else _say_nothing
+        say(threads_line())
+        say(f"training on {len(dataset):,} pairs, vocabulary of {tokenizer.vocab_size:,} subwords")
+        if workers.count > 1:
+            say(f"{workers.count} processes, each with a part of every batch")
         if dataset.left_out():
-            _say(dataset.left_out())
+            say(dataset.left_out())
         validation = None
         if validation_text is not None:
             validation = Dataset(validation_text, tokenizer, model_config.max_length)
         torch.manual_seed(config.seed)
         model = new_model(model_config, args.backend).to(device)
-        trainer = Trainer(model, dataset, config)
+        trainer = Trainer(model, dataset, config, workers)
         if saved is not None:
             trainer.restore(saved)
-            _say(f"resuming after step {trainer.steps_done:,} from {saved.path}")
+            say(f"resuming after step {trainer.steps_done:,} from {saved.path}")
+        trainer.follow_first()
+        held.enter_context(postponed_termination(workers))
         try:
             fit(trainer, tokenizer, args.output, validation, args.save_every, args.keep)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(_interrupted(args.output)) from error
         except TrainingError as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             return 1
-    _say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
+        except WorkerLostError as error:
+            _say(f"error: process {workers.rank} of {workers.count}: {error}; no further step")
+            say(_interrupted(args.output))
+            return 1
+    say(f"trained {trainer.steps_done:,} steps; the model is in {args.output}")
     return 0
 
 
@@ -185,6 +212,8 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
     device = _device(args)
     if not 0 <= args.length_penalty <= MAX_ALPHA:
         raise UsageError(f"--length-penalty: expected 0 to {MAX_ALPHA}, got {args.length_penalty}")
+    if args.int8 and device.type != "cpu":
+        raise UsageError(f"--int8: on the CPU alone, got --device {args.device}")
     saved = checkpoints.load_average(args.model, args.average)
     if args.beam > saved.model.vocab_size:
         raise UsageError(
@@ -196,6 +225,8 @@ def _load(args: argparse.Namespace) -> tuple[TranslationModel, Tokenizer]:
             f"--arch {args.arch}: {saved.path} holds a model of --arch {saved.model.arch}"
         )
     model = checkpoints.build_model(saved, args.backend).to(device)
+    if args.int8:
+        quantize(model)
     try:
         model.probe()
     except RuntimeError as error:
@@ -370,12 +401,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    demo.run(args.output, args.steps, args.backend, _device(args))
+    device = _device(args)
+    _say(threads_line())
+    demo.run(args.output, args.steps, args.backend, device)
     return 0
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _say_nothing(_: str) -> None:
+    """In place of `_say`, where another process says it."""
 
 
 COMMANDS: dict[str, Handler] = {
@@ -395,6 +432,7 @@ ERRORS = (
     DataError,
     CheckpointError,
     TrainingError,
+    WorkerLostError,
     SentenceTooLongError,
     AttendError,
 )
@@ -405,6 +443,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         args = parser(COMMANDS).parse_args(arguments)
+        _, processes = launched()
+        if processes > 1 and args.command != "train":
+            raise UsageError(
+                f"{args.command} is the work of one process, not of {processes}: start it without "
+                "torchrun"
+            )
         return int(args.run(args))
 
     return console.run(command, "error: ", ERRORS)

@@ -173,6 +173,14 @@ class Dataset:
             digest.update(np.concatenate(side).astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Source and target tokens of each of these pairs."""
+        return self._source_lengths[indices] + self._target_lengths[indices]
+
+    def target_tokens(self, indices: np.ndarray) -> int:
+        """Target tokens of these pairs together."""
+        return int(self._target_lengths[indices].sum())
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The pairs of these indices, padded to the longest of them."""
         source, source_lengths = pad([self.sources[i] for i in indices])

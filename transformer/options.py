@@ -9,10 +9,12 @@ from typing import Any
 
 from .commands import add_attend, add_positions
 from .config import ARCHITECTURES, PRECISIONS, PRESETS, RECURRENT, ModelConfig
+from .distributed import JOIN_SECONDS
 from .evaluation import TOKENIZATIONS
 from .export import QUANTIZATIONS
 from .tokenizer import SMALLEST_VOCABULARY
 
+_LONGEST_WAIT = 86_400
 BACKENDS = ("auto", "reference", "numba", "native", "triton")
 Handler = Callable[[argparse.Namespace], int]
 
@@ -29,7 +31,8 @@ parallel text and translate with it.
       python -m rowmax.transformer translate --model run "A dog runs."
       python -m rowmax.transformer evaluate --model run --source test.en --target test.de
 
-  Training that was interrupted goes on with the same command and --resume.
+  Training that was interrupted goes on with the same command and --resume. Several processes
+  train one model: torchrun --nproc-per-node 2 -m rowmax.transformer train ...
 """
 
 
@@ -82,6 +85,13 @@ def _add_train(commands: Any) -> argparse.ArgumentParser:
         default=5,
         metavar="N",
         help="checkpoints to keep, the newest ones (default: %(default)s)",
+    )
+    train.add_argument(
+        "--join-seconds",
+        type=_seconds,
+        default=JOIN_SECONDS,
+        metavar="SECONDS",
+        help="under torchrun: how long to wait for the other processes (default: %(default)g)",
     )
     model = train.add_argument_group("model (instead of the preset's values)")
     model.add_argument(
@@ -247,7 +257,7 @@ def _add_attend(commands: Any) -> argparse.ArgumentParser:
     attend = add_attend(commands, _positive)
     _add_average(attend)
     _add_decoding(attend)
-    attend.set_defaults(arch=None)
+    attend.set_defaults(arch=None, int8=False)
     return attend
 
 
@@ -266,6 +276,11 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--arch",
         choices=ARCHITECTURES,
         help="what the model must be; a checkpoint of another architecture is an error",
+    )
+    command.add_argument(
+        "--int8",
+        action="store_true",
+        help="linear layers in eight bits: faster on a CPU, nearly the same scores",
     )
     _add_checkpoint(command)
     _add_decoding(command)
@@ -315,6 +330,15 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     group.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= _LONGEST_WAIT:
+        raise argparse.ArgumentTypeError(
+            f"expected above 0, at most {_LONGEST_WAIT:,} seconds, got {text}"
+        )
+    return value
 
 
 def _positive(text: str) -> int:

@@ -1,29 +1,34 @@
-"""`python -m rowmax.bench decoding`: translation by the reference Transformer beside CTranslate2.
+"""`python -m rowmax.bench decoding`: the reference Transformer beside CTranslate2 and Hugging Face.
 
 The same random weights, exported, translate the same sentences into as many tokens each, for no
 translation ends by itself: greedily and by beam search, in turns in one process. CTranslate2
-computes in float32 and with int8 weights. Tokens of the best translations count, per second.
+computes in float32 and with int8 weights. Where transformers is there, `generate` of a Marian of
+equal sizes is timed as well. Tokens of the best translations count, per second.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
+import importlib.util
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...console import from_extra
 from ...transformer.config import ModelConfig
 from ...transformer.decoding import beam_search, greedy
 from ...transformer.export import export_ctranslate2
+from ...transformer.interface import TranslationModel
 from ...transformer.model import EncoderDecoder
-from ...transformer.tokenizer import EOS
-from ..machine.host import describe, load_average
-from ..options import UsageError, check_outputs, seconds_of, set_threads
+from ...transformer.quantization import quantize
+from ...transformer.tokenizer import BOS, EOS, PAD
+from . import figures
 from .timing import Budget, interleave, timer_for
 from .training import SIZES
 
@@ -34,36 +39,26 @@ Decode = Callable[[], list[int]]  # -> the lengths of the translations
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
-        "decoding", help="translation by the reference Transformer beside CTranslate2"
+        "decoding",
+        help="translation by the reference Transformer beside CTranslate2 and Hugging Face",
     )
     command.add_argument("--size", choices=SIZES, default="base", help="default: base")
     command.add_argument("--sentences", type=int, default=32, help="default: 32")
     command.add_argument("--beam", type=int, default=4, help="beside greedy decoding; default: 4")
-    command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
-    command.add_argument("--threads", type=int, help="default: what torch takes")
-    command.add_argument("--seconds", type=float, help="to spend on each table; default: 30")
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures here too")
+    figures.add_options(command, 30.0, on="each table")
 
 
 def run(options: argparse.Namespace) -> int:
-    seconds = seconds_of("--seconds", options.seconds) or 30.0
-    set_threads(options.threads)
-    check_outputs({"--json": options.json})
-    for name in ("sentences", "beam"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     with from_extra("ctranslate2"):
         import ctranslate2  # noqa: F401
-    machine = describe()
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    machine = figures.begin(options, "sentences", "beam")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         every = decoders(SIZES[options.size], options.sentences, options.backend, Path(folder))
         for beam in dict.fromkeys((1, options.beam)):
             calls = {name: (lambda of=of, beam=beam: of(beam)) for name, of in every.items()}
             tokens = {name: sum(call()) for name, call in calls.items()}
-            budget = Budget(seconds=seconds, min_rounds=3, max_rounds=1000)
+            budget = Budget(seconds=options.seconds, min_rounds=3, max_rounds=1000)
             timings = interleave(calls, budget, timer_for("cpu"))
             what = "greedy" if beam == 1 else f"beam {beam}"
             print(
@@ -77,9 +72,8 @@ def run(options: argparse.Namespace) -> int:
                     f"{rates[name]:9.0f} {rates['rowmax'] / rates[name]:11.2f}"
                 )
             found[what] = rates
-    if options.json is not None:
-        document = {"machine": machine, "size": options.size, "tokens_per_second": found}
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document = {"machine": machine, "size": options.size, "tokens_per_second": found}
+    figures.write(options, document)
     return 0
 
 
@@ -96,12 +90,17 @@ def decoders(
     lengths = torch.full((sentences,), SOURCE)
     source[:, -1] = EOS
 
-    def rowmax(beam: int) -> list[int]:
+    def rowmax(model: TranslationModel, beam: int) -> list[int]:
         if beam == 1:
             return list(map(len, greedy(model, source, lengths)))
         return list(map(len, beam_search(model, source, lengths, beam, alpha=0.0)))
 
-    found: dict[str, Callable[[int], list[int]]] = {"rowmax": rowmax}
+    narrow = copy.deepcopy(model)
+    quantize(narrow)
+    found: dict[str, Callable[[int], list[int]]] = {
+        "rowmax": partial(rowmax, model),
+        "rowmax int8": partial(rowmax, narrow),
+    }
     export_ctranslate2(model, _Names(config.vocab_size), folder / "model")
     named = [[f"t{token}" for token in row[:-1]] for row in source.tolist()]
     for kind in ("float32", "int8"):
@@ -123,7 +122,49 @@ def decoders(
             return [len(result.hypotheses[0]) for result in results]
 
         found[f"CTranslate2 {kind}"] = decode
+    if importlib.util.find_spec("transformers") is not None:
+        found["Hugging Face"] = _hugging_face(config, source)
     return found
+
+
+def _hugging_face(config: ModelConfig, source: Tensor) -> Callable[[int], list[int]]:
+    """A Marian of these sizes, with its own random weights."""
+    from transformers import MarianConfig, MarianMTModel
+
+    width, heads, inner = config.d_model, config.heads, config.d_ff
+    marian = MarianMTModel(
+        MarianConfig(
+            vocab_size=config.vocab_size,
+            d_model=width,
+            encoder_layers=config.encoder_layers,
+            decoder_layers=config.decoder_layers,
+            encoder_attention_heads=heads,
+            decoder_attention_heads=heads,
+            encoder_ffn_dim=inner,
+            decoder_ffn_dim=inner,
+            activation_function="relu",
+            scale_embedding=True,
+            max_position_embeddings=config.max_length,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            decoder_start_token_id=BOS,
+            forced_eos_token_id=None,
+        )
+    ).eval()
+
+    def decode(beam: int) -> list[int]:
+        out = marian.generate(
+            source,
+            attention_mask=torch.ones_like(source),
+            num_beams=beam,
+            do_sample=False,
+            min_new_tokens=_TOKENS,
+            max_new_tokens=_TOKENS,
+        )
+        return [out.shape[1] - 1] * len(source)
+
+    return decode
 
 
 class _Names:

@@ -7,9 +7,7 @@ results included.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +18,8 @@ from ...kernels import linear_cross_entropy
 from ...kernels.backends import dispatch
 from ...kernels.testing.cases import DTYPES, dtype_text
 from ...kernels.testing.memory import peak_bytes
-from ..machine.host import describe, load_average
-from ..options import UsageError, check_outputs, seconds_of, set_threads
+from ..options import UsageError
+from . import figures
 from .timing import Budget, interleave, timer_for
 
 SHAPE = (2048, 512, 10_000)
@@ -41,27 +39,20 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("--dtype", choices=_BY_NAME, default="float32", help="default: float32")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    command.add_argument("--threads", type=int, help="default: what torch takes")
     command.add_argument("--smoothing", type=float, default=0.1, help="default: 0.1")
-    command.add_argument("--seconds", type=float, help="to spend on all; default: 30")
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures here too")
+    figures.add_options(command, 30.0, backend=False)
 
 
 def run(options: argparse.Namespace) -> int:
     shape = _shape(options.shape)
-    seconds = seconds_of("--seconds", options.seconds) or 30.0
-    set_threads(options.threads)
-    check_outputs({"--json": options.json})
     if not 0.0 <= options.smoothing <= 1.0:
         raise UsageError(f"--smoothing: expected a number from 0 to 1, got {options.smoothing}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: torch sees no GPU")
-    machine = describe()
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    machine = figures.begin(options)
     every = calls(shape, _BY_NAME[options.dtype], options.device, options.smoothing)
     memory = {name: _peak(call, options.device) for name, call in every.items()}
-    budget = Budget(seconds=seconds, min_rounds=5, max_rounds=1000)
+    budget = Budget(seconds=options.seconds, min_rounds=5, max_rounds=1000)
     timings = interleave(every, budget, timer_for(options.device))
     tokens, columns, words = shape
     print(
@@ -79,9 +70,8 @@ def run(options: argparse.Namespace) -> int:
             line += f" {peak / 2**20:8.1f} {peak / unfused[1]:11.3f}"
         print(line)
         found[name] = {"seconds": timing.median, "spread": timing.spread, "peak_bytes": peak}
-    if options.json is not None:
-        document = {"machine": machine, "shape": shape, "dtype": options.dtype, "found": found}
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    document = {"machine": machine, "shape": shape, "dtype": options.dtype, "found": found}
+    figures.write(options, document)
     return 0
 
 

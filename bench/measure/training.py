@@ -8,10 +8,8 @@ Timed in turns in one process; tokens are real ones, padding does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,7 @@ from ...transformer.data import Batch, pad
 from ...transformer.model import EncoderDecoder, sinusoids
 from ...transformer.packing import PackedBatch, pack
 from ...transformer.tokenizer import BOS, PAD
-from ..machine.host import describe, load_average
-from ..options import UsageError, check_outputs, seconds_of, set_threads
+from . import figures
 from .timing import Budget, interleave, timer_for
 
 SIZES: dict[str, ModelConfig] = {
@@ -51,34 +48,38 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--bfloat16", action="store_true", help="under autocast, packed and nn.Transformer, too"
     )
-    command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
-    command.add_argument("--threads", type=int, help="default: what torch takes")
-    command.add_argument("--seconds", type=float, help="to spend on all; default: 60")
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures here too")
+    command.add_argument(
+        "--busy",
+        type=int,
+        metavar="N",
+        help="time all again while N other processes want a CPU each; how OpenMP's threads wait "
+        "follows GOMP_SPINCOUNT and OMP_WAIT_POLICY",
+    )
+    figures.add_options(command, 60.0)
 
 
 def run(options: argparse.Namespace) -> int:
-    seconds = seconds_of("--seconds", options.seconds) or 60.0
-    set_threads(options.threads)
-    check_outputs({"--json": options.json})
-    if options.pairs < 1:
-        raise UsageError(f"--pairs: expected at least 1, got {options.pairs}")
-    machine = describe()
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    machine = figures.begin(options, "pairs", *(() if options.busy is None else ("busy",)))
     config = SIZES[options.size]
     padded, packed = batches(config.vocab_size, options.pairs, equal=options.equal)
     every = steps(config, padded, packed, options.backend, narrow=options.bfloat16)
     memory = {name: _peak(step) for name, step in every.items()}
-    budget = Budget(seconds=seconds, min_rounds=5, max_rounds=1000)
+    budget = Budget(seconds=options.seconds, min_rounds=5, max_rounds=1000)
     timings = interleave(every, budget, timer_for("cpu"))
+    slowed = {}
+    if options.busy is not None:
+        with figures.busy(options.busy):
+            slowed = interleave(every, budget, timer_for("cpu"))
     places = padded.source.numel() + padded.target_out.numel()
     print(
         f"\n{options.size}: {config.encoder_layers} + {config.decoder_layers} layers of "
         f"{config.d_model}, vocabulary {config.vocab_size}, {options.pairs} pairs, "
         f"{packed.tokens} tokens, {100 * packed.tokens / places:.0f}% of the padded batch"
     )
-    print(f"{'':24} {'ms':>8} {'spread':>7} {'tokens/s':>9} {'ratio':>6} {'MiB':>7}")
+    print(
+        f"{'':24} {'ms':>8} {'spread':>7} {'tokens/s':>9} {'ratio':>6} {'MiB':>7}"
+        + (f" {f'ms, {options.busy} busy':>12} {'slower':>7}" if slowed else "")
+    )
     found: dict[str, Any] = {}
     theirs = timings["nn.Transformer"].median
     for name, timing in timings.items():
@@ -87,12 +88,16 @@ def run(options: argparse.Namespace) -> int:
             f"{name:24} {1e3 * timing.median:8.1f} {100 * timing.spread:6.0f}% "
             f"{packed.tokens / timing.median:9.0f} {theirs / timing.median:6.2f}"
         )
-        print(line + ("" if peak is None else f" {peak / 2**20:7.0f}"))
+        line += " " * 8 if peak is None else f" {peak / 2**20:7.0f}"
         found[name] = {"seconds": timing.median, "spread": timing.spread, "peak_bytes": peak}
-    if options.json is not None:
-        document = {"machine": machine, "size": options.size, "found": found}
-        document |= {"pairs": options.pairs, "tokens": packed.tokens, "places": places}
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if slowed:
+            median = slowed[name].median
+            line += f" {1e3 * median:12.1f} {median / timing.median:7.2f}"
+            found[name]["seconds_while_busy"] = median
+        print(line)
+    document = {"machine": machine, "size": options.size, "found": found, "busy": options.busy}
+    document |= {"pairs": options.pairs, "tokens": packed.tokens, "places": places}
+    figures.write(options, document)
     return 0
 
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from rowmax.bench.cli import main
-from rowmax.bench.measure import training
+from rowmax.bench.measure import figures, training
 from rowmax.transformer.config import ModelConfig
 
 TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
@@ -30,6 +31,28 @@ def test_prints_tokens_a_second(
     for name in found["found"]:
         assert f"\n{name:24} " in printed
     assert found["tokens"] < found["places"]
+
+
+def test_beside_busy_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training.SIZES, "small", TINY)
+    out = tmp_path / "training.json"
+    options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
+    assert main(["training", "--busy", "2", *options]) == 0
+    assert "ms, 2 busy  slower" in capsys.readouterr().out
+    assert all(
+        each["seconds_while_busy"] > 0 for each in json.loads(out.read_text())["found"].values()
+    )
+
+
+def test_the_busy_processes_end() -> None:
+    children = psutil.Process().children
+    before = set(children())
+    with figures.busy(2):
+        started = set(children()) - before
+        assert len(started) == 2
+    assert not any(child.is_running() for child in started)
 
 
 def test_the_same_batch_packed_and_padded() -> None:
@@ -55,6 +78,8 @@ def test_torchs_transformer_learns_the_same_kind_of_loss() -> None:
     torch.testing.assert_close(model.loss(changed, 0.1), model.loss(one, 0.1))
 
 
-@pytest.mark.parametrize("wrong", [("--pairs", "0"), ("--seconds", "0")], ids=" ".join)
+@pytest.mark.parametrize(
+    "wrong", [("--pairs", "0"), ("--seconds", "0"), ("--busy", "0")], ids=" ".join
+)
 def test_what_is_wrong(wrong: tuple[str, str], refused: Any) -> None:
     assert wrong[0] in refused("training", *wrong)

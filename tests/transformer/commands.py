@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import socket
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from rowmax.transformer import cli, corpus
@@ -19,6 +22,29 @@ def write_pairs(folder: Path, count: int, name: str = "text") -> tuple[str, ...]
         lines = "".join(f"{pair[side]}\n" for pair in pairs)
         (folder / f"{name}.{suffix}").write_text(lines, "utf-8")
     return "--source", str(folder / f"{name}.ko"), "--target", str(folder / f"{name}.en")
+
+
+def forkserver() -> ForkServerContext:
+    """Processes forked from one that has imported what training does: to start Python and torch
+    anew each time takes longer than the training."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [cli.__name__, "torch._dynamo", "tokenizers", "safetensors.torch", "tqdm"]
+    )
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        port: int = opened.getsockname()[1]
+    return port
+
+
+def variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in given.items()}}
 
 
 def fails(capsys, *arguments: str) -> str:

@@ -6,7 +6,6 @@ torch anew each time would take longer than the training.
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -16,6 +15,8 @@ import pytest
 
 from rowmax.transformer import checkpoint as checkpoints
 from rowmax.transformer import cli, corpus
+
+from .commands import forkserver
 
 STEPS = 60
 
@@ -42,9 +43,7 @@ def command(folder: Path, output: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([cli.__name__])
-    process = context.Process(target=cli.main, args=(arguments,))
+    process = forkserver().Process(target=cli.main, args=(arguments,))
     process.start()
     return process
 

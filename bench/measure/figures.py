@@ -1,0 +1,60 @@
+"""What the commands that time a few engines in turns have in common: options, heading, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..machine.host import describe, load_average
+from ..options import UsageError, check_outputs, seconds_of, set_threads
+
+
+def add_options(
+    command: argparse.ArgumentParser, seconds: float, on: str = "all", backend: bool = True
+) -> None:
+    if backend:
+        command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
+    command.add_argument("--threads", type=int, help="default: what torch takes")
+    command.add_argument(
+        "--seconds", type=float, default=seconds, help=f"to spend on {on}; default: %(default)g"
+    )
+    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures here too")
+
+
+def begin(options: argparse.Namespace, *counts: str) -> dict[str, Any]:
+    """Check the options, of those that are named for 1 or more; tell of the machine."""
+    seconds_of("--seconds", options.seconds)
+    set_threads(options.threads)
+    check_outputs({"--json": options.json})
+    for name in counts:
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    machine = describe()
+    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    return machine
+
+
+def write(options: argparse.Namespace, document: Mapping[str, Any]) -> None:
+    """Into --json, where it was given."""
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Within it so many other processes want a CPU each all the time."""
+    with contextlib.ExitStack() as started:
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            started.callback(process.wait)
+            started.callback(process.kill)
+        yield
