@@ -63,7 +63,7 @@ def _disassembled() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("form", "rows", "vectors"),
+    "form, rows, vectors",
     [
         pytest.param(form, *tile, id=f"{form}-{tile[0]}x{tile[1]}")
         for form in (("portable",) if platform.machine() == "aarch64" else ("avx512", "avx2"))
