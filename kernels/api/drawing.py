@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -175,7 +175,7 @@ def _runs(row: Sequence[float]) -> list[tuple[int, int, float]]:
 
 def _one(structure: MaskStructure, b: int, head: int) -> MaskStructure:
     """The structure of one batch element and head, of which the tensors may have one for all."""
-    fields = {
+    fields: dict[str, Any] = {
         name: value[b : b + 1] if value.shape[0] > 1 else value
         for name, value in structure._asdict().items()
         if isinstance(value, Tensor)
