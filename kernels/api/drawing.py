@@ -9,13 +9,13 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import fail_value
+from .checks import fail_type, fail_value
 
 if TYPE_CHECKING:
     from .masks import Mask, MaskStructure
@@ -26,6 +26,8 @@ SAMPLED = 8
 ELEMENTS = 4  # batch elements in one drawing
 WIDTH = 100  # columns of text
 CELL = 8  # units of a picture
+# Below a picture's cells. Attributes, for a <style> would be that of all the page it is put in.
+NONE = 'fill="#888" opacity=".15"'
 
 
 class Drawn:
@@ -58,9 +60,16 @@ class Drawn:
             head: the query head to draw, where a bool tensor has several.
             most: cells down and across.
         """
+        given = {"Lq": Lq, "Lk": Lk, "batch": batch, "head": head, "most": most}
+        for name, number in given.items():
+            optional = name not in ("head", "most")
+            if type(number) is not int and not (optional and number is None):
+                fail_type("show", name, type(number).__name__, "an int" + ", or None" * optional)
         sizes = _sizes(self.parts())
         Lq, Lk = _lengths(Lq, Lk, sizes)
         B, H = sizes.get("B", 1), sizes.get("H", 1)
+        if B == 0:
+            fail_value("show", "mask", "one of no batch elements", "at least one to draw")
         for name, value, count in (("batch", batch or 0, B), ("head", head, H)):
             if not 0 <= value < count:
                 fail_value("show", name, str(value), f"one of 0 to {count - 1}")
@@ -70,8 +79,8 @@ class Drawn:
         cell = -(-max(Lq, Lk) // most)
         structure = self._structure((B, H, Lq, Lk), torch.empty(0, device=_device(self.parts())))
         elements = range(min(B, ELEMENTS)) if batch is None else (batch,)
-        shares = [_shares(structure, (B, H, Lq, Lk), (b, head), cell) for b in elements]
-        title = f"{' & '.join(map(_words, self.parts()))}: {Lq} queries x {Lk} keys"
+        shares = [_shares(_one(structure, b, head), Lq, Lk, cell) for b in elements]
+        title = f"{_title(self.parts())}: {Lq} queries x {Lk} keys"
         if H > 1:
             title += f", head {head} of {H}"
         if cell > 1:
@@ -82,8 +91,11 @@ class Drawn:
         return Drawing(title, tuple(names), tuple(shares))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of a mask."""
-        return self.show()._repr_html_()
+        """What a notebook shows of a mask: where its sizes alone draw none, the reason."""
+        try:
+            return self.show()._repr_html_()
+        except (TypeError, ValueError) as error:
+            return f"<pre>{html.escape(f'{_title(self.parts())} is not drawn: {error}')}</pre>"
 
 
 @dataclass(frozen=True)
@@ -118,11 +130,12 @@ class Drawing:
         top = 2 * CELL if any(self.names) else 0
         for name, grid in zip(self.names, self.shares, strict=True):
             if name:
-                parts.append(f'<text x="{left}" y="{CELL + 3}">{html.escape(name)}</text>')
+                parts.append(
+                    f'<text x="{left}" y="{CELL + 3}" font-family="sans-serif" font-size="11" '
+                    f'fill="#888">{html.escape(name)}</text>'
+                )
             height, width = len(grid) * CELL, len(grid[0]) * CELL
-            parts.append(
-                f'<rect x="{left}" y="{top}" width="{width}" height="{height}" class="no"/>'
-            )
+            parts.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" {NONE}/>')
             parts += [
                 f'<rect x="{left + start * CELL}" y="{top + at * CELL}" '
                 f'width="{count * CELL - 1}" height="{CELL - 1}" '
@@ -136,7 +149,6 @@ class Drawing:
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" '
             f'viewBox="0 0 {size[0]} {size[1]}" role="img" fill="#3b5bdb">'
             f"<title>{html.escape(self.title)}</title>"
-            "<style>text{font:11px sans-serif;fill:#888}.no{fill:#888;fill-opacity:.15}</style>"
             f"{''.join(parts)}</svg>"
         )
 
@@ -161,18 +173,27 @@ def _runs(row: Sequence[float]) -> list[tuple[int, int, float]]:
     return runs
 
 
-def _shares(
-    structure: MaskStructure, shape: tuple[int, int, int, int], at: tuple[int, int], cell: int
-) -> tuple[tuple[float, ...], ...]:
-    """Of each cell x cell queries and keys of one batch element and head, how many may attend."""
-    Lq, Lk = shape[2:]
+def _one(structure: MaskStructure, b: int, head: int) -> MaskStructure:
+    """The structure of one batch element and head, of which the tensors may have one for all."""
+    fields: dict[str, Any] = {
+        name: value[b : b + 1] if value.shape[0] > 1 else value
+        for name, value in structure._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    if structure.dense is not None and structure.dense.shape[1] > 1:
+        fields["dense"] = fields["dense"][:, head : head + 1]
+    return structure._replace(**fields)
+
+
+def _shares(structure: MaskStructure, Lq: int, Lk: int, cell: int) -> tuple[tuple[float, ...], ...]:
+    """Of each cell x cell queries and keys, how many may attend; `structure` is `_one`'s."""
     device = next((x.device for x in structure if isinstance(x, Tensor)), torch.device("cpu"))
 
     def allowed(start: int, count: int) -> Tensor:
         found = structure.rows(start, count).allowed(count, Lk, device)
         if found is None:
             return torch.ones(count, Lk)
-        return found.expand(*shape[:2], count, Lk)[at].to("cpu", torch.float32)
+        return found[0, 0].expand(count, Lk).to("cpu", torch.float32)
 
     grid = []
     for start in range(0, Lq, cell):
@@ -203,13 +224,14 @@ def _sizes(parts: Sequence[Mask]) -> dict[str, int]:
                     if size > 1:
                         note(side, size)
                 continue
-            note("B", value.shape[0])
+            if value.dim() > 0:
+                note("B", value.shape[0])
             if name in ("ids", "key_ids"):
                 note("Lk" if name == "key_ids" else "Lq", value.shape[1])
                 if vars(part)["key_ids"] is None:
                     note("Lk", value.shape[1])
             elif name == "lengths" and value.numel():
-                note("longest", int(value.max()))
+                note("longest", max(1, int(value.max())))
     return sizes
 
 
@@ -222,6 +244,10 @@ def _lengths(Lq: int | None, Lk: int | None, sizes: dict[str, int]) -> tuple[int
 def _device(parts: Sequence[Mask]) -> torch.device:
     values = (value for part in parts for value in vars(part).values())
     return next((x.device for x in values if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def _title(parts: Sequence[Mask]) -> str:
+    return " & ".join(map(_words, parts))
 
 
 def _words(part: Mask) -> str:

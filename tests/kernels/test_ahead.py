@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rowmax.kernels.backends import dispatch
 pytestmark = pytest.mark.skipif(
     dispatch.unavailable("numba") is not None, reason=f"numba: {dispatch.unavailable('numba')}"
 )
+POPEN = subprocess.Popen
 FORWARD = "rowmax.kernels.backends.cpu_numba.attention_forward"
 
 
@@ -25,12 +28,17 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Any:
     from rowmax.kernels.backends.cpu_numba import ahead
 
     begun: list[list[str]] = []
+
+    def begin(command: list[str], **_: Any) -> SimpleNamespace:
+        begun.append(command)
+        return SimpleNamespace(wait=lambda: 0)
+
     monkeypatch.delenv("ROWMAX_COMPILE_AHEAD", raising=False)
     monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 9.0, 9.0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     monkeypatch.setattr(ahead, "_started", {})
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: begun.append(command))
+    monkeypatch.setattr(subprocess, "Popen", begin)
     monkeypatch.setattr(ahead, "begun", begun, raising=False)
     return ahead
 
@@ -69,6 +77,43 @@ def test_a_process_that_can_not_be_had_is_no_error(
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
     ahead.start("float32", FORWARD, tmp_path)
+
+
+def test_it_imports_by_the_program_s_path_alone(
+    ahead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the folder that the program runs in; entries that no import reads are no error."""
+    own = [*sys.path, "a {folder}'s \u00e4"]
+    monkeypatch.setattr(sys, "path", [tmp_path, *own])
+    (tmp_path / "json.py").write_text("print('of the current folder')")
+    (tmp_path / "filelock.py").write_text("print('of the current folder')")
+    ahead.start("float32", FORWARD, tmp_path)
+    ((_, _, script, *arguments),) = ahead.begun
+    monkeypatch.undo()
+    script = f"{script.partition('; from ')[0]}; import filelock, json; print(ascii(sys.path))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{own!a}\n"
+
+
+def test_a_process_that_ended_is_no_zombie(
+    ahead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*_: Any, **__: Any) -> Any:
+        return POPEN(["true"])
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    ahead.start("float32", FORWARD, tmp_path)
+    (helper,) = ahead._started.values()
+    end = time.monotonic() + 30
+    while helper.returncode is None and time.monotonic() < end:  # set by who waits for it
+        time.sleep(0.01)
+    assert helper.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,27 @@ def first_call(cache: Path) -> float:
         check=True,
     )
     return float(done.stdout)
+
+
+def _raise_by_one(at: Any) -> None:
+    at[0] += 1
+
+
+@NEEDS_NUMBA
+def test_processes_that_compile_different_signatures_share_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a lock of its own, and Numba's index of a folder is written without one."""
+    from numba import types
+
+    from rowmax.kernels.backends.cpu_numba import jit
+
+    monkeypatch.setenv("ROWMAX_CACHE_DIR", str(tmp_path))
+    for argument in (types.float32, types.float64):
+        jit.machine_function(_raise_by_one, argument)
+    indices = list(tmp_path.rglob("*.nbi"))
+    assert len(indices) == 2
+    assert all(len(list(index.parent.glob("*.nbc"))) == 1 for index in indices)
 
 
 @pytest.mark.slow

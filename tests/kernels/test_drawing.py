@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rowmax.kernels import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
 from rowmax.kernels.api import drawing
+from rowmax.kernels.api.masks import MaskStructure
 
 from .cases import lengths
 from .test_masks import BY_ID, HQ, IDS, KEY_IDS, LK, LQ, TABLE, B, Rule
@@ -53,6 +56,25 @@ def test_what_is_large_is_shrunk(exact: bool, monkeypatch: pytest.MonkeyPatch) -
     assert "90 queries x 105 keys, a cell stands for 11 x 11" in mask.show(Lq, Lk, most=10).title
 
 
+def test_what_is_drawn_alone_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large batch the elements that are not drawn cost nothing."""
+    made: list[int] = []
+    allowed = MaskStructure.allowed
+
+    def noted(structure: MaskStructure, Lq: int, Lk: int, device: torch.device) -> Tensor | None:
+        found = allowed(structure, Lq, Lk, device)
+        assert found is not None
+        made.append(found.numel() // (Lq * Lk))
+        return found
+
+    monkeypatch.setattr(MaskStructure, "allowed", noted)
+    table = torch.ones(40, HQ, 6, 6, dtype=torch.bool)
+    documents = Documents(torch.zeros(40, 6, dtype=torch.int64))
+    aligned = Causal(torch.zeros(40, dtype=torch.int64))
+    (Dense(table) & documents & aligned & KeyLengths(lengths(*range(1, 41)))).show(head=1)
+    assert made == [1] * 6 * 4
+
+
 def test_a_million_keys() -> None:
     (shares,) = Causal().show(10**6, most=4).shares
     assert [[["none", "part", "all"][(x > 0) + (x == 1)] for x in row] for row in shares] == [
@@ -80,6 +102,7 @@ def test_parts_are_shades() -> None:
         (Dense(torch.ones(2, 1, 1, 7, dtype=torch.bool)), (7, 7)),  # padding, for any query
         (Dense(torch.ones(6, 1, dtype=torch.bool)) & KeyLengths(lengths(3)), (6, 6)),
         (Causal(1) & Dense(TABLE), (5, 8)),
+        (KeyLengths(lengths(0, 0)), (1, 1)),
     ],
 )
 def test_sizes_that_masks_know(mask: Mask, sizes: tuple[int, int]) -> None:
@@ -142,3 +165,39 @@ def test_names_in_a_picture_are_text() -> None:
 def test_errors(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         (Causal() & KeyLengths(lengths(4, 2))).show(Lk=5, **options)
+
+
+def test_a_picture_styles_nothing_but_itself() -> None:
+    """In a page, where a style sheet within it would be one of the page."""
+    svg = ElementTree.fromstring(KeyLengths(lengths(3, 2)).show().svg())
+    assert {element.tag.partition("}")[2] for element in svg.iter()} == {
+        "svg",
+        "title",
+        "rect",
+        "text",
+    }
+    assert all("class" not in element.attrib for element in svg.iter())
+
+
+@pytest.mark.parametrize(
+    "mask,reason",
+    [
+        (Causal() & Dense(TABLE), "Causal() &amp; Dense((2, 1, 5, 8)) is not drawn: mask: `align`"),
+        (KeyLengths(lengths(1)[:0]), "one of no batch elements"),
+        (Causal(torch.tensor(3)), "`align`: expected shape (B,)"),
+    ],
+)
+def test_a_notebook_says_why_it_shows_no_picture(mask: Mask, reason: str) -> None:
+    """Not by an error, which a cell that only names the mask did not ask for."""
+    with pytest.raises(ValueError, match="expected|needed"):
+        mask.show()
+    assert reason in mask._repr_html_()
+    ElementTree.fromstring(mask._repr_html_())
+
+
+@pytest.mark.parametrize("name", ["Lq", "Lk", "batch", "head", "most"])
+@pytest.mark.parametrize("value", [2.0, "2", True])
+def test_sizes_are_ints(name: str, value: object) -> None:
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(TypeError, match=f"show: `{name}`: expected an int"):
+        Causal().show(**given)

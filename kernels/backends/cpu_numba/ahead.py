@@ -9,10 +9,10 @@ the other is at waits for what it leaves on disk. ROWMAX_COMPILE_AHEAD=0 begins 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -26,10 +26,8 @@ COMMON = (
     ("attention_forward", "FORWARD"),
     ("norm_forward", "FORWARD"),
 )
-_SCRIPT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    f"from {__name__} import main; main(*sys.argv[2:])"
-)
+# Before anything is imported, the program's path: `-c` has the current folder in its own.
+_SCRIPT = f"import sys; sys.path[:] = {{path}}; from {__name__} import main; main(*sys.argv[1:])"
 _started: dict[str, subprocess.Popen[bytes]] = {}
 
 
@@ -42,11 +40,13 @@ def start(dtype: str, module: str, folder: Path) -> None:
     if dtype in _started or name not in dict(COMMON) or not _may():
         return
     lock = folder / f"ahead-{dtype}.lock"
-    command = [sys.executable, "-c", _SCRIPT, json.dumps(sys.path), dtype, name, str(lock)]
+    path = [entry for entry in sys.path if isinstance(entry, str)]  # `import` ignores others
+    script = _SCRIPT.format(path=ascii(path))
+    command = [sys.executable, "-c", script, dtype, name, str(lock)]
     try:
         with FileLock(lock, timeout=0):
             pass
-        _started[dtype] = subprocess.Popen(
+        helper = _started[dtype] = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -54,8 +54,10 @@ def start(dtype: str, module: str, folder: Path) -> None:
             env=os.environ | {VARIABLE: "0"},
             start_new_session=True,  # what interrupts the program leaves it alone
         )
-    except (Timeout, OSError, NotImplementedError):
-        return  # another process's is at it; or there are no locks or no processes to be had
+        # A process that nobody waits for is a zombie once it ends. This program may end before it.
+        threading.Thread(target=helper.wait, name="rowmax-compile-ahead", daemon=True).start()
+    except (Timeout, OSError, RuntimeError):
+        return  # another process's is at it; or there are no locks, processes or threads to be had
 
 
 def _may() -> bool:

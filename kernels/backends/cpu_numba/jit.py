@@ -179,7 +179,10 @@ def machine_function(kernel: Callable[..., None], argument: Any, dtype: str = ""
         with tempfile.TemporaryFile(dir=directory):
             pass
         name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
-        with FileLock(directory / f"{kernel.__name__}-{name}.lock"), _cache_in(directory):
+        # Numba keeps an index of the signatures in a folder and locks nothing: of two processes
+        # that write at once, one would have the other's machine code under its own name.
+        lock = FileLock(directory / f"{kernel.__name__}-{name}.lock")
+        with lock, _cache_in(directory / name):
             compiled = _compiled(kernel, signature, dtype, keep=True)
     except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
         _warn_uncached(str(error))
