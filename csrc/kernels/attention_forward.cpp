@@ -228,9 +228,16 @@ void forward_tile(
                         sequence.first_key * call.value_row;
 
   const KeyRange range = key_ranges<T>(call, sequence, tile, to.first, to.last);
-  const bool sink = call.sinks != nullptr;  // a key of weight 1 without a value
-  fill(to.row_max, width, sink ? static_cast<T>(call.sinks[h] * LOG2_E) : -INFINITE<T>);
-  fill(to.row_sum, width, sink ? T(1) : T(0));
+  T start_max = -INFINITE<T>, start_sum = T(0);
+  if (call.sinks != nullptr) {
+    const double sink = call.sinks[h] * LOG2_E;
+    start_max = static_cast<T>(sink);
+    // 2^x of what rounding took from the sink, by its series; nothing of an infinite one
+    const double x = (sink - static_cast<double>(start_max)) * LN_2;
+    start_sum = x == x ? static_cast<T>(1.0 + x + 0.5 * x * x) : T(1);
+  }
+  fill(to.row_max, width, start_max);
+  fill(to.row_sum, width, start_sum);
   if (following >= 0) {
     prefetch_part<T>(call, b * call.heads + h, kOut);
     prefetch_part<T>(call, following, kQuery);

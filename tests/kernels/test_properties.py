@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rowmax.kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
+from rowmax.kernels import (
+    ALiBi,
+    Causal,
+    Dense,
+    Documents,
+    KeyLengths,
+    Mask,
+    QueryLengths,
+    Window,
+    attention,
+)
 
 from .backends import DECLINES, doing, dtype_name, is_interpreted
 from .cases import Case, Shape
@@ -238,3 +249,27 @@ def test_heads_are_separate_and_groups_are_repeats(backend: str, arguments: Atte
         )
         for name in ("out", "lse", "d_q"):
             close(alone[name], together[name][:, one])
+
+
+@pytest.mark.parametrize("queries", [3, 24])  # decoding, and tiles
+def test_large_sinks_lose_no_digits(backend: str, queries: int) -> None:
+    # softmax over n scores of 0 and a sink s: out = n / (e^s + n), d_sink = -sum of p (1 - p) * out
+    sinks = torch.linspace(20.0, 60.0, 16, requires_grad=True)
+    zeros, ones = torch.zeros(1, 16, queries, 8), torch.ones(1, 16, 5, 8)
+    out = attention(zeros, torch.zeros(1, 16, 5, 8), ones, sinks=sinks, backend=backend)
+    out.sum().backward()
+    assert sinks.grad is not None
+    exact = 5 / (sinks.detach().double().exp() + 5)
+    bound = 4 * torch.finfo(torch.float32).eps
+    assert ((out[0, :, 0, 0].double() / exact - 1).abs() < bound).all()
+    gradient = -queries * 8 * exact * (1 - exact)
+    assert ((sinks.grad.double() / gradient - 1).abs() < bound).all()
+
+
+@pytest.mark.parametrize("queries", [3, 24])
+def test_sinks_without_end(backend: str, queries: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(1, 2, queries, 8, generator=generator)
+    k, v = torch.randn(2, 1, 2, 5, 8, generator=generator).unbind()
+    out = attention(q, k, v, sinks=torch.full((2,), -math.inf), backend=backend)
+    torch.testing.assert_close(out, attention(q, k, v, backend=backend))

@@ -283,3 +283,14 @@ def test_chunks_of_the_usual_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         arguments = forward_only(case.build(dtype, DEVICE))
         assert_parity(run("triton", arguments), arguments)
+
+
+def test_large_sinks_lose_no_digits() -> None:
+    # softmax over n scores of 0 and a sink s: out = n / (e^s + n)
+    sinks = torch.linspace(20.0, 60.0, 16, device=DEVICE)
+    zeros, n = torch.zeros(1, 16, 1, 8, device=DEVICE), 2 * CHUNK + 2
+    values = torch.ones(1, 16, n, 8, device=DEVICE)
+    out = attention(zeros, torch.zeros_like(values), values, sinks=sinks, backend="triton")
+    exact = n / (sinks.double().exp() + n)
+    bound = 4 * torch.finfo(torch.float32).eps
+    assert ((out[0, :, 0, 0].double() / exact - 1).abs() < bound).all()

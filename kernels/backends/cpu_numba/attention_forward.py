@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from ..cpu_common.call_records import ATTENTION
 from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
 from .attention_products import load_query, score_product, value_product, write_out
@@ -204,8 +206,12 @@ def _forward_tile(call, b, h, start, following, scratch):
         call, b, start, rows, width, query_len, key_len, first, last
     )
     start_max, start_sum = -math.inf, 0.0
-    if call.sinks != 0:  # a key of weight 1 without a value
-        start_max, start_sum = pointer(call.sinks, 0.0)[h] * LOG2_E, 1.0
+    if call.sinks != 0:
+        sink = pointer(call.sinks, 0.0)[h] * LOG2_E
+        start_max = np.float64(cast(sink, zero))
+        # 2^x of what rounding took from the sink, by its series; nothing of an infinite one
+        x = (sink - start_max) * LN_2
+        start_sum = 1.0 + x + 0.5 * x * x if x == x else 1.0
     for v in range(0, width, lanes):
         store(row_max + v, splat(cast(start_max, zero)))
         store(row_sum + v, splat(cast(start_sum, zero)))

@@ -191,16 +191,16 @@ def combine(
     dtype = partial.dtype.element_ty
     column = tl.arange(0, BLOCK_DV)[None, :]
 
-    highest = tl.full((), -float("inf"), dtype)
+    sink = tl.full((), -float("inf"), tl.float64)  # not rounded: only its distance from the maximum is
     if sinks is not None:
-        highest = tl.load(sinks + h).to(dtype) * LOG2_E
-    sink = highest
+        sink = tl.load(sinks + h).to(tl.float64) * LOG2_E
+    highest = sink.to(dtype)
     for c0 in range(0, chunks, BLOCK_N):
         c = c0 + tl.arange(0, BLOCK_N)
         some = tl.load(maxima + row + c * rows, mask=c < chunks, other=-float("inf"))
         highest = tl.maximum(highest, tl.max(some, 0))
     shift = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.math.exp2(sink - shift)
+    total = tl.math.exp2((sink - shift.to(tl.float64)).to(dtype))
     out_row = tl.zeros((1, BLOCK_DV), dtype)
     for c0 in range(0, chunks, BLOCK_N):
         c = c0 + tl.arange(0, BLOCK_N)

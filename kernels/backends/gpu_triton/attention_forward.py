@@ -162,8 +162,12 @@ def forward(
     row_max = tl.full((BLOCK_M,), -float("inf"), DTYPE)
     row_sum = tl.zeros((BLOCK_M,), DTYPE)
     if sinks is not None:
-        row_max = tl.zeros((BLOCK_M,), DTYPE) + tl.load(sinks + h).to(DTYPE) * LOG2_E
-        row_sum = tl.full((BLOCK_M,), 1.0, DTYPE)
+        sink = tl.load(sinks + h).to(tl.float64) * LOG2_E
+        rounded = sink.to(DTYPE)
+        # what rounding takes from the sink; nothing of an infinite one
+        rest = tl.where(tl.abs(sink) == float("inf"), 0.0, sink - rounded.to(tl.float64))
+        row_max = tl.zeros((BLOCK_M,), DTYPE) + rounded
+        row_sum = tl.zeros((BLOCK_M,), DTYPE) + tl.math.exp2(rest.to(DTYPE))
     state = (out_tile, row_max, row_sum)
     i = i0 + tl.arange(0, BLOCK_M)
     tile = (query_tile, key, value, i[:, None], first, end, b, h)
