@@ -191,7 +191,8 @@ def combine(
     dtype = partial.dtype.element_ty
     column = tl.arange(0, BLOCK_DV)[None, :]
 
-    sink = tl.full((), -float("inf"), tl.float64)  # not rounded: only its distance from the maximum is
+    # not rounded: only its distance from the maximum is
+    sink = tl.full((), -float("inf"), tl.float64)
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float64) * LOG2_E
     highest = sink.to(dtype)
