@@ -160,10 +160,14 @@ void forward(const View& out, const MaybeTensor& lse, const AttentionProblem& pr
   if (call.query_len <= most) {
     return;
   }
-  const ForwardPlan plan = forward_plan(launch.sizes(), launch.kernels.vectors, launch.lanes);
+  const PairKernels* pairs = call.item_type == ITEM_BFLOAT16 ? pair_kernels() : nullptr;
+  const bool widens = call.item_type != ITEM_COMPUTED && pairs == nullptr;
+  const int64_t wide_bytes = widens ? (call.head_dim + call.value_dim) * launch.element : 0;
+  const ForwardPlan plan =
+      forward_plan(launch.sizes(), launch.kernels.vectors, launch.lanes, wide_bytes);
   call.tile = plan.tile;
   call.tasks_per_grab = plan.tasks_per_grab;
-  const PairKernels* pairs = call.item_type == ITEM_BFLOAT16 ? pair_kernels() : nullptr;
+  call.keeps_wide = plan.keeps_wide;
   const AttentionKernel& kernel =
       pairs != nullptr ? pairs->forward : launch.kernels.attention_forward[launch.type];
   run_kernel(kernel, call, plan.grabs, 0, 0, [](char*, char*) {});

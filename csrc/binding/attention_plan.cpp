@@ -49,7 +49,7 @@ DecodePlan decode_plan(const Sizes& of) {
   return {chunks, of.batch * of.key_heads * chunks};
 }
 
-ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes) {
+ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes, int64_t wide_bytes) {
   const int64_t planes = of.batch * of.heads;
   int64_t tile = tile_queries(of.query_len, vectors, lanes);
   // Narrower tiles where few wide ones would leave threads idle.
@@ -67,7 +67,9 @@ ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes) {
   const int64_t tiles = divide_up(of.query_len, tile);
   const int64_t tasks_per_grab =
       max<int64_t>(1, tiles * heads_at_once(planes, max(of.query_len, of.key_len)));
-  return {tile, tasks_per_grab, divide_up(planes * tiles, tasks_per_grab)};
+  const bool keeps_wide = wide_bytes > 0 && of.key_len * wide_bytes <= MAX_WIDE_BYTES &&
+                          (tiles > 1 || of.heads > of.key_heads);
+  return {tile, tasks_per_grab, divide_up(planes * tiles, tasks_per_grab), keeps_wide};
 }
 
 BackwardPlan backward_plan(

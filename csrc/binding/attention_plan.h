@@ -22,6 +22,7 @@ struct DecodePlan {
 struct ForwardPlan {
   int64_t tile, tasks_per_grab;
   int64_t grabs;  // how often threads take tasks
+  bool keeps_wide;
 };
 
 struct BackwardPlan {
@@ -35,7 +36,10 @@ int64_t max_decode_queries(int64_t heads, int64_t key_heads);
 DecodePlan decode_plan(const Sizes& of);
 
 // A task is a tile of queries of a head; a tile has at most `vectors` vectors of `lanes` queries.
-ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes);
+//
+// `wide_bytes` is what a key's rows of K and V take when they are widened, 0 where they are not. They are
+// kept where several tiles read a head and its rows fit MAX_WIDE_BYTES.
+ForwardPlan forward_plan(const Sizes& of, int64_t vectors, int64_t lanes, int64_t wide_bytes);
 
 // A task is a head of K and V, one chunk of its keys, or all heads that share a bias gradient.
 //

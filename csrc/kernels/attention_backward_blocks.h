@@ -35,7 +35,7 @@ inline void gradient_rows(
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         const int64_t cell = k * width + at + v * lanes;
-        Vec<T> weight = exp2<T>(load(scores + cell) - lse2[v] - rest[v]);
+        Vec<T> weight = exp2_difference<T>(load(scores + cell), lse2[v], rest[v]);
         if constexpr (of_mask) {
           const Ints<T> low = load_bits<Ints<T>>(first + v * lanes);
           const Ints<T> high = load_bits<Ints<T>>(last + v * lanes);
@@ -70,7 +70,7 @@ inline void dropped_gradients(
           continue;
         }
         const int64_t at = k * tile.width + v;
-        const Vec<T> all = exp2<T>(load(scores + at) - lse2 - rest);
+        const Vec<T> all = exp2_difference<T>(load(scores + at), lse2, rest);
         const Vec<T> weight = select(in_range<T>(k0 + k, low, high), all, zero);
         const Vec<T> keep = select(at_least<T>(words.word[n], call.threshold), keep_scale, zero);
         store(scores + at, weight * keep);

@@ -31,14 +31,6 @@ struct TileParts {
   T* delta;                             // (width,): sum over the columns of dO * O
 };
 
-// A block of keys: where K and V begin in memory, and scratch that both products share.
-template <typename T>
-struct KeyBlock {
-  int64_t key, value, keys;
-  T* rows;   // BLOCK_KEYS rows of D + Dv elements in whole vectors of pairs
-  T* spare;  // (BLOCK_KEYS, width), or absent
-};
-
 template <typename Type>
 struct GradientFloats {
   using T = Type;

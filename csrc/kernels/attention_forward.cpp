@@ -34,6 +34,35 @@ struct ForwardScratch {
       const int64_t columns = max(call.head_dim, call.value_dim) + LANES<T>;
       wide_rows = scratch.take<T>(max<int64_t>(BLOCK_KEYS, width) * columns);
     }
+    if (call.keeps_wide) {
+      wide_key = scratch.take<T>(call.key_len * call.head_dim);
+      wide_value = scratch.take<T>(call.key_len * call.value_dim);
+      wide_done = scratch.take<bool>(key_blocks(call));
+    }
+  }
+
+  static int64_t key_blocks(const AttentionCall& call) {
+    return (call.key_len + BLOCK_KEYS - 1) / BLOCK_KEYS;
+  }
+
+  // A head of K and V begins, of which no block is widened yet.
+  void begin_head(const AttentionCall& call) const {
+    for (int64_t block = 0; wide_done != nullptr && block < key_blocks(call); ++block) {
+      wide_done[block] = false;
+    }
+  }
+
+  // Where the block of key k0 is widened; from now on it is done.
+  WideBlock<T> wide_block(const AttentionCall& call, int64_t k0, int64_t key_len) const {
+    if (wide_done == nullptr) {
+      return {};
+    }
+    const int64_t block = k0 / BLOCK_KEYS, first = block * BLOCK_KEYS;
+    const bool done = wide_done[block];
+    wide_done[block] = true;
+    return {
+        wide_key + first * call.head_dim, wide_value + first * call.value_dim, done, k0 - first,
+        block_end(first, key_len) - first};
   }
 
   T *query_t, *out_t;    // Q^T, (Dv, width)
@@ -42,6 +71,9 @@ struct ForwardScratch {
   T* rescale;
   IntOf<T>*first, *last;
   T* wide_rows = nullptr;  // of half types: queries, then a block of keys or values, then out
+  // of half types: a head of K and V, (key_len, D | Dv), and which of its blocks are there
+  T *wide_key = nullptr, *wide_value = nullptr;
+  bool* wide_done = nullptr;
 };
 
 // Turn a block of scores into weights, and move the running maximum and sum. Leaves 2^(m - m') in
@@ -253,8 +285,14 @@ void forward_tile(
     if (attends_none(call, tile, k0, keys)) {
       continue;
     }
-    Products::score_product(
-        call, key + k0 * call.key_row, keys, width, to.query_t, to.scores, to.wide_rows);
+    const KeyBlock<T> block{
+        key + k0 * call.key_row,
+        value + k0 * call.value_row,
+        keys,
+        to.wide_rows,
+        nullptr,
+        to.wide_block(call, k0, sequence.key_len)};
+    Products::score_product(call, block, width, to.query_t, to.scores);
     if (following >= 0 && !started) {
       prefetch_part<T>(call, following, kKey);
     } else if (!started) {
@@ -274,9 +312,7 @@ void forward_tile(
     if (call.dropout) {
       drop_weights(call, tile, k0, keys, to.scores);
     }
-    Products::value_product(
-        call, value + k0 * call.value_row, keys, width, to.scores, to.out_t, to.rescale, moved,
-        started, to.wide_rows);
+    Products::value_product(call, block, width, to.scores, to.out_t, to.rescale, moved, started);
     started = true;
   }
   if (!started) {
@@ -291,6 +327,7 @@ void forward(const AttentionCall& call, void* memory) {
   using T = typename Products::T;
   Scratch scratch(memory);
   const ForwardScratch<T> parts(call, Products::query_elements(call), scratch);
+  int64_t head = -1;  // of K and V
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t tasks = call.batch * call.heads * tiles;
   while (true) {
@@ -303,6 +340,11 @@ void forward(const AttentionCall& call, void* memory) {
       const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
       const int64_t following = next_head ? (task + 1) / tiles : -1;
       const int64_t plane = task / tiles, tile = tiles - 1 - task % tiles;
+      const int64_t of_keys = plane / (call.heads / call.key_heads);
+      if (of_keys != head) {
+        head = of_keys;
+        parts.begin_head(call);
+      }
       forward_tile<Products>(
           call, plane / call.heads, plane % call.heads, tile * call.tile, following, parts);
     }

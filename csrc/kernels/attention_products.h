@@ -15,6 +15,24 @@
 namespace rowmax {
 namespace ROWMAX_ISA {
 
+// Of half types, a block of K and V that is widened once for all tiles of a head: (keys, D | Dv) from the
+// block's first key on. Null where blocks are not kept.
+template <typename T>
+struct WideBlock {
+  T *key = nullptr, *value = nullptr;
+  bool done = false;             // whether the rows are there already
+  int64_t before = 0, keys = 0;  // keys of the block before the first attended, and all of them
+};
+
+// A block of keys: where the first attended row of K and V begins in memory, and scratch.
+template <typename T>
+struct KeyBlock {
+  int64_t key, value, keys;
+  T* rows;              // BLOCK_KEYS rows of K or V, or backward of both, widened or in pairs
+  T* spare = nullptr;   // backward: (BLOCK_KEYS, width), or absent
+  WideBlock<T> wide{};  // forward
+};
+
 // matrix[r, :] *= factors[:] for a (rows, width) matrix.
 template <typename T>
 inline void scale_columns(T* matrix, int64_t rows, int64_t width, const T* factors) {
@@ -46,29 +64,46 @@ struct Floats {
         query, {query_t, tile.width}, tile.rows, call.head_dim, static_cast<T>(call.scale));
   }
 
-  // scores = scale * K Q^T of `keys` keys from element `offset` of k on.
+  // scores = scale * K Q^T.
   static void score_product(
-      const AttentionCall& call, int64_t offset, int64_t keys, int64_t width, const T* query_t,
-      T* scores, T* scratch) {
+      const AttentionCall& call, const KeyBlock<T>& block, int64_t width, const T* query_t,
+      T* scores) {
+    const WideBlock<T>& wide = block.wide;
+    if (wide.key != nullptr && !wide.done) {
+      readable<T>(
+          call.item_type, call.key, block.key - wide.before * call.key_row, call.key_row, wide.keys,
+          call.head_dim, wide.key);
+      readable<T>(
+          call.item_type, call.value, block.value - wide.before * call.value_row, call.value_row,
+          wide.keys, call.value_dim, wide.value);
+    }
     const Matrix<const T> key =
-        readable<T>(call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch);
+        wide.key != nullptr ? Matrix<const T>{wide.key + wide.before * call.head_dim, call.head_dim}
+                            : readable<T>(
+                                  call.item_type, call.key, block.key, call.key_row, block.keys,
+                                  call.head_dim, block.rows);
     multiply<T>(
-        width / LANES<T>, keys, call.head_dim, {key.at, key.row, 1}, {query_t, width},
+        width / LANES<T>, block.keys, call.head_dim, {key.at, key.row, 1}, {query_t, width},
         {scores, width}, false);
   }
 
-  // O^T = V^T P^T + (O^T * rescale if started) of `keys` keys from element `offset` of v on. Unless
-  // `moved`, all of `rescale` is 1. The weights are not kept.
+  // O^T = V^T P^T + (O^T * rescale if started). Unless `moved`, all of `rescale` is 1. The weights are
+  // not kept.
   static void value_product(
-      const AttentionCall& call, int64_t offset, int64_t keys, int64_t width, T* weights, T* out_t,
-      const T* rescale, bool moved, bool started, T* scratch) {
+      const AttentionCall& call, const KeyBlock<T>& block, int64_t width, T* weights, T* out_t,
+      const T* rescale, bool moved, bool started) {
     if (moved && started) {
       scale_columns(out_t, call.value_dim, width, rescale);
     }
-    const Matrix<const T> value = readable<T>(
-        call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch);
+    const WideBlock<T>& wide = block.wide;
+    const Matrix<const T> value =
+        wide.value != nullptr
+            ? Matrix<const T>{wide.value + wide.before * call.value_dim, call.value_dim}
+            : readable<T>(
+                  call.item_type, call.value, block.value, call.value_row, block.keys,
+                  call.value_dim, block.rows);
     multiply<T>(
-        width / LANES<T>, call.value_dim, keys, {value.at, 1, value.row}, {weights, width},
+        width / LANES<T>, call.value_dim, block.keys, {value.at, 1, value.row}, {weights, width},
         {out_t, width}, started);
   }
 };
@@ -92,11 +127,11 @@ struct Pairs {
   }
 
   static void score_product(
-      const AttentionCall& call, int64_t offset, int64_t keys, int64_t width, const float* query_t,
-      float* scores, float* scratch) {
+      const AttentionCall& call, const KeyBlock<float>& block, int64_t width, const float* query_t,
+      float* scores) {
     row_product(
-        static_cast<const Bfloat16*>(call.key) + offset, call.key_row, keys, call.head_dim, query_t,
-        width, scores, static_cast<float>(call.scale), scratch);
+        static_cast<const Bfloat16*>(call.key) + block.key, call.key_row, block.keys, call.head_dim,
+        query_t, width, scores, static_cast<float>(call.scale), block.rows);
   }
 
   // result = scale * A B for A (rows, columns) in memory, pairs along its rows, and B in pairs.
@@ -114,12 +149,13 @@ struct Pairs {
   }
 
   static void value_product(
-      const AttentionCall& call, int64_t offset, int64_t keys, int64_t width, float* weights,
-      float* out_t, const float* rescale, bool, bool started, float* scratch) {
-    uint32_t* interleaved = reinterpret_cast<uint32_t*>(scratch);
+      const AttentionCall& call, const KeyBlock<float>& block, int64_t width, float* weights,
+      float* out_t, const float* rescale, bool, bool started) {
+    const int64_t keys = block.keys;
+    uint32_t* interleaved = reinterpret_cast<uint32_t*>(block.rows);
     const int64_t words = interleave_rows(
-        static_cast<const Bfloat16*>(call.value) + offset, call.value_row, keys, call.value_dim,
-        interleaved, [&](int64_t) { return call.value_dim; });
+        static_cast<const Bfloat16*>(call.value) + block.value, call.value_row, keys,
+        call.value_dim, interleaved, [&](int64_t) { return call.value_dim; });
     round_pairs(weights, keys, width);
     const LeftPairs left{reinterpret_cast<const Bfloat16*>(interleaved), 2, 2 * words};
     const Matrix<const uint32_t> right{reinterpret_cast<const uint32_t*>(weights), width};

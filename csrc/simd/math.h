@@ -38,17 +38,32 @@ ROWMAX_INLINE Vec<T> polynomial(const double (&coefficients)[count], Vec<T> x) {
   return value;
 }
 
+// 2^(x + low) for x <= 0 of at least -bias: x = n + f with n = round(x), a polynomial in f + low, and
+// n + bias for the exponent's bits. With x = -bias they come out as 0, and so does the result.
+template <typename T, typename Add>
+ROWMAX_INLINE Vec<T> exp2_of(Vec<T> x, const Add& add_low) {
+  using F = Format<T>;
+  const Vec<T> shifted = x + splat(F::rounder);
+  const Vec<T> fraction = x - (shifted - splat(F::rounder));
+  const Words<T> exponent = reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits;
+  return polynomial<T>(F::exp2, add_low(fraction)) * reinterpret_cast<Vec<T>>(exponent);
+}
+
 // 2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
-// 2^x = 2^n * 2^f with n = round(x): a polynomial in f, and n + bias for the exponent's bits.
 template <typename T>
 ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
-  using F = Format<T>;
-  // With x = -bias the exponent's bits come out as 0, and so does the result.
-  const Vec<T> clamped = maximum(splat(static_cast<T>(-F::bias)), x);
-  const Vec<T> shifted = clamped + splat(F::rounder);
-  const Vec<T> fraction = clamped - (shifted - splat(F::rounder));
-  const Words<T> exponent = reinterpret_cast<Words<T>>(shifted) << F::mantissa_bits;
-  return polynomial<T>(F::exp2, fraction) * reinterpret_cast<Vec<T>>(exponent);
+  const Vec<T> clamped = maximum(splat(static_cast<T>(-Format<T>::bias)), x);
+  return exp2_of<T>(clamped, [](Vec<T> fraction) { return fraction; });
+}
+
+// 2^(a - b - rest) for a <= b and a rest within [-1, 1], with what rounding takes from a - b where
+// |a| <= |b| (Dekker 1971); as `exp2` else.
+template <typename T>
+ROWMAX_INLINE Vec<T> exp2_difference(Vec<T> a, Vec<T> b, Vec<T> rest) {
+  const Vec<T> clamped = maximum(splat(static_cast<T>(-Format<T>::bias)), a - b);
+  // (below -1, or NaN, only where the difference is clamped or NaN)
+  const Vec<T> low = maximum(a - (clamped + b), splat(T(-1))) - rest;
+  return exp2_of<T>(clamped, [&](Vec<T> fraction) { return fraction + low; });
 }
 
 // tanh lane by lane: sign(x) * (1 - e) / (1 + e) with e = exp(-2 |x|); near 0 by its series.

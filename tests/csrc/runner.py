@@ -32,7 +32,7 @@ from rowmax.kernels.backends.cpu_common.call_records import (
     SOFTMAX,
     Field,
 )
-from rowmax.kernels.backends.cpu_common.constants import BLOCK_KEYS
+from rowmax.kernels.backends.cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED
 from rowmax.kernels.backends.cpu_numba import (
     attention_backward_kernels,
     attention_decode,
@@ -256,6 +256,8 @@ class Launches(Backend):
         of["tile"] = lanes * draw(1, self.runner.vectors)
         of["tasks_per_grab"] = draw(1, 3)
         if name == "attention_forward":
+            widened = of["item_type"] != ITEM_COMPUTED and not self.runner.pairs
+            of["keeps_wide"] = widened and bool(draw(0, 1))
             return {}
         blocks = max(1, -(-of["key_len"] // BLOCK_KEYS))
         one_column = of["d_bias"] != 0 and of["d_bias_column"] == 0

@@ -39,8 +39,10 @@ extern "C" void plan(const int64_t* in, const int64_t* d_bias, int64_t* out) {
   *out++ = rowmax::max_decode_queries(of.heads, of.key_heads);
   const rowmax::DecodePlan decode = rowmax::decode_plan(of);
   for (const int64_t number : {decode.chunks, decode.tasks}) *out++ = number;
-  const auto [forward_tile, per_grab, forward_grabs] = rowmax::forward_plan(of, in[5], in[6]);
-  for (const int64_t number : {forward_tile, per_grab, forward_grabs}) *out++ = number;
+  const auto [forward_tile, per_grab, forward_grabs, keeps_wide] =
+      rowmax::forward_plan(of, in[5], in[6], in[7]);
+  for (const int64_t number : {forward_tile, per_grab, forward_grabs, int64_t{keeps_wide}})
+    *out++ = number;
   const auto [tile, batch_tasks, head_tasks, chunk_tasks, chunk_keys, tasks_per_grab, grabs] =
       rowmax::backward_plan(of, in[5], in[6], in[7], d_bias);
   for (const int64_t number :
@@ -50,7 +52,7 @@ extern "C" void plan(const int64_t* in, const int64_t* d_bias, int64_t* out) {
     *out++ = d_bias == nullptr ? 0 : rowmax::bias_gradient_kind(of, d_bias, same);
 }
 """
-NUMBERS = 15
+NUMBERS = 16
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_plans_are_the_same(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
         key_heads = draw.randint(1, 4)
         lengths = [draw.choice((1, 7, 64, 128, 129, 256, 257, 1000, 5000)) for _ in range(2)]
         of = Sizes(draw.randint(1, 40), key_heads * draw.randint(1, 20), key_heads, *lengths)
-        lanes, row_bytes = draw.choice((4, 8, 16)), draw.choice((64, 512, 2048))
+        lanes, row_bytes = draw.choice((4, 8, 16)), draw.choice((0, 64, 512, 2048))
         threads = draw.choice((1, 2, 7, 64))
         full = (of.batch, of.heads, of.query_len, of.key_len)
         d_bias = [draw.choice((size, 1)) for size in full] if draw.random() < 0.5 else None
@@ -89,7 +91,7 @@ def test_plans_are_the_same(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
         expected = (
             attention_plan.max_decode_queries(of.heads, of.key_heads),
             *attention_plan.decode_plan(of),
-            *attention_plan.forward_plan(of, lanes),
+            *attention_plan.forward_plan(of, lanes, row_bytes),
             *attention_plan.backward_plan(of, lanes, row_bytes, d_bias),
             *(
                 0 if d_bias is None else attention_plan.bias_gradient_kind(of, d_bias, same)

@@ -120,7 +120,7 @@ def test_one_head_keeps_64_threads_busy(length: int, monkeypatch: pytest.MonkeyP
     threads = 64
     monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: min(tasks, threads))
     one_head = Sizes(1, 1, 1, length, length)
-    tiles = forward_plan(one_head, LANES).grabs
+    tiles = forward_plan(one_head, LANES, 0).grabs
     assert busiest([1] * tiles, threads) == 1.0
     # causal: tile t has t + 1 parts of work, the longest first
     assert busiest(list(range(tiles, 0, -1)), threads) < 1.02
@@ -137,6 +137,6 @@ def test_one_head_keeps_64_threads_busy(length: int, monkeypatch: pytest.MonkeyP
 def test_short_queries_are_divided_into_narrower_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     one_head = Sizes(1, 1, 1, 512, 512)
     monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: min(tasks, 64))
-    narrow = forward_plan(one_head, LANES).tile
+    narrow = forward_plan(one_head, LANES, 0).tile
     monkeypatch.setattr(attention_plan, "thread_count", lambda tasks: 1)
-    assert narrow < forward_plan(one_head, LANES).tile
+    assert narrow < forward_plan(one_head, LANES, 0).tile

@@ -266,6 +266,38 @@ def test_large_sinks_lose_no_digits(backend: str, queries: int) -> None:
     assert ((sinks.grad.double() / gradient - 1).abs() < bound).all()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [None, Window(70, 20, align="upper_left"), KeyLengths(torch.tensor([290, 131]))],
+    ids=["full", "window", "lengths"],
+)
+def test_float16_is_widened_exactly(backend: str, mask: Mask | None) -> None:
+    # blocks of keys are widened once for all tiles of a head; a window's first is met in its middle
+    if backend not in ("native", "numba"):
+        pytest.skip("computes float16 in a way of its own")
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(2, 4, 333, 40, generator=generator).half()
+    k, v = torch.randn(2, 2, 2, 300, 40, generator=generator).half().unbind()
+    out = attention(q, k, v, mask=mask, backend=backend)
+    wide = attention(q.float(), k.float(), v.float(), mask=mask, backend=backend)
+    assert torch.equal(out, wide.half())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_weights_of_equal_scores_lose_no_digits(backend: str, dropout_p: float) -> None:
+    # every weight is 1 / n; score - lse, far from 0, must not cost the backward pass its digits
+    bound = 3 * torch.finfo(torch.float32).eps
+    for n in (3, 7, 100, 458, 777):
+        q, k = torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, n, 8)
+        v = torch.ones(1, 1, n, 8, requires_grad=True)
+        for bias in (0.0, 0.02, -0.3):
+            added = torch.full((1, 1, 1, 1), bias)
+            out = attention(q, k, v, bias=added, dropout_p=dropout_p, seed=n, backend=backend)
+            (d_v,) = torch.autograd.grad(out, v, torch.ones_like(out))
+            kept = (d_v * n * (1 - dropout_p)).round()
+            assert (d_v.double() * n * (1 - dropout_p) - kept).abs().max() < bound * 12
+
+
 @pytest.mark.parametrize("queries", [3, 24])
 def test_sinks_without_end(backend: str, queries: int) -> None:
     generator = torch.Generator().manual_seed(3)

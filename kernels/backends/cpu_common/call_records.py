@@ -137,7 +137,9 @@ ATTENTION = Record(
                 "c * log2 e",
             ),
         ),
-        "forward": (),
+        "forward": fields(
+            FLAG, "keeps_wide", "blocks of K and V are widened once for all tiles of a head"
+        ),
         "decode": (
             *fields(INTEGER, "chunks", "chunks of CHUNK_KEYS keys that a head has, at most"),
             shared(

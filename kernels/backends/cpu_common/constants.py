@@ -35,6 +35,8 @@ MAX_DECODE_ROWS = 128
 # Of the second-level cache, what the sums of a backward task may fill; dividing them pays from
 # three times as much on.
 CACHE_BYTES = 1 << 20
+# Of K and V of a half type, what a thread keeps widened while tile after tile of a head reads it.
+MAX_WIDE_BYTES = 4 << 20
 
 # 2^f on [-1/2, 1/2], Chebyshev fits, lowest power first: absolute errors 2e-9 and 4e-20.
 EXP2_FLOAT = (

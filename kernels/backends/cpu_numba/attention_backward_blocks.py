@@ -26,13 +26,13 @@ from .memory import (
 )
 from .transpose import add_transposed, transpose_block
 from .vector import cast, select, splat
-from .vector_math import at_least, exp2
+from .vector_math import at_least, exp2_difference
 
 
 @jit
 def _gradient_of_weight(scores, d_weights, row, lse2, rest, delta, allowed, masked, zeros):
     """One vector of P and of dS, in the place of S and dP."""
-    weight = exp2(load(scores + row) - lse2 - rest)
+    weight = exp2_difference(load(scores + row), lse2, rest)
     if masked:
         weight = select(allowed, weight, zeros)
     store(scores + row, weight)
@@ -44,7 +44,7 @@ def _gradient_of_dropped(
     scores, d_weights, row, lse2, rest, delta, allowed, words, threshold, keep_scale, zeros
 ):
     """The same with dropout: P * M in the place of S."""
-    weight = select(allowed, exp2(load(scores + row) - lse2 - rest), zeros)
+    weight = select(allowed, exp2_difference(load(scores + row), lse2, rest), zeros)
     keep = select(at_least(words, threshold), keep_scale, zeros)
     store(scores + row, weight * keep)
     store(d_weights + row, weight * (load(d_weights + row) * keep - delta))

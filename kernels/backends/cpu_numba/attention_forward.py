@@ -19,7 +19,13 @@ import numpy as np
 
 from ..cpu_common.call_records import ATTENTION
 from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
-from .attention_products import load_query, score_product, value_product, write_out
+from .attention_products import (
+    load_query,
+    score_product,
+    value_product,
+    wide_block,
+    write_out,
+)
 from .attention_rows import prefetch_rows, prefetch_target
 from .attention_tiles import (
     add_terms,
@@ -176,7 +182,7 @@ def _prefetch_tile(call, b, h, start, rows):
 
 
 @jit
-def _forward_tile(call, b, h, start, following, scratch):
+def _forward_tile(call, b, h, start, following, wide, scratch):
     """One tile of queries, `start` to at most `start` + call.tile, of head (b, h)."""
     zero = call.zero
     lanes = lanes_of(zero)
@@ -230,7 +236,8 @@ def _forward_tile(call, b, h, start, following, scratch):
             k0 += keys
             continue
         key_at, value_at = key + k0 * call.key_row, value + k0 * call.value_row
-        score_product(call, vectors, keys, key_at, query_t, scores, width, wide_rows)
+        block = wide_block(call, wide, k0, key_len)
+        score_product(call, vectors, keys, key_at, query_t, scores, width, wide_rows, block)
         if following >= 0 and not started:
             _prefetch(call, following, _KEY)
         elif not started:
@@ -259,6 +266,7 @@ def _forward_tile(call, b, h, start, following, scratch):
             started,
             width,
             wide_rows,
+            block,
         )
         started = True
         k0 += keys
@@ -266,6 +274,15 @@ def _forward_tile(call, b, h, start, following, scratch):
         for at in range(0, call.value_dim * width, lanes):
             store(out_t + at, splat(zero))
     _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale, wide_rows)
+
+
+def _kept_elements(key_len, head_dim, value_dim, lanes):
+    """Elements of a head of K and V that is kept widened (`wide_block`), in whole vectors."""
+    blocks = (key_len + BLOCK_KEYS - 1) // BLOCK_KEYS
+    return (blocks + key_len * (head_dim + value_dim) + lanes - 1) // lanes * lanes
+
+
+kept_elements = jit(_kept_elements)
 
 
 def _forward(argument):
@@ -277,6 +294,10 @@ def _forward(argument):
     scratch = pointer(call.scratch, call.zero) + (
         take_work(counters + 1) * call.scratch_bytes // item_size(call.zero)
     )
+    wide, groups, key_head = scratch, call.heads // call.key_heads, -1
+    if call.keeps_wide != 0:
+        lanes = lanes_of(call.zero)
+        scratch = scratch + kept_elements(call.key_len, call.head_dim, call.value_dim, lanes)
     tasks = call.batch * call.heads * tiles
     while True:
         first = take_work(counters) * call.tasks_per_grab
@@ -287,16 +308,25 @@ def _forward(argument):
             if (task + 1) % tiles == 0 and task + 1 < min(first + call.tasks_per_grab, tasks):
                 following = (task + 1) // tiles
             head, start = task // tiles, (tiles - 1 - task % tiles) * call.tile
-            _forward_tile(call, head // call.heads, head % call.heads, start, following, scratch)
+            if call.keeps_wide != 0 and head // groups != key_head:
+                key_head = head // groups
+                for block in range((call.key_len + BLOCK_KEYS - 1) // BLOCK_KEYS):
+                    wide[block] = call.zero
+            _forward_tile(
+                call, head // call.heads, head % call.heads, start, following, wide, scratch
+            )
 
 
 FORWARD = Kernel(_forward, ATTENTION.fields("forward"))
 
 
-def scratch_elements(width: int, lanes: int, head_dim: int, value_dim: int, half: bool) -> int:
-    """Elements of scratch that a thread of `FORWARD` needs for tiles of `width` queries."""
+def scratch_elements(
+    width: int, lanes: int, head_dim: int, value_dim: int, half: bool, kept: int
+) -> int:
+    """Elements of scratch that a thread of `FORWARD` needs for tiles of `width` queries, where
+    `kept` keys of a head are kept widened."""
     query_rows = -(-head_dim // lanes) * lanes  # in pairs: half as many, in whole vectors
     elements = width * (query_rows + value_dim + 2 * BLOCK_KEYS + 5)
     if half:
         elements += BLOCK_KEYS * (max(head_dim, value_dim) + lanes)
-    return elements
+    return elements + (_kept_elements(kept, head_dim, value_dim, lanes) if kept > 0 else 0)

@@ -125,16 +125,18 @@ def _forward_plans(problem: AttentionProblem, out: Tensor, lse: Tensor | None) -
     plans = [_decode_plan(problem, of, out, lse, most)] if packed or of.query_len <= most else []
     if of.query_len <= most:
         return plans
-    plan = forward_plan(of, lanes)
-    elements = forward_scratch(
-        plan.tile, lanes, query.shape[3], value.shape[3], query.dtype in _ITEM_TYPES
-    )
+    compiled_for, half = _compiled_for(query.dtype), query.dtype in _ITEM_TYPES
+    columns = query.shape[3] + value.shape[3]
+    widens = half and compiled_for != query.dtype
+    plan = forward_plan(of, lanes, columns * dtype.itemsize if widens else 0)
+    kept = of.key_len if plan.keeps_wide else 0
+    elements = forward_scratch(plan.tile, lanes, query.shape[3], value.shape[3], half, kept)
     fields = _fields(problem, of, out, lse)
     fields["tile"] = plan.tile
     fields["tasks_per_grab"] = plan.tasks_per_grab
     fields["max_decode_queries"] = most if packed else 0
-    compiled_for, scratch_bytes = _compiled_for(query.dtype), elements * dtype.itemsize
-    return [*plans, FORWARD.plan(compiled_for, plan.grabs, scratch_bytes, fields)]
+    fields["keeps_wide"] = plan.keeps_wide
+    return [*plans, FORWARD.plan(compiled_for, plan.grabs, elements * dtype.itemsize, fields)]
 
 
 def _decode_plan(

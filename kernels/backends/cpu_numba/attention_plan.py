@@ -18,6 +18,7 @@ from ..cpu_common.constants import (
     CHUNK_KEYS,
     MAX_DECODE_QUERIES,
     MAX_DECODE_ROWS,
+    MAX_WIDE_BYTES,
     SHORT_HEAD,
 )
 from .gemm import TILE_VECTORS
@@ -41,6 +42,7 @@ class ForwardPlan(NamedTuple):
     tile: int
     tasks_per_grab: int
     grabs: int  # how often threads take tasks
+    keeps_wide: bool
 
 
 class BackwardPlan(NamedTuple):
@@ -65,8 +67,12 @@ def decode_plan(of: Sizes) -> DecodePlan:
     return DecodePlan(chunks, of.batch * of.key_heads * chunks)
 
 
-def forward_plan(of: Sizes, lanes: int) -> ForwardPlan:
-    """A task is a tile of queries of a head."""
+def forward_plan(of: Sizes, lanes: int, wide_bytes: int) -> ForwardPlan:
+    """A task is a tile of queries of a head.
+
+    `wide_bytes` is what a key's rows of K and V take when they are widened, 0 where they are not.
+    They are kept where several tiles read a head and its rows fit MAX_WIDE_BYTES.
+    """
     planes = of.batch * of.heads
     tile = tile_queries(of.query_len, lanes)
     # Narrower tiles where few wide ones would leave threads idle.
@@ -79,7 +85,12 @@ def forward_plan(of: Sizes, lanes: int) -> ForwardPlan:
                 tile, least = narrower, work
     tiles = _divide_up(of.query_len, tile)
     tasks_per_grab = max(1, tiles * heads_at_once(planes, max(of.query_len, of.key_len)))
-    return ForwardPlan(tile, tasks_per_grab, _divide_up(planes * tiles, tasks_per_grab))
+    keeps_wide = (
+        wide_bytes > 0
+        and of.key_len * wide_bytes <= MAX_WIDE_BYTES
+        and (tiles > 1 or of.heads > of.key_heads)
+    )
+    return ForwardPlan(tile, tasks_per_grab, _divide_up(planes * tiles, tasks_per_grab), keeps_wide)
 
 
 def backward_plan(

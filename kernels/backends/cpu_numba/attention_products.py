@@ -15,8 +15,9 @@ from typing import Any
 
 from numba.extending import overload
 
-from ..cpu_common.constants import ITEM_COMPUTED
+from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED
 from .attention_rows import readable, write_rows
+from .attention_tiles import block_end
 from .gemm import lanes_of, multiply
 from .gemm_bfloat16 import (
     PAIRED,
@@ -90,10 +91,44 @@ def load_query(call, offset, rows, width, query_t, scratch, spare):
 # --- S^T = K Q^T ----------------------------------------------------------------------------------
 
 
-def _scores_in_floats(call, vectors, keys, offset, query_t, scores, width, scratch):
-    key, row = readable(
-        call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch, call.zero
-    )
+@jit
+def wide_block(call, wide, k0, key_len):
+    """Where the block of key k0 is kept widened, (its K, its V), whether it is there already, its
+    keys before k0, and all of them. From now on it is there.
+
+    `wide` is scratch: a number for each block of the head, then K and V, (key_len, D | Dv).
+    """
+    if call.keeps_wide == 0:
+        return wide, wide, True, 0, 0
+    first = k0 // BLOCK_KEYS * BLOCK_KEYS
+    done = wide[k0 // BLOCK_KEYS] != call.zero
+    wide[k0 // BLOCK_KEYS] = cast(1.0, call.zero)
+    key = wide + (call.key_len + BLOCK_KEYS - 1) // BLOCK_KEYS
+    value = key + (call.key_len * call.head_dim + first * call.value_dim)
+    return key + first * call.head_dim, value, done, k0 - first, block_end(first, key_len) - first
+
+
+@jit
+def _kept(item_type, address, offset, row, columns, place, done, before, keys, zero):
+    """Rows of K or V from `offset` on, in the block that is kept at `place`."""
+    if not done:
+        readable(item_type, address, offset - before * row, row, keys, columns, place, zero)
+    return place + before * columns
+
+
+def _scores_in_floats(call, vectors, keys, offset, query_t, scores, width, scratch, block):
+    zero = call.zero
+    if call.keeps_wide != 0:
+        place, _, done, before, whole = block
+        row = call.head_dim
+        key = _kept(
+            *(call.item_type, call.key, offset, call.key_row, row, place),
+            *(done, before, whole, zero),
+        )
+    else:
+        key, row = readable(
+            call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch, zero
+        )
     multiply(vectors, keys, call.head_dim, (key, row, 1), (query_t, width), (scores, width), False)
 
 
@@ -109,7 +144,7 @@ def even_rows(source, row, rows, columns, target):
     return as_bfloat16(target), even_row
 
 
-def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratch):
+def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratch, block):
     key, row = bfloat16_at(call.key, call.zero) + offset, call.key_row
     if call.head_dim % 2 != 0:
         key, row = even_rows(key, row, keys, call.head_dim, scratch)
@@ -127,8 +162,9 @@ def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratc
 
 
 @either(_scores_in_floats, _scores_in_pairs)
-def score_product(call, vectors, keys, offset, query_t, scores, width, scratch):
-    """scores = call.scale * K Q^T of `keys` keys from element `offset` of k on."""
+def score_product(call, vectors, keys, offset, query_t, scores, width, scratch, block):
+    """scores = call.scale * K Q^T of `keys` keys from element `offset` of k on; `block` is
+    `wide_block`'s."""
     raise NotImplementedError
 
 
@@ -147,13 +183,22 @@ def _scale_columns(matrix, rows, width, factors):
 
 
 def _values_in_floats(
-    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch
+    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch, block
 ):
+    zero = call.zero
     if moved and started:
         _scale_columns(out_t, call.value_dim, width, rescale)
-    value, row = readable(
-        call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch, call.zero
-    )
+    if call.keeps_wide != 0:
+        _, place, done, before, whole = block
+        row = call.value_dim
+        value = _kept(
+            *(call.item_type, call.value, offset, call.value_row, row, place),
+            *(done, before, whole, zero),
+        )
+    else:
+        value, row = readable(
+            call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch, zero
+        )
     multiply(
         vectors, call.value_dim, keys, (value, 1, row), (weights, width), (out_t, width), started
     )
@@ -192,7 +237,7 @@ def interleave_rows(source, row, rows, columns, target):
 
 
 def _values_in_pairs(
-    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch
+    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch, block
 ):
     zero = call.zero
     value = bfloat16_at(call.value, zero) + offset
@@ -213,7 +258,7 @@ def _values_in_pairs(
 
 @either(_values_in_floats, _values_in_pairs)
 def value_product(
-    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch
+    call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch, block
 ):
     """O^T = V^T P^T + (O^T * rescale if started) of `keys` keys from element `offset` of v on.
 

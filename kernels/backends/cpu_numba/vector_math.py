@@ -41,31 +41,58 @@ _FORMAT = {
 }
 
 
+def _exp2_of(builder: Any, of: Vector, x: ir.Value, low: ir.Value | None) -> ir.Value:
+    """2^(x + low) for x <= 0 of at least -bias: x = n + f with n = round(x), a polynomial in
+    f + low, and n + bias for the exponent's bits. With x = -bias they come out as 0, and so does
+    the result."""
+    mantissa_bits, _, rounder = _FORMAT[of.dtype]
+    kind = llvm_vector(of)
+    bits = ir.VectorType(ir.IntType(64 if of.dtype == types.float64 else 32), of.lanes)
+    shifted = builder.fadd(x, constant(kind, rounder))
+    fraction = builder.fsub(x, builder.fsub(shifted, constant(kind, rounder)))
+    if low is not None:
+        fraction = builder.fadd(fraction, low)
+    powers = _EXP2_COEFFICIENTS[of.dtype]
+    value: ir.Value = constant(kind, powers[-1])
+    for coefficient in reversed(powers[:-1]):
+        value = fma(builder, value, fraction, constant(kind, coefficient))
+    exponent = builder.shl(builder.bitcast(shifted, bits), constant(bits, mantissa_bits))
+    return builder.fmul(value, builder.bitcast(exponent, kind))
+
+
+def _at_least(builder: Any, of: Vector, x: ir.Value, least: float) -> ir.Value:
+    """The larger, and x where it is NaN."""
+    bound = constant(llvm_vector(of), least)
+    return builder.select(builder.fcmp_ordered("<", x, bound), bound, x)
+
+
 @intrinsic
 def exp2(typing: Any, x: Vector) -> Any:
-    """2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of NaN.
-
-    2^x = 2^n * 2^f with n = round(x): a polynomial in f, and n + bias for the exponent's bits.
-    """
-    mantissa_bits, exponent_bias, rounder = _FORMAT[x.dtype]
+    """2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of
+    NaN."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = llvm_vector(x)
-        bits = ir.VectorType(ir.IntType(64 if x.dtype == types.float64 else 32), x.lanes)
-        # With x = -bias the exponent's bits come out as 0, and so does the result. The comparison
-        # is false for NaN, which stays.
-        smallest = constant(kind, -float(exponent_bias))
-        clamped = builder.select(builder.fcmp_ordered("<", args[0], smallest), smallest, args[0])
-        shifted = builder.fadd(clamped, constant(kind, rounder))
-        fraction = builder.fsub(clamped, builder.fsub(shifted, constant(kind, rounder)))
-        powers = _EXP2_COEFFICIENTS[x.dtype]
-        value: ir.Value = constant(kind, powers[-1])
-        for coefficient in reversed(powers[:-1]):
-            value = fma(builder, value, fraction, constant(kind, coefficient))
-        exponent = builder.shl(builder.bitcast(shifted, bits), constant(bits, mantissa_bits))
-        return builder.fmul(value, builder.bitcast(exponent, kind))
+        clamped = _at_least(builder, x, args[0], -float(_FORMAT[x.dtype][1]))
+        return _exp2_of(builder, x, clamped, None)
 
     return x(x), generate
+
+
+@intrinsic
+def exp2_difference(typing: Any, a: Vector, b: Vector, rest: Vector) -> Any:
+    """2^(a - b - rest) for a <= b and a rest within [-1, 1], with what rounding takes from a - b
+    where |a| <= |b| (Dekker 1971); as `exp2` else."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+        minuend, subtrahend, less = args
+        difference = builder.fsub(minuend, subtrahend)
+        clamped = _at_least(builder, a, difference, -float(_FORMAT[a.dtype][1]))
+        low = builder.fsub(minuend, builder.fadd(clamped, subtrahend))
+        # Below -1 only where the difference is clamped; NaN where it is NaN.
+        low = builder.fsub(_at_least(builder, a, low, -1.0), less)
+        return _exp2_of(builder, a, clamped, low)
+
+    return a(a, b, rest), generate
 
 
 _TANH_SERIES = {types.float32: TANH_FLOAT, types.float64: TANH_DOUBLE}

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .attention_tiles import (
     DO_NOT_SPECIALIZE,
+    LN_2,
     LOG2_E,
     accumulate,
     address_of,
@@ -77,7 +78,9 @@ def backward_preprocess(
     high = both.to(dtype)
     tl.store(lse_log2 + row, tl.where(empty, float("inf"), high), mask=inside)
     if lse_log2_low is not None:
-        tl.store(lse_log2_low + row, (both - high.to(both.dtype)).to(dtype), mask=inside)
+        low = both - high.to(both.dtype)  # at most 1 of a huge one
+        low = tl.minimum(tl.maximum(low, -1.0), 1.0)
+        tl.store(lse_log2_low + row, low.to(dtype), mask=inside)
 
     grad_head = head_of(grad_out, batch_index, h, first_query, BLOCK_M, BLOCK_DV)
     grad_tile = load_rows(grad_head, i0, 0, query_len, True, VALUE_DIM)
@@ -110,6 +113,16 @@ def load_statistics(statistics, start, first, end, GUARD: tl.constexpr, ROWS: tl
 
 
 @triton.jit
+def _exp2_difference(a, b, rest):
+    """2^(a - b - rest) for a <= b and a small rest, with what rounding takes from a - b where
+    |a| <= |b| (Dekker 1971)."""
+    difference = a - b
+    low = a - (difference + b) - rest
+    low = tl.where(difference > -1000.0, low, 0.0)  # NaN of infinite ones
+    return tl.math.exp2(difference) * (1.0 + low * LN_2)
+
+
+@triton.jit
 def score_gradients(
     left,
     right,
@@ -137,7 +150,10 @@ def score_gradients(
     pairs = pairs_of(i, j, b, h, terms, dtype, MASKED)
     product = tl.dot(left, tl.trans(right), input_precision=PRECISION, out_dtype=dtype)
     scores, slope = scores_of(product, pairs, i, j, b, h, terms, MASKED, SOFTCAP)
-    weights = tl.math.exp2(scores - lse_log2 - lse_log2_low)
+    if left.dtype.primitive_bitwidth == 16:
+        weights = tl.math.exp2(scores - lse_log2 - lse_log2_low)
+    else:
+        weights = _exp2_difference(scores, lse_log2, lse_log2_low)
     d_weights = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION, out_dtype=dtype)
     dropped_weights = weights
     if dropout is not None:
