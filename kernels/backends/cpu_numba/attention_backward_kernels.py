@@ -68,7 +68,8 @@ def _fill(target, elements, value):
 
 @jit
 def _read_lse(call, row, rows, lse2, rest, first, last):
-    """lse * log2 e, rounded, and the rest of it, at most 1 of a huge one; whether some row of the tile attends nothing.
+    """lse * log2 e, rounded, and the rest of it, at most 1; whether some row of the tile attends
+    nothing.
 
     Such a row has lse2 = +inf, which makes its weights 2^-inf = 0.
     """
