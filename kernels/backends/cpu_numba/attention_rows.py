@@ -1,7 +1,7 @@
 """Rows of q, k, v and their gradients in memory, of the type computed in or of a half type.
 
 `item_type` says which, at run time. So one machine function does all three, and a matrix of a half
-type is widened tile by tile, never as a whole. Addresses are integers, offsets and row strides
+type is widened block by block. Addresses are integers, offsets and row strides
 count elements.
 """
 
