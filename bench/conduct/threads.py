@@ -31,9 +31,10 @@ class Threads:
         if new - {thread.ident for thread in threading.enumerate()}:
             return "it left a thread behind that the threading module does not know"
         sleep(_LOOK)  # what torch's own threads still do has then ended
-        started, began = perf_counter(), process_time()
+        of = self.worked if _TASKS.is_dir() else process_time
+        started, began = perf_counter(), of()
         sleep(_LOOK)
-        if process_time() - began > _BUSY * (perf_counter() - started):
+        if of() - began > _BUSY * (perf_counter() - started):
             return "a thread that it left behind works when it has returned"
         if self._working > _BUSY * self._others:
             return "a thread that it left behind works while others are timed"
@@ -45,7 +46,8 @@ class Threads:
         self._working += worked
 
     def worked(self) -> float:
-        """Processor time of the new threads so far; 0 where the system does not tell."""
+        """Seconds so far in which the new threads ran or waited for a processor that others had;
+        0 where the system does not tell."""
         new = self.alive()
         if not new or not _TASKS.is_dir():
             return 0.0
@@ -54,7 +56,8 @@ class Threads:
             if thread.ident in new:
                 file = _TASKS / str(thread.native_id) / "schedstat"
                 try:
-                    seconds += 1e-9 * int(file.read_text(encoding="ascii").split()[0])
-                except (OSError, ValueError, IndexError):  # it has ended
+                    ran, waited, _ = file.read_text(encoding="ascii").split()
+                    seconds += 1e-9 * (int(ran) + int(waited))
+                except (OSError, ValueError):  # it has ended
                     continue
         return seconds

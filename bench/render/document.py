@@ -9,6 +9,9 @@ from typing import NamedTuple
 from ...console import from_extra
 
 
+_OF_NUMBERS = ("", *"0123456789.-+<>~=")  # what a cell of a number begins with
+
+
 class Section(NamedTuple):
     """Each part that is not empty, in this order."""
 
@@ -20,6 +23,12 @@ class Section(NamedTuple):
         str
     ] = ()  # of a table; a cell that begins with a check mark or cross is coloured
     rows: Sequence[Sequence[str]] = ()
+
+    def text_columns(self) -> frozenset[int]:
+        """The columns that hold words, not numbers alone: these begin at the left."""
+        return frozenset(
+            at for row in self.rows for at, cell in enumerate(row) if cell[:1] not in _OF_NUMBERS
+        )
 
 
 def page(title: str, sections: Iterable[Section], *, refresh: int | None = None) -> str:
