@@ -214,9 +214,11 @@ class AttentionCase:
         In half precision the gradient of a sink, one number a head, is a sum over rows of the
         rounding of the stored out, of which the naive path's is a single draw: two standard
         deviations of that sum are added, in units of eps(float32). The same holds for the gradient
-        of a broadcast bias.
+        of a bias that is broadcast, or wider than q: it is not rounded itself.
         """
-        return _magnitudes(self.to(torch.float64), torch.finfo(self.q.dtype).eps)
+        stored = torch.finfo(self.q.dtype).eps
+        narrow_bias = isinstance(self.bias, Tensor) and torch.finfo(self.bias.dtype).eps >= stored
+        return _magnitudes(self.to(torch.float64), stored, narrow_bias)
 
     def _results(self, returned: Any) -> Results:
         """out, lse where there is one, and d_q, d_k, d_v, ... where gradients are given."""
@@ -364,8 +366,9 @@ def _detached(results: Results) -> Results:
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def _magnitudes(case: AttentionCase, stored: float) -> Results:
-    """`magnitudes` of a case that is float64 already; `stored` is eps of what it was before."""
+def _magnitudes(case: AttentionCase, stored: float, narrow_bias: bool) -> Results:
+    """`magnitudes` of a case that is float64 already; `stored` is eps of what q was before, and
+    `narrow_bias` says whether the bias was no wider."""
     in_half = stored > torch.finfo(torch.float32).eps
     problem = case.naive_problem()
     result = naive_attention(problem, case.kept)
@@ -399,7 +402,7 @@ def _magnitudes(case: AttentionCase, stored: float) -> Results:
         bias = case.bias
         shape = (1,) * (4 - bias.dim()) + bias.shape
         summed = d_shifted.sum_to_size(shape)
-        if in_half and shape != tuple(weights.shape):
+        if in_half and not (narrow_bias and shape == tuple(weights.shape)):
             rounded = (d_out * result.out).norm(dim=-1, keepdim=True) * stored / 12**0.5
             per_row = (result.weights * rounded).sum_to_size((*weights.shape[:3], shape[3]))
             drawn = 2 * per_row.square().sum_to_size(shape).sqrt()

@@ -209,3 +209,35 @@ def test_wrong_names_of_cases() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             named_cases(*arguments)
+
+
+class _OneInFifty(torch.autograd.Function):
+    """The tensor itself, with a gradient that is two percent too large."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor) -> Tensor:  # noqa: ARG004
+        return bias.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return 1.02 * gradient
+
+
+def test_a_gradient_wider_than_the_stored_out() -> None:
+    """Of a float32 bias beside bfloat16: its error is one draw of the rounding of out, for the
+    naive path too, which may be lucky."""
+    for seed in range(320, 360):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, grad_out = (
+            torch.randn(1, 1, length, 64, generator=generator).bfloat16()
+            for length in (12, 13, 13, 12)
+        )
+        bias = 2 * torch.randn(1, 1, 12, 13, generator=generator)
+        case = AttentionCase(q, k, v, bias=bias, grad_out=grad_out)
+        assert_as_accurate_as_naive(kernels.attention, case)
+
+    def biased(*tensors: Tensor, bias: Tensor) -> Tensor:
+        return kernels.attention(*tensors, bias=_OneInFifty.apply(bias))
+
+    with pytest.raises(AssertionError, match="d_bias"):
+        assert_as_accurate_as_naive(biased, case)
