@@ -236,8 +236,8 @@ def test_a_gradient_wider_than_the_stored_out() -> None:
         case = AttentionCase(q, k, v, bias=bias, grad_out=grad_out)
         assert_as_accurate_as_naive(kernels.attention, case)
 
-    def biased(*tensors: Tensor, bias: Tensor) -> Tensor:
-        return kernels.attention(*tensors, bias=_OneInFifty.apply(bias))
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return kernels.attention(q, k, v, bias=_OneInFifty.apply(bias))
 
     with pytest.raises(AssertionError, match="d_bias"):
         assert_as_accurate_as_naive(biased, case)
