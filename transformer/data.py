@@ -188,12 +188,22 @@ class Dataset:
         target_in, _ = pad([[BOS, *self.targets[i][:-1]] for i in indices])
         return Batch(source, source_lengths, target_in, target_out, target_lengths)
 
-    def packed_batch(self, indices: Sequence[int] | np.ndarray) -> PackedBatch:
-        """The pairs of these indices, packed."""
-        source, source_packing = pack([self.sources[i] for i in indices])
-        target_out, target_packing = pack([self.targets[i] for i in indices])
-        target_in, _ = pack([[BOS, *self.targets[i][:-1]] for i in indices])
-        return PackedBatch(source, source_packing, target_in, target_out, target_packing)
+    def packed_batch(self, indices: Sequence[int] | np.ndarray, multiple: int = 1) -> PackedBatch:
+        """The pairs of these indices, packed; PAD makes each side a multiple of so many tokens.
+
+        A PAD token is a sentence of its own, so that no other token attends to it.
+        """
+        chosen = np.asarray(indices)
+        lacking = [
+            int(-lengths[chosen].sum() % multiple)
+            for lengths in (self._source_lengths, self._target_lengths)
+        ]
+        of_source, of_target = ([[PAD]] * n + [[]] * (max(lacking) - n) for n in lacking)
+        source, source_packing = pack([*(self.sources[i] for i in indices), *of_source])
+        target_out, target_packing = pack([*(self.targets[i] for i in indices), *of_target])
+        shifted = ([BOS, *self.targets[i][:-1]] for i in indices)
+        target_in, _ = pack([*shifted, *of_target])
+        return PackedBatch(source, source_packing, target_in, target_out, target_packing, *lacking)
 
     def plan(self, batch_tokens: int, seed: int = 0, epoch: int | None = None) -> list[np.ndarray]:
         """Indices of each batch of an epoch: every pair once, in an order that is nearly random.

@@ -46,15 +46,17 @@ class PackedBatch:
     target_in: Tensor  # (Tt,) int64
     target_out: Tensor  # (Tt,) int64
     target_packing: Packing
+    source_padding: int = 0  # PAD tokens at the end of each side
+    target_padding: int = 0
 
     @property
     def target_tokens(self) -> int:
-        return len(self.target_out)
+        return len(self.target_out) - self.target_padding
 
     @property
     def tokens(self) -> int:
-        """Source and target tokens."""
-        return len(self.source) + len(self.target_out)
+        """Source and target tokens without padding."""
+        return len(self.source) - self.source_padding + self.target_tokens
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
@@ -63,6 +65,8 @@ class PackedBatch:
             self.target_in.to(device),
             self.target_out.to(device),
             self.target_packing.to(device),
+            self.source_padding,
+            self.target_padding,
         )
 
 

@@ -35,6 +35,10 @@ from .packing import PackedBatch
 from .progress import progress_on
 from .tokenizer import Tokenizer
 
+# Tokens that each side of a packed batch of bfloat16 has a multiple of. oneDNN compiles a product
+# for each number of rows and keeps a thousand of them: gigabytes, where no number comes again.
+_MULTIPLE = 128
+
 
 class TrainingError(Exception):
     """Training that can't go on."""
@@ -180,7 +184,8 @@ class Trainer:
     def _batch(self, dataset: Dataset, indices: np.ndarray) -> Batch | PackedBatch:
         """These pairs on the model's device, packed unless padding is asked for."""
         if self.model.takes_packed and not self.config.padded:
-            return dataset.packed_batch(indices).to(self.device)
+            multiple = _MULTIPLE if self.config.precision == "bfloat16" else 1
+            return dataset.packed_batch(indices, multiple).to(self.device)
         return dataset.batch(indices).to(self.device)
 
     def require_finite(self) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from rowmax.transformer import Dataset, Tokenizer, corpus, read_parallel, read_tsv
+from rowmax.transformer.config import ModelConfig
 from rowmax.transformer.data import DataError, pad, read_lines
+from rowmax.transformer.model import EncoderDecoder
 from rowmax.transformer.tokenizer import BOS, EOS, PAD
 
 
@@ -93,6 +95,24 @@ def test_a_plan_has_every_pair_once_within_the_limit(dataset, epoch):
         batch = dataset.batch(indices)
         assert batch.source_lengths.sum() <= 300
         assert batch.target_tokens <= 300
+
+
+@pytest.mark.parametrize("multiple", [8, 37])
+def test_a_packed_batch_of_a_multiple_teaches_the_same(dataset, multiple):
+    packed, filled = (dataset.packed_batch([3, 0, 9], each) for each in (1, multiple))
+    assert filled.tokens == packed.tokens
+    assert filled.target_tokens == packed.target_tokens
+    for side in (filled.source, filled.target_in, filled.target_out):
+        assert len(side) % multiple == 0
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "heads": 2, "d_ff": 32}
+    model = EncoderDecoder(ModelConfig(vocab_size=600, dropout=0.0, **sizes)).double()
+    found = []
+    for batch in (packed, filled):
+        loss = model.loss(batch, 0.1)
+        found.append((loss, *torch.autograd.grad(loss, tuple(model.parameters()))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_a_packed_batch_has_the_same_tokens_without_padding(dataset):
