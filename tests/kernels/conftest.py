@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
 
 
-@pytest.fixture(params=backends.doing("attention"))
+@pytest.fixture(params=backends.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend available here that does attention."""
+    """Each backend available here."""
     name: str = request.param
     return name

@@ -22,7 +22,7 @@ from rowmax.kernels import (
     rms_norm,
 )
 
-from .backends import device_of, doing, is_interpreted, refused
+from .backends import BACKENDS, device_of, is_interpreted
 
 Function = Callable[..., Any]
 Made = tuple[Function, tuple[Tensor, ...]]
@@ -69,12 +69,6 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]] =
         lambda: {"bias": ALiBi(torch.tensor([0.5, 0.2]), 1), "dropout_p": 0.5, "seed": 1},
     ),
     "no_keys": (heads(keys=0), dict),
-}
-FEATURES = {
-    "masked_softcap": {"softcap"},
-    "bias_sinks": {"sinks"},
-    "all": {"softcap", "sinks"},
-    "alibi_dropout": {"alibi"},
 }
 
 
@@ -130,21 +124,18 @@ def op_of(name: str) -> str:
 EVERY = [
     pytest.param(name, backend, id=f"{name}-{backend}")
     for name in (*ATTENTION, *NORMS)
-    for backend in doing(op_of(name))
+    for backend in BACKENDS
     if not is_interpreted(backend)
 ]
 COMPILED = pytest.mark.parametrize(
-    "backend", [backend for backend in doing("attention") if not is_interpreted(backend)]
+    "backend", [backend for backend in BACKENDS if not is_interpreted(backend)]
 )
 
 
-def made(name: str, backend: str) -> Made | None:
-    """The case; None where the backend declines it, which is then asserted."""
+def made(name: str, backend: str) -> Made:
     make = norm_case if name in NORMS else attention_case
     function, tensors = make(name, backend)
-    tensors = tuple(tensor.to(device_of(backend)) for tensor in tensors)
-    features = FEATURES.get(name, set()) | {op_of(name)}
-    return None if refused(backend, features, lambda: function(*tensors)) else (function, tensors)
+    return function, tuple(tensor.to(device_of(backend)) for tensor in tensors)
 
 
 def jvp(

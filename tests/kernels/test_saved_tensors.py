@@ -25,7 +25,7 @@ from rowmax.kernels import (
     swap,
 )
 
-from .backends import BACKENDS, device_of, doing
+from .backends import BACKENDS, device_of
 
 HEADS, LENGTH, DIM = 4, 48, 16
 ROWS, COLUMNS = 40, 32
@@ -141,7 +141,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @DTYPES
-@pytest.mark.parametrize("name,backend", [(n, b) for n in ATTENTION for b in doing("attention")])
+@pytest.mark.parametrize("name,backend", [(n, b) for n in ATTENTION for b in BACKENDS])
 def test_bytes_of_attention(name: str, backend: str, dtype: torch.dtype) -> None:
     more, ours, theirs = ATTENTION[name]
     tensors = [rand(2, HEADS, LENGTH, DIM, seed=seed) for seed in range(3)]
@@ -184,9 +184,7 @@ ROWWISE: dict[str, tuple[int, int, int, Call, Call]] = {
         lambda x: x.masked_fill(torch.arange(COLUMNS) >= 20, -torch.inf).softmax(-1),
     ),
 }
-EVERY = pytest.mark.parametrize(
-    "name,backend", [(name, b) for name in ROWWISE for b in doing(name.split(" ")[0])]
-)
+EVERY = pytest.mark.parametrize("name,backend", [(name, b) for name in ROWWISE for b in BACKENDS])
 
 
 @DTYPES
