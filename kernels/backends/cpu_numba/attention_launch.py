@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem
+from ...ops.layout import empty_heads, statistics_dtype
+from ...ops.problem import AttentionProblem, BackwardInputs
 from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16, LOG2_E, NO_BOUND
 from ..cpu_common.preparation import (
-    bias_gradient,
+    backward_tensors,
     broadcast_strides,
     dropout_fields,
+    empty_lse,
     prepared,
     unit_last_stride,
 )
@@ -58,8 +59,7 @@ _NO_BIAS_GRADIENT = dict.fromkeys(
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    query = problem.query
-    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    lse = empty_lse(problem.query)
     return _forward(problem, lse), lse
 
 
@@ -163,29 +163,13 @@ def _decode_plan(
 
 
 def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
+    problem: AttentionProblem, inputs: BackwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks = problem.bias, problem.sinks
-    problem = prepared(problem)
+    given, problem = problem, prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
     dtype, half = statistics_dtype(query.dtype), query.dtype in _ITEM_TYPES
-    grad_out, out = unit_last_stride(grad_out), unit_last_stride(out)
-    lse = lse.to(torch.float64).contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
-    d_bias = None
-    if bias_grad and bias is not None:
-        d_bias = bias_gradient(bias, problem.shape, dtype)
-    delta = None
-    if sinks_grad:
-        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
-        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
-
+    grad_out, out = unit_last_stride(inputs.grad_out), unit_last_stride(inputs.out)
+    lse, grad_lse, d_bias, delta = tensors = backward_tensors(given, inputs)
     of, lanes = _sizes(problem), lanes_in(dtype)
     head_dim, value_dim = query.shape[3], value.shape[3]
     row_bytes = (head_dim + value_dim) * dtype.itemsize
@@ -242,18 +226,7 @@ def attention_backward(
         dq_semaphore + dq_accumulator,
         dq_semaphore,
     )
-    if d_bias is not None and bias is not None:
-        d_bias = d_bias.to(bias.dtype)
-    d_sinks = None
-    if delta is not None and sinks is not None:
-        # -sum over batch and rows of exp(sink - lse) * delta
-        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - lse)
-        d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
-    return (
-        *(d_query, d_key, d_value),
-        query.new_empty(0) if d_bias is None else d_bias,
-        query.new_empty(0) if d_sinks is None else d_sinks,
-    )
+    return d_query, d_key, d_value, *tensors.of_bias_and_sinks(given)
 
 
 def _compiled_for(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..cpu_common.preparation import dropout_fields
 from ..cpu_common.results import new_result
-from ..fused_norms import FusedNorms
+from ..fused_norms import Backward, Forward, FusedNorms, Results
 from .gemm import lanes_in
 from .norm_backward import BACKWARD
 from .norm_backward import scratch_elements as backward_scratch
@@ -17,18 +17,8 @@ from .norm_forward import scratch_bytes as forward_scratch
 from .rows import chunk_rows, task_rows
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    subtract_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+def _forward(norm: Forward) -> Results:
+    x, residual, weight, bias, eps, dropout_p, seed, subtract_mean = norm
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     y = new_result(x, shape)
@@ -69,18 +59,8 @@ def _forward(
     return y, total, mean, rstd
 
 
-def _backward(
-    x: Tensor,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+def _backward(norm: Backward) -> Results:
+    x, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed = norm
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     d_total = new_result(x, shape)
@@ -146,10 +126,4 @@ def _parameter(parameter: Tensor | None, absent: float, x: Tensor, dtype: torch.
     return parameter.to(dtype).contiguous()
 
 
-_norms = FusedNorms(_forward, _backward)
-layer_norm = _norms.layer_norm
-layer_norm_backward = _norms.layer_norm_backward
-add_layer_norm = _norms.add_layer_norm
-add_layer_norm_backward = _norms.add_layer_norm_backward
-rms_norm = _norms.rms_norm
-rms_norm_backward = _norms.rms_norm_backward
+norms = FusedNorms(_forward, _backward)
