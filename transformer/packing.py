@@ -57,13 +57,7 @@ class PackedBatch:
         return len(self.source) + len(self.target_out)
 
     def to(self, device: torch.device) -> PackedBatch:
-        return PackedBatch(
-            self.source.to(device),
-            self.source_packing.to(device),
-            self.target_in.to(device),
-            self.target_out.to(device),
-            self.target_packing.to(device),
-        )
+        return PackedBatch(*(each.to(device) for each in vars(self).values()))
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Packing]:
