@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,10 @@ from rowmax.kernels import scaled_dot_product_attention, swap
 from ..kernels.onnx_files import Call, export, run
 from .support import assert_same
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 WIDTH = 16
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def batch(lengths: list[int], at_front: bool = False) -> Batch:

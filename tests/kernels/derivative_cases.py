@@ -22,15 +22,11 @@ from rowmax.kernels import (
     rms_norm,
 )
 
+from ..tensors import rand
 from .backends import BACKENDS, device_of, is_interpreted
 
 Function = Callable[..., Any]
 Made = tuple[Function, tuple[Tensor, ...]]
-
-
-def rand(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(size))
-    return torch.randn(size, generator=generator, dtype=dtype)
 
 
 def heads(heads: int = 2, key_heads: int = 1, keys: int = 4) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from rowmax.kernels import (
     explain,
 )
 
+from ..tensors import rand
 from .backends import device_of
 from .derivative_cases import (
     COMPILED,
@@ -25,7 +26,6 @@ from .derivative_cases import (
     jvp,
     loss_of,
     made,
-    rand,
     tuple_of,
 )
 

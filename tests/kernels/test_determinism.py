@@ -125,13 +125,6 @@ def same(got: Results, expected: Results) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("case", LARGER, ids=lambda case: case.name)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from ..processes import printed
 from .backends import BACKENDS
 
 MIB = 2**20
@@ -36,14 +35,7 @@ print(peak_bytes(lambda: call(length), "cpu"))
 
 def peak(backend: str, length: int) -> int:
     """Bytes by which one forward and backward at this length raises the resident memory."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend, str(length)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    return int(done.stdout)
+    return int(printed("-c", SCRIPT, backend, str(length)))
 
 
 def linear(length: int) -> int:

@@ -26,12 +26,8 @@ from rowmax.kernels import (
 )
 from rowmax.kernels.ops import fast_path, operators
 
+from ..tensors import rand
 from .backends import BACKENDS, device_of, is_interpreted
-
-
-def rand(*size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from rowmax.kernels import (
     attention,
 )
 
+from ..tensors import rand
 from .backends import BACKENDS, device_of, is_interpreted
 from .derivative_cases import (
     COMPILED,
@@ -29,7 +30,6 @@ from .derivative_cases import (
     heads,
     loss_of,
     made,
-    rand,
     tuple_of,
 )
 

@@ -25,12 +25,8 @@ from rowmax.kernels import (
     rms_norm,
 )
 
+from ..tensors import rand
 from .backends import BACKENDS, device_of
-
-
-def rand(*size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 def zeros_as(tensor: Tensor) -> Tensor:
