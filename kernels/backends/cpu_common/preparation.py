@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...api.masks import MaskStructure
 from ...ops.layout import saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem, BackwardInputs, Problem
+from ...ops.problem import AttentionProblem, BackwardInputs, Problem, SoftmaxProblem
 
 _MAX_FLOAT32_TERMS = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
 
@@ -150,22 +151,13 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def broadcast_strides(tensor: Tensor) -> list[int]:
-    """Strides with 0 for every dimension of size 1."""
-    return [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-
-
-_NO_DROPOUT = {"dropout": 0, "threshold": 0, "seed": 0, "keep_scale": 1.0}
-
-
-def dropout_fields(dropout_p: float, seed: Tensor | None) -> dict[str, float]:
-    """The fields of a call record that say what dropout does."""
-    if dropout_p == 0.0 or seed is None:
-        return _NO_DROPOUT
-    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return {"dropout": 1, "threshold": threshold, "seed": int(seed), "keep_scale": keep_scale}
+def prepared_softmax(problem: SoftmaxProblem) -> SoftmaxProblem:
+    """The problem with every tensor in a layout that a kernel reads."""
+    scores, mask, scale = problem
+    parts: dict[str, Any] = {
+        name: part.contiguous() if isinstance(part, Tensor) and name != "dense" else part
+        for name, part in mask._asdict().items()
+    }
+    if mask.dense is not None and mask.dense.shape[3] != 1:
+        parts["dense"] = unit_last_stride(mask.dense)
+    return SoftmaxProblem(unit_last_stride(scores), MaskStructure(**parts), scale)

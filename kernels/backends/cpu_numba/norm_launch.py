@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
-from ..cpu_common.preparation import dropout_fields
 from ..cpu_common.results import new_result
 from ..fused_norms import Backward, Forward, FusedNorms, Results
+from .fields import dropout_fields
 from .gemm import lanes_in
 from .norm_backward import BACKWARD
 from .norm_backward import scratch_elements as backward_scratch
