@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels/attention_rows.h"
-#include "simd/math.h"
+#include "simd/vector_math.h"
 #include "simd/philox.h"
 
 namespace rowmax {

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simd/math.h"
+#include "simd/vector_math.h"
 #include "simd/philox.h"
 
 namespace rowmax {
