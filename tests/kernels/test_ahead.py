@@ -162,7 +162,7 @@ def test_the_process_leaves_the_other_kernel_on_disk(tmp_path: Path) -> None:
     """Of two kernels, to be quick; the program itself wanted the forward pass alone."""
     assert printed("-c", SCRIPT, ROWMAX_CACHE_DIR=str(tmp_path), ROWMAX_COMPILE_AHEAD="1") == "0\n"
     kept = sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*.nbc"))
-    assert kept == ["norm_backward.differentiate", "norm_forward.normalise"]
+    assert kept == ["norm_backward.backward", "norm_forward.forward"]
     assert len(list(tmp_path.rglob("ahead-float64.lock"))) <= 1
 
 

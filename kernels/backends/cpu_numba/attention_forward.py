@@ -268,7 +268,7 @@ def _forward_tile(call, b, h, start, following, scratch):
     _finish(call, b, h, start, rows, width, out_t, row_max, row_sum, rescale, wide_rows)
 
 
-def _forward(argument):
+def forward(argument):
     """All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask)
     first."""
     call = read(argument)
@@ -290,7 +290,7 @@ def _forward(argument):
             _forward_tile(call, head // call.heads, head % call.heads, start, following, scratch)
 
 
-FORWARD = Kernel(_forward, ATTENTION.fields("forward"))
+FORWARD = Kernel(forward, ATTENTION.fields("forward"))
 
 
 def scratch_elements(width: int, lanes: int, head_dim: int, value_dim: int, half: bool) -> int:
