@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ __all__ = [
     "random_gradients",
     "row_keeps",
     "run",
+    "traced",
 ]
 
 
@@ -43,3 +48,16 @@ def row_keeps(row: int, columns: int, p: float, seed: int) -> Tensor:
     low, high, stream = map(torch.tensor, (row % 2**32, row // 2**32, NORM_STREAM))
     words = philox4x32((torch.arange(columns // 4), low, high, stream), torch.tensor(seed))
     return torch.stack(torch.broadcast_tensors(*words), -1).flatten() >= keep_threshold(p)
+
+
+def traced(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
+    """The trace as it comes out of a file; its only warning is that tracing is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is deprecated")
+        warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
+        graph = torch.jit.trace(function, arguments)
+        file = io.BytesIO()
+        torch.jit.save(graph, file)
+        file.seek(0)
+        return torch.jit.load(file)

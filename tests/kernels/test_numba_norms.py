@@ -317,7 +317,8 @@ def test_rows_beyond_32_bits_have_words_of_their_own(row: int, dtype: torch.dtyp
     columns, p, seed = 128, 0.4, 123456789123
     target = torch.empty(columns, dtype=dtype)
     record = {"target": target.data_ptr(), "row": row, "columns": columns, "seed": seed}
-    FACTORS(dtype, 1, 0, {**record, "threshold": keep_threshold(p), "keep_scale": 1.0})
+    drawn = {**record, "threshold": keep_threshold(p), "keep_scale": 1.0}
+    FACTORS.plan(dtype, 1, 0, drawn).run()
     assert torch.equal(target, row_keeps(row, columns, p, seed).to(dtype))
 
 

@@ -177,14 +177,14 @@ def attention_backward(
     if d_bias is not None:
         fields["d_bias_kind"] = bias_gradient_kind(of, d_bias.shape, d_bias.dtype == dtype)
         fields["d_bias_item_type"] = _item_type(d_bias)
-    BACKWARD(
+    BACKWARD.plan(
         _compiled_for(query.dtype),
         plan.grabs,
         elements * dtype.itemsize,
         fields,
         dq_semaphore + dq_accumulator,
         dq_semaphore,
-    )
+    ).run()
     return d_query, d_key, d_value, *tensors.of_bias_and_sinks(given)
 
 

@@ -33,7 +33,7 @@ def _forward(norm: Forward) -> Results:
         residual_address = residual.data_ptr()
     weight, bias = _parameter(weight, 1.0, x, dtype), _parameter(bias, 0.0, x, dtype)
     task = task_rows(columns)
-    FORWARD(
+    FORWARD.plan(
         x.dtype,
         -(-rows // task),
         forward_scratch(dtype.itemsize),
@@ -55,7 +55,7 @@ def _forward(norm: Forward) -> Results:
             "eps": eps,
             **dropout_fields(dropout_p, seed),
         },
-    )
+    ).run()
     return y, total, mean, rstd
 
 
@@ -83,7 +83,7 @@ def _backward(norm: Backward) -> Results:
     chunks = max(1, -(-rows // chunk))
     lanes = lanes_in(dtype)
     partials = chunks * 2 * (-(-columns // lanes) * lanes) * dtype.itemsize
-    BACKWARD(
+    BACKWARD.plan(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
         backward_scratch() * dtype.itemsize,
@@ -109,7 +109,7 @@ def _backward(norm: Backward) -> Results:
             **dropout,
         },
         partials,
-    )
+    ).run()
     if weight is not None:
         d_weight = d_weight.to(weight.dtype)
     if bias is not None:

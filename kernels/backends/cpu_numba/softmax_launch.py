@@ -20,7 +20,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
     computed = statistics_dtype(scores.dtype)
     narrow = scores.dtype != computed
     rows, task = count_rows(scores), task_rows(keys)
-    FORWARD(
+    FORWARD.plan(
         scores.dtype,
         -(-rows // task),
         keys * computed.itemsize if narrow else 0,
@@ -38,7 +38,7 @@ def masked_softmax(problem: SoftmaxProblem) -> Tensor:
             **mask_fields(mask),
             "scale": scale,
         },
-    )
+    ).run()
     return weights
 
 
@@ -48,7 +48,7 @@ def masked_softmax_backward(grad_weights: Tensor, weights: Tensor, scale: float)
     grad, grad_row = rows_of(grad_weights.to(weights.dtype))
     rows, keys = count_rows(weights), weights.shape[-1]
     task = task_rows(keys)
-    BACKWARD(
+    BACKWARD.plan(
         weights.dtype,
         -(-rows // task),
         0,
@@ -63,5 +63,5 @@ def masked_softmax_backward(grad_weights: Tensor, weights: Tensor, scale: float)
             "task_rows": task,
             "scale": scale,
         },
-    )
+    ).run()
     return d_scores
