@@ -66,7 +66,7 @@ SOURCES = [
 KERNEL_SOURCES = [
     "kernels/attention_decode.cpp",
     "kernels/attention_forward.cpp",
-    "kernels/attention_backward.cpp",
+    "kernels/attention_backward_kernels.cpp",
     "kernels/norm_forward.cpp",
     "kernels/norm_backward.cpp",
     "kernels/softmax.cpp",
@@ -82,7 +82,7 @@ if MACHINE == "x86_64":
         "avx512": (AVX512, KERNEL_SOURCES),
         "avx512_bf16": (
             [*AVX512, "-mavx512bf16"],
-            ["kernels/attention_forward.cpp", "kernels/attention_backward.cpp"],
+            ["kernels/attention_forward.cpp", "kernels/attention_backward_kernels.cpp"],
         ),
     }
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]

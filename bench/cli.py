@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -52,6 +51,7 @@ from .options import (
     names_of,
     seconds_of,
     set_threads,
+    write,
 )
 from .peers.candidates import HOW_TO_GET_PEERS, ONLY_BY_NAME, SLOW_TO_START, absent, peers_of
 from .render import markdown, ratio_chart, speed_page
@@ -221,8 +221,7 @@ def _measure(
                     watch.probe()
                 rows.append(row)
                 _print(report.row_lines(row, columns, printed))
-                if options.json is not None:
-                    _write_json(options.json, document())
+                write(options.json, lambda: json.dumps(document(), indent=2) + "\n")
     _print(report.detail_lines(rows))
     _print(report.summary_lines(rows))
     if counts:
@@ -230,16 +229,11 @@ def _measure(
     if len(rows) < len(cases):
         _print([f"stopped after {stop_after:g} seconds: {len(cases) - len(rows)} lines not begun"])
     _print(report.noise_lines(complained(), cpus, watch, memory))
-    if options.html is not None:
-        options.html.write_text(speed_page.html(document()), encoding="utf-8")
+    write(options.html, lambda: speed_page.html(document()))
     if options.csv is not None:
         history.append(options.csv, document())
     markdown.write_markdown(options, markdown.of_speed(document()))
     return 1 if any(row.failed for row in rows) else 0
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure_limits(suites: Iterable[Suite]) -> dict[str, Limits]:

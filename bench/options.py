@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from ..console import UsageError, check_outputs, check_writable, set_threads
 from ..kernels.backends import dispatch
@@ -15,11 +16,14 @@ __all__ = [
     "check_outputs",
     "check_writable",
     "current_name",
+    "first_line",
     "listed",
     "names_of",
     "renamed",
     "seconds_of",
     "set_threads",
+    "told",
+    "write",
 ]
 
 
@@ -69,6 +73,21 @@ def current_name(option: str, name: str) -> str:
 
 def listed(names: Iterable[str]) -> str:
     return ", ".join(names)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def told(error: Exception) -> str:
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def write(path: Path | None, text: Callable[[], str]) -> None:
+    """Into the file that an option names, where it was given."""
+    if path is not None:
+        path.write_text(text(), encoding="utf-8")
 
 
 def seconds_of(option: str, seconds: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from time import time
 
@@ -71,3 +71,10 @@ def pytest_runtest_makereport(
                 os._exit(1)
             pytest.exit(f"{item.nodeid} lost the GPU: {error}", returncode=1)
     return report
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

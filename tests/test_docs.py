@@ -22,6 +22,8 @@ from rowmax.kernels.backends import dispatch
 from rowmax.transformer.cli import COMMANDS
 from rowmax.transformer.options import parser as transformer_parser
 
+from .processes import printed
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 PARSERS = {
@@ -49,11 +51,8 @@ def test_snippets_print_what_the_page_shows(page: str, tmp_path: Path) -> None:
     blocks = [block for block in BLOCK.findall(PAGES_TEXT[page]) if block[0] == "python"]
     assert blocks
     script = "\n".join(code for _, code, _ in blocks)
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout == "".join(output for _, _, output in blocks)
+    expected = "".join(output for _, _, output in blocks)
+    assert printed("-c", script, cwd=tmp_path) == expected
 
 
 def test_no_page_has_python_that_nothing_runs() -> None:

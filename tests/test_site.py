@@ -6,9 +6,6 @@ looked at, for tests use no network.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from rowmax import kernels
+
+from .processes import printed
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("mkdocs", reason='needs pip install "rowmax[site]"')
@@ -46,15 +45,8 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    build = ("-m", "mkdocs", "build", "--strict", "--site-dir", str(folder))
+    printed(*build, cwd=ROOT, NO_MKDOCS_2_WARNING="1")
     return folder
 
 

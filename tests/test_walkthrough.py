@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .processes import printed
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = (DOCS / "walkthrough.md").read_text("utf-8")
@@ -17,16 +17,10 @@ LINKS = re.findall(r"\[`([^`]+)`\]\((\.\./[^)]+\.py)\)", PAGE)
 
 def test_the_script_prints_what_the_page_shows():
     """Which also holds every step's formula against the model, or the script fails."""
-    run = subprocess.run(
-        [sys.executable, str(DOCS / "walkthrough.py"), "--backend", "reference"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stderr
+    found = printed(str(DOCS / "walkthrough.py"), "--backend", "reference")
     shown = re.search(r"^python docs/walkthrough.py\n```\n\n```\n(.*?)^```$", PAGE, re.M | re.S)
     assert shown is not None
-    assert run.stdout == shown[1]
+    assert found == shown[1]
 
 
 def test_there_is_a_line_of_code_for_each_step():

@@ -102,33 +102,16 @@ def largest_difference(first: Measurement, second: Measurement) -> float:
 
 def table(naive: Measurement, fused: Measurement) -> str:
     """Both paths as text."""
-    rows = (
-        ("", f"naive ({naive.backend})", f"fused ({fused.backend})", "ratio"),
-        (
-            "tokens/s",
-            f"{naive.tokens_per_second:,.0f}",
-            f"{fused.tokens_per_second:,.0f}",
-            f"{fused.tokens_per_second / naive.tokens_per_second:.2f}",
-        ),
-        (
-            "peak memory of the process, MiB",
-            f"{naive.peak_memory / 2**20:,.0f}",
-            f"{fused.peak_memory / 2**20:,.0f}",
-            f"{fused.peak_memory / naive.peak_memory:.2f}",
-        ),
-        (
-            "  of which training, MiB",
-            f"{naive.training_memory / 2**20:,.0f}",
-            f"{fused.training_memory / 2**20:,.0f}",
-            f"{fused.training_memory / naive.training_memory:.2f}",
-        ),
-        (
-            f"loss after {len(naive.losses)} steps",
-            f"{naive.losses[-1]:.6f}",
-            f"{fused.losses[-1]:.6f}",
-            "",
-        ),
-    )
+    rows = [("", f"naive ({naive.backend})", f"fused ({fused.backend})", "ratio")]
+    for name, field, unit in (
+        ("tokens/s", "tokens_per_second", 1),
+        ("peak memory of the process, MiB", "peak_memory", 2**20),
+        ("  of which training, MiB", "training_memory", 2**20),
+    ):
+        one, other = getattr(naive, field), getattr(fused, field)
+        rows.append((name, f"{one / unit:,.0f}", f"{other / unit:,.0f}", f"{other / one:.2f}"))
+    losses = f"{naive.losses[-1]:.6f}", f"{fused.losses[-1]:.6f}"
+    rows.append((f"loss after {len(naive.losses)} steps", *losses, ""))
     lines = [f"{name:<33}{first:>18}{second:>18}{ratio:>8}" for name, first, second, ratio in rows]
     lines.append(
         f"largest difference in loss over these {len(naive.losses)} steps: "

@@ -100,13 +100,7 @@ class Batch:
         return int(self.source_lengths.sum() + self.target_lengths.sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.source.to(device),
-            self.source_lengths.to(device),
-            self.target_in.to(device),
-            self.target_out.to(device),
-            self.target_lengths.to(device),
-        )
+        return Batch(*(each.to(device) for each in vars(self).values()))
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,12 @@ class Thing:
         return noun if article in ("a", "an", "the") else self.one
 
 
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """Korean = English, and so on."""
+    korean_and_english = (pair.split(" = ") for pair in text.split(", "))
+    return tuple((korean, english) for korean, english in korean_and_english)
+
+
 PEOPLE = (
     Person("저", "I", third=False, be="am"),
     Person("우리", "we", third=False, be="are"),
@@ -222,84 +228,40 @@ COME = Verb("오", "와", ("come", "comes", "came", "coming"))
 
 # Korean, English and its preposition for being there.
 PLACES = (
-    ("도서관", "the library", "at"),
-    ("학교", "school", "at"),
-    ("공원", "the park", "in"),
-    ("카페", "the cafe", "at"),
-    ("회사", "the office", "at"),
-    ("시장", "the market", "at"),
-    ("식당", "the restaurant", "at"),
-    ("부엌", "the kitchen", "in"),
-    ("교실", "the classroom", "in"),
-    ("거실", "the living room", "in"),
-    ("백화점", "the department store", "at"),
-    ("공항", "the airport", "at"),
-    ("서점", "the bookstore", "at"),
-    ("서울", "Seoul", "in"),
-    ("부산", "Busan", "in"),
+    *(("도서관", "the library", "at"), ("학교", "school", "at"), ("공원", "the park", "in")),
+    *(("카페", "the cafe", "at"), ("회사", "the office", "at"), ("시장", "the market", "at")),
+    *(("식당", "the restaurant", "at"), ("부엌", "the kitchen", "in")),
+    *(("교실", "the classroom", "in"), ("거실", "the living room", "in")),
+    *(("백화점", "the department store", "at"), ("공항", "the airport", "at")),
+    *(("서점", "the bookstore", "at"), ("서울", "Seoul", "in"), ("부산", "Busan", "in")),
 )
-VEHICLES = (
-    ("버스", "bus"),
-    ("지하철", "subway"),
-    ("기차", "train"),
-    ("자전거", "bicycle"),
-    ("택시", "taxi"),
-    ("트럭", "truck"),
+VEHICLES = _pairs(
+    "버스 = bus, 지하철 = subway, 기차 = train, 자전거 = bicycle, 택시 = taxi, 트럭 = truck"
 )
 SCHEDULED = (("기차", "train"), ("버스", "bus"), ("비행기", "plane"))
 EVENTS = (("영화", "movie"), ("수업", "class"), ("회의", "meeting"), ("연극", "play"))
 # An adjective goes before any thing that has a plural.
-ADJECTIVES = (
-    ("새", "new"),
-    ("큰", "big"),
-    ("작은", "small"),
-    ("비싼", "expensive"),
-    ("예쁜", "pretty"),
-    ("오래된", "old"),
-    ("빨간", "red"),
-    ("파란", "blue"),
+ADJECTIVES = _pairs(
+    "새 = new, 큰 = big, 작은 = small, 비싼 = expensive, 예쁜 = pretty, 오래된 = old, 빨간 = red, "
+    "파란 = blue"
 )
 WHEN = {
-    "past": (
-        ("어제", "yesterday"),
-        ("지난주에", "last week"),
-        ("작년에", "last year"),
-        ("오늘 아침에", "this morning"),
+    "past": _pairs(
+        "어제 = yesterday, 지난주에 = last week, 작년에 = last year, 오늘 아침에 = this morning"
     ),
-    "present": (
-        ("매일", "every day"),
-        ("아침마다", "every morning"),
-        ("주말마다", "every weekend"),
-        ("가끔", "sometimes"),
+    "present": _pairs(
+        "매일 = every day, 아침마다 = every morning, 주말마다 = every weekend, 가끔 = sometimes"
     ),
-    "future": (
-        ("내일", "tomorrow"),
-        ("다음 주에", "next week"),
-        ("내년에", "next year"),
-        ("오늘 밤에", "tonight"),
+    "future": _pairs(
+        "내일 = tomorrow, 다음 주에 = next week, 내년에 = next year, 오늘 밤에 = tonight"
     ),
-    "now": (("지금", "now"),),
+    "now": _pairs("지금 = now"),
 }
-WEEKDAYS = (
-    ("월요일", "Monday"),
-    ("화요일", "Tuesday"),
-    ("수요일", "Wednesday"),
-    ("목요일", "Thursday"),
-    ("금요일", "Friday"),
-    ("토요일", "Saturday"),
-    ("일요일", "Sunday"),
+WEEKDAYS = _pairs(
+    "월요일 = Monday, 화요일 = Tuesday, 수요일 = Wednesday, 목요일 = Thursday, 금요일 = Friday, "
+    "토요일 = Saturday, 일요일 = Sunday"
 )
 MONTHS = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
+    *("January", "February", "March", "April", "May", "June", "July", "August", "September"),
+    *("October", "November", "December"),
 )

@@ -22,6 +22,7 @@ from ..measure.arena import CaseArena, peek
 from ..measure.cases import FORWARD, FORWARD_BACKWARD, SUITES, Case, Shape, Suite
 from ..measure.gate import Gate
 from ..measure.inputs import Inputs, Outputs, make_inputs
+from ..options import told
 from ..peers.candidates import Function, naive, run_pass
 from .guard import Guard
 
@@ -269,8 +270,7 @@ def fault_of(subject: Subject) -> str | None:
         try:
             found = check(subject)
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            subject.refused.append(f"{name} ({type(error).__name__}: {first})")
+            subject.refused.append(f"{name} ({told(error)})")
             continue
         if found is not None:
             return f"{name}: {found}"

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ...kernels import swap
 from ...kernels.api.checks import fail_type, fail_value
+from ...kernels.integrations.differences import call_of, real_tokens
 from ...kernels.testing.tolerance import CHANCES, expected_of_model, measure, perturbed
 from ..candidate.sources import callable_of, module_of
-from ..options import UsageError, check_outputs, set_threads
+from ..options import UsageError, check_outputs, set_threads, write
 from ..render import charts
 from ..render.document import Section, page
 from ..render.json_text import json_text
-from ..verification.model import call_of, run_layers
+from ..verification.model import run_layers
 
 SCHEMA = "rowmax-diverge-1"
 STEPS = ("forward", "backward")
@@ -172,7 +173,7 @@ def diverge(
         if not isinstance(value, nn.Module):
             fail_type("diverge", argument, type(value).__name__, "a torch.nn.Module")
     args, kwargs = call_of(inputs)
-    counts = _real_tokens(kwargs) if real is None else real
+    counts = real_tokens(kwargs) if real is None else real
     first, second = copy.deepcopy(model).eval(), copy.deepcopy(other).eval()
     known = dict(first.named_modules()).keys() & dict(second.named_modules()).keys()
     only = known if every_layer else {"", *(name for name in _members(first) if name in known)}
@@ -267,14 +268,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _real_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.bool()
-    mask = kwargs.get("src_key_padding_mask")
-    return ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
-
-
 def _counted(tensor: Tensor, counts: Tensor | None) -> Tensor:
     """The tokens that count, of a tensor (B, L, ...)."""
     same = counts is not None and tensor.dim() > 2 and tensor.shape[:2] == counts.shape
@@ -337,10 +330,8 @@ def run(options: argparse.Namespace) -> int:
     one, other = models
     report = diverge(one, other, made[-1], every_layer=options.every_layer, names=names)
     print(report)
-    if options.json is not None:
-        options.json.write_text(report.as_json(), encoding="utf-8")
-    if options.html is not None:
-        options.html.write_text(report.as_html(), encoding="utf-8")
+    write(options.json, report.as_json)
+    write(options.html, report.as_html)
     return 0 if report.passed else 1
 
 

@@ -12,6 +12,7 @@ FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 BACKWARD = "backward"  # alone: of a graph that is kept
 PASSES = (FORWARD, FORWARD_BACKWARD, BACKWARD)
+IN_SHORT = {FORWARD: "fwd", FORWARD_BACKWARD: "f+b", BACKWARD: "bwd"}
 DROPOUT_P = 0.1
 WINDOW = 256  # keys before its own that a query of the kind "window" attends
 MODEL_HEAD_SIZE = 64

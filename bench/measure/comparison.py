@@ -17,13 +17,13 @@ from typing import Any
 from ..options import UsageError, listed, renamed
 from ..peers.candidates import ROWMAX
 from ..render import markdown
+from .cases import IN_SHORT
 from .intervals import Interval, overlap, ratio_interval
 from .report import SCHEMA
 from .timing import geometric_mean
 
 THRESHOLD = 0.05
 BY = ("time", "ratio")
-_STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
 
 Key = tuple[str, str, str, tuple[int, ...], str]
 
@@ -202,7 +202,7 @@ def _text(value: object) -> str:
 
 def _case(key: Key) -> str:
     suite, dtype, kind, shape, step = key
-    return f"{suite} {dtype} {kind} ({','.join(map(str, shape))}) {_STEPS.get(step, step)}"
+    return f"{suite} {dtype} {kind} ({','.join(map(str, shape))}) {IN_SHORT.get(step, step)}"
 
 
 def unmatched_lines(before: Run, after: Run, candidate: str, by: str) -> list[str]:

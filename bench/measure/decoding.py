@@ -34,7 +34,6 @@ from .training import SIZES
 
 SOURCE = 20  # tokens of a sentence
 _TOKENS = 24  # of a translation
-Decode = Callable[[], list[int]]  # -> the lengths of the translations
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

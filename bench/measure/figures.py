@@ -13,13 +13,23 @@ from typing import Any
 
 import torch
 
+from ..machine import gpu
 from ..machine.host import describe, load_average
-from ..options import UsageError, check_outputs, seconds_of, set_threads
+from ..options import UsageError, check_backend, check_outputs, seconds_of, set_threads
+from ..options import write as written
+
+DEVICES = ("cpu", "cuda")
 
 
 def add_options(
-    command: argparse.ArgumentParser, seconds: float, on: str = "all", backend: bool = True
+    command: argparse.ArgumentParser,
+    seconds: float,
+    on: str = "all",
+    backend: bool = True,
+    device: bool = False,
 ) -> None:
+    if device:
+        command.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
     if backend:
         command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
     command.add_argument("--threads", type=int, help="default: what torch takes")
@@ -34,19 +44,25 @@ def begin(options: argparse.Namespace, *counts: str) -> dict[str, Any]:
     seconds_of("--seconds", options.seconds)
     set_threads(options.threads)
     check_outputs({"--json": options.json})
+    check_backend(getattr(options, "backend", "auto"))
     for name in counts:
         if getattr(options, name) < 1:
             raise UsageError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    on_gpu = getattr(options, "device", "cpu") == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise UsageError("--device: torch sees no GPU")
     machine = describe()
     print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if on_gpu:
+        machine["gpu"] = gpu.describe()
+        print(gpu.text(machine["gpu"]))
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     return machine
 
 
 def write(options: argparse.Namespace, document: Mapping[str, Any]) -> None:
     """Into --json, where it was given."""
-    if options.json is not None:
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    written(options.json, lambda: json.dumps(document, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from multiprocessing.context import BaseContext
 from time import perf_counter
 from typing import Any, TypeVar
 
+from ..options import told
+
 T = TypeVar("T")
 
 # Loaded once, in a process that never meets the GPU, and from which the others are forked.
@@ -82,8 +84,7 @@ def _work(
         last = ("end", None)
     except Exception as error:
         traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        last = ("error", f"{type(error).__name__}: {first}")
+        last = ("error", told(error))
     sys.stdout.flush()
     sys.stderr.flush()
     connection.send(last)

@@ -38,17 +38,14 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="tokens, columns, words of the vocabulary; default: %(default)s",
     )
     command.add_argument("--dtype", choices=_BY_NAME, default="float32", help="default: float32")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     command.add_argument("--smoothing", type=float, default=0.1, help="default: 0.1")
-    figures.add_options(command, 30.0, backend=False)
+    figures.add_options(command, 30.0, backend=False, device=True)
 
 
 def run(options: argparse.Namespace) -> int:
     shape = _shape(options.shape)
     if not 0.0 <= options.smoothing <= 1.0:
         raise UsageError(f"--smoothing: expected a number from 0 to 1, got {options.smoothing}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device: torch sees no GPU")
     machine = figures.begin(options)
     every = calls(shape, _BY_NAME[options.dtype], options.device, options.smoothing)
     memory = {name: _peak(call, options.device) for name, call in every.items()}

@@ -9,9 +9,7 @@ replay of a CUDA graph.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,44 +17,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import Causal, attention, layer_norm
-from ..machine import gpu
-from ..machine.host import describe, load_average
-from ..options import UsageError, check_backend, check_outputs, seconds_of, set_threads
+from . import figures
 from .timing import Budget, HostTimer, LaunchTimer, Timer, interleave, timer_for
 
 Call = Callable[[], object]
-DEVICES = ("cpu", "cuda")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "overhead", help="microseconds of a call that has next to nothing to compute"
     )
-    command.add_argument("--threads", type=int, help="default: what torch takes")
-    command.add_argument("--backend", default="auto", help="rowmax's; default: auto")
-    command.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
-    command.add_argument("--seconds", type=float, help="to spend on each line; default: 2")
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the medians here too")
+    figures.add_options(command, 2.0, on="each line", device=True)
 
 
 def run(options: argparse.Namespace) -> int:
-    seconds = seconds_of("--seconds", options.seconds) or 2.0
-    device = options.device
-    set_threads(options.threads)
-    check_backend(options.backend)
-    check_outputs({"--json": options.json})
-    machine = describe()
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    timer: Timer = HostTimer()
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError("--device: torch sees no GPU")
-        machine["gpu"] = gpu.describe()
-        print(gpu.text(machine["gpu"]))
-        timer = LaunchTimer()
-    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
+    machine, device = figures.begin(options), options.device
+    timer: Timer = LaunchTimer() if device == "cuda" else HostTimer()
     print(f"\n{'us a call (medians)':34} {'rowmax':>8} {'torch':>8}")
-    budget = Budget(seconds=seconds, min_rounds=5, max_rounds=10_000)
+    budget = Budget(options.seconds, min_rounds=5, max_rounds=10_000)
     found: dict[str, dict[str, float]] = {}
 
     def line(name: str, ours: Call, theirs: Call, timer: Timer) -> None:
@@ -64,9 +42,7 @@ def run(options: argparse.Namespace) -> int:
         found[name] = {of: timing.median for of, timing in timings.items()}
         columns = "".join(f" {1e6 * timing.median:8.1f}" for timing in timings.values())
         print(f"{name:34}{columns}", flush=True)
-        if options.json is not None:
-            document = {"machine": machine, "seconds": found}
-            options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        figures.write(options, {"machine": machine, "seconds": found})
 
     every = calls(options.backend, device)
     for name, (gradients, ours, theirs) in every.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..conduct.arena import Arena
 from ..conduct.clocks import ClockError
 from ..conduct.guard import Guard
+from ..options import first_line, told
 from ..peers.candidates import Function, measured_call, run_pass
 from .arena import CaseArena, Peek, peek
 from .cases import BACKWARD, FORWARD, Case
@@ -172,8 +173,8 @@ class Recheck(Rounds):
         self.calls.pop(name, None)
         if name != COPY:
             self.failed |= not oom
-            told = "out of GPU memory beside the other candidates" if oom else _told(error)
-            self.faults[name] = told
+            out = "out of GPU memory beside the other candidates"
+            self.faults[name] = out if oom else _told(error)
 
     # --- one candidate ----------------------------------------------------------------------------
 
@@ -270,8 +271,7 @@ class Recheck(Rounds):
 
 
 def _told(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return first if isinstance(error, ClockError) else f"{type(error).__name__}: {first}"
+    return first_line(error) if isinstance(error, ClockError) else told(error)
 
 
 class _Between:

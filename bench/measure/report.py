@@ -13,9 +13,7 @@ from ..machine.host import Limits
 from ..peers.candidates import ROWMAX, absent
 from . import summary
 from .cases import (
-    BACKWARD,
-    FORWARD,
-    FORWARD_BACKWARD,
+    IN_SHORT,
     Case,
     Suite,
     bound_by_memory,
@@ -29,7 +27,6 @@ WIDTH = 100
 SCHEMA = 3
 # Quartiles further apart than this share of the median: the machine was not quiet.
 NOISY = 0.15
-_STEPS = {FORWARD: "fwd", FORWARD_BACKWARD: "f+b", BACKWARD: "bwd"}
 _MODEL_KINDS = {
     "transformer": "a training step of the reference Transformer",
     "encoder": "a training step of torch's nn.TransformerEncoder",
@@ -98,7 +95,7 @@ def row_lines(row: Row, peers: Sequence[str], printed: set[str]) -> list[str]:
     share = "-" if row.share is None else f"{100 * row.share:.0f}%"
     shape = f"{shape_text(row.case.shape):<{_shape_width(suite)}}"
     mark = "~" if is_noisy(row) else " "
-    line = f"{mark}{shape}{_STEPS[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
+    line = f"{mark}{shape}{IN_SHORT[row.case.step]:<4}{cells}{ratio:>6}{rate:>6}{share:>5}"
     reasons = [f"{name} not timed: {fault}" for name, fault in row.faults.items()]
     reasons += [f"{name} impossible: {why}" for name, why in row.impossible.items()]
     reasons += [f"{name} not done: {reason}" for name, reason in row.not_done.items()]
@@ -134,7 +131,7 @@ def _detail_name(row: Row) -> str:
     dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(
         dtype_text(case.dtype), dtype_text(case.dtype)
     )
-    name = f"{case.kind} {shape_text(case.shape)} {_STEPS[case.step]} {dtype}"
+    name = f"{case.kind} {shape_text(case.shape)} {IN_SHORT[case.step]} {dtype}"
     return textwrap.shorten(name, 31, placeholder="...") if len(name) <= 31 else name[:30] + "."
 
 

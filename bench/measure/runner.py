@@ -19,6 +19,7 @@ from ..candidate.sources import Where
 from ..conduct import clocks, examine
 from ..conduct.guard import Guard
 from ..machine.host import Limits
+from ..options import first_line, told
 from ..peers.candidates import (
     ROWMAX,
     Function,
@@ -264,7 +265,7 @@ def _admit(
             return
         except Exception as error:
             # A candidate that can't run is a line in the report, not the end of it.
-            fault = f"{type(error).__name__}: {first_line(error)}"
+            fault = told(error)
             found.failed |= is_rowmax
             if is_rowmax and case.suite.on_gpu:  # where it can't be run again to see more
                 traceback.print_exc()
@@ -381,10 +382,6 @@ def _run_case(
         *(admitted.memory, flops, moved),
         impossible=impossible,
     )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def release_memory() -> None:

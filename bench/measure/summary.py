@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cases import BACKWARD, FORWARD, FORWARD_BACKWARD, PASSES, dtype_text
+from .cases import IN_SHORT, PASSES, dtype_text
 from .runner import Row
 from .timing import geometric_mean
 
@@ -150,9 +150,9 @@ def _table(suite: str, means: dict[Group, Mean]) -> list[str]:
     columns: list[tuple[torch.dtype | None, str | None]] = [
         (dtype, step) for dtype in dtypes for step in PASSES if (dtype, step) in found
     ]
-    names = [f"{dtype_text(dtype)} {step}" for dtype, step in columns if dtype and step]
+    names = [f"{dtype_text(dtype)} {IN_SHORT[step]}" for dtype, step in columns if dtype and step]
     columns.append((None, None))
-    names = [_short(name) for name in names] + [ALL]
+    names.append(ALL)
     width = max(12, *(len(name) + 2 for name in names))
     result = [f"  {suite:<15}" + "".join(f"{name:>{width}}" for name in names)]
     for kind in dict.fromkeys(group.kind for group in means):
@@ -160,7 +160,3 @@ def _table(suite: str, means: dict[Group, Mean]) -> list[str]:
         texts = ["-" if cell is None else cell.text() for cell in cells]
         result.append(f"  {kind:<15}" + "".join(f"{text:>{width}}" for text in texts))
     return result
-
-
-def _short(name: str) -> str:
-    return name.replace(FORWARD_BACKWARD, "f+b").replace(BACKWARD, "bwd").replace(FORWARD, "fwd")

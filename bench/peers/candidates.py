@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ... import kernels
+from ...kernels import Mask
 from ...kernels.backends import dispatch
 from ..machine.host import free_memory
 from ..measure import models
@@ -142,23 +143,7 @@ def naive_attention(inputs: AttentionInputs) -> Outputs:
 
 
 def rowmax_norm(kind: str, inputs: NormInputs, backend: str) -> Outputs:
-    if kind == "masked_softmax":
-        return (kernels.masked_softmax(inputs.x, mask=inputs.mask, backend=backend),)
-    if kind == "rms_norm":
-        return (kernels.rms_norm(inputs.x, inputs.weight, EPS, backend=backend),)
-    if kind == "layer_norm":
-        return (kernels.layer_norm(inputs.x, inputs.weight, inputs.bias, EPS, backend=backend),)
-    assert inputs.residual is not None  # what makes it an add_layer_norm
-    return kernels.add_layer_norm(
-        inputs.x,
-        inputs.residual,
-        inputs.weight,
-        inputs.bias,
-        EPS,
-        dropout_p=inputs.dropout_p,
-        seed=SEED,
-        backend=backend,
-    )
+    return foreign_row(partial(getattr(kernels, kind), backend=backend), kind, inputs, inputs.mask)
 
 
 def torch_norm(kind: str, inputs: NormInputs) -> Outputs:
@@ -174,10 +159,12 @@ def torch_norm(kind: str, inputs: NormInputs) -> Outputs:
     return F.layer_norm(total, columns, inputs.weight, inputs.bias, EPS), total
 
 
-def foreign_row(function: Callable[..., Any], kind: str, inputs: NormInputs) -> Outputs:
-    """A stranger's, called as the function of rowmax.kernels that `kind` names."""
+def foreign_row(
+    function: Callable[..., Any], kind: str, inputs: NormInputs, mask: Mask | None = None
+) -> Outputs:
+    """A function, a stranger's too, called as that of rowmax.kernels that `kind` names."""
     if kind == "masked_softmax":
-        found = function(inputs.x, mask=inputs.allowed)
+        found = function(inputs.x, mask=inputs.allowed if mask is None else mask)
     else:
         given = {"weight": inputs.weight, "bias": inputs.bias}
         tensors = (inputs.x,) if inputs.residual is None else (inputs.x, inputs.residual)

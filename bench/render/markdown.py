@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..measure.cases import IN_SHORT
 from ..options import UsageError, check_outputs
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
 MOST = 20  # failures that are listed
-_STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
 
 
 def add_markdown_options(command: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def of_speed(document: Mapping[str, Any]) -> str:
             for name in names
         ]
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        step = _STEPS.get(row["pass"], row["pass"])
+        step = IN_SHORT.get(row["pass"], row["pass"])
         case = f"{row['kind']} {tuple(row['shape'])} {step} {row['dtype']}"
         rows.append([case, *cells, ratio])
     found += [*table(["case", *names, "fastest peer / rowmax"], rows), ""]

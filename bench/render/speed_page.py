@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from ..measure.cases import IN_SHORT
 from ..peers.candidates import ROWMAX
 from .charts import Bar, Point, bars, curves
 from .document import Section, page
 
-_STEPS = {"forward": "fwd", "forward+backward": "f+b", "backward": "bwd"}
 MAX_BARS = 16  # of a chart
 
 
@@ -49,7 +49,7 @@ def _sections(results: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return f"({','.join(map(str, row['shape']))}) {_STEPS.get(row['pass'], row['pass'])}"
+    return f"({','.join(map(str, row['shape']))}) {IN_SHORT.get(row['pass'], row['pass'])}"
 
 
 def _ratio_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -100,7 +100,7 @@ def _length_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
                 milliseconds = 1e3 * timing["median"]
                 text = f"{name} {_label(row)}: {milliseconds:.4g} ms"
                 series.setdefault(name, []).append(Point(row["shape"][-2], milliseconds, text))
-        title = f"{kind}, {dtype}, {_STEPS.get(step, step)}, head size {size}"
+        title = f"{kind}, {dtype}, {IN_SHORT.get(step, step)}, head size {size}"
         yield curves(title, series, ("length (batch and heads as in the table)", "ms"))
 
 

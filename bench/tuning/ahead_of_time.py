@@ -32,7 +32,7 @@ from ...kernels.backends.gpu_triton.configs import (
     Key,
     launch_config,
 )
-from ...kernels.ops.problem import AttentionProblem
+from ...kernels.ops.problem import AttentionProblem, BackwardInputs
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
 
@@ -243,7 +243,7 @@ def compile_kernel(kernel: str, problem: AttentionProblem, config: Config) -> Co
         bias = problem.bias
         if kernel == "backward_dbias" and bias is not None:
             problem = problem._replace(bias=bias[:1])  # shared, so that there is something to sum
-        attention_backward(problem, out, None, out, lse, bias is not None, False, launch)
+        attention_backward(problem, BackwardInputs(out, None, out, lse, bias is not None), launch)
     return found[0]
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ...kernels.backends import gpu_triton
-from ..options import UsageError, listed, names_of
-from .tune import BITS, DIMS, FEATURES, FOREMOST, KERNELS, SHARED_LIMIT, keys
+from ..options import names_of
+from .tune import FOREMOST, SHARED_LIMIT, add_key_options, check_compiler, keys_chosen
 
 if TYPE_CHECKING:  # they need Triton
     from ...kernels.backends.gpu_triton.configs import Key
@@ -41,31 +39,21 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: python -m rowmax.bench configs --arch sm_90 --dtype bfloat16 --dim 64,128",
     )
     command.add_argument("--arch", metavar="NAMES", default=FOREMOST, help="default: %(default)s")
-    command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
-    command.add_argument("--dim", metavar="SIZES", help="head sizes; default: 64,128,256")
-    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(BITS)}; default: all")
-    command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
+    add_key_options(command)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status, 0 whatever the compiler says."""
     if options.command == "forms":
         print("rowmax.bench: the command forms is deprecated: use configs", file=sys.stderr)
-    kernels = names_of("--kernel", options.kernel, KERNELS)
-    dims = [int(dim) for dim in names_of("--dim", options.dim, map(str, DIMS))]
-    dtypes = names_of("--dtype", options.dtype, BITS)
-    features = names_of("--features", options.features, FEATURES)
+    chosen = keys_chosen(options)
     archs = names_of("--arch", options.arch, SHARED_LIMIT)
-    if find_spec("triton") is None:
-        raise UsageError('configs: Triton is not installed: pip install "rowmax[triton]"')
-    if gpu_triton.interpreting():
-        raise UsageError("configs: TRITON_INTERPRET is set; what is interpreted can't be compiled")
-    bits = dict.fromkeys(BITS[name] for name in dtypes)
+    check_compiler("configs", "compiled")
     for arch in archs:
         print(f"\n{arch}, at most {SHARED_LIMIT[arch] / 1024:g} KiB of shared memory a program\n")
         print(_line(COLUMNS))
         print(_line(["---"] * len(COLUMNS)))
-        for key in keys([arch], kernels, dims, bits, features):
+        for key in chosen([arch]):
             print(_line(_cells(key)), flush=True)
     return 0
 

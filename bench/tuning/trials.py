@@ -27,7 +27,7 @@ from ...kernels.backends.gpu_triton.configs import (
     Key,
     launch_config,
 )
-from ...kernels.ops.problem import AttentionProblem
+from ...kernels.ops.problem import AttentionProblem, BackwardInputs
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in
 
@@ -211,8 +211,8 @@ def _launched(problem: AttentionProblem, kernel: str) -> Launched:
     out, lse = attention(problem, launch)
     if not found:
         d_out = torch.randn_like(out)
-        wants_bias = problem.bias is not None
-        attention_backward(problem, d_out, None, out, lse, wants_bias, False, launch)
+        inputs = BackwardInputs(d_out, None, out, lse, problem.bias is not None)
+        attention_backward(problem, inputs, launch)
     return found[0]
 
 

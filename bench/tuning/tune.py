@@ -277,10 +277,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ),
         epilog="example: python -m rowmax.bench tune --kernel forward --dim 64,128 --seconds 300",
     )
-    command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
-    command.add_argument("--dim", metavar="SIZES", help="head sizes; default: 64,128,256")
-    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(BITS)}; default: all")
-    command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
+    add_key_options(command)
     command.add_argument("--seconds", type=float, help="begin no further key after this")
     command.add_argument(
         "--limit", type=float, metavar="SECONDS", help=f"for a key; default: {LIMIT:g}"
@@ -301,20 +298,39 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """The command; returns the exit status, 1 where something was wanted and nothing found."""
+def add_key_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--kernel", metavar="NAMES", help=f"of {listed(KERNELS)}; default: all")
+    command.add_argument("--dim", metavar="SIZES", help="head sizes; default: 64,128,256")
+    command.add_argument("--dtype", metavar="NAMES", help=f"of {listed(BITS)}; default: all")
+    command.add_argument("--features", metavar="NAMES", help=f"of {listed(FEATURES)}; default: all")
+
+
+def keys_chosen(options: argparse.Namespace) -> Callable[[Iterable[str]], list[Key]]:
+    """For architectures, the keys that the options name."""
     kernels = names_of("--kernel", options.kernel, KERNELS)
     dims = [int(dim) for dim in names_of("--dim", options.dim, map(str, DIMS))]
     dtypes = names_of("--dtype", options.dtype, BITS)
     features = names_of("--features", options.features, FEATURES)
+    bits = dict.fromkeys(BITS[name] for name in dtypes)
+    return lambda archs: keys(archs, kernels, dims, bits, features)
+
+
+def check_compiler(command: str, done: str) -> None:
+    """UsageError where Triton's compiler, by which things are `done`, is not at work here."""
+    if find_spec("triton") is None:
+        raise UsageError(f'{command}: Triton is not installed: pip install "rowmax[triton]"')
+    if gpu_triton.interpreting():
+        raise UsageError(f"{command}: TRITON_INTERPRET is set; what is interpreted can't be {done}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; returns the exit status, 1 where something was wanted and nothing found."""
+    chosen = keys_chosen(options)
     seconds = seconds_of("--seconds", options.seconds)
     limit = seconds_of("--limit", options.limit) or LIMIT
     if options.arch is not None and not options.compile:
         raise UsageError("--arch: only with --compile; otherwise it is that of the GPU here")
-    if find_spec("triton") is None:
-        raise UsageError('tune: Triton is not installed: pip install "rowmax[triton]"')
-    if gpu_triton.interpreting():
-        raise UsageError("tune: TRITON_INTERPRET is set; what is interpreted can't be tuned")
+    check_compiler("tune", "tuned")
     if options.compile:
         text = ",".join(ARCHS) if options.arch is None else options.arch
         archs = names_of("--arch", text, SHARED_LIMIT)
@@ -326,10 +342,11 @@ def run(options: argparse.Namespace) -> int:
         archs = [architecture(torch.device("cuda", torch.cuda.current_device()))]
     check_writable("--output", options.output)
     present = read(options.output)
-    wanted = keys(archs, kernels, dims, dict.fromkeys(BITS[name] for name in dtypes), features)
+    wanted = chosen(archs)
     if options.missing:
         wanted = [key for key in wanted if _name(key) not in present]
-    half = getattr(torch, dtypes[0]) if BITS[dtypes[0]] == 16 else torch.bfloat16
+    first = names_of("--dtype", options.dtype, BITS)[0]
+    half = getattr(torch, first) if BITS[first] == 16 else torch.bfloat16
     choose = _by_compiling(options.output) if options.compile else _by_timing(wanted, half, limit)
     found = search(wanted, choose, options.output, seconds, log=_log)
     _log(f"{len(found)} of {len(wanted)} configs written to {options.output}")

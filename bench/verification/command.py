@@ -18,7 +18,7 @@ from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
 from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
-from ..options import UsageError, check_outputs, listed, names_of, set_threads
+from ..options import UsageError, check_outputs, listed, names_of, set_threads, write
 from ..render.markdown import add_markdown_options, check_markdown, write_markdown
 from ..shapes import calls
 from . import suite
@@ -112,28 +112,17 @@ def run(options: argparse.Namespace) -> int:
     with _Progress(verbose=options.verbose, html=options.html) as progress:
         report = suite.run(implementations, settings, progress)
     print("\n".join(lines(report)))
-    if options.json is not None:
-        options.json.write_text(report.as_json(), encoding="utf-8")
-    if options.html is not None:
-        options.html.write_text(report.as_html(), encoding="utf-8")
-    if options.csv is not None:
-        options.csv.write_text(report.as_csv(), encoding="utf-8")
+    write(options.json, report.as_json)
+    write(options.html, report.as_html)
+    write(options.csv, report.as_csv)
     write_markdown(options, report.as_markdown())
     return 0 if report.passed else 1
 
 
 def _run_model(options: argparse.Namespace) -> int:
     for name in (
-        "function",
-        "backend",
-        "op",
-        "kind",
-        "check",
-        "shape",
-        "shapes",
-        "html",
-        "csv",
-        "markdown",
+        *("function", "backend", "op", "kind", "check"),
+        *("shape", "shapes", "html", "csv", "markdown"),
     ):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name}: not with --model")
@@ -148,8 +137,7 @@ def _run_model(options: argparse.Namespace) -> int:
     chosen = {"backward": not options.forward_only, "contract": options.contract}
     report = verify_model(*made, **chosen)
     print(report)
-    if options.json is not None:
-        options.json.write_text(report.as_json(), encoding="utf-8")
+    write(options.json, report.as_json)
     return 0 if report.passed else 1
 
 

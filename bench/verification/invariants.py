@@ -13,20 +13,22 @@ from torch import Tensor
 from ...kernels import Causal, KeyLengths
 from ...kernels.testing.cases import Draw, Kind, Shape, attention_case, dtype_text
 from ...kernels.testing.cross_entropy import CrossEntropyCase, cross_entropy_case
-from ...kernels.testing.oracle import AttentionCase, Results, outputs_of
+from ...kernels.testing.oracle import AttentionCase, PackedCase, Results, outputs_of
 from ...kernels.testing.rows import RowCase, norm_case
 from ...kernels.testing.suite import ATTENTION_OPS
 from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
 from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
+from ..options import told
 from ..peers.candidates import foreign_row
 from .bits import difference, on_all_threads
 from .contracts import Contract
 from .implementations import DeclinedError, Foreign, Implementation, contract_of
-from .packed_invariants import PACKED
+from .packed_invariants import packed, packed_alone
 
 T = TypeVar("T")
+AnyCase = AttentionCase | PackedCase | RowCase | CrossEntropyCase
 
 SIZES = Shape(4, 4, 2, 33, 70, 16, 16)
 SQUARE = Shape(4, 4, 2, 70, 70, 16, 16)
@@ -67,6 +69,32 @@ class Invariant:
             "declined": self.declined,
             "promised": self.promised,
         }
+
+
+# --- of every op ----------------------------------------------------------------------------------
+
+
+def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
+    """Three runs on the same inputs."""
+    for case in _cases(implementation, op, dtype):
+        first = _results(implementation, case, op)
+        for _ in range(2):
+            fault = difference(_results(implementation, case, op), first)
+            if fault is not None:
+                return fault
+    return None
+
+
+def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
+    """The same bits on one, two and three threads."""
+    for case in _cases(implementation, op, dtype):
+        fault = on_all_threads(partial(_results, implementation, case, op))
+        if fault is not None:
+            return fault
+    return None
+
+
+DETERMINISTIC = {"same bits again": same_bits_again, "any thread count": any_threads}
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -153,40 +181,13 @@ def empty_rows_are_zero(implementation: Implementation, op: str, dtype: torch.dt
     return None if finite else "d_k or d_v: not finite beside a row without keys"
 
 
-def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    """Three runs on the same inputs."""
-    for case in _several(implementation, dtype):
-        first = _results(implementation, case)
-        for _ in range(2):
-            fault = difference(_results(implementation, case), first)
-            if fault is not None:
-                return fault
-    return None
-
-
-def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    """The same bits on one, two and three threads."""
-    for case in _several(implementation, dtype):
-        fault = on_all_threads(partial(_results, implementation, case))
-        if fault is not None:
-            return fault
-    return None
-
-
 def batch_invariance(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """A batch element alone gives the bits that it gives among others."""
     for case in _several(implementation, dtype):
         together = _results(implementation, case)
         for b in (0, case.shape[0] - 1):
             part = slice(b, b + 1)
-            changes: dict[str, Any] = {
-                name: getattr(case, name)[part]
-                for name in ("q", "k", "v", "grad_out", "grad_lse")
-                if getattr(case, name) is not None
-            }
-            if isinstance(case.mask, KeyLengths):
-                changes["mask"] = KeyLengths(case.mask.lengths[part])
-            alone = _results(implementation, replace(case, **changes))
+            alone = _results(implementation, case.of_batch(part))
             fault = difference(alone, {name: value[part] for name, value in together.items()})
             if fault is not None:
                 return fault
@@ -227,25 +228,14 @@ ATTENTION = {
     "scores shifted": scores_shifted,
     "NaN in padding": padding_unread,
     "rows without keys": empty_rows_are_zero,
-    "same bits again": same_bits_again,
-    "any thread count": any_threads,
+    **DETERMINISTIC,
     "alone as in a batch": batch_invariance,
     "dropout scales": dropout_scales,
 }
+PACKED = {**DETERMINISTIC, "alone as in a batch": packed_alone}
 
 
 # --- row-wise functions ---------------------------------------------------------------------------
-
-
-def rows_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(implementation, op, dtype)
-    first = _results(implementation, case, op)
-    return difference(_results(implementation, case, op), first)
-
-
-def rows_any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = _row_case(implementation, op, dtype)
-    return on_all_threads(lambda: _results(implementation, case, op))
 
 
 def rows_alone(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
@@ -282,25 +272,9 @@ def rows_apart(implementation: Implementation, op: str, dtype: torch.dtype) -> s
     )
 
 
-ROW_WISE = {
-    "same bits again": rows_again,
-    "any thread count": rows_any_threads,
-    "alone as in a batch": rows_alone,
-    "NaN stays in its row": rows_apart,
-}
-
-
-# --- linear cross entropy -------------------------------------------------------------------------
-
-
-def loss_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
-    case = cross_entropy_case("ignored", (ROWS[0], 24, ROWS[1]), Draw(29, dtype))
-    first = _results(implementation, case, op)
-    return difference(_results(implementation, case, op), first)
-
-
+ROW_WISE = {**DETERMINISTIC, "alone as in a batch": rows_alone, "NaN stays in its row": rows_apart}
 # The products are torch's: what they promise about threads and rows is for torch to say.
-CROSS_ENTROPY = {"same bits again": loss_again}
+CROSS_ENTROPY = {"same bits again": same_bits_again}
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -368,8 +342,7 @@ def _checked(
     except DeclinedError as error:
         return Invariant(op, name, dtype, None, str(error), promised)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        return Invariant(op, name, dtype, f"{type(error).__name__}: {first}", promised=promised)
+        return Invariant(op, name, dtype, told(error), promised=promised)
 
 
 def _subject(implementation: Implementation, op: str, dtype: torch.dtype) -> examine.Subject:
@@ -403,6 +376,17 @@ def _case(
     return case if implementation.backward else case.forward_only()
 
 
+def _cases(implementation: Implementation, op: str, dtype: torch.dtype) -> Iterator[AnyCase]:
+    if op == "attention":
+        yield from _several(implementation, dtype)
+    elif op == "attention_varlen":
+        yield packed(implementation, dtype)
+    elif op == "linear_cross_entropy":
+        yield cross_entropy_case("ignored", (ROWS[0], 24, ROWS[1]), Draw(29, dtype))
+    else:
+        yield _row_case(implementation, op, dtype)
+
+
 def _several(implementation: Implementation, dtype: torch.dtype) -> Iterator[AttentionCase]:
     lengths = torch.tensor([70, 3, 23, 41])
     for kind, sizes in (
@@ -427,11 +411,7 @@ def _row(tensor: Tensor, row: int) -> Tensor:
     return tensor[..., row : row + 1, :]
 
 
-def _results(
-    implementation: Implementation,
-    case: AttentionCase | RowCase | CrossEntropyCase,
-    op: str = "attention",
-) -> Results:
+def _results(implementation: Implementation, case: AnyCase, op: str = "attention") -> Results:
     return case.run(implementation.kernel(op), implementation.device)
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.api.checks import fail_type, fail_value
+from ...kernels.integrations.differences import call_of
 from ..machine.host import describe
+from ..options import told
 from ..render.json_text import json_text
 from .bits import on_threads
 
@@ -156,8 +158,7 @@ def _compare(
     try:
         got = run()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        yield LayerCheck(check, "forward", 0, error=f"{type(error).__name__}: {first}")
+        yield LayerCheck(check, "forward", 0, error=told(error))
         return
     for step, tensors in expected.items():
         common = [
@@ -257,12 +258,6 @@ def run_layers(
         }
         model.zero_grad(set_to_none=True)
     return found
-
-
-def call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ A tolerance that lets one of them live is too wide, whatever it says of the kern
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,13 @@ from .implementations import Implementation
 from .runs import run
 
 CONTROL = attention_mutants.Mutant().name
+LOSS = "linear_cross_entropy"
+_MUTANTS: dict[str, Callable[[str], Implementation]] = {
+    "attention": attention_mutants.Mutant,
+    LOSS: cross_entropy_mutants.CrossEntropyMutant,
+}
+# Faults that rounding hides in half precision.
+WIDE_ONLY = attention_mutants.WIDE_ONLY | row_mutants.WIDE_ONLY | cross_entropy_mutants.WIDE_ONLY
 
 
 @dataclass(frozen=True)
@@ -36,33 +43,18 @@ class Mutation:
         return (self.rejected_by is None) == self.control
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "fault": self.fault,
-            "description": self.description,
-            "dtype": dtype_text(self.dtype),
-            "rejected_by": self.rejected_by,
-            "rejections": self.rejections,
-            "cases": self.cases,
-            "control": self.control,
-        }
+        return {**vars(self), "dtype": dtype_text(self.dtype)}
 
 
 def faults_of(ops: Sequence[str], dtype: torch.dtype) -> dict[str, tuple[str, str]]:
     """Fault -> op and what is wrong, for those that are faults in this dtype."""
-    found: dict[str, tuple[str, str]] = {}
-    half = dtype.itemsize < 4
-    if "attention" in ops:
-        for name, description in attention_mutants.FAULTS.items():
-            if not (half and name in attention_mutants.WIDE_ONLY):
-                found[name] = "attention", description
-    for name, (op, description) in row_mutants.FAULTS.items():
-        if op in ops and not (half and name in row_mutants.WIDE_ONLY):
-            found[name] = op, description
-    if "linear_cross_entropy" in ops:
-        for name, description in cross_entropy_mutants.FAULTS.items():
-            if not (half and name in cross_entropy_mutants.WIDE_ONLY):
-                found[name] = "linear_cross_entropy", description
-    return found
+    known = {
+        **{name: ("attention", text) for name, text in attention_mutants.FAULTS.items()},
+        **row_mutants.FAULTS,
+        **{name: (LOSS, text) for name, text in cross_entropy_mutants.FAULTS.items()},
+    }
+    left_out = WIDE_ONLY if dtype.itemsize < 4 else ()
+    return {n: fault for n, fault in known.items() if fault[0] in ops and n not in left_out}
 
 
 def count(ops: Sequence[str], dtype: torch.dtype) -> int:
@@ -75,29 +67,21 @@ def check(
 ) -> Iterator[Mutation]:
     """The unbroken kernel first, then each fault; `thorough` counts all cases that reject it."""
     if "attention" in ops:
-        control = attention_mutants.Mutant()
-        description = "the kernel that the others are made from, which must pass"
-        yield _mutation(control, control.name, description, dtype, cases, "attention", True)
-    for name, (op, description) in faults_of(ops, dtype).items():
-        mutant: Implementation
-        if op == "attention":
-            mutant = attention_mutants.Mutant(name)
-        elif op == "linear_cross_entropy":
-            mutant = cross_entropy_mutants.CrossEntropyMutant(name)
-        else:
-            mutant = row_mutants.RowMutant(name)
-        yield _mutation(mutant, name, description, dtype, cases, op, thorough)
+        described = "attention", "the kernel that the others are made from, which must pass"
+        yield _mutation(attention_mutants.Mutant(), described, dtype, cases, True)
+    for name, fault in faults_of(ops, dtype).items():
+        mutant = _MUTANTS.get(fault[0], row_mutants.RowMutant)(name)
+        yield _mutation(mutant, fault, dtype, cases, thorough)
 
 
 def _mutation(
     mutant: Implementation,
-    name: str,
-    description: str,
+    fault: tuple[str, str],
     dtype: torch.dtype,
     cases: Sequence[NamedCase],
-    op: str,
     thorough: bool,
 ) -> Mutation:
+    op, description = fault
     by, rejections, runs = None, 0, 0
     for case in cases:
         if case.op != op or case.dtype != dtype:
@@ -112,4 +96,5 @@ def _mutation(
                 by = f"{case.kind} {case.shape}: {found.faults[0]}"
             if not thorough:
                 break
-    return Mutation(name, description, dtype, by, rejections, runs, name == CONTROL)
+    is_control = mutant.name == CONTROL
+    return Mutation(mutant.name, description, dtype, by, rejections, runs, is_control)

@@ -7,6 +7,7 @@ from math import inf
 
 from ...kernels.testing.cases import NamedCase
 from ...kernels.testing.tolerance import Accuracy, accuracies
+from ..options import told
 from .implementations import DeclinedError, Implementation, contract_of
 
 
@@ -57,8 +58,7 @@ def run(case: NamedCase, implementation: Implementation) -> Run:
     except DeclinedError as error:
         return Run(case, declined=str(error))
     except Exception as error:
-        lines = str(error).splitlines() or [""]
-        return Run(case, error=f"{type(error).__name__}: {lines[0]}", promised=promised)
+        return Run(case, error=told(error), promised=promised)
     expected = contract.expected(test_case, test_case.expected)
     factor = contract.factor(case.dtype)
     found = accuracies(results, expected, test_case.sum_dtype, factor)

@@ -43,17 +43,6 @@ class Settings:
     quick: bool = False
     contract: str = "rowmax"  # of CONTRACTS
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "ops": list(self.ops),
-            "kinds": list(self.kinds),
-            "dtypes": list(self.dtypes),
-            "checks": list(self.checks),
-            "shapes": [list(shape) for shape in self.shapes],
-            "quick": self.quick,
-            "contract": self.contract,
-        }
-
 
 class Listener:
     """Callbacks of a run's progress, which do nothing here."""
@@ -169,7 +158,7 @@ def run(
     """All checks, dtype by dtype, so that each oracle serves all and is then let go."""
     started, began = perf_counter(), process_time()
     report = Report(
-        describe(), settings.as_json() | {"implementations": [one.name for one in implementations]}
+        describe(), {**vars(settings), "implementations": [one.name for one in implementations]}
     )
     report.findings = [Findings(implementation.name) for implementation in implementations]
     listener.opened(report)

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "kernels/attention_rows.h"
-#include "simd/math.h"
 #include "simd/philox.h"
+#include "simd/vector_math.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -56,7 +56,7 @@ Computed<Item> row_loss(
 }
 
 template <typename Item>
-void rows_loss(const CrossEntropyCall& call, void*) {
+void cross_entropy_rows(const CrossEntropyCall& call, void*) {
   using T = Computed<Item>;
   const int64_t columns = call.columns;
   T* losses = static_cast<T*>(call.losses);
@@ -88,10 +88,10 @@ int64_t no_bytes(const CrossEntropyCall&) { return 0; }
 }  // namespace
 
 const CrossEntropyKernel cross_entropy[4] = {
-    {rows_loss<float>, no_bytes},
-    {rows_loss<double>, no_bytes},
-    {rows_loss<Bfloat16>, no_bytes},
-    {rows_loss<Float16>, no_bytes}};
+    {cross_entropy_rows<float>, no_bytes},
+    {cross_entropy_rows<double>, no_bytes},
+    {cross_entropy_rows<Bfloat16>, no_bytes},
+    {cross_entropy_rows<Float16>, no_bytes}};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

@@ -196,7 +196,7 @@ void sum_chunks(const T* partials, int64_t stride, int64_t chunks, T* target, in
 }
 
 template <typename Item>
-void differentiate_chunks(const NormCall& call, void* memory) {
+void backward(const NormCall& call, void* memory) {
   using T = Computed<Item>;
   T* factors = static_cast<T*>(memory);
   const int64_t padded = round_up(call.columns, LANES<T>);
@@ -232,10 +232,10 @@ int64_t scratch_bytes(const NormCall&) {
 }  // namespace
 
 const NormKernel norm_backward[4] = {
-    {differentiate_chunks<float>, scratch_bytes<float>},
-    {differentiate_chunks<double>, scratch_bytes<double>},
-    {differentiate_chunks<Bfloat16>, scratch_bytes<Bfloat16>},
-    {differentiate_chunks<Float16>, scratch_bytes<Float16>}};
+    {backward<float>, scratch_bytes<float>},
+    {backward<double>, scratch_bytes<double>},
+    {backward<Bfloat16>, scratch_bytes<Bfloat16>},
+    {backward<Float16>, scratch_bytes<Float16>}};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

@@ -262,7 +262,7 @@ struct Forward {
 };
 
 template <typename Item>
-void normalise(const NormCall& call, void* memory) {
+void forward(const NormCall& call, void* memory) {
   using T = Computed<Item>;
   T* factors = static_cast<T*>(memory);
   fill(factors, FACTOR_BLOCK, T(1));
@@ -289,10 +289,10 @@ int64_t scratch_bytes(const NormCall&) {
 }  // namespace
 
 const NormKernel norm_forward[4] = {
-    {normalise<float>, scratch_bytes<float>},
-    {normalise<double>, scratch_bytes<double>},
-    {normalise<Bfloat16>, scratch_bytes<Bfloat16>},
-    {normalise<Float16>, scratch_bytes<Float16>}};
+    {forward<float>, scratch_bytes<float>},
+    {forward<double>, scratch_bytes<double>},
+    {forward<Bfloat16>, scratch_bytes<Bfloat16>},
+    {forward<Float16>, scratch_bytes<Float16>}};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

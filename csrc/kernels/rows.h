@@ -2,8 +2,8 @@
 
 #pragma once
 
-#include "simd/math.h"
 #include "simd/philox.h"
+#include "simd/vector_math.h"
 
 namespace rowmax {
 namespace ROWMAX_ISA {

@@ -106,7 +106,7 @@ void weigh_row(
 }
 
 template <typename Item>
-void weigh(const SoftmaxCall& call, void* memory) {
+void forward(const SoftmaxCall& call, void* memory) {
   using T = Computed<Item>;
   const int64_t queries = call.queries, keys = call.keys;
   // A scale of 0 is a sign of 0: -inf must not be multiplied by it once it stands for 'masked'.
@@ -164,7 +164,7 @@ void weigh(const SoftmaxCall& call, void* memory) {
 }
 
 template <typename Item>
-void differentiate(const SoftmaxCall& call, void*) {
+void backward(const SoftmaxCall& call, void*) {
   using T = Computed<Item>;
   constexpr int64_t lanes = LANES<T>;
   const int64_t keys = call.keys;
@@ -214,15 +214,15 @@ int64_t no_bytes(const SoftmaxCall&) { return 0; }
 }  // namespace
 
 const SoftmaxKernel softmax_forward[4] = {
-    {weigh<float>, row_bytes<float>},
-    {weigh<double>, row_bytes<double>},
-    {weigh<Bfloat16>, row_bytes<Bfloat16>},
-    {weigh<Float16>, row_bytes<Float16>}};
+    {forward<float>, row_bytes<float>},
+    {forward<double>, row_bytes<double>},
+    {forward<Bfloat16>, row_bytes<Bfloat16>},
+    {forward<Float16>, row_bytes<Float16>}};
 const SoftmaxKernel softmax_backward[4] = {
-    {differentiate<float>, no_bytes},
-    {differentiate<double>, no_bytes},
-    {differentiate<Bfloat16>, no_bytes},
-    {differentiate<Float16>, no_bytes}};
+    {backward<float>, no_bytes},
+    {backward<double>, no_bytes},
+    {backward<Bfloat16>, no_bytes},
+    {backward<Float16>, no_bytes}};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

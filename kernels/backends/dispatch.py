@@ -21,6 +21,7 @@ from ..api.masks import Mask
 from ..ops.problem import (
     AddLayerNormProblem,
     AttentionProblem,
+    BackwardInputs,
     LayerNormProblem,
     LinearCrossEntropyProblem,
     Problem,
@@ -72,14 +73,7 @@ class Backend(Protocol):
         """The same out alone, for those who want neither lse nor a gradient."""
 
     def attention_backward(
-        self,
-        problem: AttentionProblem,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        bias_grad: bool,
-        sinks_grad: bool,
+        self, problem: AttentionProblem, inputs: BackwardInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """d_query, d_key, d_value, d_bias, d_sinks; the last two empty or None if not asked for."""
 

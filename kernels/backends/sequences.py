@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..ops.layout import empty_heads, saved_lse_dtype
-from ..ops.problem import AttentionProblem
+from ..ops.problem import AttentionProblem, BackwardInputs
 
 Forward = Callable[[AttentionProblem], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Backward = Callable[[AttentionProblem, BackwardInputs], Gradients]
 
 
 def attention(forward: Forward, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
@@ -27,31 +28,16 @@ def attention(forward: Forward, problem: AttentionProblem) -> tuple[Tensor, Tens
 
 
 def attention_backward(
-    backward: Backward,
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backward: Backward, problem: AttentionProblem, inputs: BackwardInputs
+) -> Gradients:
     """`backward` of every sequence; the sinks' gradients are summed in the order of sequences."""
     query, key, value = problem.query, problem.key, problem.value
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
     d_sinks = query.new_empty(0)
-    if sinks_grad and problem.sinks is not None:
+    if inputs.sinks_grad and problem.sinks is not None:
         d_sinks = torch.zeros_like(problem.sinks)
     for rows, columns, sequence in _sequences(problem):
-        gradients = backward(
-            sequence,
-            grad_out[:, :, rows],
-            None if grad_lse is None else grad_lse[:, :, rows],
-            out[:, :, rows],
-            lse[:, :, rows],
-            bias_grad,
-            sinks_grad,
-        )
+        gradients = backward(sequence, inputs.of_rows(rows))
         d_query[:, :, rows], d_key[:, :, columns], d_value[:, :, columns] = gradients[:3]
         d_sinks += gradients[4]
     return d_query, d_key, d_value, query.new_empty(0), d_sinks

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..api.checks import fail_type, fail_value
-from .differences import PARAMETER, LayerDifference, Run, differences_of
+from .differences import (
+    PARAMETER,
+    LayerDifference,
+    Run,
+    call_of,
+    differences_of,
+    real_tokens,
+)
 from .packing import Packing
 from .report import SwapReport, columns
 from .swap import Filter, swap
@@ -191,13 +198,13 @@ def compare(
         fail_type("compare", "model", type(model).__name__, "a torch.nn.Module")
     if any(isinstance(module, Form) for module in model.modules()):
         fail_value("compare", "model", "one that is swapped", "the original; restore it first")
-    args, kwargs = _call_of(inputs)
+    args, kwargs = call_of(inputs)
     original, other, truth = (copy.deepcopy(model) for _ in range(3))
     report = swap(
         other, attention=attention, norms=norms, filter_fn=filter_fn, backend=backend, pack=pack
     )
     truth.double()
-    counts = _real_tokens(kwargs) if real is None else real
+    counts = real_tokens(kwargs) if real is None else real
     if counts is None and pack:
         counts = _kept_tokens(other, args, kwargs)
     names = _layers_of(model, report)
@@ -221,20 +228,6 @@ def compare(
     layers = _shown(found)
     costs = _costs((original, other), args, kwargs, seconds)
     return ComparisonReport(report, layers, *costs)
-
-
-def _call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
-
-
-def _real_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.bool()
-    mask = kwargs.get("src_key_padding_mask")
-    return ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 
 
 def _kept_tokens(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,3 +104,19 @@ def _difference(
 
 def _place(name: str, what: str) -> tuple[str, str]:
     return (name.rpartition(".")[0] if what == PARAMETER else name), what
+
+
+def call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, by position and by name, of what a user gives for them."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+
+
+def real_tokens(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """bool (B, L), the tokens that count, where the arguments tell."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    mask = kwargs.get("src_key_padding_mask")
+    return ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..api.attention import attention_problem
 from ..api.masks import Causal, Mask
 from ..backends import dispatch
-from ..ops.problem import AttentionProblem
+from ..ops.problem import AttentionProblem, BackwardInputs
 from .tensor_masks import mask_of_forbidden
 
 NAME = "rowmax"
@@ -187,7 +187,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(query, key, value, dropout_p, is_causal, attn_mask, scale)
     gradients = dispatch.choose("auto", problem).attention_backward(
-        problem, grad_out, None, out, logsumexp, bias_grad=False, sinks_grad=False
+        problem, BackwardInputs(grad_out, None, out, logsumexp)
     )[:3]
     d_query, d_key, d_value = (
         gradient.transpose(1, 2).contiguous().transpose(1, 2) for gradient in gradients

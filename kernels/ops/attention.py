@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.reference import second_order, unfused
 from ..backends.reference.second_order import AttentionTangents
 from .operator_checks import Checks
-from .problem import AttentionProblem
+from .problem import AttentionProblem, BackwardInputs
 from .spec import Argument, Named, Operator, Result, TensorSpec, Values, arguments_of, gradient_of
 
 _PROBLEM = arguments_of(AttentionProblem)
@@ -44,19 +44,10 @@ def _problem(given: Named) -> AttentionProblem:
 
 
 def _run_backward(
-    backend: Any,
-    problem: AttentionProblem,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
+    backend: Any, problem: AttentionProblem, grad_out: Tensor | None, *rest: Any
 ) -> Values:
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients: Values = backend.attention_backward(
-        problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad
-    )
+    grad_out = torch.zeros_like(rest[1]) if grad_out is None else grad_out
+    gradients: Values = backend.attention_backward(problem, BackwardInputs(grad_out, *rest))
     return gradients
 
 

@@ -28,6 +28,7 @@ from .operator_checks import checked
 from .problem import (
     AddLayerNormProblem,
     AttentionProblem,
+    BackwardInputs,
     LayerNormProblem,
     LinearCrossEntropyProblem,
     RMSNormProblem,
@@ -96,17 +97,15 @@ class _OfHeads(SingleLevelFunction):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         problem = AttentionProblem(query, key, value, *ctx.rest)
+        inputs = BackwardInputs(grad_out, None, out, lse)
         if (
             torch.is_grad_enabled()
             or not nothing_watches()
             or not are_ordinary((query, key, value, out, lse, grad_out))
         ):
-            outputs = (grad_out, None, out, lse, False, False)
-            gradients = call("attention_backward", *outputs, *problem.flat(), ctx.backend)
+            gradients = call("attention_backward", *inputs, *problem.flat(), ctx.backend)
         else:
-            gradients = dispatch.choose(ctx.backend, problem).attention_backward(
-                problem, grad_out, None, out, lse, False, False
-            )
+            gradients = dispatch.choose(ctx.backend, problem).attention_backward(problem, inputs)
         return None, None, *gradients[:3]
 
 

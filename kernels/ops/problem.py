@@ -76,6 +76,24 @@ _MASK_AT = AttentionProblem._fields.index("mask")
 _MASK_END = _MASK_AT + len(MaskStructure._fields)
 
 
+class BackwardInputs(NamedTuple):
+    """What the backward pass of attention gets besides the problem."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    bias_grad: bool = False  # whether this gradient is wanted
+    sinks_grad: bool = False
+
+    def of_rows(self, rows: slice) -> BackwardInputs:
+        """Those of some queries (B, Hq, rows, ...)."""
+        cut: dict[str, Any] = {"grad_out": self.grad_out, "out": self.out, "lse": self.lse}
+        if self.grad_lse is not None:
+            cut["grad_lse"] = self.grad_lse
+        return self._replace(**{name: tensor[:, :, rows] for name, tensor in cut.items()})
+
+
 class SoftmaxProblem(NamedTuple):
     """softmax over the last dimension of scale * scores (B, H, Lq, Lk), masked."""
 

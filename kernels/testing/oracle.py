@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..api.attention import attention_problem
 from ..api.biases import ALiBi
-from ..api.masks import Dense, Mask
+from ..api.masks import Dense, KeyLengths, Mask
 from ..backends.reference import naive_attention
 from ..ops.problem import AttentionProblem
 from .tolerance import SUMMATION, Expected
@@ -153,6 +153,15 @@ class AttentionCase:
 
     def forward_only(self) -> AttentionCase:
         return replace(self, grad_out=None, grad_lse=None)
+
+    def of_batch(self, part: slice) -> AttentionCase:
+        """Some of its batch elements, where nothing but lengths tells these apart."""
+        names = ("q", "k", "v", "grad_out", "grad_lse")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        cut = {name: value[part] for name, value in given.items() if value is not None}
+        if isinstance(self.mask, KeyLengths):
+            cut["mask"] = KeyLengths(self.mask.lengths[part])
+        return replace(self, **cut)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> AttentionCase:
         gradients = {"grad_out": self.grad_out, "grad_lse": self.grad_lse}

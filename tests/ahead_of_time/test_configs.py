@@ -27,7 +27,7 @@ from rowmax.kernels.backends.gpu_triton.configs import (
     lookup,
     table,
 )
-from rowmax.kernels.ops.problem import AttentionProblem
+from rowmax.kernels.ops.problem import AttentionProblem, BackwardInputs
 
 ARCHS = sorted({key.arch for key in table()})
 # Forms that a GPU ran faster than any that spills nothing: an H200 took 1.57 ms with this one, and
@@ -223,7 +223,7 @@ def test_problems_that_the_table_does_not_list(name: str, dim: int, arch: str) -
 
     out, lse = attention(problem, launch)
     wants_bias = problem.bias is not None
-    attention_backward(problem, out, None, out, lse, wants_bias, False, launch)
+    attention_backward(problem, BackwardInputs(out, None, out, lse, wants_bias), launch)
     ahead = {"decode", "combine"} if "decoding" in name else {"forward"}
     back = {"backward_preprocess", "backward_dkdv", "backward_dq"}
     kernels = {key.kernel for key in launched}

@@ -33,11 +33,12 @@ from rowmax.kernels import (
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.backends import gpu_triton
 from rowmax.kernels.backends.gpu_triton import attention_launch, configs, plans
-from rowmax.kernels.backends.gpu_triton import norm_launch as norms
 from rowmax.kernels.backends.gpu_triton.configs import Key, ranked
+from rowmax.kernels.backends.gpu_triton.norm_launch import norms
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
     AttentionProblem,
+    BackwardInputs,
 )
 
 HALF = torch.bfloat16
@@ -96,7 +97,7 @@ def both(problem: AttentionProblem) -> dict[str, Any]:
     grad_out = torch.zeros_like(out)
     wanted = problem.bias is not None
     gradients = attention_launch.attention_backward(
-        problem, grad_out, None, out, lse, wanted, problem.sinks is not None
+        problem, BackwardInputs(grad_out, None, out, lse, wanted, problem.sinks is not None)
     )
     names = ("d_query", "d_key", "d_value", "d_bias")
     fields = [field for field in problem.flat() if isinstance(field, Tensor)]
@@ -145,10 +146,10 @@ def test_a_plan_of_shared_tensors_serves_separate_ones(launched: Any) -> None:
 def test_a_call_that_has_a_plan_takes_few_steps(launched: Any, steps_of: Any) -> None:
     problem = problem_of()
     out, lse = attention_launch.attention(problem)
-    arguments = (problem, torch.zeros_like(out), None, out, lse, False, False)
+    inputs = BackwardInputs(torch.zeros_like(out), None, out, lse)
     calls: dict[int, Callable[[], Any]] = {
         30: lambda: attention_launch.attention(problem),
-        55: lambda: attention_launch.attention_backward(*arguments),
+        55: lambda: attention_launch.attention_backward(problem, inputs),
     }
     for bound, call in calls.items():
         call()
@@ -195,7 +196,7 @@ def take(problem: AttentionProblem, backward: bool = False) -> None:
     launch = attention_launch.launch_kernel
     out, lse = attention_launch.attention(problem, launch)
     if backward:
-        attention_launch.attention_backward(problem, out, None, out, lse, False, False, launch)
+        attention_launch.attention_backward(problem, BackwardInputs(out, None, out, lse), launch)
 
 
 LOOPS: dict[str, Callable[[int], AttentionProblem]] = {
@@ -301,7 +302,7 @@ def test_nothing_is_launched_where_no_form_fits(
     with pytest.raises(
         RuntimeError, match=rf"no config of the Triton kernel {kernel} fits.*shared"
     ):
-        attention_launch.attention_backward(problem, out, None, out, lse, False, False)
+        attention_launch.attention_backward(problem, BackwardInputs(out, None, out, lse))
     assert not launched
 
 

@@ -19,9 +19,9 @@ from triton.runtime.jit import JITFunction
 from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels.api.masks import MaskStructure
 from rowmax.kernels.backends.gpu_triton import cross_entropy_launch as loss
-from rowmax.kernels.backends.gpu_triton import norm_launch as norms
-from rowmax.kernels.backends.gpu_triton import plans
+from rowmax.kernels.backends.gpu_triton import norm_launch, plans
 from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
+from rowmax.kernels.backends.gpu_triton.norm_launch import norms
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
     LayerNormProblem,
@@ -165,7 +165,9 @@ def test_another_device_is_made_the_current_one(
     class Second(Tensor):
         device = torch.device("cuda", 1)
 
-    plans.run(norms._plan_forward, [problem.x.as_subclass(Second), *[None] * 4], (1e-5, 0.0, True))
+    plans.run(
+        norm_launch._plan_forward, [problem.x.as_subclass(Second), *[None] * 4], (1e-5, 0.0, True)
+    )
     assert entered == [torch.device("cuda", 1)]
     assert len(plans.cache) == 2
     assert [call[:2] for call in launched] == [expected[:2]] * 2

@@ -15,8 +15,8 @@ from rowmax.bench.tuning import ahead_of_time
 from rowmax.kernels import Causal, KeyLengths, Mask
 from rowmax.kernels.api.masks import structure_of
 from rowmax.kernels.backends.gpu_triton import cross_entropy_launch as loss
-from rowmax.kernels.backends.gpu_triton import norm_launch as norms
 from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
+from rowmax.kernels.backends.gpu_triton.norm_launch import norms
 from rowmax.kernels.ops.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
 
 ROWS = 64

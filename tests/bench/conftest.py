@@ -1,4 +1,4 @@
-"""Commands of bench that must be refused."""
+"""Commands of bench that must be refused, and machines that need not be measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from rowmax.bench import cli
+from rowmax.bench.machine.host import CpuLimits
 
 
 @pytest.fixture
@@ -23,3 +24,17 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return captured.err
 
     return run
+
+
+@pytest.fixture
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine so fast that nothing is impossible on it."""
+    limits = CpuLimits(1, 1e15, 1e15)
+    for module in ("cli", "measure.measurement"):
+        monkeypatch.setattr(f"rowmax.bench.{module}.measure_limits", lambda: limits)
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limits are measured on little memory."""
+    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)

@@ -20,6 +20,8 @@ from rowmax.bench.measure.inputs import make_inputs
 from rowmax.bench.options import UsageError
 from rowmax.kernels import Dense
 
+pytestmark = pytest.mark.usefixtures("known_limits")
+
 FILE = Path(__file__).parent / "strangers.py"
 FORWARD: dict[str, Any] = {"backward": False}
 BY_FILE: dict[str, dict[str, Any]] = {
@@ -32,12 +34,6 @@ BY_FILE: dict[str, dict[str, Any]] = {
     "triton_softmax": FORWARD,
     "layernorm": {},
 }
-
-
-@pytest.fixture(autouse=True)
-def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = CpuLimits(1, 1e15, 1e15)
-    monkeypatch.setattr("rowmax.bench.measure.measurement.measure_limits", lambda: limits)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from rowmax.bench.measure.cases import SUITES
 from rowmax.bench.measure.report import WIDTH, header_lines
 from rowmax.bench.peers.candidates import ONLY_BY_NAME
 
+from ..processes import python
+
+pytestmark = pytest.mark.usefixtures("small_machine")
+
 TINY = ["speed", "--seconds", "0.01", "--quick", "--backend", "reference"]
 ON_CPU = ["--suite", "cpu-attention,cpu-norms"]
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
 
 
 def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,8 +289,7 @@ def test_nothing_to_measure(monkeypatch: pytest.MonkeyPatch, refused: Any) -> No
 
 
 def test_as_a_module() -> None:
-    command = [sys.executable, "-m", "rowmax.bench", "speed", "--suite", "none"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = python("-m", "rowmax.bench", "speed", "--suite", "none")
     assert result.returncode == 2
     assert "--suite: expected names of" in result.stderr
 

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from rowmax.bench import cli, diverge, record, verify_model
-from rowmax.bench.machine.host import CpuLimits
 from rowmax.bench.render import markdown
 from rowmax.bench.render.json_text import json_text
 from rowmax.bench.verification.outcome import CSV_FIELDS
+
+pytestmark = pytest.mark.usefixtures("known_limits")
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = ROOT / "docs" / "schemas"
@@ -30,8 +31,7 @@ SPEED += ["--peers", "torch,naive", "--seconds", "0.02", "--dtype", "float32", "
 
 
 @pytest.fixture(autouse=True)
-def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.cli.measure_limits", lambda: CpuLimits(1, 1e15, 1e15))
+def no_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(markdown.SUMMARY, raising=False)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rowmax.bench import speed
 
+pytestmark = pytest.mark.usefixtures("small_machine")
+
 SMALL: dict[str, Any] = {
     "shapes": [(1, 2, 16, 8)],
     "kinds": ["causal"],
@@ -18,11 +20,6 @@ SMALL: dict[str, Any] = {
     "backend": "reference",
     "backward": False,
 }
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
 
 
 def test_ones_own_attention_has_a_column() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,8 @@ import torch
 from rowmax.bench.measure import noise
 from rowmax.bench.measure.noise import Watch, complaints, pinned
 from rowmax.kernels.testing.memory import peak_bytes
+
+from ..processes import printed
 
 linux = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system has no choice of CPUs"
@@ -105,10 +106,7 @@ print(kept, fresh, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is told")
 def test_freed_memory_is_kept() -> None:
     """In a process of its own, since nothing takes it back."""
-    run = subprocess.run(
-        [sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True, timeout=120
-    )
-    kept, before, after = run.stdout.split()
+    kept, before, after = printed("-c", _FAULTS).split()
     assert kept == "True"
     assert int(before) > 5 * 10  # with huge pages of 2 MiB at least 20 a tensor
     assert int(after) < int(before) / 5

@@ -33,6 +33,16 @@ case "$*" in *{fails}*) {does} ;; esac
 """
 
 
+def script(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT), *words],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def run(
     folder: Path,
     *words: str,
@@ -47,14 +57,7 @@ def run(
     python.write_text(FAKE.format(log=log, fails=fails, does=does))
     python.chmod(0o755)
     settings = {"PYTHON": str(python), "OUT": str(folder / "out"), **settings}
-    result = subprocess.run(
-        ["bash", str(SCRIPT), *words],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result, log.read_text().splitlines()
+    return script(*words, **settings), log.read_text().splitlines()
 
 
 def test_syntax() -> None:
@@ -226,13 +229,7 @@ def dry_run(
         "LIMIT": "250",  # a slow machine is no failure
         **settings,
     }
-    result = subprocess.run(
-        ["bash", str(SCRIPT), *words],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    result = script(*words, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.findall(r"^(\w+): ok", result.stdout, re.M) == list(words)
     return result.stdout, out

@@ -17,12 +17,9 @@ from rowmax.bench.shapes import calls
 from rowmax.bench.shapes.calls import Call
 from rowmax.bench.shapes.saving import cases_of
 
+pytestmark = pytest.mark.usefixtures("small_machine")
+
 F32 = {"float32": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
 
 
 def attention(*shape: int, mask: str = "none", **changed: Any) -> Call:

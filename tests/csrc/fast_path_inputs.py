@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .. import tensors
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
+rand = functools.partial(tensors.rand, dtype=torch.float32)
 
 
 def left_by_transforms(value: Tensor) -> list[Tensor]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from rowmax.kernels import layer_norm
 
+from ..processes import printed, python
+from ..tensors import rand
+
 pytestmark = pytest.mark.usefixtures("extension")
-
-
-def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(len(shape))
-    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +62,6 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(compiled_grad, grad)
 
 
-def run_with(variable: str, value: str, script: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter with an environment variable set."""
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, variable: value},
-    )
-
-
 EACH_WIDTH = """
 import torch
 from rowmax.kernels import Causal, attention, layer_norm
@@ -100,14 +83,12 @@ def test_every_width_up_to_the_processors_own(bits: int) -> None:
     own = torch.ops.rowmax_native.vector_bits()
     if bits > own:
         pytest.skip(f"this processor's vectors have {own} bits")
-    done = run_with("ROWMAX_VECTOR_BITS", str(bits), EACH_WIDTH)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{bits}\n"
+    assert printed("-c", EACH_WIDTH, ROWMAX_VECTOR_BITS=str(bits)) == f"{bits}\n"
 
 
 @pytest.mark.parametrize("bits", ["64", "1024", "wide", ""])
 def test_a_width_that_is_none(bits: str) -> None:
-    done = run_with("ROWMAX_VECTOR_BITS", bits, EACH_WIDTH)
+    done = python("-c", EACH_WIDTH, ROWMAX_VECTOR_BITS=bits)
     assert done.returncode != 0
     assert "ROWMAX_VECTOR_BITS: expected one of (512, 256, 128), at most" in done.stderr
     assert f"got '{bits}'" in done.stderr
@@ -135,11 +116,9 @@ print(torch.ops.rowmax_native.bfloat16_dots())
 
 
 def test_bfloat16_with_and_without_dot_products() -> None:
-    done = run_with("ROWMAX_BFLOAT16_DOTS", "0", BFLOAT16)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
-    done = run_with("ROWMAX_BFLOAT16_DOTS", "1", BFLOAT16)
-    assert done.returncode == 0, done.stderr
-    done = run_with("ROWMAX_BFLOAT16_DOTS", "yes", BFLOAT16)
+    assert printed("-c", BFLOAT16, ROWMAX_BFLOAT16_DOTS="0") == "False\n"
+    printed("-c", BFLOAT16, ROWMAX_BFLOAT16_DOTS="1")
+    done = python("-c", BFLOAT16, ROWMAX_BFLOAT16_DOTS="yes")
     assert "ROWMAX_BFLOAT16_DOTS: expected 0 or 1, got 'yes'" in done.stderr
 
 
@@ -156,9 +135,7 @@ except RuntimeError as error:
     print(error)
 print(layer_norm(torch.ones(2, 3), backend="reference").sum().item())
 """
-    output = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout
+    output = printed("-c", script)
     assert "the C++ extension is not built" in output
     assert "pip install --no-deps --force-reinstall --no-cache-dir ." in output
     assert output.endswith("0.0\n")

@@ -7,10 +7,11 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from ..processes import printed, python
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -39,14 +40,7 @@ import runpy, sys
 sys.argv = ["setup.py", "-q", *{arguments!r}]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=checkout,
-        env={**os.environ, "ROWMAX_EXTENSION": "auto", **variables},
-    )
+    return python("-c", script, cwd=checkout, **{"ROWMAX_EXTENSION": "auto", **variables})
 
 
 def build(
@@ -165,13 +159,7 @@ def expect_reason(built: tuple[subprocess.CompletedProcess[str], Path], reason: 
     assert done.returncode == 0, done.stderr
     assert f"without the C++ extension rowmax.kernels._C: {reason}" in done.stderr
     assert not list(library.glob("rowmax/kernels/_C*"))
-    report = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(library)},
-    ).stdout
+    report = printed("-c", REPORT, PYTHONPATH=str(library))
     assert f"native     does not work here: the C++ extension is not built ({reason}" in report
     assert "`pip install --no-deps --force-reinstall --no-cache-dir .` in the checkout" in report
 
@@ -198,15 +186,7 @@ print(rowmax.__version__)
 for package in (rowmax, rowmax.bench, rowmax.kernels, rowmax.transformer):
     print(package.__file__)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(library)},
-    )
-    version, *files = run.stdout.split()
+    version, *files = printed("-c", script, cwd=tmp_path, PYTHONPATH=str(library)).split()
     assert version == "0.1.0"
     folders = ("", "bench/", "kernels/", "transformer/")
     assert files == [str(library / "rowmax" / f"{folder}__init__.py") for folder in folders]

@@ -6,12 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from torch.utils.cpp_extension import include_paths
+
+from ..processes import printed
 
 ROOT = Path(__file__).resolve().parents[2]
 # The program does not compile where a type is another one.
@@ -73,8 +74,6 @@ print(unavailable("native"))
 def test_a_torch_without_the_functions_is_named(
     extension: ModuleType, path: str, reason: str
 ) -> None:
-    output = subprocess.run(
-        [sys.executable, "-c", LOAD.format(path=path)], check=True, capture_output=True, text=True
-    ).stdout
+    output = printed("-c", LOAD.format(path=path))
     assert output.startswith("the C++ extension does not load with torch ")
     assert reason in output

@@ -15,6 +15,7 @@ from torch import Tensor
 from rowmax.bench.verification.implementations import Backend
 from rowmax.kernels.testing.oracle import Kernel, outputs_of
 
+from ..processes import python
 from . import draw, fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +30,7 @@ def threads() -> Iterator[None]:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    return python(*command, cwd=ROOT)
 
 
 @pytest.mark.usefixtures("extension")

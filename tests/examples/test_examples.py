@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from ..processes import printed
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 HELPERS = {"in_turns"}
@@ -61,19 +60,11 @@ def run(name: str, folder: Path) -> str:
     if name in OF_BERT and metadata.version("transformers").startswith("4."):
         pytest.skip("in transformers 4 BERT's attention does not go through the interface")
     script = str(FOLDER / f"{name}.py")
-    done = subprocess.run(
-        [sys.executable, *(["-c", WITHOUT_TORCHVISION] if name == "vision" else []), script],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=folder,
-        timeout=300,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r": (\d+) of \1 sites swapped, backend auto$", done.stdout, re.M), done.stdout
-    assert re.search(r"^gain on this machine: x \d+\.\d\d \(.* in turns\)$", done.stdout, re.M)
-    return done.stdout
+    words = [*(["-c", WITHOUT_TORCHVISION] if name == "vision" else []), script]
+    output = printed(*words, cwd=folder, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    assert re.search(r": (\d+) of \1 sites swapped, backend auto$", output, re.M), output
+    assert re.search(r"^gain on this machine: x \d+\.\d\d \(.* in turns\)$", output, re.M)
+    return output
 
 
 def number(pattern: str, text: str) -> float:

@@ -7,9 +7,8 @@ none, with padding at the front.
 from __future__ import annotations
 
 import copy
-import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,13 @@ from torch.nn import functional as F
 from rowmax.kernels import scaled_dot_product_attention, swap
 
 from ..kernels.onnx_files import Call, export, run
+from ..kernels.support import traced
 from .support import assert_same
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 WIDTH = 16
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def batch(lengths: list[int], at_front: bool = False) -> Batch:
@@ -109,19 +104,6 @@ def pair(name: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     copied = copy.deepcopy(original)
     swap(copied, **options)
     return Call(call, original), Call(call, copied)
-
-
-def traced(module: nn.Module, *arguments: Tensor) -> Callable[..., Any]:
-    """The trace as it comes out of a file; its only warning is that tracing is deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is deprecated")
-        warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors")
-        graph = torch.jit.trace(module, arguments)
-        file = io.BytesIO()
-        torch.jit.save(graph, file)
-        file.seek(0)
-        return torch.jit.load(file)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])

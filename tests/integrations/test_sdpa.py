@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,6 +12,8 @@ from torch.nn.attention import bias as torch_bias
 
 from rowmax.kernels import attention_as_sdpa, scaled_dot_product_attention
 from rowmax.kernels.integrations import process_wide
+
+from ..processes import printed
 
 torch.manual_seed(0)
 LENGTHS = (6, 9)
@@ -238,10 +238,7 @@ def test_importing_activates_nothing() -> None:
         "assert 'torch._dynamo' not in sys.modules\n"
     )
     before = "import torch\nbefore = torch.nn.attention.list_flash_attention_impls()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", before + script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    printed("-c", before + script)
 
 
 def test_a_torch_without_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:

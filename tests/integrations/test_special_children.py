@@ -87,37 +87,17 @@ class Around(nn.Module):
         return scaled(self.inner(*args, **kwargs))
 
 
-def forward_on_the_instance(layer: nn.Module, name: str) -> None:
-    child: Any = layer.get_submodule(name)
-    own = child.forward
-    child.forward = lambda *args, **kwargs: scaled(own(*args, **kwargs))
-
-
-def call_on_the_instance(layer: nn.Module, name: str) -> None:
-    """What torch's `__call__` hands over to."""
-    child: Any = layer.get_submodule(name)
-    own = child._call_impl
-    child._call_impl = lambda *args, **kwargs: scaled(own(*args, **kwargs))
-
-
-def forward_of_a_subclass(layer: nn.Module, name: str) -> None:
+def on_the_instance(layer: nn.Module, name: str, *, method: str) -> None:
     child = layer.get_submodule(name)
-
-    class Own(type(child)):  # type: ignore[misc]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return scaled(super().forward(*args, **kwargs))
-
-    child.__class__ = Own
+    own = getattr(child, method)
+    setattr(child, method, lambda *args, **kwargs: scaled(own(*args, **kwargs)))
 
 
-def call_of_a_subclass(layer: nn.Module, name: str) -> None:
+def of_a_subclass(layer: nn.Module, name: str, *, method: str) -> None:
     child = layer.get_submodule(name)
-
-    class Own(type(child)):  # type: ignore[misc]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return scaled(super().__call__(*args, **kwargs))
-
-    child.__class__ = Own
+    own = getattr(type(child), method)
+    changed = {method: lambda *args, **kwargs: scaled(own(*args, **kwargs))}
+    child.__class__ = type("Own", (type(child),), changed)
 
 
 def hook(layer: nn.Module, name: str) -> None:
@@ -134,11 +114,14 @@ def another_module(layer: nn.Module, name: str) -> None:
 
 
 CHANGES: dict[str, Callable[[nn.Module, str], None]] = {
-    function.__name__: function
-    for function in (
-        *(forward_on_the_instance, call_on_the_instance, forward_of_a_subclass),
-        *(call_of_a_subclass, hook, hook_before, another_module),
-    )
+    "forward_on_the_instance": functools.partial(on_the_instance, method="forward"),
+    # what torch's `__call__` hands over to
+    "call_on_the_instance": functools.partial(on_the_instance, method="_call_impl"),
+    "forward_of_a_subclass": functools.partial(of_a_subclass, method="forward"),
+    "call_of_a_subclass": functools.partial(of_a_subclass, method="__call__"),
+    "hook": hook,
+    "hook_before": hook_before,
+    "another_module": another_module,
 }
 
 

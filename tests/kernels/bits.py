@@ -20,7 +20,6 @@ from rowmax.kernels import KeyLengths
 from rowmax.kernels.testing.cases import Draw
 from rowmax.kernels.testing.cross_entropy import cross_entropy_case
 
-from .backends import doing
 from .cases import CASES
 from .support import DTYPES, run
 
@@ -31,7 +30,7 @@ def _hash(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -88,15 +87,12 @@ def main() -> None:
     for backend in chosen:
         for dtype in DTYPES:
             name = str(dtype).removeprefix("torch.")
-            if backend in doing("attention"):
-                print(f"{backend} attention {name} {attention_bits(backend, dtype)}", flush=True)
-            if backend in doing("linear_cross_entropy"):
-                bits = loss_bits(backend, dtype)
-                print(f"{backend} linear_cross_entropy {name} {bits}", flush=True)
+            print(f"{backend} attention {name} {attention_bits(backend, dtype)}", flush=True)
+            bits = loss_bits(backend, dtype)
+            print(f"{backend} linear_cross_entropy {name} {bits}", flush=True)
             for operation in ("layer_norm", "rms_norm", "add_layer_norm", "masked_softmax"):
-                if backend in doing(operation):
-                    bits = row_bits(operation, backend, dtype)
-                    print(f"{backend} {operation} {name} {bits}", flush=True)
+                bits = row_bits(operation, backend, dtype)
+                print(f"{backend} {operation} {name} {bits}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,6 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     layout: str = "plain"
     factor: float = 1.0  # q is multiplied by it: large scores
-    needs: frozenset[str] = frozenset()  # features by which a backend may decline
-
-    def features(self, dtype: torch.dtype) -> set[str]:
-        found = {"attention", str(dtype).removeprefix("torch."), *self.needs}
-        if self.sinks:
-            found.add("sinks")
-        return found | set(self.options)
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> AttentionCase:
         mask, bias = self.mask, self.bias
@@ -227,7 +220,6 @@ def _bands() -> list[Case]:
 
 
 def _masks() -> list[Case]:
-    docs = frozenset({"documents"})
     cases = [Case(f"dense_{_pattern(full)}", mask=random_dense(*full)) for full in BROADCASTS]
     cases += [
         Case("dense_2d", mask=lambda s, g: torch.rand(s.Lq, s.Lk, generator=g) < 0.5),
@@ -252,8 +244,8 @@ def _masks() -> list[Case]:
         Case("queries_no_queries", Shape(Lq=0, Lk=5), always(QueryLengths(lengths(0, 3)))),
         Case("causal_no_keys", Shape(Lq=3, Lk=0), always(Causal("upper_left"))),
         Case("causal_no_queries", Shape(Lq=0, Lk=3), always(Causal("lower_right"))),
-        Case("documents", mask=documents, needs=docs),
-        Case("documents_cross", SHORT, documents, needs=docs),
+        Case("documents", mask=documents),
+        Case("documents_cross", SHORT, documents),
     ]
     joined: dict[str, tuple[Shape, Callable[[Shape, torch.Generator], Mask]]] = {
         "causal_keys": (Shape(), lambda s, g: Causal() & KeyLengths(lengths(5, 17))),
@@ -296,12 +288,11 @@ def _masks() -> list[Case]:
     }
     cases += [Case(f"joined_{name}", shape, mask) for name, (shape, mask) in joined.items()]
     cases += [
-        Case("joined_documents_causal", mask=lambda s, g: documents(s, g) & Causal(), needs=docs),
+        Case("joined_documents_causal", mask=lambda s, g: documents(s, g) & Causal()),
         Case(
             "joined_documents_twice",
             SHORT,
             lambda s, g: documents(s, g) & documents(s, g),
-            needs=docs,
         ),
         Case(
             "joined_everything",
@@ -313,7 +304,6 @@ def _masks() -> list[Case]:
                 & documents(s, g)
                 & Dense(random_dense(False, True, True, True)(s, g))
             ),
-            needs=docs,
         ),
     ]
     return cases
@@ -323,7 +313,6 @@ def _biases() -> list[Case]:
     cases = [Case(f"bias_{_pattern(full)}", bias=random_bias(*full)) for full in BROADCASTS]
     causal = always(Causal())
     keys = always(KeyLengths(lengths(5, 17)))
-    needs = frozenset({"alibi"})
     cases += [
         Case("bias_2d", bias=lambda s, draw: draw(s.Lq, s.Lk)),
         Case("bias_gqa", Shape(Hq=4, Hkv=2), causal, random_bias(False, True, True, True)),
@@ -336,10 +325,10 @@ def _biases() -> list[Case]:
         Case("bias_chunks_shared", Shape(Lk=32), keys, random_bias(False, True, True, True)),
         Case("bias_strided", bias=lambda s, draw: draw(*s.scores, 2)[..., 1]),
         Case("bias_transposed", bias=lambda s, draw: draw(s.B, s.Hq, s.Lk, s.Lq).mT),
-        Case("alibi", bias=alibi(), needs=needs),
-        Case("alibi_per_batch_causal", mask=causal, bias=alibi(per_batch=True), needs=needs),
-        Case("alibi_lower_right", SHORT, bias=alibi("lower_right"), needs=needs),
-        Case("alibi_tensor", WIDE, bias=alibi(lengths(3, -5)), needs=needs),
+        Case("alibi", bias=alibi()),
+        Case("alibi_per_batch_causal", mask=causal, bias=alibi(per_batch=True)),
+        Case("alibi_lower_right", SHORT, bias=alibi("lower_right")),
+        Case("alibi_tensor", WIDE, bias=alibi(lengths(3, -5))),
     ]
     return cases
 
@@ -414,7 +403,6 @@ def _decoding() -> list[Case]:
         filled = torch.randint(s.Lq, s.Lk + 1, (s.B,), generator=g)
         return Causal(filled - s.Lq) & KeyLengths(filled)
 
-    docs = frozenset({"documents"})
     return [
         Case("decode", few),
         Case("decode_mqa", one),
@@ -428,11 +416,11 @@ def _decoding() -> list[Case]:
         Case("decode_dense", few, random_dense(True, True, True, True)),
         Case("decode_dense_keys", few, random_dense(True, False, False, True)),
         Case("decode_dense_sparse", few, lambda s, g: torch.rand(s.scores, generator=g) < 0.005),
-        Case("decode_documents", few, documents, needs=docs),
+        Case("decode_documents", few, documents),
         Case("decode_bias", few, ragged, random_bias(True, True, True, True)),
         Case("decode_bias_queries", few, bias=random_bias(False, True, True, False)),
         Case("decode_bias_keys", one, bias=random_bias(True, False, False, True)),
-        Case("decode_alibi", few, ragged, alibi(5), needs=frozenset({"alibi"})),
+        Case("decode_alibi", few, ragged, alibi(5)),
         Case("decode_softcap", few, options={"softcap": 1.5}),
         Case("decode_sinks", few, always(KeyLengths(lengths(0, 300))), sinks=True),
         Case("decode_dropout", few, ragged, options={"dropout_p": 0.4, "seed": 11}),

@@ -22,15 +22,11 @@ from rowmax.kernels import (
     rms_norm,
 )
 
-from .backends import device_of, doing, is_interpreted, refused
+from ..tensors import rand
+from .backends import BACKENDS, device_of, is_interpreted
 
 Function = Callable[..., Any]
 Made = tuple[Function, tuple[Tensor, ...]]
-
-
-def rand(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(size))
-    return torch.randn(size, generator=generator, dtype=dtype)
 
 
 def heads(heads: int = 2, key_heads: int = 1, keys: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,12 +65,6 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]] =
         lambda: {"bias": ALiBi(torch.tensor([0.5, 0.2]), 1), "dropout_p": 0.5, "seed": 1},
     ),
     "no_keys": (heads(keys=0), dict),
-}
-FEATURES = {
-    "masked_softcap": {"softcap"},
-    "bias_sinks": {"sinks"},
-    "all": {"softcap", "sinks"},
-    "alibi_dropout": {"alibi"},
 }
 
 
@@ -130,21 +120,18 @@ def op_of(name: str) -> str:
 EVERY = [
     pytest.param(name, backend, id=f"{name}-{backend}")
     for name in (*ATTENTION, *NORMS)
-    for backend in doing(op_of(name))
+    for backend in BACKENDS
     if not is_interpreted(backend)
 ]
 COMPILED = pytest.mark.parametrize(
-    "backend", [backend for backend in doing("attention") if not is_interpreted(backend)]
+    "backend", [backend for backend in BACKENDS if not is_interpreted(backend)]
 )
 
 
-def made(name: str, backend: str) -> Made | None:
-    """The case; None where the backend declines it, which is then asserted."""
+def made(name: str, backend: str) -> Made:
     make = norm_case if name in NORMS else attention_case
     function, tensors = make(name, backend)
-    tensors = tuple(tensor.to(device_of(backend)) for tensor in tensors)
-    features = FEATURES.get(name, set()) | {op_of(name)}
-    return None if refused(backend, features, lambda: function(*tensors)) else (function, tensors)
+    return function, tuple(tensor.to(device_of(backend)) for tensor in tensors)
 
 
 def jvp(

@@ -15,6 +15,8 @@ from filelock import FileLock
 
 from rowmax.kernels.backends import dispatch
 
+from ..processes import printed
+
 pytestmark = pytest.mark.skipif(
     dispatch.unavailable("numba") is not None, reason=f"numba: {dispatch.unavailable('numba')}"
 )
@@ -91,14 +93,7 @@ def test_it_imports_by_the_program_s_path_alone(
     ((_, _, script, *arguments),) = ahead.begun
     monkeypatch.undo()
     script = f"{script.partition('; from ')[0]}; import filelock, json; print(ascii(sys.path))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{own!a}\n"
+    assert printed("-c", script, *arguments, cwd=tmp_path) == f"{own!a}\n"
 
 
 def test_a_process_that_ended_is_no_zombie(
@@ -165,18 +160,9 @@ print(helper.wait())
 @pytest.mark.slow
 def test_the_process_leaves_the_other_kernel_on_disk(tmp_path: Path) -> None:
     """Of two kernels, to be quick; the program itself wanted the forward pass alone."""
-    environment = os.environ | {"ROWMAX_CACHE_DIR": str(tmp_path), "ROWMAX_COMPILE_AHEAD": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    assert done.stdout == "0\n"
+    assert printed("-c", SCRIPT, ROWMAX_CACHE_DIR=str(tmp_path), ROWMAX_COMPILE_AHEAD="1") == "0\n"
     kept = sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*.nbc"))
-    assert kept == ["norm_backward.differentiate", "norm_forward.normalise"]
+    assert kept == ["norm_backward.backward", "norm_forward.forward"]
     assert len(list(tmp_path.rglob("ahead-float64.lock"))) <= 1
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from rowmax.kernels import ALiBi, Causal, KeyLengths, QueryLengths, attention
 from rowmax.kernels.backends import dispatch
 
-from .backends import doing
 from .cases import Case, Shape, always, lengths, random_bias, random_dense
 from .support import assert_parity, run
 
@@ -23,7 +22,7 @@ needs_dots = pytest.mark.skipif(
     not host.bfloat16_dots(), reason="no bfloat16 dot-product instructions here"
 )
 # The native backend decides once a process: `tests/csrc/test_backend.py` runs it without them.
-BACKENDS = ["numba", *{"native"}.intersection(doing("attention"))]
+BACKENDS = [name for name in ("numba", "native") if dispatch.unavailable(name) is None]
 either = pytest.mark.parametrize("backend", BACKENDS)
 
 CASES = [

@@ -16,6 +16,8 @@ import pytest
 
 from rowmax.kernels.backends import dispatch
 
+from ..processes import printed, python
+
 NEEDS_NUMBA = pytest.mark.skipif(
     dispatch.unavailable("numba") is not None, reason=f"numba: {dispatch.unavailable('numba')}"
 )
@@ -37,15 +39,7 @@ def first_call(cache: Path) -> float:
 
     Of the process's own time, import of Numba included, so that a busy machine does not count.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"ROWMAX_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-    return float(done.stdout)
+    return float(printed("-c", SCRIPT, ROWMAX_CACHE_DIR=str(cache)))
 
 
 def _raise_by_one(at: Any) -> None:
@@ -235,11 +229,5 @@ print(number.value, len(compiled), len(product.overloads))
 """
     path = tmp_path / "script.py"
     path.write_text(script, "utf-8")
-    done = subprocess.run(
-        [sys.executable, str(path)],
-        env=os.environ | {"ROWMAX_CACHE_DIR": str(tmp_path), "ROWMAX_QUIET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(str(path), ROWMAX_CACHE_DIR=str(tmp_path), ROWMAX_QUIET="1")
     assert (done.stdout, done.stderr) == ("55 1 1\n", "")

@@ -16,14 +16,8 @@ from rowmax.kernels.testing import CrossEntropyCase, named_cases, peak_bytes
 from rowmax.kernels.testing.cases import Draw
 from rowmax.kernels.testing.cross_entropy import KINDS, cross_entropy_case
 
-from .backends import device_of, doing, dtype_name, is_interpreted
+from .backends import device_of, dtype_name, is_interpreted
 from .support import DTYPES, assert_parity
-
-
-@pytest.fixture(params=doing("linear_cross_entropy"))
-def backend(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
 
 
 def draw(tokens: int, columns: int, vocabulary: int, **options: object) -> tuple[Tensor, ...]:

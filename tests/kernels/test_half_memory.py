@@ -16,34 +16,34 @@ if dispatch.unavailable("numba") is not None:
 from rowmax.kernels.backends.cpu_common.call_records import INTEGER, fields
 from rowmax.kernels.backends.cpu_numba.call import Kernel, read
 from rowmax.kernels.backends.cpu_numba.gemm import lanes_in, lanes_of
+from rowmax.kernels.backends.cpu_numba.jit import jit
 from rowmax.kernels.backends.cpu_numba.memory import load, load_first, pointer, store, store_first
 
 LANES = lanes_in(torch.float32)
 EVERY_HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 
 
-def widen(argument):
+@jit
+def copy(source, target, count, lanes):
     """target[:count] = source[:count], whole vectors and then what is left."""
-    call = read(argument)
-    source, target = pointer(call.source, call.item), pointer(call.target, call.zero)
-    lanes = lanes_of(call.zero)
-    whole = call.count // lanes * lanes
+    whole = count // lanes * lanes
     for c in range(0, whole, lanes):
         store(target + c, load(source + c))
-    rest = call.count - whole
-    store_first(target + whole, load_first(source + whole, rest), rest)
+    store_first(target + whole, load_first(source + whole, count - whole), count - whole)
+
+
+def widen(argument):
+    """From the half type to float32."""
+    call = read(argument)
+    source, target = pointer(call.source, call.item), pointer(call.target, call.zero)
+    copy(source, target, call.count, lanes_of(call.zero))
 
 
 def narrow(argument):
-    """The same from float32 to the half type."""
+    """From float32 to the half type."""
     call = read(argument)
     source, target = pointer(call.source, call.zero), pointer(call.target, call.item)
-    lanes = lanes_of(call.zero)
-    whole = call.count // lanes * lanes
-    for c in range(0, whole, lanes):
-        store(target + c, load(source + c))
-    rest = call.count - whole
-    store_first(target + whole, load_first(source + whole, rest), rest)
+    copy(source, target, call.count, lanes_of(call.zero))
 
 
 WIDEN = Kernel(widen, fields(INTEGER, "source target count"))
@@ -56,7 +56,7 @@ def moved(kernel: Kernel, source: Tensor, to: torch.dtype) -> Tensor:
     guard = 2 * LANES
     target = torch.full((source.numel() + guard,), -7.0, dtype=to)
     record = {"source": source.data_ptr(), "target": target.data_ptr(), "count": source.numel()}
-    kernel(half, 1, 0, record)
+    kernel.plan(half, 1, 0, record).run()
     assert (target[source.numel() :] == -7.0).all()
     return target[: source.numel()]
 

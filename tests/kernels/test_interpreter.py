@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from ..processes import printed
 
 pytest.importorskip("triton")
 
@@ -33,9 +32,7 @@ print(float((out - expected).abs().max() / expected.abs().max()))
 
 def test_bfloat16_is_right_for_whoever_sets_the_variable() -> None:
     """In a process that loads nothing of the tests."""
-    command = [sys.executable, "-c", OUTSIDE_THE_TESTS]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert float(printed) < 0.02
+    assert float(printed("-c", OUTSIDE_THE_TESTS)) < 0.02
 
 
 def test_bfloat16_rounds_as_torch_does() -> None:

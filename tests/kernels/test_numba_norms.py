@@ -5,10 +5,7 @@ Their numbers against float64 are tested with those of all backends.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,12 +15,14 @@ from rowmax.kernels import Causal, Documents, add_layer_norm, layer_norm, masked
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.backends.reference import rows_keep
 from rowmax.kernels.backends.reference.philox import (
-    NORM_STREAM,
     keep_scale,
     keep_threshold,
-    philox4x32,
 )
 from rowmax.kernels.ops.layout import rows_of, statistics_dtype
+
+from ..processes import printed
+from ..tensors import rand
+from .support import row_keeps
 
 if dispatch.unavailable("numba") is not None:
     pytest.skip(str(dispatch.unavailable("numba")), allow_module_level=True)
@@ -51,24 +50,12 @@ EVERY_NORM = pytest.mark.parametrize("name", NORMS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
     """The output and the gradients of all inputs, with a random gradient of the output."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*leaves)
     found = torch.autograd.grad(
-        output, leaves, draw(*output.shape, dtype=output.dtype), allow_unused=True
+        output, leaves, rand(*output.shape, dtype=output.dtype), allow_unused=True
     )
     return [output.detach(), *(gradient for gradient in found if gradient is not None)]
 
@@ -78,9 +65,9 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 @EVERY_NORM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("restored_threads")
 def test_norms_give_the_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    x, weight, bias = draw(3001, 41), draw(41), draw(41)
+    x, weight, bias = rand(3001, 41), rand(41), rand(41)
     assert chunk_rows(3001, 41) < 3001 / 4
     runs = []
     for threads in (1, 2, 3, 8):
@@ -91,10 +78,10 @@ def test_norms_give_the_same_bits_on_any_number_of_threads(name: str, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=dtype_name)
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("restored_threads")
 def test_softmax_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     mask = Causal() & Documents(torch.arange(400).expand(2, 400) // 150)
-    scores = draw(2, 8, 400, 400, dtype=dtype)
+    scores = rand(2, 8, 400, 400, dtype=dtype)
     runs = []
     for threads in (1, 2, 2, 2, 3, 8):
         torch.set_num_threads(threads)
@@ -111,7 +98,7 @@ def test_rows_around_the_edges_of_chunks(name: str, columns: int, chunks: int, e
     chunk = chunk_rows(0, columns)
     rows = chunks * chunk + excess
     assert chunk_rows(rows, columns) == chunk
-    x, weight, bias = draw(rows, columns), draw(columns), draw(columns)
+    x, weight, bias = rand(rows, columns), rand(columns), rand(columns)
 
     def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if name == "rms_norm":
@@ -140,7 +127,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(
     norm = NORMS[name]
     if name == "add_layer_norm":  # dropout is for the row of that number
         norm = lambda x, w, b: add_layer_norm(x, x, w, b, backend="numba")[0]  # noqa: E731
-    x, weight, bias = (draw(*size, dtype=dtype) for size in ((11, columns), (columns,), (columns,)))
+    x, weight, bias = (rand(*size, dtype=dtype) for size in ((11, columns), (columns,), (columns,)))
     together = norm(x, weight, bias)
     for row in range(11):
         assert torch.equal(norm(x[row : row + 1], weight, bias)[0], together[row])
@@ -149,7 +136,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_row_that_begins_far_from_its_mean(residual: bool) -> None:
     """The variance is not taken about the first elements when those say little about the row."""
-    x = draw(3, 2**14)
+    x = rand(3, 2**14)
     x[:, :64] += 100.0
     x = x.float()
     if residual:
@@ -163,8 +150,8 @@ def test_a_row_that_begins_far_from_its_mean(residual: bool) -> None:
 def test_the_partial_sums_keep_what_float32_can() -> None:
     """65536 rows of 1 + small values: one running sum would lose the small ones."""
     rows, columns = 65536, 8
-    x, grad = draw(rows, columns, dtype=torch.float32), torch.ones(rows, columns)
-    grad += 1e-3 * draw(rows, columns, dtype=torch.float32)
+    x, grad = rand(rows, columns, dtype=torch.float32), torch.ones(rows, columns)
+    grad += 1e-3 * rand(rows, columns, dtype=torch.float32)
     bias = torch.zeros(columns, requires_grad=True)
     layer_norm(x, None, bias, backend="numba").backward(grad)
     assert bias.grad is not None
@@ -176,7 +163,7 @@ def test_the_partial_sums_keep_what_float32_can() -> None:
 
 
 def test_rows_with_a_common_stride_are_not_copied() -> None:
-    wide = draw(4, 5, 60)
+    wide = rand(4, 5, 60)
     for view, stride in (
         (wide[..., :20], 60),
         (wide[..., 20:41], 60),
@@ -193,7 +180,7 @@ def test_rows_with_a_common_stride_are_not_copied() -> None:
 
 
 def test_rows_without_a_common_stride_are_copied() -> None:
-    wide = draw(4, 5, 60)
+    wide = rand(4, 5, 60)
     for view in (wide[:, ::2], wide.transpose(0, 1), wide[..., ::2], wide.transpose(1, 2)):
         rows, stride = rows_of(view)
         assert torch.equal(rows, view)
@@ -204,8 +191,8 @@ def test_rows_without_a_common_stride_are_copied() -> None:
 @EVERY_NORM
 @EVERY_DTYPE
 def test_strided_rows_give_the_bits_of_contiguous_ones(name: str, dtype: torch.dtype) -> None:
-    wide = draw(6, 4, 90, dtype=dtype)
-    weight, bias = draw(33, dtype=dtype), draw(33, dtype=dtype)
+    wide = rand(6, 4, 90, dtype=dtype)
+    weight, bias = rand(33, dtype=dtype), rand(33, dtype=dtype)
     for view in (wide[..., 7:40], wide.transpose(0, 1)[..., :33], wide[:, :1, 50:83]):
         plain = gradients(NORMS[name], view.contiguous(), weight, bias)
         strided = gradients(NORMS[name], view, weight, bias)
@@ -217,7 +204,7 @@ def test_nothing_beyond_a_row_is_read_or_written(dtype: torch.dtype) -> None:
     """Rows inside a wider tensor whose other columns are NaN, at every number of tail lanes."""
     for columns in range(1, 70):
         wide = torch.full((3, columns + 40), float("nan"), dtype=dtype)
-        wide[:, 20 : 20 + columns] = draw(3, columns, dtype=dtype)
+        wide[:, 20 : 20 + columns] = rand(3, columns, dtype=dtype)
         inner = wide[:, 20 : 20 + columns]
         for y in (
             *add_layer_norm(inner, inner, dropout_p=0.5, seed=1, backend="numba"),
@@ -235,8 +222,8 @@ def test_nothing_beyond_a_row_is_read_or_written(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_half_gradients_are_rounded_once(name: str, columns: int, dtype: torch.dtype) -> None:
     """The half kernels' results are the float32 kernels', of the same values, rounded."""
-    x, weight, bias = (draw(*size, dtype=dtype) for size in ((6, columns), (columns,), (columns,)))
-    d_total = draw(6, columns + 1, dtype=dtype)[:, 1:]
+    x, weight, bias = (rand(*size, dtype=dtype) for size in ((6, columns), (columns,), (columns,)))
+    d_total = rand(6, columns + 1, dtype=dtype)[:, 1:]
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
@@ -260,8 +247,8 @@ def test_half_gradients_are_rounded_once(name: str, columns: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_no_tensor_is_copied_to_float32(name: str, dtype: torch.dtype) -> None:
     """Of x's size are the results alone: a float32 copy would be worth two of them."""
-    x, weight, bias = (draw(*size, dtype=dtype) for size in ((2048, 512), (512,), (512,)))
-    flipped, grad = x.flip(0), draw(2048, 512, dtype=dtype)
+    x, weight, bias = (rand(*size, dtype=dtype) for size in ((2048, 512), (512,), (512,)))
+    flipped, grad = x.flip(0), rand(2048, 512, dtype=dtype)
 
     def run() -> None:
         leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
@@ -277,7 +264,7 @@ def test_no_tensor_is_copied_to_float32(name: str, dtype: torch.dtype) -> None:
 
 
 def test_no_scores_are_copied_to_float32() -> None:
-    scores, grad = draw(1, 2, 512, 512).bfloat16(), draw(1, 2, 512, 512).bfloat16()
+    scores, grad = rand(1, 2, 512, 512).bfloat16(), rand(1, 2, 512, 512).bfloat16()
 
     def run() -> None:
         leaf = scores.detach().requires_grad_()
@@ -330,18 +317,9 @@ def test_rows_beyond_32_bits_have_words_of_their_own(row: int, dtype: torch.dtyp
     columns, p, seed = 128, 0.4, 123456789123
     target = torch.empty(columns, dtype=dtype)
     record = {"target": target.data_ptr(), "row": row, "columns": columns, "seed": seed}
-    FACTORS(dtype, 1, 0, {**record, "threshold": keep_threshold(p), "keep_scale": 1.0})
-    words = philox4x32(
-        (
-            torch.arange(columns // 4),
-            torch.tensor(row % 2**32),
-            torch.tensor(row // 2**32),
-            torch.tensor(NORM_STREAM),
-        ),
-        torch.tensor(seed),
-    )
-    keep = torch.stack(torch.broadcast_tensors(*words), -1).flatten() >= keep_threshold(p)
-    assert torch.equal(target, keep.to(dtype))
+    drawn = {**record, "threshold": keep_threshold(p), "keep_scale": 1.0}
+    FACTORS.plan(dtype, 1, 0, drawn).run()
+    assert torch.equal(target, row_keeps(row, columns, p, seed).to(dtype))
 
 
 # --- other vector widths --------------------------------------------------------------------------
@@ -372,12 +350,7 @@ def test_the_narrowest_vectors() -> None:
 
     if native_vector_bits() == 128:
         pytest.skip("the tests above ran at 128 bits")
-    subprocess.run(
-        [sys.executable, "-c", _AT_ANOTHER_WIDTH],
-        env={**os.environ, "ROWMAX_VECTOR_BITS": "128"},
-        check=True,
-        timeout=300,
-    )
+    printed("-c", _AT_ANOTHER_WIDTH, ROWMAX_VECTOR_BITS="128")
 
 
 @pytest.mark.parametrize("columns", [37, 512, GROUPED_COLUMNS])

@@ -126,6 +126,6 @@ def test_a_record_has_the_fields_of_its_definition(change: dict[str, int | None]
     given = dict.fromkeys(FORWARD.names, 1) | change
     fields = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(
-        TypeError, match=f"_forward: fields missing or unknown: {next(iter(change))}"
+        TypeError, match=f"^forward: fields missing or unknown: {next(iter(change))}"
     ):
         FORWARD.plan(torch.float32, 1, 64, fields)

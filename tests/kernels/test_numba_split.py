@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from rowmax.kernels.backends.cpu_numba import attention_plan
 from rowmax.kernels.backends.cpu_numba.attention_plan import Sizes, backward_plan, forward_plan
 from rowmax.kernels.backends.cpu_numba.gemm import lanes_in
 
+pytestmark = pytest.mark.usefixtures("restored_threads")
 LANES = lanes_in(torch.float32)
 
 CASES = [
@@ -42,13 +42,6 @@ CASES = [
     Case("decode", Shape(1, 4, 1, 2, 1500, 32, 32), always(Causal("lower_right")), sinks=True),
     Case("short_heads", Shape(9, 4, 2, 40, 40, 16, 16), always(Causal())),
 ]
-
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_same(got: Results, expected: Results) -> None:

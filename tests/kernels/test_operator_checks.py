@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,14 +12,11 @@ from torch import Tensor
 from rowmax.kernels.ops.operator_checks import checked
 from rowmax.kernels.ops.operators import OPERATORS
 
+from .. import tensors
 from .backends import BACKENDS, device_of
 
 NAN = float("nan")
-
-
-def rand(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randn(size, generator=generator).to(dtype)
+rand = functools.partial(tensors.rand, dtype=torch.float32)
 
 
 def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -15,13 +15,9 @@ from rowmax.kernels import ALiBi, Causal, KeyLengths, Window
 from rowmax.kernels.backends.reference import naive_attention
 from rowmax.kernels.testing.tolerance import Expected, measure
 
+from ..tensors import rand
 from . import loops
 from .support import AttentionCase
-
-
-def rand(*size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
 def tiny(**changes: Any) -> AttentionCase:

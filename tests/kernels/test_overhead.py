@@ -26,12 +26,8 @@ from rowmax.kernels import (
 )
 from rowmax.kernels.ops import fast_path, operators
 
-from .backends import BACKENDS, device_of, doing, is_interpreted
-
-
-def rand(*size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=torch.float64)
+from ..tensors import rand
+from .backends import BACKENDS, device_of, is_interpreted
 
 
 @pytest.fixture
@@ -66,7 +62,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, str], Any]] = {
     "rms_norm": lambda x, backend: rms_norm(x, x[0, 0, 0].cos(), backend=backend),
 }
 EVERY = pytest.mark.parametrize(
-    "name,backend", [(name, backend) for name in FUNCTIONS for backend in doing(name)]
+    "name,backend", [(name, backend) for name in FUNCTIONS for backend in BACKENDS]
 )
 
 
@@ -118,7 +114,7 @@ WATCHED: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[Te
 
 
 @pytest.mark.parametrize("name", WATCHED)
-@pytest.mark.parametrize("backend", ["auto", *{"native"}.intersection(doing("attention"))])
+@pytest.mark.parametrize("backend", ["auto", *{"native"}.intersection(BACKENDS)])
 def test_what_the_dispatcher_serves_goes_through_it(
     backend: str, name: str, dispatched: list[str]
 ) -> None:
@@ -251,9 +247,7 @@ def test_saved_tensors_are_autograds_own() -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "backend", [name for name in doing("attention") if not is_interpreted(name)]
-)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if not is_interpreted(name)])
 def test_a_small_call_takes_few_steps(backend: str) -> None:
     """A measure of a call's own cost that is the same on every machine: the functions it calls.
 

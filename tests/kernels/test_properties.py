@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -25,15 +24,11 @@ from rowmax.kernels import (
     attention,
 )
 
-from .backends import DECLINES, doing, dtype_name, is_interpreted
+from .backends import dtype_name, is_interpreted
 from .cases import Case, Shape
+from .derivative_cases import COMPILED
 from .support import AttentionCase, assert_parity, run
 
-ALL_BACKENDS = pytest.mark.parametrize("backend", doing("attention"))
-# 25 examples a property, some of them long, would take an interpreter minutes.
-BACKENDS = pytest.mark.parametrize(
-    "backend", [name for name in doing("attention") if not is_interpreted(name)]
-)
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([64, 127, 129, 257]))  # several tiles
 
 shapes = st.builds(
@@ -70,7 +65,7 @@ def random_documents(shape: Shape, seed: int) -> Mask:
 
 
 @st.composite
-def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
+def masks(draw: st.DrawFn, shape: Shape) -> Mask:
     """A conjunction of one to three masks of any kind."""
     per_batch = st.one_of(integers((shape.B,), -10, 50), integers((shape.B,), -20, 300))
     side = st.one_of(st.none(), st.integers(0, 12), st.integers(0, 200))
@@ -84,9 +79,8 @@ def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
             st.tuples(*(st.sampled_from([1, size]) for size in shape.scores)),
             st.integers(0, 999),
         ),
+        st.builds(random_documents, st.just(shape), st.integers(0, 999)),
     ]
-    if "documents" not in without:
-        kinds.append(st.builds(random_documents, st.just(shape), st.integers(0, 999)))
     one = st.one_of(kinds)
     joined, *others = draw(st.lists(one, min_size=1, max_size=3))
     for other in others:
@@ -98,16 +92,14 @@ def masks(draw: st.DrawFn, shape: Shape, without: Collection[str]) -> Mask:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, dtype: torch.dtype, without: Collection[str] = frozenset()
-) -> AttentionCase:
+def problems(draw: st.DrawFn, dtype: torch.dtype) -> AttentionCase:
     """Any mask, and bias, sinks, softcap, scale and dropout each now and then."""
 
-    def now_and_then(feature: str) -> bool:
-        return feature not in without and draw(st.integers(0, 3)) == 0
+    def now_and_then() -> bool:
+        return draw(st.integers(0, 3)) == 0
 
     shape = draw(shapes)
-    mask = draw(st.one_of(st.none(), masks(shape, without)))
+    mask = draw(st.one_of(st.none(), masks(shape)))
     options: dict[str, Any] = {}
     if draw(st.booleans()):
         options["scale"] = draw(st.floats(-1, 1))
@@ -116,7 +108,7 @@ def problems(
             "dropout_p": draw(st.floats(0, 1)),
             "seed": draw(st.integers(-(2**63), 2**63 - 1)),
         }
-    if now_and_then("softcap"):
+    if now_and_then():
         options["softcap"] = draw(st.floats(0.1, 10))
     bias_size = draw(
         st.one_of(st.none(), st.tuples(*(st.sampled_from([1, n]) for n in shape.scores)))
@@ -126,22 +118,21 @@ def problems(
         shape,
         None if mask is None else lambda shape, generator: mask,
         None if bias_size is None else lambda shape, draw_tensor: draw_tensor(*bias_size),
-        sinks=now_and_then("sinks"),
+        sinks=now_and_then(),
         options=options,
         layout=draw(st.sampled_from(["plain", "heads_last", "strided", "transposed"])),
     )
     arguments = case.build(dtype)
-    if bias_size is None and now_and_then("alibi"):
+    if bias_size is None and now_and_then():
         slopes = torch.rand(shape.Hq, dtype=dtype, generator=torch.Generator().manual_seed(1))
         arguments = replace(arguments, bias=ALiBi(slopes, draw(aligns)))
     return arguments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
-@ALL_BACKENDS
 def test_any_combination_agrees_with_the_oracle(backend: str, dtype: torch.dtype) -> None:
     @settings(max_examples=8 if is_interpreted(backend) else 80)
-    @given(problems(dtype, without=DECLINES[backend].keys()))
+    @given(problems(dtype))
     def check(arguments: AttentionCase) -> None:
         assert_parity(run(backend, arguments), arguments)
 
@@ -159,7 +150,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
 
 
-@BACKENDS
+@COMPILED
 @given(arguments=simple, seed=st.integers(0, 999))
 def test_the_order_of_keys_does_not_matter(
     backend: str, arguments: AttentionCase, seed: int
@@ -180,7 +171,7 @@ def test_the_order_of_keys_does_not_matter(
         close(moved[name], plain[name][:, :, order])
 
 
-@BACKENDS
+@COMPILED
 @given(arguments=simple, shift=st.floats(-50, 50))
 def test_a_shift_of_a_row_moves_its_lse_alone(
     backend: str, arguments: AttentionCase, shift: float
@@ -192,36 +183,23 @@ def test_a_shift_of_a_row_moves_its_lse_alone(
         torch.testing.assert_close(shifted[name], plain[name], rtol=1e-11, atol=1e-12)
 
 
-@BACKENDS
+@COMPILED
 @given(arguments=problems(torch.float32))
 def test_a_batch_element_does_not_know_its_batch(backend: str, arguments: AttentionCase) -> None:
     """Bitwise, on fused backends, and without dropout, which counts batch elements."""
     options = {key: value for key, value in arguments.options.items() if key == "scale"}
     arguments = replace(arguments, mask=None, bias=None, sinks=None, options=options)
     together = run(backend, arguments)
-    assert arguments.grad_out is not None
-    assert arguments.grad_lse is not None
     for b in range(arguments.shape[0]):
         one = slice(b, b + 1)
-        alone = run(
-            backend,
-            replace(
-                arguments,
-                q=arguments.q[one],
-                k=arguments.k[one],
-                v=arguments.v[one],
-                grad_out=arguments.grad_out[one],
-                grad_lse=arguments.grad_lse[one],
-            ),
-        )
-        for name, tensor in alone.items():
+        for name, tensor in run(backend, arguments.of_batch(one)).items():
             if backend == "reference":  # torch's batched products do depend on the batch
                 torch.testing.assert_close(tensor, together[name][one], rtol=1e-4, atol=1e-5)
             else:
                 assert torch.equal(tensor, together[name][one]), name
 
 
-@BACKENDS
+@COMPILED
 @given(arguments=simple)
 def test_heads_are_separate_and_groups_are_repeats(backend: str, arguments: AttentionCase) -> None:
     together = run(backend, arguments)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +24,9 @@ from rowmax.kernels import (
     rms_norm,
 )
 
+from .support import traced
+
 Draw = Callable[[torch.Generator, int], tuple[Tensor, ...]]
-
-
-def traced(function: Callable[..., Any], *arguments: Tensor) -> Callable[..., Any]:
-    """The trace as it comes out of a file; its only warning is that tracing is deprecated."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*is deprecated")
-        graph = torch.jit.trace(function, arguments)
-        file = io.BytesIO()
-        torch.jit.save(graph, file)
-        file.seek(0)
-        return torch.jit.load(file)
 
 
 def check(function: Callable[..., Any], draw: Draw) -> None:

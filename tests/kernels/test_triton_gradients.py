@@ -26,7 +26,7 @@ from rowmax.kernels import (
 )
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.ops import operators
-from rowmax.kernels.ops.problem import AttentionProblem
+from rowmax.kernels.ops.problem import AttentionProblem, BackwardInputs
 
 from .backends import device_of
 
@@ -175,7 +175,9 @@ def test_bounds_too_small_touch_no_other_sequence(monkeypatch: pytest.MonkeyPatc
     results = []
     for one in (problem, bounded):
         out, lse = attention_launch.attention(one)
-        gradients = attention_launch.attention_backward(one, grad_out, None, out, lse, False, False)
+        gradients = attention_launch.attention_backward(
+            one, BackwardInputs(grad_out, None, out, lse)
+        )
         results.append((out, *gradients[:3]))
     reached = int(starts_q[1]) + 33
     assert torch.equal(results[1][0][:, :, :reached], results[0][0][:, :, :reached])

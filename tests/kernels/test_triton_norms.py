@@ -24,11 +24,11 @@ from rowmax.kernels import (
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.backends.reference import rows_keep
 from rowmax.kernels.backends.reference.philox import (
-    NORM_STREAM,
     keep_scale,
     keep_threshold,
-    philox4x32,
 )
+
+from .support import row_keeps
 
 if dispatch.unavailable("triton") is not None:
     pytest.skip(str(dispatch.unavailable("triton")), allow_module_level=True)
@@ -267,14 +267,4 @@ def test_rows_beyond_32_bits_have_words_of_their_own(row: int) -> None:
     by_pointer, on_device = torch.empty_like(target), torch.tensor(seed, device=DEVICE)
     store_factors[(1,)](by_pointer, row, keep_threshold(p), 1.0, on_device, columns)
     assert torch.equal(by_pointer, target)
-    words = philox4x32(
-        (
-            torch.arange(columns // 4),
-            torch.tensor(row % 2**32),
-            torch.tensor(row // 2**32),
-            torch.tensor(NORM_STREAM),
-        ),
-        torch.tensor(seed),
-    )
-    keep = torch.stack(torch.broadcast_tensors(*words), -1).flatten() >= keep_threshold(p)
-    assert torch.equal(target.cpu(), keep.float())
+    assert torch.equal(target.cpu(), row_keeps(row, columns, p, seed).float())

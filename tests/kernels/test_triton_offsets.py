@@ -5,6 +5,7 @@ A tensor's elements lie gigabytes apart in memory that is reserved and never tou
 
 from __future__ import annotations
 
+import functools
 import mmap
 import sys
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from rowmax.kernels import Dense, attention, attention_varlen
 from rowmax.kernels.backends import dispatch
 
+from .. import tensors
 from .backends import is_interpreted
 
 if dispatch.unavailable("triton") is not None:
@@ -27,11 +29,7 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 # (elements from one to the next, how many): 32 bits hold the step alone, or not even that
 STEPS = {"30 bits": (2**30 + 32, 4), "31 bits": (2**31 + 32, 2)}
 EVERY_STEP = pytest.mark.parametrize("step,count", STEPS.values(), ids=STEPS)
-
-
-def draw(*size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randn(size, generator=generator, dtype=torch.float32)
+draw = functools.partial(tensors.rand, dtype=torch.float32)
 
 
 def far(near: Tensor, dim: int, step: int) -> Tensor:

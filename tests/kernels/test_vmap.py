@@ -21,7 +21,8 @@ from rowmax.kernels import (
     attention,
 )
 
-from .backends import device_of, doing, is_interpreted, refused
+from ..tensors import rand
+from .backends import BACKENDS, device_of, is_interpreted
 from .derivative_cases import (
     COMPILED,
     NORMS,
@@ -29,8 +30,6 @@ from .derivative_cases import (
     heads,
     loss_of,
     made,
-    op_of,
-    rand,
     tuple_of,
 )
 
@@ -43,61 +42,56 @@ def samples(*size: int, seed: int = 0) -> Tensor:
 
 
 LENGTHS = torch.tensor([[4, 2], [1, 3], [0, 4]])
-# name -> tensors beyond q, k, v; which of all have samples; their use; the features
-VMAPPED: dict[str, tuple[tuple[Tensor, ...], str, Options, set[str]]] = {
-    "plain": ((), "qkv", dict, set()),
-    "shared_keys": ((), "q", lambda: {"mask": Causal("lower_right")}, set()),
-    "shared_queries": ((), "kv", lambda: {"mask": KeyLengths(LENGTHS[0])}, set()),
+# name -> tensors beyond q, k, v; which of all have samples; their use
+VMAPPED: dict[str, tuple[tuple[Tensor, ...], str, Options]] = {
+    "plain": ((), "qkv", dict),
+    "shared_keys": ((), "q", lambda: {"mask": Causal("lower_right")}),
+    "shared_queries": ((), "kv", lambda: {"mask": KeyLengths(LENGTHS[0])}),
     "lengths": (
         (LENGTHS,),
         "qkv0",
         lambda lengths: {"mask": KeyLengths(lengths) & QueryLengths(lengths)},
-        set(),
     ),
-    "offsets": ((LENGTHS - 2,), "qv0", lambda at: {"mask": Causal(at) & Window(2, 2, 0)}, set()),
+    "offsets": ((LENGTHS - 2,), "qv0", lambda at: {"mask": Causal(at) & Window(2, 2, 0)}),
     "dense": (
         (samples(2, 3, 4) > 0,),
         "qkv0",
         lambda allowed: {"mask": Dense(allowed)},
-        set(),
     ),
-    "dense_shared": ((rand(2, 1, 3, 4) > 0,), "v", lambda mask: {"mask": Dense(mask)}, set()),
+    "dense_shared": ((rand(2, 1, 3, 4) > 0,), "v", lambda mask: {"mask": Dense(mask)}),
     "documents": (
         (samples(2, 3).gt(0).int(), samples(2, 4).gt(0).int()),
         "qk01",
         lambda ids, key_ids: {"mask": Documents(ids, key_ids)},
-        {"documents"},
     ),
-    "bias": ((samples(2, 3, 4),), "qkv0", lambda bias: {"bias": bias}, set()),
-    "bias_shared": ((rand(2, 1, 1, 4),), "qkv", lambda bias: {"bias": bias}, set()),
-    "bias_broadcast": ((rand(1, 2, 3, 4),), "qkv", lambda bias: {"bias": bias}, set()),
-    "sinks": ((rand(2),), "qkv", lambda sinks: {"sinks": sinks}, {"sinks"}),
-    "sinks_samples": ((samples(2),), "q0", lambda sinks: {"sinks": sinks}, {"sinks"}),
+    "bias": ((samples(2, 3, 4),), "qkv0", lambda bias: {"bias": bias}),
+    "bias_shared": ((rand(2, 1, 1, 4),), "qkv", lambda bias: {"bias": bias}),
+    "bias_broadcast": ((rand(1, 2, 3, 4),), "qkv", lambda bias: {"bias": bias}),
+    "sinks": ((rand(2),), "qkv", lambda sinks: {"sinks": sinks}),
+    "sinks_samples": ((samples(2),), "q0", lambda sinks: {"sinks": sinks}),
     "alibi": (
         (samples(2).abs(),),
         "qkv0",
         lambda slopes: {"bias": ALiBi(slopes, 1)},
-        {"alibi"},
     ),
-    "dropout": ((), "qkv", lambda: {"dropout_p": 0.4, "seed": 3}, set()),
+    "dropout": ((), "qkv", lambda: {"dropout_p": 0.4, "seed": 3}),
     "seeds": (
         (torch.tensor([5, 6, 7]),),
         "qkv0",
         lambda seed: {"dropout_p": 0.4, "seed": seed},
-        set(),
     ),
 }
 VMAP_CASES = [
     pytest.param(name, backend, id=f"{name}-{backend}")
     for name in VMAPPED
-    for backend in doing("attention")
+    for backend in BACKENDS
     if not is_interpreted(backend) or name == "plain"
 ]
 
 
 def vmapped(name: str, backend: str) -> tuple[Function, tuple[Tensor, ...], tuple[int | None, ...]]:
     """The function of one sample, the tensors, and where their samples lie."""
-    others, which, options, _ = VMAPPED[name]
+    others, which, options = VMAPPED[name]
     sizes = {"q": (2, 2, 3, 2), "k": (2, 1, 4, 2), "v": (2, 1, 4, 3)}
     tensors = [
         samples(*size, seed=ord(key)) if key in which else rand(*size, seed=ord(key))
@@ -142,23 +136,13 @@ def assert_as_looped(
 
 @pytest.mark.parametrize("name,backend", VMAP_CASES)
 def test_vmap_of_attention(name: str, backend: str) -> None:
-    function, tensors, dims = vmapped(name, backend)
-    one = tuple(
-        t if dim is None else t.select(dim, 0) for t, dim in zip(tensors, dims, strict=True)
-    )
-    if not refused(backend, VMAPPED[name][3], lambda: function(*one)):
-        assert_as_looped(function, tensors, dims)
+    assert_as_looped(*vmapped(name, backend))
 
 
 @pytest.mark.parametrize("name,backend", VMAP_CASES)
 def test_vmap_of_gradients(name: str, backend: str) -> None:
     """A gradient of each sample, of what the samples share too; and a gradient of all of them."""
     function, tensors, dims = vmapped(name, backend)
-    one = tuple(
-        t if dim is None else t.select(dim, 0) for t, dim in zip(tensors, dims, strict=True)
-    )
-    if refused(backend, VMAPPED[name][3], lambda: function(*one)):
-        return
     floats = tuple(at for at, tensor in enumerate(tensors) if tensor.is_floating_point())
     if name == "alibi":
         floats = (0, 1, 2)  # slopes are constants
@@ -212,7 +196,7 @@ NORM_SAMPLES = [
     pytest.param(name, which, backend, id=f"{name}-{which}-{backend}")
     for name in NORMS
     for which in (("x",) if name.endswith("plain") or name == "masked_softmax" else ("x", "xw"))
-    for backend in doing(op_of(name))
+    for backend in BACKENDS
     if not is_interpreted(backend) or name == "layer_norm"
 ]
 
@@ -220,9 +204,7 @@ NORM_SAMPLES = [
 @pytest.mark.parametrize("name,which,backend", NORM_SAMPLES)
 def test_vmap_of_norms(name: str, which: str, backend: str) -> None:
     """Samples of rows, with one set of parameters or one a sample; values and gradients."""
-    case = made(name, backend)
-    assert case is not None
-    function, tensors = case
+    function, tensors = made(name, backend)
     dims = tuple(0 if which == "xw" or tensor.dim() > 1 else None for tensor in tensors)
     stacked = tuple(
         tensor if dim is None else torch.stack([tensor, tensor.cos(), tensor - 1])

@@ -25,12 +25,8 @@ from rowmax.kernels import (
     rms_norm,
 )
 
-from .backends import BACKENDS, device_of, doing
-
-
-def rand(*size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=torch.float64)
+from ..tensors import rand
+from .backends import BACKENDS, device_of
 
 
 def zeros_as(tensor: Tensor) -> Tensor:
@@ -95,7 +91,7 @@ CALLS: dict[str, tuple[str, tuple[tuple[int, ...], ...], Callable[..., Any]]] = 
     ),
 }
 EVERY = pytest.mark.parametrize(
-    "name,backend", [(name, backend) for name in CALLS for backend in doing(CALLS[name][0])]
+    "name,backend", [(name, backend) for name in CALLS for backend in BACKENDS]
 )
 
 

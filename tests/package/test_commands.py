@@ -18,6 +18,8 @@ from rowmax.bench.cli import build_parser
 from rowmax.transformer.checkpoint import FORMAT
 from rowmax.transformer.cli import COMMANDS
 
+from ..processes import python
+
 # All that the extras bring, as rowmax's metadata lists it, and what tests and the linter bring.
 EXTRAS = {
     match[1]: match[2]
@@ -31,14 +33,7 @@ OPTIONAL = [*sorted(EXTRAS.keys() - {"mpmath"}), "_pytest", "llvmlite", "numba"]
 def run_without(names: list[str], script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`script` in a fresh interpreter in which these packages can't be imported."""
     blocked = "".join(f"sys.modules[{name!r}] = None\n" for name in names)
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{blocked}{script}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=folder,
-    )
+    return python("-c", f"import sys\n{blocked}{script}", cwd=folder)
 
 
 def command(module: str, *arguments: str) -> str:

@@ -58,7 +58,7 @@ def test_in_the_middle_of_a_measurement(
     def stop(_: object) -> None:
         raise error
 
-    monkeypatch.setattr("rowmax.bench.measure.overhead.describe", lambda: stop(None))
+    monkeypatch.setattr("rowmax.bench.measure.figures.describe", lambda: stop(None))
     assert bench.main(["overhead"]) == status
     assert capfd.readouterr().err.count("\n") == 1
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -14,19 +12,13 @@ import pytest
 import rowmax
 from rowmax import kernels
 
+from ..processes import python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=cwd,
-        env=os.environ | {"PYTHONUNBUFFERED": ""},
-    )
+    return python(*arguments, cwd=cwd, PYTHONUNBUFFERED="")
 
 
 def test_the_version_is_that_of_the_installation() -> None:

@@ -11,6 +11,8 @@ import torch
 
 from rowmax import console, waiting
 
+from ..processes import printed
+
 
 def openmp_settings(tmp_path, module: str, **given: str) -> dict[str, str]:
     """What torch's OpenMP says that it goes by, in a command that was started with these."""
@@ -45,9 +47,7 @@ def test_what_a_user_set_stays(tmp_path):
 def test_an_import_changes_nothing(tmp_path):
     before = dict(os.environ)
     code = "import os, rowmax.transformer; print({**os.environ} == " + repr(before) + ")"
-    words = [sys.executable, "-c", code]
-    run = subprocess.run(words, env=before, cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.strip() == "True"
+    assert printed("-c", code, cwd=tmp_path) == "True\n"
 
 
 @pytest.mark.parametrize(

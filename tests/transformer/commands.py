@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rowmax.transformer import cli, corpus
@@ -32,6 +34,16 @@ def forkserver() -> ForkServerContext:
         [cli.__name__, "torch._dynamo", "tokenizers", "safetensors.torch", "tqdm"]
     )
     return context
+
+
+def ended(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """How each ended."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def free_port() -> int:

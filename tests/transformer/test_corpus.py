@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rowmax.transformer import corpus, korean, lexicon
+
+from ..processes import printed
 
 
 @pytest.mark.parametrize(
@@ -174,8 +173,7 @@ def test_seeds():
 def test_the_same_pairs_in_another_process():
     """Not dependent on PYTHONHASHSEED, say."""
     code = "from rowmax.transformer import corpus; print(ascii(corpus.generate(200)))"
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-    assert output == (ascii(corpus.generate(200)) + "\n").encode()
+    assert printed("-c", code) == ascii(corpus.generate(200)) + "\n"
 
 
 def test_sentences_are_well_formed():

@@ -25,7 +25,7 @@ from rowmax.transformer import corpus
 from rowmax.transformer.distributed import Workers
 from rowmax.transformer.training import step_seed
 
-from .commands import fails, forkserver, free_port, variables
+from .commands import ended, fails, forkserver, free_port, variables
 
 STEPS = 12
 
@@ -83,15 +83,6 @@ def start(
         processes.append(context.Process(target=exec, args=(WORK, given)))
         processes[-1].start()
     return processes
-
-
-def ended(processes: Sequence[BaseProcess]) -> list[int | None]:
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
 
 
 def run(folder: Path, *each: Sequence[str]) -> None:

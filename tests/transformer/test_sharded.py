@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .commands import forkserver, free_port, variables
+from .commands import ended, forkserver, free_port, variables
 
 # What a process does. No function of this file: a new process can't import it.
 WORK = """
@@ -87,9 +87,4 @@ def test_two_processes_with_half_of_the_weights_each(what):
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    assert ended(processes) == [0, 0]

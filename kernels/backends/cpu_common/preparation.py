@@ -1,16 +1,63 @@
-"""An attention problem that CPU kernels can read: what is copied, and why."""
+"""What both CPU backends do before a kernel and after it: what is copied, and why; results."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...ops.layout import statistics_dtype
-from ...ops.problem import AttentionProblem
+from ...api.masks import MaskStructure
+from ...ops.layout import saved_lse_dtype, statistics_dtype
+from ...ops.problem import AttentionProblem, BackwardInputs, Problem, SoftmaxProblem
 
 _MAX_FLOAT32_TERMS = 16  # gradients of a bias: float32 sums of so few are as exact as the terms
+
+
+def declines(problem: Problem) -> str | None:
+    first = problem[0]
+    if not first.is_cpu:
+        return f"tensors on {first.device}, not on the CPU"
+    if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
+        return "sequences of 2**30 and more are not done (positions are 32-bit)"
+    return None
+
+
+def empty_lse(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+
+
+class BackwardTensors(NamedTuple):
+    """What a backward kernel reads and writes beside the problem, the gradients of q, k and v."""
+
+    lse: Tensor  # (B, Hq, Lq) float64
+    grad_lse: Tensor | None
+    d_bias: Tensor | None  # see `bias_gradient`
+    delta: Tensor | None  # (B, Hq, Lq), of which the sinks' gradient is made
+
+    def of_bias_and_sinks(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+        """The last two results, of the problem as it was given; empty unless they are wanted."""
+        none = problem.query.new_empty(0)
+        bias, sinks = problem.bias, problem.sinks
+        d_bias = none if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
+        if self.delta is None or sinks is None:
+            return d_bias, none
+        # -sum over batch and rows of exp(sink - lse) * delta
+        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - self.lse)
+        return d_bias, -(taken * self.delta).sum((0, 2)).to(sinks.dtype)
+
+
+def backward_tensors(problem: AttentionProblem, inputs: BackwardInputs) -> BackwardTensors:
+    lse, grad_lse = inputs.lse.to(torch.float64).contiguous(), inputs.grad_lse
+    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
+    d_bias = delta = None
+    if inputs.bias_grad and problem.bias is not None:
+        d_bias = bias_gradient(problem.bias, problem.shape, statistics_dtype(problem.query.dtype))
+    if inputs.sinks_grad:
+        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
+    return BackwardTensors(lse, grad_lse, d_bias, delta)
 
 
 def prepared(problem: AttentionProblem) -> AttentionProblem:
@@ -104,22 +151,13 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def broadcast_strides(tensor: Tensor) -> list[int]:
-    """Strides with 0 for every dimension of size 1."""
-    return [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-
-
-_NO_DROPOUT = {"dropout": 0, "threshold": 0, "seed": 0, "keep_scale": 1.0}
-
-
-def dropout_fields(dropout_p: float, seed: Tensor | None) -> dict[str, float]:
-    """The fields of a call record that say what dropout does."""
-    if dropout_p == 0.0 or seed is None:
-        return _NO_DROPOUT
-    # p = 1 wants 2**32, one more than a word holds; its keep_scale of 0 drops what is left
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    keep_scale = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return {"dropout": 1, "threshold": threshold, "seed": int(seed), "keep_scale": keep_scale}
+def prepared_softmax(problem: SoftmaxProblem) -> SoftmaxProblem:
+    """The problem with every tensor in a layout that a kernel reads."""
+    scores, mask, scale = problem
+    parts: dict[str, Any] = {
+        name: part.contiguous() if isinstance(part, Tensor) and name != "dense" else part
+        for name, part in mask._asdict().items()
+    }
+    if mask.dense is not None and mask.dense.shape[3] != 1:
+        parts["dense"] = unit_last_stride(mask.dense)
+    return SoftmaxProblem(unit_last_stride(scores), MaskStructure(**parts), scale)

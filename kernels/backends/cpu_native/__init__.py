@@ -8,40 +8,14 @@ from pathlib import Path
 
 import torch
 
-from ...ops.problem import AttentionProblem, Problem
-from .attention_launch import attention, attention_backward, attention_out, fast_path_attention
-from .cross_entropy_launch import linear_cross_entropy
-from .norm_launch import (
-    add_layer_norm,
-    add_layer_norm_backward,
-    fast_path_norm,
-    layer_norm,
-    layer_norm_backward,
-    rms_norm,
-    rms_norm_backward,
+from ..cpu_common.preparation import declines
+from ..launches import on_first_use
+
+__all__ = ["declines", "left_out_on_purpose", "unavailable"]
+
+__getattr__ = on_first_use(
+    __name__, fast_path_attention="attention_launch", fast_path_norm="norm_launch"
 )
-from .softmax_launch import masked_softmax, masked_softmax_backward
-
-__all__ = [
-    "add_layer_norm",
-    "add_layer_norm_backward",
-    "attention",
-    "attention_backward",
-    "attention_out",
-    "declines",
-    "fast_path_attention",
-    "fast_path_norm",
-    "layer_norm",
-    "layer_norm_backward",
-    "left_out_on_purpose",
-    "linear_cross_entropy",
-    "masked_softmax",
-    "masked_softmax_backward",
-    "rms_norm",
-    "rms_norm_backward",
-    "unavailable",
-]
-
 
 _REASON = Path(__file__).parents[2] / "missing_extension.txt"  # written by setup.py
 
@@ -69,13 +43,4 @@ def unavailable() -> str | None:
         torch.ops.rowmax_native.bfloat16_dots()
     except RuntimeError as error:
         return str(error)
-    return None
-
-
-def declines(problem: Problem) -> str | None:
-    first = problem[0]
-    if not first.is_cpu:
-        return f"tensors on {first.device}, not on the CPU"
-    if isinstance(problem, AttentionProblem) and max(problem.shape[2:]) >= 2**30:
-        return "sequences of 2**30 and more are not done (positions are 32-bit)"
     return None

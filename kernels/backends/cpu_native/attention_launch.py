@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from ...api.masks import Causal, Mask
-from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem
-from ..cpu_common.preparation import bias_gradient, prepared, unit_last_stride
+from ...ops.layout import empty_heads
+from ...ops.problem import AttentionProblem, BackwardInputs
+from ..cpu_common.preparation import backward_tensors, empty_lse, prepared, unit_last_stride
 
 # How `csrc/binding/fast_path_attention.cpp` is told the alignment of a causal mask; 0 is no mask.
 _ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    query = problem.query
-    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    lse = empty_lse(problem.query)
     return _forward(problem, lse), lse
 
 
@@ -59,31 +58,15 @@ def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
 
 
 def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
+    problem: AttentionProblem, inputs: BackwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks = problem.bias, problem.sinks
-    problem = prepared(problem)
-    query, key, value = problem.query, problem.key, problem.value
-    lse = lse.to(torch.float64).contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
-    d_bias = None
-    if bias_grad and bias is not None:
-        d_bias = bias_gradient(bias, problem.shape, statistics_dtype(query.dtype))
-    delta = None
-    if sinks_grad:
-        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
-        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
-    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
+    given, problem = problem, prepared(problem)
+    lse, grad_lse, d_bias, delta = tensors = backward_tensors(given, inputs)
+    d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in problem[:3])
     torch.ops.rowmax_native.attention_backward.default(
-        unit_last_stride(out),
+        unit_last_stride(inputs.out),
         lse,
-        unit_last_stride(grad_out),
+        unit_last_stride(inputs.grad_out),
         grad_lse,
         d_query,
         d_key,
@@ -92,13 +75,4 @@ def attention_backward(
         delta,
         *problem.flat(),
     )
-    d_sinks = None
-    if delta is not None and sinks is not None:
-        # -sum over batch and rows of exp(sink - lse) * delta
-        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - lse)
-        d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
-    return (
-        *(d_query, d_key, d_value),
-        query.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        query.new_empty(0) if d_sinks is None else d_sinks,
-    )
+    return d_query, d_key, d_value, *tensors.of_bias_and_sinks(given)

@@ -14,21 +14,11 @@ from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..cpu_common.results import new_result
-from ..fused_norms import FusedNorms
+from ..fused_norms import Backward, Forward, FusedNorms, Results
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    subtract_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+def _forward(norm: Forward) -> Results:
+    x, residual, weight, bias, eps, dropout_p, seed, subtract_mean = norm
     shape, rows = x.shape, count_rows(x)
     dtype = statistics_dtype(x.dtype)
     y = new_result(x, shape)
@@ -46,18 +36,8 @@ def _forward(
     return y, y if total is None else total, rstd if mean is None else mean, rstd
 
 
-def _backward(
-    x: Tensor,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+def _backward(norm: Backward) -> Results:
+    x, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed = norm
     shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
     dtype = statistics_dtype(x.dtype)
     d_total = new_result(x, shape)
@@ -88,13 +68,7 @@ def _parameter(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parameter is None else parameter.detach().to(dtype).contiguous()
 
 
-_norms = FusedNorms(_forward, _backward)
-layer_norm = _norms.layer_norm
-layer_norm_backward = _norms.layer_norm_backward
-add_layer_norm = _norms.add_layer_norm
-add_layer_norm_backward = _norms.add_layer_norm_backward
-rms_norm = _norms.rms_norm
-rms_norm_backward = _norms.rms_norm_backward
+norms = FusedNorms(_forward, _backward)
 
 
 def fast_path_norm(

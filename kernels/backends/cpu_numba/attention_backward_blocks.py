@@ -24,9 +24,10 @@ from .memory import (
     store,
     store_first,
 )
+from .philox import at_least
 from .transpose import add_transposed, transpose_block
 from .vector import cast, select, splat
-from .vector_math import at_least, exp2_difference
+from .vector_math import exp2_difference
 
 
 @jit

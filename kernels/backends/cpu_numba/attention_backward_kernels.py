@@ -370,7 +370,7 @@ def _backward_chunk(call, b, head, chunk, following, scratch):
     )
 
 
-def _backward(argument):
+def backward(argument):
     """All heads of K and V; a task is one, one chunk of it, or all that share a bias gradient."""
     call = read(argument)
     zero = call.zero
@@ -396,7 +396,7 @@ def _backward(argument):
                     _backward_chunk(call, each_b, each_head, chunk, following, scratch)
 
 
-BACKWARD = Kernel(_backward, ATTENTION.fields("backward"))
+BACKWARD = Kernel(backward, ATTENTION.fields("backward"))
 
 
 def scratch_elements(

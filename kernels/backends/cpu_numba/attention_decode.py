@@ -39,6 +39,7 @@ from .memory import (
     store,
     take_work,
 )
+from .philox import at_least, philox_columns
 from .vector import (
     add_lanes,
     cast,
@@ -51,7 +52,7 @@ from .vector import (
     splat,
     splat_integer,
 )
-from .vector_math import at_least, exp2, philox_columns, tanh
+from .vector_math import exp2, tanh
 
 _WIDENED_KEYS = 32  # of V at a time
 
@@ -348,7 +349,7 @@ def _merge_chunks(call, b, head, partial, partial_chunk, scratch):
             (pointer(call.lse, zero) + row)[0] = cast(row_lse, zero)
 
 
-def _decode(argument):
+def decode(argument):
     """All chunks of all heads of K and V; the last to finish one of a head merges them."""
     call = read(argument)
     zero = call.zero
@@ -378,7 +379,7 @@ def _decode(argument):
             _merge_chunks(call, b, head, partial, partial_chunk, scratch)
 
 
-DECODE = Kernel(_decode, ATTENTION.fields("decode"))
+DECODE = Kernel(decode, ATTENTION.fields("decode"))
 
 
 def partial_elements(rows: int, lanes: int, value_dim: int) -> int:

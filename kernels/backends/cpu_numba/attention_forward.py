@@ -285,7 +285,7 @@ def _kept_elements(key_len, head_dim, value_dim, lanes):
 kept_elements = jit(_kept_elements)
 
 
-def _forward(argument):
+def forward(argument):
     """All tiles of all heads; a task is one tile, the last tiles (the longest under a causal mask)
     first."""
     call = read(argument)
@@ -317,7 +317,7 @@ def _forward(argument):
             )
 
 
-FORWARD = Kernel(_forward, ATTENTION.fields("forward"))
+FORWARD = Kernel(forward, ATTENTION.fields("forward"))
 
 
 def scratch_elements(

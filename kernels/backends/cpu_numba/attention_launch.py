@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem
-from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16, LOG2_E, NO_BOUND
-from ..cpu_common.preparation import (
-    bias_gradient,
-    broadcast_strides,
-    dropout_fields,
-    prepared,
-    unit_last_stride,
-)
+from ...ops.layout import empty_heads, statistics_dtype
+from ...ops.problem import AttentionProblem, BackwardInputs
+from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16, LOG2_E
+from ..cpu_common.preparation import backward_tensors, empty_lse, prepared, unit_last_stride
 from .attention_backward_kernels import BACKWARD
 from .attention_backward_kernels import scratch_elements as backward_scratch
 from .attention_decode import DECODE, partial_elements
@@ -32,34 +26,15 @@ from .attention_plan import (
     max_decode_queries,
 )
 from .call import Plan
+from .fields import address, broadcast_strides, dropout_fields, heads, mask_fields, pairs
 from .gemm import lanes_in
 from .host import bfloat16_dots
 
 _ITEM_TYPES = {torch.bfloat16: ITEM_BFLOAT16, torch.float16: ITEM_FLOAT16}
-# The fields of what a problem may lack, and of a bias gradient that is not wanted.
-_ABSENT: dict[str, float] = dict.fromkeys(
-    (
-        *("query_starts", "key_starts", "band", "prefix_lengths", "key_lengths"),
-        *("query_lengths", "sinks"),
-        *("query_documents", "query_documents_batch", "key_documents", "key_documents_batch"),
-        *("bias", "bias_batch", "bias_head", "bias_row", "bias_column", "bias_item_type"),
-        *("dense", "dense_batch", "dense_head", "dense_row", "dense_column"),
-        *("alibi", "alibi_batch", "alibi_offset", "alibi_offset_batch"),
-    ),
-    0,
-)
-_NO_BIAS_GRADIENT = dict.fromkeys(
-    (
-        *("d_bias", "d_bias_batch", "d_bias_head", "d_bias_row", "d_bias_column"),
-        *("d_bias_kind", "d_bias_item_type"),
-    ),
-    0,
-)
 
 
 def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
-    query = problem.query
-    lse = query.new_empty(query.shape[:3], dtype=saved_lse_dtype(query.dtype))
+    lse = empty_lse(problem.query)
     return _forward(problem, lse), lse
 
 
@@ -165,29 +140,13 @@ def _decode_plan(
 
 
 def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
+    problem: AttentionProblem, inputs: BackwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, sinks = problem.bias, problem.sinks
-    problem = prepared(problem)
+    given, problem = problem, prepared(problem)
     query, key, value = problem.query, problem.key, problem.value
     dtype, half = statistics_dtype(query.dtype), query.dtype in _ITEM_TYPES
-    grad_out, out = unit_last_stride(grad_out), unit_last_stride(out)
-    lse = lse.to(torch.float64).contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.to(torch.float64).contiguous()
-    d_bias = None
-    if bias_grad and bias is not None:
-        d_bias = bias_gradient(bias, problem.shape, dtype)
-    delta = None
-    if sinks_grad:
-        # Rows that no tile of keys meets: out = 0, so that delta is -dlse.
-        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse
-
+    grad_out, out = unit_last_stride(inputs.grad_out), unit_last_stride(inputs.out)
+    lse, grad_lse, d_bias, delta = tensors = backward_tensors(given, inputs)
     of, lanes = _sizes(problem), lanes_in(dtype)
     head_dim, value_dim = query.shape[3], value.shape[3]
     row_bytes = (head_dim + value_dim) * dtype.itemsize
@@ -200,11 +159,10 @@ def attention_backward(
         *(half, problem.softcap is not None, chunked),
     )
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in (query, key, value))
-    by_grad_out = grad_out.stride()
-    by_query, by_key, by_value = d_query.stride(), d_key.stride(), d_value.stride()
     fields = {
         **_fields(problem, of, out, lse),
-        **_NO_BIAS_GRADIENT,
+        **heads(grad_out=grad_out, d_query=d_query, d_key=d_key, d_value=d_value),
+        **pairs("d_bias", d_bias),
         "score_scale": problem.scale,
         "max_decode_queries": 0,
         "tile": plan.tile,
@@ -213,49 +171,23 @@ def attention_backward(
         "head_tasks": plan.head_tasks,
         "chunk_tasks": plan.chunk_tasks,
         "chunk_keys": plan.chunk_keys,
-        "grad_out": grad_out.data_ptr(),
-        "grad_out_batch": by_grad_out[0],
-        "grad_out_head": by_grad_out[1],
-        "grad_out_row": by_grad_out[2],
-        "grad_lse": 0 if grad_lse is None else grad_lse.data_ptr(),
-        "d_query": d_query.data_ptr(),
-        "d_query_batch": by_query[0],
-        "d_query_head": by_query[1],
-        "d_query_row": by_query[2],
-        "d_key": d_key.data_ptr(),
-        "d_key_batch": by_key[0],
-        "d_key_head": by_key[1],
-        "d_key_row": by_key[2],
-        "d_value": d_value.data_ptr(),
-        "d_value_batch": by_value[0],
-        "d_value_head": by_value[1],
-        "d_value_row": by_value[2],
-        "delta": 0 if delta is None else delta.data_ptr(),
+        "grad_lse": address(grad_lse),
+        "delta": address(delta),
+        "d_bias_kind": 0,
+        "d_bias_item_type": 0,
     }
     if d_bias is not None:
-        fields.update(_pairs("d_bias", d_bias))
         fields["d_bias_kind"] = bias_gradient_kind(of, d_bias.shape, d_bias.dtype == dtype)
-        fields["d_bias_item_type"] = _ITEM_TYPES.get(d_bias.dtype, ITEM_COMPUTED)
-    BACKWARD(
+        fields["d_bias_item_type"] = _item_type(d_bias)
+    BACKWARD.plan(
         _compiled_for(query.dtype),
         plan.grabs,
         elements * dtype.itemsize,
         fields,
         dq_semaphore + dq_accumulator,
         dq_semaphore,
-    )
-    if d_bias is not None and bias is not None:
-        d_bias = d_bias.to(bias.dtype)
-    d_sinks = None
-    if delta is not None and sinks is not None:
-        # -sum over batch and rows of exp(sink - lse) * delta
-        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - lse)
-        d_sinks = -(taken * delta).sum((0, 2)).to(sinks.dtype)
-    return (
-        *(d_query, d_key, d_value),
-        query.new_empty(0) if d_bias is None else d_bias,
-        query.new_empty(0) if d_sinks is None else d_sinks,
-    )
+    ).run()
+    return d_query, d_key, d_value, *tensors.of_bias_and_sinks(given)
 
 
 def _compiled_for(dtype: torch.dtype) -> torch.dtype:
@@ -274,27 +206,22 @@ def _fields(
 ) -> dict[str, float]:
     """The fields of every pass, but for those that a plan decides."""
     query, key, value, bias, alibi, alibi_offset, sinks, mask, _, softcap, dropout_p = problem[:11]
-    by_query, by_key, by_value, by_out = query.stride(), key.stride(), value.stride(), out.stride()
     fields = {
-        **_ABSENT,
-        "query": query.data_ptr(),
-        "query_batch": by_query[0],
-        "query_head": by_query[1],
-        "query_row": by_query[2],
-        "key": key.data_ptr(),
-        "key_batch": by_key[0],
-        "key_head": by_key[1],
-        "key_row": by_key[2],
-        "value": value.data_ptr(),
-        "value_batch": by_value[0],
-        "value_head": by_value[1],
-        "value_row": by_value[2],
-        "out": out.data_ptr(),
-        "out_batch": by_out[0],
-        "out_head": by_out[1],
-        "out_row": by_out[2],
-        "lse": 0 if lse is None else lse.data_ptr(),
-        "item_type": _ITEM_TYPES.get(query.dtype, ITEM_COMPUTED),
+        **heads(query=query, key=key, value=value, out=out),
+        **mask_fields(mask),
+        **pairs("bias", bias),
+        "lse": address(lse),
+        "query_documents_batch": 0,
+        "key_documents_batch": 0,
+        "bias_item_type": ITEM_COMPUTED if bias is None else _item_type(bias),
+        "alibi": address(alibi),
+        "alibi_batch": 0 if alibi is None else broadcast_strides(alibi)[0],
+        "alibi_offset": address(alibi_offset),
+        "alibi_offset_batch": 0 if alibi_offset is None else broadcast_strides(alibi_offset)[0],
+        "sinks": address(sinks),
+        "query_starts": address(problem.query_starts),
+        "key_starts": address(problem.key_starts),
+        "item_type": _item_type(query),
         "batch": of.batch,
         "heads": of.heads,
         "key_heads": of.key_heads,
@@ -303,50 +230,16 @@ def _fields(
         "head_dim": query.shape[3],
         "value_dim": value.shape[3],
         "query_rows": query.shape[2],
-        "band_lower": -NO_BOUND if mask.band_lower is None else mask.band_lower,
-        "band_upper": NO_BOUND if mask.band_upper is None else mask.band_upper,
         "batch_start": problem.batch_start,
         "scale": problem.scale * LOG2_E if softcap is None else problem.scale / softcap,
         "cap": 0.0 if softcap is None else softcap * LOG2_E,
         **dropout_fields(dropout_p, problem.seed),
     }
-    if mask.band is not None:
-        fields["band"] = mask.band.data_ptr()
-    if mask.prefix_lengths is not None:
-        fields["prefix_lengths"] = mask.prefix_lengths.data_ptr()
-    if mask.key_lengths is not None:
-        fields["key_lengths"] = mask.key_lengths.data_ptr()
-    if mask.query_lengths is not None:
-        fields["query_lengths"] = mask.query_lengths.data_ptr()
     if mask.query_documents is not None and mask.key_documents is not None:
-        fields["query_documents"] = mask.query_documents.data_ptr()
         fields["query_documents_batch"] = mask.query_documents.stride(0)
-        fields["key_documents"] = mask.key_documents.data_ptr()
         fields["key_documents_batch"] = mask.key_documents.stride(0)
-    if mask.dense is not None:
-        fields.update(_pairs("dense", mask.dense))
-    if bias is not None:
-        fields.update(_pairs("bias", bias))
-        fields["bias_item_type"] = _ITEM_TYPES.get(bias.dtype, ITEM_COMPUTED)
-    if alibi is not None and alibi_offset is not None:
-        fields["alibi"], fields["alibi_offset"] = alibi.data_ptr(), alibi_offset.data_ptr()
-        fields["alibi_batch"] = broadcast_strides(alibi)[0]
-        fields["alibi_offset_batch"] = broadcast_strides(alibi_offset)[0]
-    if sinks is not None:
-        fields["sinks"] = sinks.data_ptr()
-    if problem.query_starts is not None and problem.key_starts is not None:
-        fields["query_starts"] = problem.query_starts.data_ptr()
-        fields["key_starts"] = problem.key_starts.data_ptr()
     return fields
 
 
-def _pairs(name: str, tensor: Tensor) -> dict[str, int]:
-    """The fields of a tensor with an element for each pair of a query and a key."""
-    batch, head, row, column = broadcast_strides(tensor)
-    return {
-        name: tensor.data_ptr(),
-        f"{name}_batch": batch,
-        f"{name}_head": head,
-        f"{name}_row": row,
-        f"{name}_column": column,
-    }
+def _item_type(tensor: Tensor) -> int:
+    return _ITEM_TYPES.get(tensor.dtype, ITEM_COMPUTED)

@@ -24,6 +24,7 @@ from .memory import (
     pointer,
     store,
 )
+from .philox import at_least, philox
 from .transpose import add_to_scores
 from .vector import (
     cast,
@@ -35,7 +36,7 @@ from .vector import (
     splat,
     splat_integer,
 )
-from .vector_math import at_least, philox, tanh
+from .vector_math import tanh
 
 
 @jit

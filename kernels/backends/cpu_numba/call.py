@@ -98,18 +98,6 @@ class Kernel:
         self._functions[dtype] = function
         return function
 
-    def __call__(
-        self,
-        dtype: torch.dtype,
-        tasks: int,
-        scratch_bytes: int,
-        fields: Mapping[str, float],
-        shared_bytes: int = 0,
-        shared_zeros: int = 0,
-    ) -> None:
-        """Run such a call."""
-        self.plan(dtype, tasks, scratch_bytes, fields, shared_bytes, shared_zeros).run()
-
 
 class Plan(NamedTuple):
     """One call of a kernel, ready but for the memory that it works in."""

@@ -57,7 +57,7 @@ def _row_loss(row, target, columns, smoothing, with_gradient, zero):
     return loss
 
 
-def cross_entropy(argument):
+def cross_entropy_rows(argument):
     """All rows."""
     call = read(argument)
     zero = call.zero
@@ -82,4 +82,4 @@ def cross_entropy(argument):
                 losses[index] = _row_loss(row, target, columns, smoothing, call.with_gradient, zero)
 
 
-ROWS = Kernel(cross_entropy, CROSS_ENTROPY.fields("rows"))
+ROWS = Kernel(cross_entropy_rows, CROSS_ENTROPY.fields("rows"))

@@ -16,7 +16,7 @@ def cross_entropy(
     losses = logits.new_empty(len(logits), dtype=statistics_dtype(logits.dtype))
     rows, columns = logits.shape
     task = task_rows(columns)
-    ROWS(
+    ROWS.plan(
         logits.dtype,
         -(-rows // task),
         0,
@@ -32,7 +32,7 @@ def cross_entropy(
             "with_gradient": with_gradient,
             "label_smoothing": label_smoothing,
         },
-    )
+    ).run()
     return losses
 
 

@@ -25,7 +25,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .jit import jit
-from .memory import load_masked, store_masked
+from .memory import load_masked, retyped, store_masked
 from .transpose import interleaved_rounds
 from .vector import (
     BFLOAT16,
@@ -82,12 +82,7 @@ def _first_elements(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
 @intrinsic
 def as_bfloat16(typing: Any, source: Any) -> Any:
     """The same address as a pointer to bfloat16 elements."""
-    kind = Pointer(BFLOAT16)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(kind))
-
-    return kind(source), generate
+    return retyped(BFLOAT16, source)
 
 
 @intrinsic

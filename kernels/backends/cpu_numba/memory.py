@@ -38,46 +38,31 @@ from .vector import (
 )
 
 
-@intrinsic
-def pointer(typing: Any, address: types.Type, like: types.Type) -> Any:
-    """The int64 `address` as a pointer to elements of `like`'s type."""
-    kind = Pointer(like)
+def _at(dtype: types.Type, *like: types.Type) -> Any:
+    kind = Pointer(dtype)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         return builder.inttoptr(args[0], context.get_value_type(kind))
 
-    return kind(types.int64, like), generate
+    return kind(types.int64, *like), generate
+
+
+@intrinsic
+def pointer(typing: Any, address: types.Type, like: types.Type) -> Any:
+    """The int64 `address` as a pointer to elements of `like`'s type."""
+    return _at(like, like)
 
 
 @intrinsic
 def integers_at(typing: Any, address: types.Type) -> Any:
     """The int64 `address` as a pointer to int64 elements."""
-    kind = Pointer(types.int64)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
+    return _at(types.int64)
 
 
 @intrinsic
 def bytes_at(typing: Any, address: types.Type) -> Any:
     """The int64 `address` as a pointer to bytes (bools)."""
-    kind = Pointer(types.uint8)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64), generate
-
-
-def _half_at(stored: types.Type, address: types.Type, like: types.Type) -> Any:
-    kind = Pointer(stored if like == types.float32 else like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64, like), generate
+    return _at(types.uint8)
 
 
 @intrinsic
@@ -87,24 +72,28 @@ def bfloat16_at(typing: Any, address: types.Type, like: types.Type) -> Any:
     Where a kernel computes in float64 there are none, and this is a pointer to float64: so one
     source does both.
     """
-    return _half_at(BFLOAT16, address, like)
+    return _at(BFLOAT16 if like == types.float32 else like, like)
 
 
 @intrinsic
 def float16_at(typing: Any, address: types.Type, like: types.Type) -> Any:
     """As `bfloat16_at`, of float16."""
-    return _half_at(FLOAT16, address, like)
+    return _at(FLOAT16 if like == types.float32 else like, like)
 
 
-@intrinsic
-def as_integers32(typing: Any, source: types.Type) -> Any:
-    """The same address as a pointer to int32 elements."""
-    kind = Pointer(types.int32)
+def retyped(dtype: types.Type, source: types.Type) -> Any:
+    kind = Pointer(dtype)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         return builder.bitcast(args[0], context.get_value_type(kind))
 
     return kind(source), generate
+
+
+@intrinsic
+def as_integers32(typing: Any, source: types.Type) -> Any:
+    """The same address as a pointer to int32 elements."""
+    return retyped(types.int32, source)
 
 
 @intrinsic

@@ -255,7 +255,7 @@ def _sum_chunks(partials, chunk_stride, chunks, target, columns, zero):
         store_first(target + c, total, columns - c)
 
 
-def differentiate(argument):
+def backward(argument):
     """All rows, and the sums of d_weight and d_bias.
 
     Scratch: FACTOR_BLOCK elements, and for each of GROUP rows as many and five more, its
@@ -329,7 +329,7 @@ def differentiate(argument):
                 _sum_chunks(partials + padded, 2 * padded, call.chunks, target, columns, zero)
 
 
-BACKWARD = Kernel(differentiate, NORM.fields("backward"))
+BACKWARD = Kernel(backward, NORM.fields("backward"))
 
 
 def scratch_elements() -> int:

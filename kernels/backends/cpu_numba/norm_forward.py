@@ -34,8 +34,8 @@ from .call import Kernel, read
 from .gemm import lanes_of
 from .jit import jit
 from .memory import integers_at, load, load_first, pointer, store, store_first, take_work
+from .philox import at_least, philox_columns
 from .vector import add_lanes, cast, lanes_before, multiply_add, select, splat
-from .vector_math import at_least, philox_columns
 
 _WORD = 0xFFFFFFFF
 _MOMENT_BYTES = 2 * GROUP * 8
@@ -331,7 +331,7 @@ def _normalise_groups(call, start, end, factors, statistics, zero):
                 )
 
 
-def normalise(argument):
+def forward(argument):
     """All rows.
 
     Scratch, for four rows: two float64 moments each; behind them FACTOR_BLOCK elements, then four
@@ -357,7 +357,7 @@ def normalise(argument):
             _normalise_one_by_one(call, start, end, factors, statistics, moments, zero)
 
 
-FORWARD = Kernel(normalise, NORM.fields("forward"))
+FORWARD = Kernel(forward, NORM.fields("forward"))
 
 
 def scratch_bytes(itemsize: int) -> int:

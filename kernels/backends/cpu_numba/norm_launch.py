@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
-from ..cpu_common.preparation import dropout_fields
 from ..cpu_common.results import new_result
-from ..fused_norms import FusedNorms
+from ..fused_norms import Backward, Forward, FusedNorms, Results
+from .fields import dropout_fields
 from .gemm import lanes_in
 from .norm_backward import BACKWARD
 from .norm_backward import scratch_elements as backward_scratch
@@ -17,18 +17,8 @@ from .norm_forward import scratch_bytes as forward_scratch
 from .rows import chunk_rows, task_rows
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    subtract_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+def _forward(norm: Forward) -> Results:
+    x, residual, weight, bias, eps, dropout_p, seed, subtract_mean = norm
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     y = new_result(x, shape)
@@ -43,7 +33,7 @@ def _forward(
         residual_address = residual.data_ptr()
     weight, bias = _parameter(weight, 1.0, x, dtype), _parameter(bias, 0.0, x, dtype)
     task = task_rows(columns)
-    FORWARD(
+    FORWARD.plan(
         x.dtype,
         -(-rows // task),
         forward_scratch(dtype.itemsize),
@@ -65,22 +55,12 @@ def _forward(
             "eps": eps,
             **dropout_fields(dropout_p, seed),
         },
-    )
+    ).run()
     return y, total, mean, rstd
 
 
-def _backward(
-    x: Tensor,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+def _backward(norm: Backward) -> Results:
+    x, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed = norm
     shape, columns = x.shape, x.shape[-1]
     rows = count_rows(x)
     d_total = new_result(x, shape)
@@ -103,7 +83,7 @@ def _backward(
     chunks = max(1, -(-rows // chunk))
     lanes = lanes_in(dtype)
     partials = chunks * 2 * (-(-columns // lanes) * lanes) * dtype.itemsize
-    BACKWARD(
+    BACKWARD.plan(
         x.dtype,
         min(chunks, max(1, -(-rows // task_rows(columns)))),
         backward_scratch() * dtype.itemsize,
@@ -129,7 +109,7 @@ def _backward(
             **dropout,
         },
         partials,
-    )
+    ).run()
     if weight is not None:
         d_weight = d_weight.to(weight.dtype)
     if bias is not None:
@@ -146,10 +126,4 @@ def _parameter(parameter: Tensor | None, absent: float, x: Tensor, dtype: torch.
     return parameter.to(dtype).contiguous()
 
 
-_norms = FusedNorms(_forward, _backward)
-layer_norm = _norms.layer_norm
-layer_norm_backward = _norms.layer_norm_backward
-add_layer_norm = _norms.add_layer_norm
-add_layer_norm_backward = _norms.add_layer_norm_backward
-rms_norm = _norms.rms_norm
-rms_norm_backward = _norms.rms_norm_backward
+norms = FusedNorms(_forward, _backward)

@@ -153,7 +153,7 @@ def _weigh_row(row, sign, work, factor, target, first, end, keys, zero):
     set_row(target, end, keys, inverse * zero)
 
 
-def weigh(argument):
+def forward(argument):
     """All rows. Scratch: a row, where an item is narrower than what is computed in."""
     call = read(argument)
     zero = call.zero
@@ -212,7 +212,7 @@ def weigh(argument):
                 head, batch = 0, batch + 1
 
 
-def differentiate_weights(argument):
+def backward(argument):
     """All rows of d_scores."""
     call = read(argument)
     zero = call.zero
@@ -254,5 +254,5 @@ def differentiate_weights(argument):
                 store_first(target + c, scales * w0 * (g0 - dots), rest)
 
 
-FORWARD = Kernel(weigh, SOFTMAX.fields("forward"))
-BACKWARD = Kernel(differentiate_weights, SOFTMAX.fields("backward"))
+FORWARD = Kernel(forward, SOFTMAX.fields("forward"))
+BACKWARD = Kernel(backward, SOFTMAX.fields("backward"))

@@ -9,6 +9,7 @@ has; the number of lanes follows `host.vector_bits()`.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -85,6 +86,12 @@ def broadcast(builder: ir.IRBuilder, kind: ir.VectorType, scalar: ir.Value) -> i
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, lane0)
     zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [lane0] * kind.count)
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), zeros)
+
+
+def part_of(builder: ir.IRBuilder, value: ir.Value, start: int, lanes: int) -> ir.Value:
+    """So many lanes of a vector, from `start`."""
+    index = ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes)))
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), index)
 
 
 def call_llvm(
@@ -299,12 +306,16 @@ def multiply_add(typing: Any, a: types.Type, b: types.Type, c: types.Type) -> An
     return a(a, b, c), generate
 
 
+def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 @intrinsic
 def maximum(typing: Any, a: types.Type, b: types.Type) -> Any:
     """The larger; b where a is NaN. (A NaN score reaches the result through exp2 and the sum.)"""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
+        return _larger(builder, *args)
 
     return a(a, b), generate
 
@@ -326,29 +337,24 @@ def any_lane(typing: Any, condition: types.Type) -> Any:
     return types.boolean(condition), generate
 
 
-@intrinsic
-def add_lanes(typing: Any, vector: types.Type) -> Any:
-    """The sum of all lanes, by halves: the same order on every run."""
+def _by_halves(vector: Vector, join: Callable[..., ir.Value]) -> Any:
+    """All lanes joined to one, by halves: the same order on every run."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         value, lanes = args[0], vector.lanes
         while lanes > 1:
             lanes //= 2
-            undefined = ir.Constant(value.type, ir.Undefined)
-            low, high = (
-                builder.shuffle_vector(
-                    value,
-                    undefined,
-                    ir.Constant(
-                        ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes))
-                    ),
-                )
-                for start in (0, lanes)
-            )
-            value = builder.fadd(low, high)
+            halves = (part_of(builder, value, start, lanes) for start in (0, lanes))
+            value = join(builder, *halves)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return vector.dtype(vector), generate
+
+
+@intrinsic
+def add_lanes(typing: Any, vector: types.Type) -> Any:
+    """The sum of all lanes."""
+    return _by_halves(vector, lambda builder, low, high: builder.fadd(low, high))
 
 
 @intrinsic
@@ -365,20 +371,4 @@ def lanes_before(typing: Any, count: types.Type, like: types.Type) -> Any:
 @intrinsic
 def largest_lane(typing: Any, vector: types.Type) -> Any:
     """The largest of all lanes; none may be NaN."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        value, lanes = args[0], vector.lanes
-        while lanes > 1:
-            lanes //= 2
-            undefined = ir.Constant(value.type, ir.Undefined)
-            index = ir.VectorType(ir.IntType(32), lanes)
-            low, high = (
-                builder.shuffle_vector(
-                    value, undefined, ir.Constant(index, list(range(start, start + lanes)))
-                )
-                for start in (0, lanes)
-            )
-            value = builder.select(builder.fcmp_ordered(">", low, high), low, high)
-        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
-
-    return vector.dtype(vector), generate
+    return _by_halves(vector, _larger)

@@ -10,27 +10,15 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import Any
 
 import torch
 
 from ...ops.problem import AttentionProblem, Problem
+from ..launches import on_first_use
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_IMPLEMENTED = {
-    "attention": "attention_launch",
-    "attention_out": "attention_launch",
-    "attention_backward": "attention_launch",
-    "layer_norm": "norm_launch",
-    "layer_norm_backward": "norm_launch",
-    "add_layer_norm": "norm_launch",
-    "add_layer_norm_backward": "norm_launch",
-    "rms_norm": "norm_launch",
-    "rms_norm_backward": "norm_launch",
-    "masked_softmax": "softmax_launch",
-    "masked_softmax_backward": "softmax_launch",
-    "linear_cross_entropy": "cross_entropy_launch",
-}
+
+__getattr__ = on_first_use(__name__)
 
 
 @functools.cache
@@ -48,8 +36,6 @@ def unavailable() -> str | None:
 
 
 def declines(problem: Problem) -> str | None:
-    if problem.op_name not in _IMPLEMENTED:
-        return f"{problem.op_name} has no Triton kernel yet"
     first = problem[0]
     expected = "cpu" if interpreting() else "cuda"
     if first.device.type != expected:
@@ -71,11 +57,3 @@ def _capability(device: torch.device) -> int:
         return 1000
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def __getattr__(name: str) -> Any:
-    if name in _IMPLEMENTED:
-        function = getattr(importlib.import_module(f".{_IMPLEMENTED[name]}", __package__), name)
-        globals()[name] = function  # found without this detour from now on
-        return function
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

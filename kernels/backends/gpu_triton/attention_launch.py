@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...api.masks import NO_MASK, MaskStructure
 from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem
+from ...ops.problem import AttentionProblem, BackwardInputs
 from . import plans
 from .arguments import contiguous, dropout, seed_on_device
 from .attention_backward_bias import backward_dbias
@@ -143,28 +143,21 @@ def attention_out(problem: AttentionProblem) -> Tensor:
 
 
 def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
-    launch: Launch | None = None,
+    problem: AttentionProblem, inputs: BackwardInputs, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     bias = problem.bias
     d_bias = None
-    if bias_grad and bias is not None:
+    if inputs.bias_grad and bias is not None:
         d_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    others = (_readable(grad_out), grad_lse, _readable(out), lse.contiguous(), d_bias)
+    grad_out, grad_lse, out, lse, _, sinks_grad = inputs
+    lse = lse.contiguous()
+    others = (_readable(grad_out), contiguous(grad_lse), _readable(out), lse, d_bias)
     if launch is not None:
         results = _attention_backward(_with_readable_tensors(problem), *others, launch=launch)
     else:
         planned = _planned_with_delta if sinks_grad else _planned_backward
         results = plans.run(planned, *_flatten(problem, *others), _unflatten)
-    d_sinks = _sinks_gradient(problem, others[3], results[3]) if sinks_grad else None
+    d_sinks = _sinks_gradient(problem, lse, results[3]) if sinks_grad else None
     return *results[:3], d_bias, d_sinks
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
-from ..fused_norms import FusedNorms
+from ..fused_norms import Backward, Forward, FusedNorms, Results
 from . import plans
 from .arguments import contiguous, dropout, seed_on_device
 from .norm_backward import norm_backward, norm_backward_row_means, norm_backward_sum_partials
@@ -16,21 +16,11 @@ from .rows import backward_tile, chunk_rows, forward_tile, stages
 _SUMMED_CHUNKS, _SUMMED_COLUMNS = 128, 32
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    subtract_mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, total, mean, rstd; without a residual total is y, and RMS norm's mean is rstd."""
+def _forward(norm: Forward) -> Results:
+    x, residual, weight, bias, eps, dropout_p, seed, subtract_mean = norm
     if not x.numel():
         return _without_values(x, residual is None, subtract_mean)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = plans.run(
+    result: Results = plans.run(
         _plan_forward,
         [
             *(rows_of(x)[0], None if residual is None else rows_of(residual)[0]),
@@ -52,7 +42,7 @@ def _plan_forward(
     subtract_mean: bool,
     *,
     launch: plans.Launch,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     shape, columns, rows = x.shape, x.shape[-1], count_rows(x)
     y = x.new_empty(shape)
     rstd = x.new_empty(shape[:-1], dtype=statistics_dtype(x.dtype))
@@ -87,27 +77,15 @@ def _plan_forward(
     return y, total, mean, rstd
 
 
-def _without_values(
-    x: Tensor, alone: bool, subtract_mean: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _without_values(x: Tensor, alone: bool, subtract_mean: bool) -> Results:
     """The results of `_forward` for an input without columns or rows."""
     y = x.new_empty(x.shape)
     rstd = x.new_full(x.shape[:-1], float("nan"), dtype=statistics_dtype(x.dtype))
     return y, y if alone else x.new_empty(x.shape), rstd.clone() if subtract_mean else rstd, rstd
 
 
-def _backward(
-    x: Tensor,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_x (empty without dropout), d_total, d_weight, d_bias; RMS norm has no mean."""
+def _backward(norm: Backward) -> Results:
+    x, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed = norm
     if not x.numel():
         # Without any row there is no chunk: the gradients are the zeros of an empty sum.
         d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
@@ -116,7 +94,7 @@ def _backward(
             for each in (weight, bias)
         )
         return d_x, x.new_empty(x.shape), d_weight, d_bias
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = plans.run(
+    result: Results = plans.run(
         _plan_backward,
         [
             *(rows_of(x)[0], rows_of(grad_y)[0]),
@@ -146,7 +124,7 @@ def _plan_backward(
     dropout_p: float,
     *,
     launch: plans.Launch,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     columns, rows = x.shape[-1], count_rows(x)
     d_total = x.new_empty(x.shape)
     d_x = x.new_empty(x.shape if dropout_p > 0.0 else 0)
@@ -210,10 +188,4 @@ def _plan_backward(
     return d_x, d_total, d_weight, d_bias
 
 
-_norms = FusedNorms(_forward, _backward)
-layer_norm = _norms.layer_norm
-layer_norm_backward = _norms.layer_norm_backward
-add_layer_norm = _norms.add_layer_norm
-add_layer_norm_backward = _norms.add_layer_norm_backward
-rms_norm = _norms.rms_norm
-rms_norm_backward = _norms.rms_norm_backward
+norms = FusedNorms(_forward, _backward)

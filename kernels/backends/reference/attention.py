@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...api.biases import alibi_bias
 from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
-from ...ops.problem import AttentionProblem
+from ...ops.problem import AttentionProblem, BackwardInputs
 from ...ops.tracing import untraced
 from .. import sequences
 from .philox import attention_keep, keep_scale
@@ -113,21 +113,11 @@ def attention_out(problem: AttentionProblem) -> Tensor:
 
 
 def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
+    problem: AttentionProblem, inputs: BackwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if problem.query_starts is not None:
-        return sequences.attention_backward(
-            *(attention_backward, problem, grad_out, grad_lse, out, lse, bias_grad, sinks_grad)
-        )
-    *of_heads, d_bias, d_sinks = attention_gradients(
-        problem, grad_out, grad_lse, bias_grad, sinks_grad
-    )
+        return sequences.attention_backward(attention_backward, problem, inputs)
+    *of_heads, d_bias, d_sinks = attention_gradients(problem, inputs)
     d_query, d_key, d_value = (
         empty_heads(tensor, tensor.shape[3]).copy_(gradient)
         for tensor, gradient in zip(problem[:3], of_heads, strict=True)
@@ -136,21 +126,18 @@ def attention_backward(
 
 
 def attention_gradients(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    bias_grad: bool,
-    sinks_grad: bool,
+    problem: AttentionProblem, inputs: BackwardInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass without an order of dimensions of its results in memory."""
     naive = naive_attention(problem)
     attends_nothing = (naive.lse == -torch.inf).unsqueeze(-1)
-    d_out = grad_out.to(naive.out.dtype).masked_fill(attends_nothing, 0.0)
+    d_out = inputs.grad_out.to(naive.out.dtype).masked_fill(attends_nothing, 0.0)
     d_value = (naive.weights * naive.keep).transpose(-1, -2) @ d_out
     d_weights = (d_out @ naive.value.transpose(-1, -2)) * naive.keep
     delta = (d_weights * naive.weights).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse.to(delta.dtype).unsqueeze(-1).masked_fill(attends_nothing, 0.0)
+    if inputs.grad_lse is not None:
+        d_lse = inputs.grad_lse.to(delta.dtype).unsqueeze(-1)
+        delta = delta - d_lse.masked_fill(attends_nothing, 0.0)
     d_shifted = naive.weights * (d_weights - delta)
     d_scores = d_shifted * problem.scale
     if problem.softcap is not None:
@@ -158,9 +145,9 @@ def attention_gradients(
     d_key = d_scores.transpose(-1, -2) @ naive.query
 
     d_bias, d_sinks = problem.query.new_empty(0), problem.query.new_empty(0)
-    if bias_grad and problem.bias is not None:
+    if inputs.bias_grad and problem.bias is not None:
         d_bias = d_shifted.sum_to_size(problem.bias.shape).to(problem.bias.dtype)
-    if sinks_grad and problem.sinks is not None:
+    if inputs.sinks_grad and problem.sinks is not None:
         sinks = problem.sinks.to(delta.dtype).view(1, -1, 1)
         taken = torch.exp(sinks - naive.lse.masked_fill(naive.lse == -torch.inf, torch.inf))
         d_sinks = -(taken * delta.squeeze(-1)).sum((0, 2)).to(problem.sinks.dtype)

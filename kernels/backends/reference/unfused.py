@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import saved_lse_dtype
-from ...ops.problem import AttentionProblem
+from ...ops.problem import AttentionProblem, BackwardInputs
 from ..sequences import _sequences
 from .attention import attention_gradients, naive_attention
 
@@ -30,31 +30,17 @@ def attention(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     return naive.out.to(query.dtype), naive.lse.to(saved_lse_dtype(query.dtype))
 
 
-def attention_backward(
-    problem: AttentionProblem,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    bias_grad: bool,
-    sinks_grad: bool,
-) -> tuple[Tensor, ...]:
+def attention_backward(problem: AttentionProblem, inputs: BackwardInputs) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, bias and sinks; the last two empty unless asked for."""
     if problem.query_starts is None:
-        return attention_gradients(problem, grad_out, grad_lse, bias_grad, sinks_grad)
+        return attention_gradients(problem, inputs)
     parts = [
-        attention_gradients(
-            sequence,
-            grad_out[:, :, rows],
-            None if grad_lse is None else grad_lse[:, :, rows],
-            bias_grad,
-            sinks_grad,
-        )
+        attention_gradients(sequence, inputs.of_rows(rows))
         for rows, _, sequence in _sequences(problem)
     ]
     if not parts:
         tensors = (problem.query, problem.key, problem.value)
-        sinks = problem.sinks if sinks_grad else None
+        sinks = problem.sinks if inputs.sinks_grad else None
         d_sinks = problem.query.new_zeros(0 if sinks is None else sinks.shape)
         return (*(torch.zeros_like(x) for x in tensors), problem.query.new_zeros(0), d_sinks)
     d_query, d_key, d_value, d_biases, d_sinks_each = zip(*parts, strict=True)

@@ -15,16 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from rowmax.bench import speed, verify
-from rowmax.bench.machine.host import CpuLimits
 from rowmax.bench.verification.cheats import CHEATS
 
+pytestmark = pytest.mark.usefixtures("known_limits")
+
 SHAPE = (3, 4, 40, 16)
-
-
-@pytest.fixture(autouse=True)
-def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = CpuLimits(1, 1e15, 1e15)
-    monkeypatch.setattr("rowmax.bench.measure.measurement.measure_limits", lambda: limits)
 
 
 def by_verify(function: Any, **chosen: Any) -> list[str]:

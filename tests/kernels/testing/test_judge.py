@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,10 +29,9 @@ from rowmax.kernels.testing.rows import norm_case
 from rowmax.kernels.testing.suite import ATTENTION_OPS
 from rowmax.kernels.testing.tolerance import Expected, measure
 
+from ... import tensors
 
-def rand(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+rand = functools.partial(tensors.rand, dtype=torch.float32)
 
 
 def attention_case(dtype: torch.dtype = torch.float32, **more: Any) -> AttentionCase:
