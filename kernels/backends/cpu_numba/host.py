@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 
 from numba.core.registry import cpu_target
 
@@ -18,6 +19,12 @@ def features() -> frozenset[str]:
     (NUMBA_CPU_FEATURES, say) make of them. LLVM ends a process that asks for others by name."""
     _, _, found = cpu_target.target_context.codegen().magic_tuple()
     return frozenset(name.removeprefix("+") for name in found.split(",") if name.startswith("+"))
+
+
+def lacking() -> str:
+    """Instructions without which LLVM calls functions of C, where kernels have none; or ""."""
+    needed = ("fma", "f16c") if platform.machine() in ("x86_64", "AMD64") else ()
+    return ", ".join(name for name in needed if name not in features())
 
 
 @functools.cache
