@@ -13,23 +13,15 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ...kernels.backends.cpu_numba.host import features, native_vector_bits
+
 # Independent chains: enough to cover the latency of two units, few enough for 16 registers.
 CHAINS = 12
-
-
-def _native_lanes() -> int:
-    """Floats in the widest vector register of this CPU."""
-    features = binding.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16
-    return 8 if features.get("avx") else 4
-
-
-LANES = _native_lanes()
+LANES = native_vector_bits() // 32
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -154,7 +146,7 @@ def peak(threads: int, seconds: float = 0.05, tries: int = 5) -> float:
 
 
 def has_dot_products() -> bool:
-    return LANES == 16 and bool(binding.get_host_cpu_features().get("avx512bf16"))
+    return LANES == 16 and "avx512bf16" in features()
 
 
 def dot_product_peak(threads: int, seconds: float = 0.05, tries: int = 5) -> float | None:

@@ -65,6 +65,10 @@ class Drawn:
             optional = name not in ("head", "most")
             if type(number) is not int and not (optional and number is None):
                 fail_type("show", name, type(number).__name__, "an int" + ", or None" * optional)
+        for x in _tensors(self.parts()):
+            if not _has_values(x):
+                got = f"a tensor of shape {tuple(x.shape)} without values, on {x.device}"
+                fail_value("show", "mask", got, "one whose tensors have values")
         sizes = _sizes(self.parts())
         Lq, Lk = _lengths(Lq, Lk, sizes)
         B, H = sizes.get("B", 1), sizes.get("H", 1)
@@ -241,9 +245,21 @@ def _lengths(Lq: int | None, Lk: int | None, sizes: dict[str, int]) -> tuple[int
     return usual if Lq is None else Lq, usual if Lk is None else Lk
 
 
+def _tensors(parts: Sequence[Mask]) -> list[Tensor]:
+    return [x for part in parts for x in vars(part).values() if isinstance(x, Tensor)]
+
+
+def _has_values(x: Tensor) -> bool:
+    """Not on the meta device, under `FakeTensorMode`, or within `vmap`."""
+    try:
+        x.reshape(-1)[:1].tolist()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _device(parts: Sequence[Mask]) -> torch.device:
-    values = (value for part in parts for value in vars(part).values())
-    return next((x.device for x in values if isinstance(x, Tensor)), torch.device("cpu"))
+    return next((x.device for x in _tensors(parts)), torch.device("cpu"))
 
 
 def _title(parts: Sequence[Mask]) -> str:
@@ -258,7 +274,8 @@ def _words(part: Mask) -> str:
             named = True
             continue
         if isinstance(value, Tensor):
-            text = f"{value.tolist()}" if value.numel() <= ELEMENTS else f"{tuple(value.shape)}"
+            few = value.numel() <= ELEMENTS and _has_values(value)
+            text = f"{value.tolist()}" if few else f"{tuple(value.shape)}"
         else:
             text = f"{value!r}"
         words.append(f"{name}={text}" if named else text)

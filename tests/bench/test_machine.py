@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -69,6 +71,52 @@ def test_without_dot_products(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fma.dot_product_peak(1) is None
     assert "dot products" not in machine.CpuLimits(2, 2e9, 1e9).text()
     assert "bfloat16 dot products 4 GFLOP/s" in machine.CpuLimits(2, 2e9, 1e9, 4e9).text()
+
+
+LOOPS = """
+from rowmax.bench.machine import fma
+from rowmax.kernels.backends.cpu_numba import host
+
+right = fma.expected(9, 0.75, 1.0)
+assert abs(fma.fma_chains(9, 0.75, 1.0) - right) < 1e-5 * right
+print(fma.LANES, fma.dot_product_peak(1, seconds=0.001, tries=1) is None)
+print(host.native_vector_bits(), host.vector_bits(), host.bfloat16_dots())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's features")
+@pytest.mark.parametrize(
+    "variable, without, lanes",
+    [
+        ("NUMBA_CPU_FEATURES", ("avx512bf16",), None),
+        ("NUMBA_CPU_FEATURES", ("avx512",), 8),
+        ("NUMBA_CPU_FEATURES", ("avx", "fma"), 4),
+        ("NUMBA_ENABLE_AVX", None, 4),
+        ("NUMBA_CPU_NAME", None, 4),
+    ],
+)
+def test_numba_that_compiles_for_less_than_the_host(
+    variable: str, without: tuple[str, ...] | None, lanes: int | None
+) -> None:
+    """In a process of its own, which LLVM would end."""
+    from llvmlite.binding import get_host_cpu_features
+
+    value = {"NUMBA_ENABLE_AVX": "0", "NUMBA_CPU_NAME": "generic"}.get(variable)
+    if without is not None:
+        found = get_host_cpu_features()
+        for name in found:
+            found[name] = found[name] and not name.startswith(without)
+        value = found.flatten()
+    lanes = min(fma.LANES, lanes or fma.LANES)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOPS],
+        env={**os.environ, variable: str(value)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{lanes} True\n{32 * lanes} {32 * lanes} False\n"
 
 
 def test_a_loop_that_takes_no_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

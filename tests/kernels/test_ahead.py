@@ -31,7 +31,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     begun: list[list[str]] = []
 
-    def begin(command: list[str], **_: Any) -> SimpleNamespace:
+    def begin(command: list[str], **_: Any) -> Any:
         begun.append(command)
         return SimpleNamespace(wait=lambda: 0)
 
@@ -60,9 +60,53 @@ def test_none_is_begun_for_a_kernel_that_is_not_common(ahead: Any, tmp_path: Pat
 
 
 def test_none_is_begun_beside_another_process_s(ahead: Any, tmp_path: Path) -> None:
-    with FileLock(tmp_path / "ahead-float32.lock"):
+    with FileLock(tmp_path / "ahead.lock"):
         ahead.start("float32", FORWARD, tmp_path)
     assert not ahead.begun
+
+
+def test_one_works_for_a_cache_at_a_time(
+    ahead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first moment, when it has imported nothing yet."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def begin(_: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        begun.append(POPEN(["sleep", "600"], **options))
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
+    try:
+        for dtype in ("float32", "bfloat16", "float32"):
+            ahead.start(dtype, FORWARD, tmp_path)
+            ahead._started.clear()  # as in another rank
+        assert len(begun) == 1
+        begun[0].kill()
+        begun[0].wait()
+        ahead.start("float32", FORWARD, tmp_path)
+        assert len(begun) == 2
+    finally:
+        for process in begun:
+            process.kill()
+
+
+def test_it_ends_where_another_has_the_lock_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that lets no child inherit it."""
+    from rowmax.kernels.backends.cpu_numba import ahead
+
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    monkeypatch.setattr(ahead, "COMMON", (("no_such_module", "KERNEL"),))
+    path = tmp_path / "ahead.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        with FileLock(path):
+            ahead.main("float32", "attention_forward", str(descriptor))
+        with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+            ahead.main("float32", "attention_forward", str(descriptor))
+    finally:
+        os.close(descriptor)
 
 
 def test_none_is_begun_where_locks_can_not_be(ahead: Any, tmp_path: Path) -> None:
@@ -163,7 +207,7 @@ def test_the_process_leaves_the_other_kernel_on_disk(tmp_path: Path) -> None:
     assert printed("-c", SCRIPT, ROWMAX_CACHE_DIR=str(tmp_path), ROWMAX_COMPILE_AHEAD="1") == "0\n"
     kept = sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*.nbc"))
     assert kept == ["norm_backward.backward", "norm_forward.forward"]
-    assert len(list(tmp_path.rglob("ahead-float64.lock"))) <= 1
+    assert len(list(tmp_path.rglob("ahead.lock"))) == 1
 
 
 def test_what_is_common_is_there(ahead: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from rowmax.kernels.backends import dispatch
 
@@ -193,6 +195,41 @@ def test_compiling_is_announced_and_reading_is_not(
     told = [(record.name, record.levelname, record.getMessage()) for record in caplog.records]
     text = "rowmax: Numba compiles test_cache, once: about 2 s"
     assert told == [("rowmax", "WARNING", text)] * announced
+    jit.machine_function.cache_clear()
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("seconds", [0.2, 1.2])
+def test_who_waits_too_long_compiles_its_own(
+    seconds: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """For a process that was stopped, say; the next kernels are kept as before."""
+    from numba import types
+
+    from rowmax.kernels.backends.cpu_numba import jit
+
+    monkeypatch.setattr(jit, "_uncached", [])
+    monkeypatch.setattr(jit, "PATIENCE", seconds)
+    monkeypatch.setenv("ROWMAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("ROWMAX_QUIET", "0")
+    signature = str(types.void(types.CPointer(types.int64)))
+    directory = jit.cache_directory(doubled)
+    directory.mkdir(parents=True)
+    name = f"doubled-{hashlib.sha256(signature.encode()).hexdigest()[:16]}.lock"
+    with FileLock(directory / name):
+        assert run_doubled(jit) == 42
+    assert [record.getMessage() for record in caplog.records] == [
+        f"rowmax: another process compiles test_cache: waiting, at most {seconds:.0f} s",
+        f"rowmax: another process did not compile test_cache in {seconds:.0f} s",
+        "rowmax: Numba compiles test_cache, once in each process: about 2 s",
+    ]
+    assert not list(tmp_path.rglob("*.nbc"))
+    assert run_doubled(jit) == 42
+    assert caplog.messages[3:] == ["rowmax: Numba compiles test_cache, once: about 2 s"]
+    assert len(list(tmp_path.rglob("*.nbc"))) == 1
     jit.machine_function.cache_clear()
 
 

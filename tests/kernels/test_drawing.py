@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rowmax.kernels import Causal, Dense, Documents, KeyLengths, Mask, QueryLengths, Window
 from rowmax.kernels.api import drawing
@@ -185,6 +186,8 @@ def test_a_picture_styles_nothing_but_itself() -> None:
         (Causal() & Dense(TABLE), "Causal() &amp; Dense((2, 1, 5, 8)) is not drawn: mask: `align`"),
         (KeyLengths(lengths(1)[:0]), "one of no batch elements"),
         (Causal(torch.tensor(3)), "`align`: expected shape (B,)"),
+        (KeyLengths(lengths(3, 1).to("meta")), "(2,) without values, on meta"),
+        (Causal() & Dense(TABLE.to("meta")), "(2, 1, 5, 8) without values, on meta"),
     ],
 )
 def test_a_notebook_says_why_it_shows_no_picture(mask: Mask, reason: str) -> None:
@@ -193,6 +196,24 @@ def test_a_notebook_says_why_it_shows_no_picture(mask: Mask, reason: str) -> Non
         mask.show()
     assert reason in mask._repr_html_()
     ElementTree.fromstring(mask._repr_html_())
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake", "vmap"])
+def test_a_mask_without_values_is_refused(kind: str) -> None:
+    def drawn(x: Tensor) -> Tensor:
+        mask = KeyLengths(x) & Causal()
+        with pytest.raises(ValueError, match="`mask`: expected one whose tensors have values"):
+            mask.show(4, 4)
+        assert "KeyLengths((2,)) &amp; Causal() is not drawn: show: `mask`" in mask._repr_html_()
+        return x
+
+    if kind == "vmap":
+        torch.vmap(drawn)(torch.ones(3, 2, dtype=torch.int64))
+    elif kind == "fake":
+        with FakeTensorMode():
+            drawn(torch.ones(2, dtype=torch.int64))
+    else:
+        drawn(torch.ones(2, dtype=torch.int64, device="meta"))
 
 
 @pytest.mark.parametrize("name", ["Lq", "Lk", "batch", "head", "most"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from pathlib import Path
 
@@ -61,6 +62,29 @@ def test_without_fused_kernels_auto_takes_the_reference_and_says_so_once() -> No
     assert "numba: Numba is not installed (pip install numba)" in printed[0]
     assert "native: " in printed[0]
     assert printed[1] == "attention on cpu, torch.float32: reference", "warned more than once"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="others can not lack them")
+def test_numba_is_refused_where_kernels_would_call_what_is_not_there() -> None:
+    """fmaf of C, for instance, at the address 0."""
+    pytest.importorskip("numba")
+    script = """
+import os
+os.environ["NUMBA_CPU_NAME"] = "generic"
+import torch
+from rowmax.kernels import attention
+from rowmax.kernels.backends import dispatch
+
+q = torch.ones(1, 1, 4, 8)
+print(dispatch.unavailable("numba"))
+try:
+    attention(q, q, q, backend="numba")
+except RuntimeError as error:
+    assert "backend 'numba' can't do this: Numba compiles" in str(error), error
+    print(attention(q, q, q).sum().item())
+"""
+    printed = "Numba compiles for a processor without fma, f16c\n32.0\n"
+    assert run_without([], script) == printed
 
 
 FIRST_CALLS = """

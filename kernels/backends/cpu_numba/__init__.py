@@ -20,7 +20,9 @@ def unavailable() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "Numba is not installed (pip install numba)"
     try:
-        importlib.import_module(".host", __package__).vector_bits()
+        host = importlib.import_module(".host", __package__)
+        host.vector_bits()
     except (ImportError, ValueError, OSError) as error:
         return f"Numba does not load here: {error}"
-    return None
+    lacking = host.lacking()
+    return f"Numba compiles for a processor without {lacking}" if lacking else None

@@ -3,7 +3,9 @@
 A training step wants four kernels, one after the other; Numba compiles one at a time in a process.
 So the first that has to be compiled begins a process of low priority that compiles the others,
 those first that will be wanted last. The locks in `jit` divide the work: who wants a kernel that
-the other is at waits for what it leaves on disk. ROWMAX_COMPILE_AHEAD=0 begins none.
+the other is at waits for what it leaves on disk. For a cache there is one such process at a time,
+however many programs want it (the ranks of a training): it is born with the cache's lock and has
+it to its end, and programs that find it taken begin none. ROWMAX_COMPILE_AHEAD=0 begins none.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import threading
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 VARIABLE = "ROWMAX_COMPILE_AHEAD"
 # (module, kernel), in the order in which they are compiled here
@@ -39,25 +40,39 @@ def start(dtype: str, module: str, folder: Path) -> None:
     name = module.rpartition(".")[2]
     if dtype in _started or name not in dict(COMMON) or not _may():
         return
-    lock = folder / f"ahead-{dtype}.lock"
     path = [entry for entry in sys.path if isinstance(entry, str)]  # `import` ignores others
     script = _SCRIPT.format(path=ascii(path))
-    command = [sys.executable, "-c", script, dtype, name, str(lock)]
     try:
-        with FileLock(lock, timeout=0):
-            pass
+        lock = os.open(folder / "ahead.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return
+    try:
+        _take(lock)
         helper = _started[dtype] = subprocess.Popen(
-            command,
+            [sys.executable, "-c", script, dtype, name, str(lock)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {VARIABLE: "0"},
             start_new_session=True,  # what interrupts the program leaves it alone
+            pass_fds=(lock,),
         )
         # A process that nobody waits for is a zombie once it ends. This program may end before it.
         threading.Thread(target=helper.wait, name="rowmax-compile-ahead", daemon=True).start()
-    except (Timeout, OSError, RuntimeError):
-        return  # another process's is at it; or there are no locks, processes or threads to be had
+    except (OSError, RuntimeError):
+        return  # another process is at it; or there are no locks, processes or threads to be had
+    finally:
+        os.close(lock)  # the helper's own is open
+
+
+def _take(lock: int) -> None:
+    """Lock the open file for all who inherit it, until the last of them closes it or ends.
+
+    Raises BlockingIOError where somebody else has it.
+    """
+    import fcntl  # not where there is no sched_getaffinity
+
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _may() -> bool:
@@ -76,10 +91,10 @@ def main(dtype: str, module: str, lock: str) -> None:
     """In that process: compile the common kernels, but for `module`'s."""
     os.nice(10)
     try:
-        with FileLock(lock, timeout=0):
-            for name, kernel in COMMON:
-                if name != module:
-                    found = importlib.import_module(f".{name}", __package__)
-                    getattr(found, kernel).compile(getattr(torch, dtype))
-    except Timeout:
+        _take(int(lock))  # had already, but where a network's file system knows no inheritance
+    except OSError:
         return
+    for name, kernel in COMMON:
+        if name != module:
+            found = importlib.import_module(f".{name}", __package__)
+            getattr(found, kernel).compile(getattr(torch, dtype))

@@ -1,11 +1,12 @@
-"""How wide this host's vectors are, and how many threads may work."""
+"""What Numba compiles for: which instructions, and how wide the vectors are."""
 
 from __future__ import annotations
 
 import functools
 import os
+import platform
 
-import llvmlite.binding as llvm
+from numba.core.registry import cpu_target
 
 WIDTH_VARIABLE = "ROWMAX_VECTOR_BITS"
 WIDTHS = (512, 256, 128)
@@ -13,12 +14,25 @@ DOTS_VARIABLE = "ROWMAX_BFLOAT16_DOTS"
 
 
 @functools.cache
+def features() -> frozenset[str]:
+    """LLVM's names of the instructions that Numba compiles for: the host's, or what its variables
+    (NUMBA_CPU_FEATURES, say) make of them. LLVM ends a process that asks for others by name."""
+    _, _, found = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(name.removeprefix("+") for name in found.split(",") if name.startswith("+"))
+
+
+def lacking() -> str:
+    """Instructions without which LLVM calls functions of C, where kernels have none; or ""."""
+    needed = ("fma", "f16c") if platform.machine() in ("x86_64", "AMD64") else ()
+    return ", ".join(name for name in needed if name not in features())
+
+
+@functools.cache
 def native_vector_bits() -> int:
-    """The widest float vectors of this host: 512 (AVX-512), 256 (AVX), 128 (SSE, NEON)."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    """The widest float vectors there: 512 (AVX-512), 256 (AVX), 128 (SSE, NEON)."""
+    if "avx512f" in features():
         return 512
-    return 256 if features.get("avx") else 128
+    return 256 if "avx" in features() else 128
 
 
 @functools.cache
@@ -37,14 +51,9 @@ def vector_bits() -> int:
 
 @functools.cache
 def bfloat16_dots() -> bool:
-    """Whether bfloat16 is multiplied as it is, by AVX512-BF16: not if the host lacks it, if vectors
-    are narrower, if Numba is told to compile for another host, or if ROWMAX_BFLOAT16_DOTS is 0."""
+    """Whether bfloat16 is multiplied as it is, by AVX512-BF16: not if Numba may not use it, if
+    vectors are narrower, or if ROWMAX_BFLOAT16_DOTS is 0."""
     asked = os.environ.get(DOTS_VARIABLE, "1")
     if asked not in ("0", "1"):
         raise ValueError(f"{DOTS_VARIABLE}: expected 0 or 1, got {asked!r}")
-    if asked == "0" or vector_bits() != 512:
-        return False
-    from numba.core.registry import cpu_target
-
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512bf16" in features.split(",")
+    return asked == "1" and vector_bits() == 512 and "avx512bf16" in features()

@@ -4,8 +4,9 @@ Numba keeps its cache beside the sources and renews a function only when the fil
 changes. Here it lies in the user's cache directory, in a folder named after everything that the
 machine code depends on: all sources of this package, the constants, the vector width, and the
 versions. Of processes that want the same kernel at once, one compiles it, and the others wait for
-what it leaves on disk. Where that folder can't be had (a user without a home, a file system that is
-read only or full), kernels are compiled in each process, after one warning.
+what it leaves on disk, PATIENCE seconds at most; then each compiles its own. Where that folder
+can't be had (a user without a home, a file system that is read only or full), kernels are compiled
+in each process, after one warning.
 
 Compiling is announced by a warning of the logger "rowmax", which goes to standard error unless the
 program says otherwise; ROWMAX_QUIET=1 keeps it silent.
@@ -22,13 +23,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numba.core import config
 from numba.core.ccallback import CFunc
 
@@ -52,6 +53,9 @@ OVERLOAD_OPTIONS = {**_OPTIONS, "pipeline_class": InnerCompiler}
 
 # How long compiling takes, in seconds: on an AMD EPYC (Zen 4), rounded up.
 _SECONDS = {"attention_forward": 6, "attention_backward_kernels": 6, "attention_decode": 3}
+# How long another process may compile a kernel that is wanted here: ten times as long, for it may
+# have a low priority, or may have been stopped.
+PATIENCE = 60.0
 
 
 def jit(function: Callable[..., Any]) -> InnerFunction:
@@ -134,19 +138,15 @@ class _Kernel(CFunc):
     """Machine code that C can call; that it has to be compiled is said before."""
 
     dtype = ""  # of the tensors, by name
+    kept = False  # on disk, for other processes
 
     def _compile_uncached(self) -> Any:
-        if self.dtype and not _uncached:
+        if self.dtype and self.kept:
             folder = cache_directory(self._pyfunc).parent
             ahead.start(self.dtype, self._pyfunc.__module__, folder)
-        if os.environ.get(QUIET_VARIABLE, "0") == "0":
-            name = self._pyfunc.__module__.rpartition(".")[2]
-            logging.getLogger("rowmax").warning(
-                "rowmax: Numba compiles %s, once%s: about %d s",
-                name.removesuffix("_kernels"),
-                " in each process" if _uncached else "",
-                _SECONDS.get(name, 2),
-            )
+        seconds = _SECONDS.get(self._pyfunc.__module__.rpartition(".")[2], 2)
+        once = "once" if self.kept else "once in each process"
+        _say("Numba compiles %s, %s: about %d s", _name(self._pyfunc), once, seconds)
         collecting = gc.isenabled()
         gc.disable()  # as much garbage as is made here would have it search all of torch, often
         try:
@@ -156,9 +156,28 @@ class _Kernel(CFunc):
                 gc.enable()
 
 
+def _say(text: str, *values: object) -> None:
+    if os.environ.get(QUIET_VARIABLE, "0") == "0":
+        logging.getLogger("rowmax").warning(f"rowmax: {text}", *values)
+
+
+def _name(kernel: Callable[..., None]) -> str:
+    return kernel.__module__.rpartition(".")[2].removesuffix("_kernels")
+
+
+def _locked(path: Path, kernel: Callable[..., None]) -> AbstractContextManager[object]:
+    """While this process compiles the kernel; raises Timeout where another is at it too long."""
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=min(1.0, PATIENCE))
+    except Timeout:
+        _say("another process compiles %s: waiting, at most %d s", _name(kernel), PATIENCE)
+        return lock.acquire(timeout=PATIENCE)
+
+
 def _compiled(kernel: Callable[..., None], signature: Any, dtype: str, keep: bool) -> CFunc:
     function = _Kernel(kernel, (signature.args, signature.return_type), locals={}, options={})
-    function.dtype = dtype
+    function.dtype, function.kept = dtype, keep
     if keep:
         function.enable_caching()
     function.compile()
@@ -181,9 +200,12 @@ def machine_function(kernel: Callable[..., None], argument: Any, dtype: str = ""
         name = hashlib.sha256(str(signature).encode()).hexdigest()[:16]
         # Numba keeps an index of the signatures in a folder and locks nothing: of two processes
         # that write at once, one would have the other's machine code under its own name.
-        lock = FileLock(directory / f"{kernel.__name__}-{name}.lock")
-        with lock, _cache_in(directory / name):
+        lock = directory / f"{kernel.__name__}-{name}.lock"
+        with _locked(lock, kernel), _cache_in(directory / name):
             compiled = _compiled(kernel, signature, dtype, keep=True)
+    except Timeout:
+        _say("another process did not compile %s in %d s", _name(kernel), PATIENCE)
+        compiled = _compiled(kernel, signature, dtype, keep=False)
     except (OSError, NotImplementedError, _NoHomeError) as error:  # (the second: no locks there)
         _warn_uncached(str(error))
         compiled = _compiled(kernel, signature, dtype, keep=False)
