@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kernels import Causal, Mask, attention, attention_varlen, linear_cross_entropy
 from .config import AnyModelConfig
 from .data import Batch
+from .linear import linear
 from .packing import PackedAttention, PackedBatch
 from .tokenizer import PAD
 
@@ -70,7 +71,7 @@ class TokenEmbedding(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size), the scores before the softmax."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Attending(nn.Module):

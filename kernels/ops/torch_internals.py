@@ -50,6 +50,7 @@ __all__ = [
     "forward_mode_is_on",
     "functorch_is_active",
     "included_keys",
+    "onednn_linear",
     "profiler_enabled",
     "remember_decisions_by",
     "set_forward_mode",
@@ -71,6 +72,18 @@ def empty_strided_on(device_type: str) -> Callable[..., Tensor]:
     """torch.empty_strided(sizes, strides, dtype) on one kind of device, past the dispatcher."""
     found: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}")
     return found
+
+
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """x (..., N), weight (M, N), bias (M,) or None -> x @ weight.T + bias by oneDNN, in float32 on a
+    CPU and without a gradient; None where this torch has no oneDNN.
+
+    `torch.nn.functional.linear` takes the BLAS it was built with.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    operator = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
 
 
 def remember_decisions_by(overload: OpOverload, first_argument: int) -> None:
