@@ -77,13 +77,14 @@ def _write(
     model.eval()
     limits = _limits(model, source_lengths)
     state = model.start(source, source_lengths)
+    logits_of = model.embedding.logits_of(len(source))
     written = torch.full((len(source), int(limits.max())), EOS, device=source.device)
     going = torch.arange(len(source), device=source.device)
     token = torch.full((len(source),), BOS, device=source.device)
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     length = 0
     while len(going):
-        token = pick(model.decode(token[:, None], state)[:, 0])  # (B',)
+        token = pick(logits_of(model.read(token[:, None], state)[:, 0]))  # (B',)
         written[going, length] = token
         length += 1
         done |= (token == EOS) | (length >= limits[going])
@@ -154,6 +155,7 @@ def n_best(
     width = min(2 * K, K * V)  # at most K of 2 K end, so at least K go on
     limits = _limits(model, source_lengths)  # (B,)
     state = model.start(source, source_lengths, beams=K)
+    logits_of = model.embedding.logits_of(B * K)
     found: list[list[Hypothesis]] = [[] for _ in range(B)]
     # Of the sentences that go on, B' of them:
     going = torch.arange(B, device=device)
@@ -165,7 +167,8 @@ def n_best(
     length = 0
     while True:
         length += 1
-        log_p = _log_softmax(model.decode(tokens[:, :, -1], state).float())  # (B', K, V)
+        logits = logits_of(model.read(tokens[:, :, -1], state))
+        log_p = _log_softmax(logits.float())  # (B', K, V)
         top, index = _best(log_p.add_(scores[:, :, None]).flatten(1), width)  # (B', 2 K)
         origin, token = index // V, index % V
         ends = (token == EOS) | (length >= limits)[:, None]  # what has not ended by now is cut

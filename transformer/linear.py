@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +27,35 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; (..., N), (M, N), (M,) -> (..., M)."""
-    if torch.is_inference_mode_enabled() and x.numel() * len(weight) >= _LARGE:
-        by_onednn = _by_onednn()
-        if (
-            by_onednn is not None
-            and x.is_cpu
-            and x.dtype == weight.dtype == torch.float32
-            and torch.backends.mkldnn.enabled
-            and nothing_watches()
-            and are_ordinary((x, weight, bias))
-        ):
-            return by_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    onednn = _onednn_for(x.numel() * weight.shape[0], x, weight, bias)
+    return F.linear(x, weight, bias) if onednn is None else onednn[0](x, weight, bias)
 
 
-_by_onednn: Callable[[], Callable[..., Tensor] | None] = functools.cache(onednn_linear)
+def linear_by(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """`linear` by one weight, as it is now, for many products of at most so many rows.
+
+    oneDNN's own layout of the weight, a copy, is made once in place of in each product.
+    """
+    onednn = _onednn_for(rows * weight.numel(), weight)
+    if onednn is None:
+        return lambda x: linear(x, weight)
+    multiply, reorder = onednn
+    reordered = reorder(weight, rows)
+    return lambda x: multiply(x, reordered, None)
+
+
+def _onednn_for(multiplications: int, *tensors: Tensor | None) -> Any:
+    """What `onednn_linear` gives, where that is to compute this product; else None."""
+    if (
+        multiplications < _LARGE
+        or not torch.is_inference_mode_enabled()
+        or not torch.backends.mkldnn.enabled
+        or not nothing_watches()
+        or not are_ordinary(tensors)
+    ):
+        return None
+    plain = all(each is None or (each.is_cpu and each.dtype == torch.float32) for each in tensors)
+    return _onednn() if plain else None
+
+
+_onednn = functools.cache(onednn_linear)

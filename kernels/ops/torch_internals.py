@@ -74,16 +74,18 @@ def empty_strided_on(device_type: str) -> Callable[..., Tensor]:
     return found
 
 
-def onednn_linear() -> Callable[..., Tensor] | None:
-    """x (..., N), weight (M, N), bias (M,) or None -> x @ weight.T + bias by oneDNN, in float32 on a
-    CPU and without a gradient; None where this torch has no oneDNN.
+def onednn_linear() -> tuple[Callable[..., Tensor], Callable[[Tensor, int], Tensor]] | None:
+    """What oneDNN has for x @ weight.T + bias in float32 on a CPU, without a gradient; None where this
+    torch has no oneDNN. (`torch.nn.functional.linear` takes the BLAS it was built with.)
 
-    `torch.nn.functional.linear` takes the BLAS it was built with.
+    The first takes x (..., N), weight (M, N) and bias (M,) or None. The second makes of a weight one
+    in oneDNN's own layout, which the first takes as well, for products of about so many rows.
     """
     if not torch.backends.mkldnn.is_available():
         return None
-    operator = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x, weight, bias: operator(x, weight, bias, "none", [], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    reorder: Callable[[Tensor, int], Tensor] = torch.ops.mkldnn._reorder_linear_weight.default
+    return lambda x, weight, bias: multiply(x, weight, bias, "none", [], ""), reorder
 
 
 def remember_decisions_by(overload: OpOverload, first_argument: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rowmax.kernels.ops.torch_internals import onednn_linear
 from rowmax.transformer import linear as module
-from rowmax.transformer.linear import Linear, linear
+from rowmax.transformer.linear import Linear, linear, linear_by
 
 X, WEIGHT, BIAS = torch.randn(32, 2, 512), torch.randn(1024, 512), torch.randn(1024)
 
@@ -20,16 +20,17 @@ X, WEIGHT, BIAS = torch.randn(32, 2, 512), torch.randn(1024, 512), torch.randn(1
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """What oneDNN gave, in a torch that has it."""
-    by_onednn = onednn_linear()
-    if by_onednn is None:
+    onednn = onednn_linear()
+    if onednn is None:
         pytest.skip("this torch has no oneDNN")
+    multiply, reorder = onednn
     found: list[Tensor] = []
 
     def spy(*arguments: Any) -> Tensor:
-        found.append(by_onednn(*arguments))
+        found.append(multiply(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(module, "_by_onednn", lambda: spy)
+    monkeypatch.setattr(module, "_onednn", lambda: (spy, reorder))
     return found
 
 
@@ -43,6 +44,19 @@ def test_the_same_numbers(x: Tensor, bias: Tensor | None, calls: list[Tensor]) -
     expected = nn.functional.linear(x.double(), WEIGHT.double(), wide).float()
     # Sums of 512 products of about 1, in float32.
     torch.testing.assert_close(got[: len(x)], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 30, 64, 100])
+def test_a_weight_in_another_layout(rows: int, calls: list[Tensor]) -> None:
+    """Products of fewer rows than it was made for, and of more."""
+    x = X.flatten(0, 1).repeat(2, 1)[:rows]
+    with torch.inference_mode():
+        by_weight = linear_by(WEIGHT, 64)
+        got = by_weight(x)
+        assert by_weight(x[:, None]).shape == (rows, 1, 1024)
+    assert len(calls) == 2
+    expected = nn.functional.linear(x.double(), WEIGHT.double()).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
 
 
 def test_a_layer(calls: list[Tensor]) -> None:
@@ -73,7 +87,9 @@ def test_what_is_torchs_own(name: str, calls: list[Tensor]) -> None:
     context, x, weight = OTHERS[name]
     with torch.inference_mode(), context():
         got, expected = linear(x, weight), nn.functional.linear(x, weight)
+        also = linear_by(weight.as_subclass(Marked) if name == "subclass" else weight, len(x))(x)
     assert not calls
+    assert also.shape == got.shape
     assert type(got) is type(expected)
     assert got.dtype == expected.dtype
 
@@ -89,6 +105,6 @@ def test_gradients_are_torchs_own(calls: list[Tensor]) -> None:
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert onednn_linear() is None
-    monkeypatch.setattr(module, "_by_onednn", onednn_linear)
+    monkeypatch.setattr(module, "_onednn", onednn_linear)
     with torch.inference_mode():
         assert torch.equal(linear(X, WEIGHT), nn.functional.linear(X, WEIGHT))
