@@ -24,7 +24,7 @@ def quantize(model: TranslationModel) -> None:
         raise UsageError(f"int8: torch {torch.__version__} has no quantize_dynamic") from error
     for module in model.modules():
         if type(module) is Linear:
-            module.__class__ = nn.Linear  # the type that is looked for
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # which is looked for
     with warnings.catch_warnings():
         # torch is about to hand this over to torchao, whose layers are slower without a compiler.
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")

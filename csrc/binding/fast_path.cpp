@@ -75,9 +75,8 @@ PyObject* attribute(const char* module, const char* name) {
 }
 
 bool read(PyObject* object, View& view) {
-  return read_if(object, view, [](dlpack::DataType dtype) {
-    return float_type(dtype) != ScalarType::Other;
-  });
+  return read_if(
+      object, view, [](dlpack::DataType dtype) { return float_type(dtype) != ScalarType::Other; });
 }
 
 bool read_integers(PyObject* object, View& view) {

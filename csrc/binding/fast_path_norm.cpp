@@ -79,9 +79,7 @@ PyObject* fast_path_norm_call(PyObject*, PyObject* const* arguments, Py_ssize_t 
   }
   const bool subtract_mean = arguments[5] == Py_True;
   PyObject* made = empty_like(arguments[0]);
-  PyObject* sum = made == nullptr ? nullptr
-                  : residual      ? empty_like(arguments[0])
-                                  : Py_NewRef(made);
+  PyObject* sum = residual && made != nullptr ? empty_like(arguments[0]) : Py_XNewRef(made);
   const auto normalise = [&] {
     fast_path_norm(x, residual, weight, bias, y, total, elements / columns, eps, subtract_mean);
   };

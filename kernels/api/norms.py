@@ -72,7 +72,9 @@ def add_layer_norm(
         (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
     """
     if type(dropout_p) is float and dropout_p == 0.0 and seed is None and residual is not None:
-        found = operators.fast_path_norm(x, residual, weight, bias, eps, backend, subtract_mean=True)
+        found = operators.fast_path_norm(
+            x, residual, weight, bias, eps, backend, subtract_mean=True
+        )
         if found is not None:
             return found
     if any_autocast_enabled():

@@ -44,8 +44,8 @@ NAMES = tuple(_FOLDERS)
 FastPathAttention = Callable[
     [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
 ]
-# x, residual, weight, bias and eps as a caller passed them, subtract_mean -> y, and x + residual, which
-# without a residual is y again; None as above
+# x, residual, weight, bias and eps as a caller passed them, subtract_mean -> y, and x + residual,
+# which without a residual is y again; None as above
 FastPathNorm = Callable[
     [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool],
     tuple[Tensor, Tensor] | None,

@@ -75,11 +75,11 @@ def empty_strided_on(device_type: str) -> Callable[..., Tensor]:
 
 
 def onednn_linear() -> tuple[Callable[..., Tensor], Callable[[Tensor, int], Tensor]] | None:
-    """What oneDNN has for x @ weight.T + bias in float32 on a CPU, without a gradient; None where this
-    torch has no oneDNN. (`torch.nn.functional.linear` takes the BLAS it was built with.)
+    """What oneDNN has for x @ weight.T + bias in float32 on a CPU, without a gradient; None where
+    this torch has no oneDNN. (`torch.nn.functional.linear` takes the BLAS it was built with.)
 
-    The first takes x (..., N), weight (M, N) and bias (M,) or None. The second makes of a weight one
-    in oneDNN's own layout, which the first takes as well, for products of about so many rows.
+    The first takes x (..., N), weight (M, N) and bias (M,) or None. The second makes of a weight
+    one in oneDNN's own layout, which the first takes as well, for products of about so many rows.
     """
     if not torch.backends.mkldnn.is_available():
         return None

@@ -60,7 +60,6 @@ def masks_for(q: Tensor, k: Tensor) -> list[Mask | None]:
     return every + [Dense(each) for each in (*dense, allowed.mT.contiguous().mT)]
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bits_and_layout_are_those_of_the_general_way(

@@ -21,10 +21,11 @@ from rowmax.kernels.ops.problem import AddLayerNormProblem, LayerNormProblem, RM
 from .fast_path_inputs import DTYPES, left_by_transforms, rand
 
 pytestmark = pytest.mark.usefixtures("extension")
+Take = Callable[..., tuple[Tensor, Tensor] | None]
 
 
 @pytest.fixture
-def take(readable_tensors: None) -> Callable[..., tuple[Tensor, Tensor] | None]:
+def take(readable_tensors: None) -> Take:
     """The backend's own way."""
     found = dispatch.fast_path_norm("native")
     assert found is not None
@@ -55,7 +56,7 @@ SHAPES = ((1,), (7,), (3, 5), (2, 3, 70), (64, 512), (5, 1600), (1, 4, 1, 33), (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_are_those_of_the_general_way(
-    shape: tuple[int, ...], dtype: torch.dtype, take: Callable[..., tuple[Tensor, Tensor] | None]
+    shape: tuple[int, ...], dtype: torch.dtype, take: Take
 ) -> None:
     x, other = 3 * rand(*shape, dtype=dtype) + 1, rand(2, *shape, dtype=dtype)[1]
     for parameter_dtype in DTYPES:
@@ -72,9 +73,7 @@ def test_bits_are_those_of_the_general_way(
                 assert (found[0] is found[1]) == (residual is None)
 
 
-def test_the_public_functions_take_it(
-    monkeypatch: pytest.MonkeyPatch, take: Callable[..., tuple[Tensor, Tensor] | None]
-) -> None:
+def test_the_public_functions_take_it(monkeypatch: pytest.MonkeyPatch, take: Take) -> None:
     x, weight = rand(4, 8), torch.nn.Parameter(rand(8))
     called: list[str] = []
     monkeypatch.setattr(operators, "call", lambda name, *_: called.append(name))
@@ -89,7 +88,7 @@ def test_the_public_functions_take_it(
     torch.testing.assert_close(normal, expected.detach())
 
 
-def test_shared_sizes_of_one_have_any_stride(take: Callable[..., tuple[Tensor, Tensor] | None]) -> None:
+def test_shared_sizes_of_one_have_any_stride(take: Take) -> None:
     x = rand(4, 8).as_strided((4, 1, 8), (8, 77, 1))
     assert take(x, None, None, None, 1e-5, True) is not None
     assert take(x, x, None, None, 1e-5, True) is not None
@@ -131,7 +130,7 @@ NOT_PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
-def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., tuple[Tensor, Tensor] | None]) -> None:
+def test_what_is_not_plain_is_left_alone(name: str, take: Take) -> None:
     x, *others = NOT_PLAIN[name]
     assert take(x, None, *others, True) is None
 
@@ -144,13 +143,11 @@ def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., tuple[Te
     ],
     ids=range(12),
 )
-def test_a_residual_that_is_not_as_x_is_left_alone(
-    residual: Any, take: Callable[..., tuple[Tensor, Tensor] | None]
-) -> None:
+def test_a_residual_that_is_not_as_x_is_left_alone(residual: Any, take: Take) -> None:
     assert take(X, residual, ROW, ROW, 1e-5, True) is None
 
 
-def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., tuple[Tensor, Tensor] | None]) -> None:
+def test_what_a_transform_left_behind_is_left_alone(take: Take) -> None:
     for kept in left_by_transforms(X):
         assert take(kept, None, None, None, 1e-5, True) is None
         assert take(X, kept, None, None, 1e-5, True) is None
