@@ -81,7 +81,8 @@ def onednn_linear() -> tuple[Callable[..., Tensor], Callable[[Tensor, int], Tens
     The first takes x (..., N), weight (M, N) and bias (M,) or None. The second makes of a weight
     one in oneDNN's own layout, which the first takes as well, for products of about so many rows.
     """
-    if not torch.backends.mkldnn.is_available():
+    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not built:
         return None
     multiply = torch.ops.mkldnn._linear_pointwise.default
     reorder: Callable[[Tensor, int], Tensor] = torch.ops.mkldnn._reorder_linear_weight.default
