@@ -19,30 +19,41 @@ from ..kernels import Causal, Dense, KeyLengths, Mask
 KeysValues = tuple[Tensor, Tensor]
 
 
+# Steps that the memory of a cache is made for at first.
+_FIRST_STEPS = 32
+
+
 class Slots:
-    """Keys and values (B, H, slots, D) that grow in place."""
+    """Keys and values (B, H, slots, D) that grow in place.
+
+    In memory the heads of a slot lie side by side, as a projection makes them: a step's are copied
+    in one piece, and slots that are yet to be filled are no gaps between the heads.
+    """
 
     def __init__(self) -> None:
-        self._memory: KeysValues | None = None
+        self._memory: KeysValues | None = None  # (B, slots, H, D)
         self.length = 0
 
     def append(self, new: KeysValues) -> KeysValues:
         """All so far, of which `new` (B, H, L, D) is the last."""
+        keys, values = (heads.transpose(1, 2) for heads in new)
+        start, count = self.length, keys.shape[1]
+        self.length += count
         if self._memory is None:
             # not copied: a whole target that is read at once may want gradients
-            self._memory, self.length = new, new[0].shape[2]
+            self._memory = keys, values
             return new
-        start, self.length = self.length, self.length + new[0].shape[2]
-        if self.length > self._memory[0].shape[2]:
-            self._memory = _grown(self._memory, start, 2 * self.length)
-        for memory, values in zip(self._memory, new, strict=True):
-            memory[:, :, start : self.length] = values
-        keys, values = self._memory
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        if self.length > self._memory[0].shape[1]:
+            slots = max(2 * self.length, _FIRST_STEPS * count)
+            self._memory = _grown(self._memory, start, slots)
+        for memory, added in zip(self._memory, (keys, values), strict=True):
+            memory[:, start : self.length] = added
+        keys, values = (memory[:, : self.length].transpose(1, 2) for memory in self._memory)
+        return keys, values
 
     def keep(self, sentences: Tensor) -> None:
         if self._memory is not None:
-            keys, values = (memory[:, :, : self.length] for memory in self._memory)
+            keys, values = (memory[:, : self.length] for memory in self._memory)
             self._memory = keys[sentences], values[sentences]
 
 
@@ -50,9 +61,8 @@ def _grown(memory: KeysValues, used: int, slots: int) -> KeysValues:
     """The same in a tensor of more slots."""
     larger = []
     for tensor in memory:
-        batch, heads, _, size = tensor.shape
-        fresh = tensor.new_empty(batch, heads, slots, size)
-        fresh[:, :, :used] = tensor[:, :, :used]
+        fresh = tensor.new_empty(len(tensor), slots, *tensor.shape[2:])
+        fresh[:, :used] = tensor[:, :used]
         larger.append(fresh)
     return larger[0], larger[1]
 

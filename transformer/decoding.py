@@ -22,6 +22,9 @@ EXTRA_LENGTH = 50
 _CROWDED = 0.75
 # Of the length penalty, whose power of any length is then a number in float32.
 MAX_ALPHA = 5
+# Scores of so many tokens side by side have one maximum; and so many at most, where the size of the
+# vocabulary asks for more.
+_BLOCK, _LARGEST_BLOCK = 64, 256
 
 
 class SentenceTooLongError(ValueError):
@@ -46,7 +49,7 @@ def _limits(model: TranslationModel, source_lengths: Tensor) -> Tensor:
 
 def greedy(model: TranslationModel, source: Tensor, source_lengths: Tensor) -> list[list[int]]:
     """The likeliest token at each step until EOS. ``source`` (B, Ls) -> B lists of token ids."""
-    return _write(model, source, source_lengths, lambda logits: logits.argmax(-1))
+    return _write(model, source, source_lengths, _likeliest)
 
 
 def sample(
@@ -74,13 +77,14 @@ def _write(
     model.eval()
     limits = _limits(model, source_lengths)
     state = model.start(source, source_lengths)
+    logits_of = model.embedding.logits_of(len(source))
     written = torch.full((len(source), int(limits.max())), EOS, device=source.device)
     going = torch.arange(len(source), device=source.device)
     token = torch.full((len(source),), BOS, device=source.device)
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     length = 0
     while len(going):
-        token = pick(model.decode(token[:, None], state)[:, 0])  # (B',)
+        token = pick(logits_of(model.read(token[:, None], state)[:, 0]))  # (B',)
         written[going, length] = token
         length += 1
         done |= (token == EOS) | (length >= limits[going])
@@ -147,10 +151,11 @@ def n_best(
     if len(source) == 0:
         return []
     model.eval()
-    B, K, device = len(source), beam, source.device
-    width = min(2 * K, model.config.vocab_size)  # at most K of 2 K end, so at least K go on
+    B, K, V, device = len(source), beam, model.config.vocab_size, source.device
+    width = min(2 * K, K * V)  # at most K of 2 K end, so at least K go on
     limits = _limits(model, source_lengths)  # (B,)
     state = model.start(source, source_lengths, beams=K)
+    logits_of = model.embedding.logits_of(B * K)
     found: list[list[Hypothesis]] = [[] for _ in range(B)]
     # Of the sentences that go on, B' of them:
     going = torch.arange(B, device=device)
@@ -162,11 +167,10 @@ def n_best(
     length = 0
     while True:
         length += 1
-        logits = model.decode(tokens[:, :, -1], state).float()  # (B', K, V)
-        top, token = logits.topk(width, dim=-1)
-        candidates = scores[:, :, None] + (top - logits.logsumexp(-1, keepdim=True))
-        top, index = candidates.flatten(1).topk(min(2 * K, K * width), dim=1)  # (B', 2 K)
-        origin, token = index // width, token.flatten(1).gather(1, index)
+        logits = logits_of(model.read(tokens[:, :, -1], state))
+        log_p = _log_softmax(logits.float())  # (B', K, V)
+        top, index = _best(log_p.add_(scores[:, :, None]).flatten(1), width)  # (B', 2 K)
+        origin, token = index // V, index % V
         ends = (token == EOS) | (length >= limits)[:, None]  # what has not ended by now is cut
 
         finished = torch.where(ends, top / length_penalty(length, alpha), float("-inf"))
@@ -195,6 +199,47 @@ def n_best(
             state.keep(left)
             going, scores, tokens = going[left], scores[left], tokens[left]
             worst, limits = worst[left], limits[left]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """logits.log_softmax(-1); on a CPU in their place, for another tensor of this size would be new
+    memory in each step."""
+    return torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """scores.argmax(-1) of (B, V): the first of the largest in each row."""
+    blocks = _blocks(scores, 1)
+    if blocks is None:
+        return scores.argmax(-1)
+    first = blocks.amax(-1).argmax(-1)  # (B,), of the blocks
+    each = torch.arange(len(blocks))
+    return first * blocks.shape[2] + blocks[each, first].argmax(-1)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """scores.topk(count) of (B, N), but for the order of equal ones."""
+    blocks = _blocks(scores, count)
+    if blocks is None:
+        return scores.topk(count)
+    size = blocks.shape[2]
+    chosen = blocks.amax(-1).topk(count).indices  # (B, count), of the blocks
+    each = torch.arange(len(blocks))[:, None]
+    top, at = blocks[each, chosen].flatten(1).topk(count)
+    return top, chosen.gather(1, at // size) * size + at % size
+
+
+def _blocks(scores: Tensor, count: int) -> Tensor | None:
+    """(B, N) as (B, blocks, size), where a look at each block's maximum is the faster way to the
+    `count` largest scores: they lie in the `count` blocks of the largest maxima.
+
+    On a CPU `topk` and `argmax` compare number by number, and `amax` whole vectors.
+    """
+    columns = scores.shape[1]
+    for size in range(_BLOCK, _LARGEST_BLOCK + 1) if scores.is_cpu else ():
+        if columns % size == 0 and columns >= 4 * count * size:
+            return scores.unflatten(1, (-1, size))
+    return None
 
 
 def translate(

@@ -22,6 +22,7 @@ from ..kernels import KeyLengths, Mask, add_layer_norm, layer_norm
 from .cache import DecoderState, KeysValues, Slots
 from .config import ModelConfig
 from .interface import Attending, TokenEmbedding, TranslationModel
+from .linear import Linear
 from .packing import PackedAttention, PackedBatch, Packing
 
 
@@ -65,10 +66,10 @@ class MultiHeadAttention(Attending):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(backend)
-        self.w_q = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.w_k = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.w_v = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.w_o = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.w_q = Linear(config.d_model, config.d_model, bias=False)
+        self.w_k = Linear(config.d_model, config.d_model, bias=False)
+        self.w_v = Linear(config.d_model, config.d_model, bias=False)
+        self.w_o = Linear(config.d_model, config.d_model, bias=False)
         for projection in (self.w_q, self.w_k, self.w_v, self.w_o):
             nn.init.xavier_uniform_(projection.weight)
         self.heads = config.heads
@@ -107,14 +108,14 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w_1 = nn.Linear(config.d_model, config.d_ff)
-        self.w_2 = nn.Linear(config.d_ff, config.d_model)
+        self.w_1 = Linear(config.d_model, config.d_ff)
+        self.w_2 = Linear(config.d_ff, config.d_model)
         for linear in (self.w_1, self.w_2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(F.relu(self.w_1(x)))
+        return self.w_2(F.relu(self.w_1(x), inplace=True))
 
 
 class Norm(nn.Module):

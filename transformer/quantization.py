@@ -9,6 +9,7 @@ from torch import nn
 
 from ..console import UsageError
 from .interface import TranslationModel
+from .linear import Linear
 
 
 def quantize(model: TranslationModel) -> None:
@@ -21,6 +22,9 @@ def quantize(model: TranslationModel) -> None:
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
     except ImportError as error:
         raise UsageError(f"int8: torch {torch.__version__} has no quantize_dynamic") from error
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # which is looked for
     with warnings.catch_warnings():
         # torch is about to hand this over to torchao, whose layers are slower without a compiler.
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")

@@ -136,8 +136,7 @@ void decode(Launch& launch) {
 }
 
 // out and, unless it is absent, lse (B, Hq, Lq): float64 or, where out is of a half type, float32.
-void forward(const View& out, const MaybeTensor& lse, const AttentionProblem& problem) {
-  Launch launch(problem, out);
+void forward(Launch& launch, const MaybeTensor& lse) {
   AttentionCall& call = launch.call;
   if (lse) {
     require(
@@ -248,7 +247,8 @@ struct Operators;
 template <typename... Field>
 struct Operators<Types<Field...>> {
   static void attention_forward(Tensor out, MaybeTensor lse, Field... field) {
-    forward(view_of(out, "out"), lse, problem_of(field...));
+    Launch launch(problem_of(field...), view_of(out, "out"));
+    forward(launch, lse);
   }
   static void attention_backward(
       Tensor out, Tensor lse, Tensor grad_out, MaybeTensor grad_lse, Tensor d_query, Tensor d_key,
@@ -265,11 +265,25 @@ using Attention = Operators<AttentionProblemTypes>;
 
 void fast_path_attention(
     const View& query, const View& key, const View& value, const View& out, double scale,
-    std::optional<int64_t> band_upper) {
+    std::optional<int64_t> band_upper, const std::optional<View>& key_lengths,
+    const std::optional<View>& dense) {
   AttentionProblem problem{query, key, value};
   problem.scale = scale;
   problem.mask.band_upper = band_upper;
-  forward(out, std::nullopt, problem);
+  Launch launch(problem, out);
+  AttentionCall& call = launch.call;
+  if (key_lengths) {
+    call.key_lengths = static_cast<const int64_t*>(key_lengths->data);
+  }
+  if (dense) {
+    const auto stride = [&](int64_t dimension) {
+      return dense->sizes[dimension] == 1 ? 0 : dense->strides[dimension];
+    };
+    call.dense = static_cast<const uint8_t*>(dense->data);
+    call.dense_batch = stride(0), call.dense_head = stride(1);
+    call.dense_row = stride(2), call.dense_column = stride(3);
+  }
+  forward(launch, std::nullopt);
 }
 
 void register_attention() {

@@ -12,7 +12,7 @@ namespace rowmax::dlpack {
 inline constexpr uint32_t kMajorVersion = 1;
 inline constexpr const char* kCapsule = "dlpack_exchange_api";
 inline constexpr int32_t kCpu = 1;
-inline constexpr uint8_t kFloat = 2, kBfloat = 4;
+inline constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Device {
   int32_t type, id;

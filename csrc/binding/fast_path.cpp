@@ -10,23 +10,25 @@ namespace {
 Torch torch_;
 const dlpack::ExchangeApi* api_;  // null where this torch offers none
 
-// The tensor as a View; false where it is not on the CPU or of another dtype.
+ScalarType float_type(dlpack::DataType dtype) {
+  if (dtype.code == dlpack::kBfloat && dtype.bits == 16) {
+    return ScalarType::BFloat16;
+  }
+  if (dtype.code == dlpack::kFloat) {
+    return dtype.bits == 16   ? ScalarType::Half
+           : dtype.bits == 32 ? ScalarType::Float
+           : dtype.bits == 64 ? ScalarType::Double
+                              : ScalarType::Other;
+  }
+  return ScalarType::Other;
+}
+
+// The tensor as a View; false where it is not on the CPU.
 bool describe(const dlpack::Tensor& tensor, View& view) {
   if (tensor.device.type != dlpack::kCpu || tensor.byte_offset != 0 || tensor.dtype.lanes != 1) {
     return false;
   }
-  const dlpack::DataType dtype = tensor.dtype;
-  if (dtype.code == dlpack::kBfloat && dtype.bits == 16) {
-    view.dtype = ScalarType::BFloat16;
-  } else if (dtype.code == dlpack::kFloat && dtype.bits == 16) {
-    view.dtype = ScalarType::Half;
-  } else if (dtype.code == dlpack::kFloat && dtype.bits == 32) {
-    view.dtype = ScalarType::Float;
-  } else if (dtype.code == dlpack::kFloat && dtype.bits == 64) {
-    view.dtype = ScalarType::Double;
-  } else {
-    return false;
-  }
+  view.dtype = float_type(tensor.dtype);
   view.data = tensor.data;
   view.dimensions = tensor.dimensions;
   view.sizes = tensor.sizes;
@@ -51,6 +53,16 @@ bool holds_its_values(PyObject* object, const dlpack::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) != elements * (tensor.dtype.bits / 8);
 }
 
+// Reads a tensor whose dtype `fits`.
+template <typename Fits>
+bool read_if(PyObject* object, View& view, const Fits& fits) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  dlpack::Tensor tensor;
+  return api_ != nullptr && (type == torch_.tensor || type == torch_.parameter) &&
+         api_->view(object, &tensor) == 0 && fits(tensor.dtype) && describe(tensor, view) &&
+         holds_its_values(object, tensor);
+}
+
 }  // namespace
 
 const Torch& looked_up() { return torch_; }
@@ -63,11 +75,20 @@ PyObject* attribute(const char* module, const char* name) {
 }
 
 bool read(PyObject* object, View& view) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  dlpack::Tensor tensor;
-  return api_ != nullptr && (type == torch_.tensor || type == torch_.parameter) &&
-         api_->view(object, &tensor) == 0 && describe(tensor, view) &&
-         holds_its_values(object, tensor);
+  return read_if(
+      object, view, [](dlpack::DataType dtype) { return float_type(dtype) != ScalarType::Other; });
+}
+
+bool read_integers(PyObject* object, View& view) {
+  return read_if(object, view, [](dlpack::DataType dtype) {
+    return dtype.code == dlpack::kInt && dtype.bits == 64;
+  });
+}
+
+bool read_flags(PyObject* object, View& view) {
+  return read_if(object, view, [](dlpack::DataType dtype) {
+    return dtype.code == dlpack::kBool && dtype.bits == 8;
+  });
 }
 
 bool read_made(PyObject* made, View& view) {

@@ -16,9 +16,9 @@ namespace rowmax {
 // takes a microsecond; torch's dispatcher takes several of them for an operator's arguments. It returns
 // None for any other call and for wrong arguments: the general path raises the error.
 //
-// fast_path_attention(query, key, value, align, scale) -> Tensor | None
+// fast_path_attention(query, key, value, align, key_lengths, dense, scale) -> Tensor | None
 PyObject* fast_path_attention_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
-// fast_path_norm(x, weight, bias, eps, subtract_mean) -> Tensor | None
+// fast_path_norm(x, residual, weight, bias, eps, subtract_mean) -> (y, total) | None
 PyObject* fast_path_norm_call(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 // What is looked up once, when the module is loaded.
@@ -39,6 +39,9 @@ bool find_torch();
 // Whether `object` is a tensor on the CPU, of a float dtype, that a kernel can read as its memory says;
 // with an exception or without.
 bool read(PyObject* object, View& view);
+// The same of a tensor of int64 or of bool; its view's dtype is `Other`.
+bool read_integers(PyObject* object, View& view);
+bool read_flags(PyObject* object, View& view);
 // The same of a tensor that this call has made, which is one; false with an exception.
 bool read_made(PyObject* made, View& view);
 

@@ -1,5 +1,7 @@
-// The fast path of attention: no bias, no dropout, no gradient, no mask or a causal one.
+// The fast path of attention: no bias, no dropout, no gradient, at most one mask: a causal one, lengths or
+// a dense one.
 
+#include <algorithm>
 #include <cmath>
 
 #include "binding/attention_launch.h"
@@ -24,6 +26,27 @@ bool fit(const View& query, const View& key, const View& value) {
          key.sizes[2] == value.sizes[2] && key.sizes[1] > 0 && query.sizes[1] % key.sizes[1] == 0;
 }
 
+// Whether `object` is None, which leaves `lengths` empty, or a contiguous tensor (B,) of int64.
+bool read_lengths(PyObject* object, int64_t batch, std::optional<View>& lengths) {
+  return object == Py_None ||
+         (read_integers(object, lengths.emplace()) && lengths->dimensions == 1 &&
+          lengths->sizes[0] == batch && (lengths->strides[0] == 1 || batch == 1));
+}
+
+// Whether `object` is None, which leaves `dense` empty, or bools (B | 1, H | 1, Lq | 1, Lk | 1).
+bool read_dense(PyObject* object, const View& query, const View& key, std::optional<View>& dense) {
+  if (object == Py_None) {
+    return true;
+  }
+  if (!read_flags(object, dense.emplace()) || dense->dimensions != 4) {
+    return false;
+  }
+  const int64_t shape[] = {query.sizes[0], query.sizes[1], query.sizes[2], key.sizes[2]};
+  return std::equal(shape, shape + 4, dense->sizes, [](int64_t size, int64_t own) {
+    return own == size || own == 1;
+  });
+}
+
 // What kernels/ops/layout.py's empty_heads(query, value_dim) gives; itself only where no shorter way is.
 PyObject* empty_heads(PyObject* query, const View& of, int64_t value_dim) {
   if (of.strides[1] < of.strides[2] || of.sizes[3] != value_dim) {
@@ -38,12 +61,15 @@ PyObject* empty_heads(PyObject* query, const View& of, int64_t value_dim) {
 }  // namespace
 
 PyObject* fast_path_attention_call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!counted("fast_path_attention", count, 5)) {
+  if (!counted("fast_path_attention", count, 7)) {
     return nullptr;
   }
   View query, key, value, out;
+  std::optional<View> key_lengths, dense;
   if (!read_heads(arguments[0], query) || !read_heads(arguments[1], key) ||
-      !read_heads(arguments[2], value) || !fit(query, key, value)) {
+      !read_heads(arguments[2], value) || !fit(query, key, value) ||
+      !read_lengths(arguments[4], query.sizes[0], key_lengths) ||
+      !read_dense(arguments[5], query, key, dense)) {
     PyErr_Clear();  // the general way says what is wrong
     return Py_NewRef(Py_None);
   }
@@ -57,10 +83,10 @@ PyObject* fast_path_attention_call(PyObject*, PyObject* const* arguments, Py_ssi
     band_upper = align == kLowerRight ? ahead : 0;
   }
   double scale;
-  if (arguments[4] == Py_None) {
+  if (arguments[6] == Py_None) {
     scale = std::pow(static_cast<double>(query.sizes[3]), -0.5);
-  } else if (Py_TYPE(arguments[4]) == &PyFloat_Type) {
-    scale = PyFloat_AsDouble(arguments[4]);
+  } else if (Py_TYPE(arguments[6]) == &PyFloat_Type) {
+    scale = PyFloat_AsDouble(arguments[6]);
   } else {
     return Py_NewRef(Py_None);
   }
@@ -71,7 +97,9 @@ PyObject* fast_path_attention_call(PyObject*, PyObject* const* arguments, Py_ssi
   if (made == nullptr) {
     return nullptr;
   }
-  const auto attend = [&] { fast_path_attention(query, key, value, out, scale, band_upper); };
+  const auto attend = [&] {
+    fast_path_attention(query, key, value, out, scale, band_upper, key_lengths, dense);
+  };
   if (!read_made(made, out) || !run_unlocked(attend)) {
     Py_DECREF(made);
     return nullptr;

@@ -33,13 +33,15 @@ static bool register_operators() {
 extern "C" PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"fast_path_attention", function(rowmax::fast_path_attention_call), METH_FASTCALL,
-       "fast_path_attention(query, key, value, align, scale) -> Tensor | None\n\n"
-       "Attention without bias, dropout or gradient; None for any other call. align: 0 no\n"
-       "mask, 1 causal with as many queries as keys, 2 causal aligned upper left, 3 lower right."},
+       "fast_path_attention(query, key, value, align, key_lengths, dense, scale) -> Tensor | "
+       "None\n\n"
+       "Attention without bias, dropout or gradient; None for any other call. align: 0 not\n"
+       "causal, 1 causal with as many queries as keys, 2 causal aligned upper left, 3 lower "
+       "right."},
       {"fast_path_norm", function(rowmax::fast_path_norm_call), METH_FASTCALL,
-       "fast_path_norm(x, weight, bias, eps, subtract_mean) -> Tensor | None\n\n"
-       "Layer norm, or RMS norm without subtract_mean, without gradient; None for any\n"
-       "other call."},
+       "fast_path_norm(x, residual, weight, bias, eps, subtract_mean) -> (y, total) | None\n\n"
+       "Layer norm, or RMS norm without subtract_mean, of total = x + residual, or of x where\n"
+       "that is None; without gradient; None for any other call."},
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef definition = {

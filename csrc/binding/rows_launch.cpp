@@ -279,11 +279,17 @@ bool bfloat16_dots() { return pair_kernels() != nullptr; }
 }  // namespace
 
 void fast_path_norm(
-    const View& x, const std::optional<View>& weight, const std::optional<View>& bias,
-    const View& y, int64_t rows, double eps, bool subtract_mean) {
+    const View& x, const std::optional<View>& residual, const std::optional<View>& weight,
+    const std::optional<View>& bias, const View& y, const View& total, int64_t rows, double eps,
+    bool subtract_mean) {
   const int item = item_of(x.dtype);
   const int64_t columns = x.sizes[x.dimensions - 1];
   NormCall call = norm_call(x.data, columns, rows, columns, 0.0, std::nullopt);
+  if (residual) {
+    call.residual = residual->data;
+    call.residual_row = columns;
+    call.total = total.data;
+  }
   call.y = y.data;
   call.subtract_mean = subtract_mean;
   call.eps = eps;

@@ -41,9 +41,9 @@ def layer_norm(
     Returns:
         (..., N) in x's dtype; statistics in float32 or wider.
     """
-    out = operators.fast_path_norm(x, weight, bias, eps, backend, subtract_mean=True)
-    if out is not None:
-        return out
+    found = operators.fast_path_norm(x, None, weight, bias, eps, backend, subtract_mean=True)
+    if found is not None:
+        return found[0]
     eps = _check_norm("layer_norm", x, eps, weight=weight, bias=bias)
     problem = LayerNormProblem(x, weight, bias, eps)
     return operators.layer_norm(problem, dispatch.check_name("layer_norm", backend))
@@ -71,6 +71,12 @@ def add_layer_norm(
     Returns:
         (normalised, sum), both (..., N) in x's dtype, sum = residual + dropout(x).
     """
+    if type(dropout_p) is float and dropout_p == 0.0 and seed is None and residual is not None:
+        found = operators.fast_path_norm(
+            x, residual, weight, bias, eps, backend, subtract_mean=True
+        )
+        if found is not None:
+            return found
     if any_autocast_enabled():
         require_float("add_layer_norm", "x", x)
         require_float("add_layer_norm", "residual", residual)
@@ -115,9 +121,9 @@ def rms_norm(
     Returns:
         (..., N) in x's dtype; the mean square in float32 or wider.
     """
-    out = operators.fast_path_norm(x, weight, None, eps, backend, subtract_mean=False)
-    if out is not None:
-        return out
+    found = operators.fast_path_norm(x, None, weight, None, eps, backend, subtract_mean=False)
+    if found is not None:
+        return found[0]
     eps = _check_norm("rms_norm", x, eps, weight=weight)
     problem = RMSNormProblem(x, weight, eps)
     return operators.rms_norm(problem, dispatch.check_name("rms_norm", backend))

@@ -45,8 +45,12 @@ NAMES = tuple(_FOLDERS)
 FastPathAttention = Callable[
     [Tensor, Tensor, Tensor, Mask | Tensor | None, float | None], Tensor | None
 ]
-# x, weight, bias and eps as a caller passed them, subtract_mean -> y; None as above
-FastPathNorm = Callable[[Tensor, Tensor | None, Tensor | None, float, bool], Tensor | None]
+# x, residual, weight, bias and eps as a caller passed them, subtract_mean -> y, and x + residual,
+# which without a residual is y again; None as above
+FastPathNorm = Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool],
+    tuple[Tensor, Tensor] | None,
+]
 
 
 class MissingBackendWarning(RuntimeWarning):
@@ -174,7 +178,7 @@ def fast_path_attention(name: str) -> FastPathAttention | None:
 
 @functools.cache
 def fast_path_norm(name: str) -> FastPathNorm | None:
-    """The same for layer norm and RMS norm."""
+    """The same for the norms."""
     return getattr(_on_cpu(name), "fast_path_norm", None)
 
 

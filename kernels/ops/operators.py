@@ -128,18 +128,20 @@ def fast_path_attention(
 
 def fast_path_norm(
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     backend: str,
     *,
     subtract_mean: bool,
-) -> Tensor | None:
-    """y of a layer norm, or of an RMS norm without subtract_mean, as in `fast_path_attention`."""
-    if not _on_cpu(x, backend) or not _may_take_fast_path(x, weight, bias):
+) -> tuple[Tensor, Tensor] | None:
+    """y of a layer norm, or of an RMS norm without subtract_mean, and the sum that it is of, as in
+    `fast_path_attention`; without a residual there is no sum, and the second is y again."""
+    if not _on_cpu(x, backend) or not _may_take_fast_path(x, residual, weight, bias):
         return None
     normalise = dispatch.fast_path_norm(backend)
-    return None if normalise is None else normalise(x, weight, bias, eps, subtract_mean)
+    return None if normalise is None else normalise(x, residual, weight, bias, eps, subtract_mean)
 
 
 def _on_cpu(tensor: Tensor, backend: str) -> bool:

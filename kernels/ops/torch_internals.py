@@ -50,6 +50,7 @@ __all__ = [
     "forward_mode_is_on",
     "functorch_is_active",
     "included_keys",
+    "onednn_linear",
     "profiler_enabled",
     "remember_decisions_by",
     "set_forward_mode",
@@ -71,6 +72,21 @@ def empty_strided_on(device_type: str) -> Callable[..., Tensor]:
     """torch.empty_strided(sizes, strides, dtype) on one kind of device, past the dispatcher."""
     found: Callable[..., Tensor] = getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}")
     return found
+
+
+def onednn_linear() -> tuple[Callable[..., Tensor], Callable[[Tensor, int], Tensor]] | None:
+    """What oneDNN has for x @ weight.T + bias in float32 on a CPU, without a gradient; None where
+    this torch has no oneDNN. (`torch.nn.functional.linear` takes the BLAS it was built with.)
+
+    The first takes x (..., N), weight (M, N) and bias (M,) or None. The second makes of a weight
+    one in oneDNN's own layout, which the first takes as well, for products of about so many rows.
+    """
+    built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not built:
+        return None
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    reorder: Callable[[Tensor, int], Tensor] = torch.ops.mkldnn._reorder_linear_weight.default
+    return lambda x, weight, bias: multiply(x, weight, bias, "none", [], ""), reorder
 
 
 def remember_decisions_by(overload: OpOverload, first_argument: int) -> None:

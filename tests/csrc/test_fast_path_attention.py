@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import Causal, KeyLengths, attention
+from rowmax.kernels import Causal, Dense, KeyLengths, Mask, attention
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.ops import operators
 
@@ -48,7 +48,16 @@ SHAPES = {
     "heads": tuple(heads_behind_length(2, 3, 20, 16) for _ in range(3)),
     "sliced": (rand(2, 2, 20, 40)[..., 3:19], rand(2, 2, 40, 16)[:, :, ::2], rand(2, 2, 20, 16)),
 }
-MASKS = (None, Causal("upper_left"), Causal("lower_right"))
+
+
+def masks_for(q: Tensor, k: Tensor) -> list[Mask | None]:
+    batch, heads, query_len, key_len = *q.shape[:3], k.shape[2]
+    lengths = (torch.arange(batch) * 3 + 1).clamp(max=key_len + 1)
+    allowed = rand(batch, heads, query_len, key_len) > 0
+    every: list[Mask | None] = [None, Causal("upper_left"), Causal("lower_right")]
+    every += [KeyLengths(lengths), KeyLengths(torch.zeros_like(lengths))]
+    dense = (allowed, allowed[:1], allowed[:, :1], allowed[:, :, :1], allowed[..., :1])
+    return every + [Dense(each) for each in (*dense, allowed.mT.contiguous().mT)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,7 +66,7 @@ def test_bits_and_layout_are_those_of_the_general_way(
     shape: str, dtype: torch.dtype, take: Callable[..., Tensor | None]
 ) -> None:
     q, k, v = (tensor.to(dtype) for tensor in SHAPES[shape])
-    for mask in MASKS:
+    for mask in masks_for(q, k):
         for scale in (None, 0.3):
             out = take(q, k, v, mask, scale)
             assert out is not None
@@ -75,6 +84,8 @@ def test_the_public_function_takes_it(
     monkeypatch.setattr(dispatch, "choose", lambda *_: built.append("a problem"))
     attention(q, q, q, backend="native")
     attention(q, q, q, Causal(), backend="native")
+    attention(q, q, q, KeyLengths(torch.tensor([3])), backend="native")
+    attention(q, q, q, Dense(torch.ones(1, 1, 4, 4, dtype=torch.bool)), backend="native")
     with torch.no_grad():
         out = attention(q.clone().requires_grad_(), q, q, backend="native")
     with torch.inference_mode():
@@ -84,7 +95,8 @@ def test_the_public_function_takes_it(
     assert inferred.is_inference()
 
 
-Q = rand(1, 2, 4, 8)
+Q, LENGTH = rand(1, 2, 4, 8), torch.tensor([2])
+MARKED = type("Marked", (Tensor,), {})
 NOT_PLAIN: dict[str, tuple[Any, ...]] = {
     "other dtype": (Q, Q.double(), Q, None, None),
     "ints": (Q.long(), Q.long(), Q.long(), None, None),
@@ -103,7 +115,7 @@ NOT_PLAIN: dict[str, tuple[Any, ...]] = {
     "functional": (torch._to_functional_tensor(Q), Q, Q, None, None),
     "not a tensor": (Q, None, Q, None, None),
     "on no device": (Q.to("meta"), Q, Q, None, None),
-    "a subclass": (Q, Q, Q.as_subclass(type("Marked", (Tensor,), {})), None, None),
+    "a subclass": (Q, Q, Q.as_subclass(MARKED), None, None),
     "sparse": (Q.to_sparse(), Q, Q, None, None),
     "scale of NaN": (Q, Q, Q, None, float("nan")),
     "scale of text": (Q, Q, Q, None, "1"),
@@ -111,14 +123,37 @@ NOT_PLAIN: dict[str, tuple[Any, ...]] = {
     "causal by number": (Q, Q, Q, Causal(1), None),
     "causal by tensor": (Q, Q, Q, Causal(torch.tensor([1])), None),
     "causal with a prefix": (Q, Q, Q, Causal(prefix=torch.tensor([2])), None),
-    "lengths": (Q, Q, Q, KeyLengths(torch.tensor([2])), None),
-    "dense": (Q, Q, Q, torch.ones(4, 4, dtype=torch.bool), None),
+    "lengths of int32": (Q, Q, Q, KeyLengths(torch.tensor([2], dtype=torch.int32)), None),
+    "lengths of two": (Q, Q, Q, KeyLengths(torch.tensor([2, 2])), None),
+    "lengths of a subclass": (Q, Q, Q, KeyLengths(LENGTH.as_subclass(MARKED)), None),
+    "lengths on no device": (Q, Q, Q, KeyLengths(LENGTH.to("meta")), None),
+    "lengths and causal": (Q, Q, Q, KeyLengths(LENGTH) & Causal(), None),
+    "no mask object": (Q, Q, Q, torch.ones(1, 1, 4, 4, dtype=torch.bool), None),
+    "dense of two dimensions": (Q, Q, Q, Dense(torch.ones(4, 4, dtype=torch.bool)), None),
+    "dense of other heads": (Q, Q, Q, Dense(torch.ones(1, 3, 4, 4, dtype=torch.bool)), None),
+    "dense of other keys": (Q, Q, Q, Dense(torch.ones(1, 1, 4, 5, dtype=torch.bool)), None),
 }
 
 
 @pytest.mark.parametrize("name", NOT_PLAIN)
 def test_what_is_not_plain_is_left_alone(name: str, take: Callable[..., Tensor | None]) -> None:
     assert take(*NOT_PLAIN[name]) is None
+
+
+@pytest.mark.parametrize("length", [2, 90])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", ["key", "value"])
+def test_what_no_query_attends_is_never_read(
+    at: str, value: float, length: int, take: Callable[..., Tensor | None]
+) -> None:
+    """By decoding's kernel and by tiles; the general way puts zeros there."""
+    q, k, v = rand(1, 2, length, 8), rand(1, 2, 70, 8), rand(1, 2, 70, 8)
+    mask = Dense(torch.arange(70).view(1, 1, 1, 70) != 3)
+    expected = attention(q, k, v, mask, backend="native")
+    (k if at == "key" else v)[:, :, 3] = value
+    assert torch.equal(attention(q, k, v, mask, backend="native"), expected)
+    taken = take(q, k, v, mask, None)
+    assert taken is None or torch.equal(taken, expected)
 
 
 def test_what_a_transform_left_behind_is_left_alone(take: Callable[..., Tensor | None]) -> None:
@@ -133,5 +168,5 @@ def test_a_gradient_needs_the_general_way() -> None:
 
 
 def test_a_wrong_number_of_arguments(extension: Any) -> None:
-    with pytest.raises(TypeError, match="expected 5 arguments, got 3"):
+    with pytest.raises(TypeError, match="expected 7 arguments, got 3"):
         extension.fast_path_attention(Q, Q, Q)

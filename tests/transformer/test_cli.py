@@ -358,6 +358,9 @@ def test_a_backend_that_can_not(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(*[corpus.generate(300)] * 3))
     # The Triton backend has no CPU but in its interpreter.
     monkeypatch.setattr(dispatch.load("native"), "declines", lambda problem: "a full moon")
+    # which answers before a backend is asked whether it declines
+    monkeypatch.setattr(dispatch, "fast_path_attention", lambda _name: None)
+    monkeypatch.setattr(dispatch, "fast_path_norm", lambda _name: None)
     refusing = ("native",) if dispatch.unavailable("triton") is None else ("native", "triton")
     for backend in refusing:
         for command in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,14 @@ from rowmax.transformer import (
     translate_n_best,
 )
 from rowmax.transformer.data import pad
-from rowmax.transformer.decoding import EXTRA_LENGTH, length_penalty
+from rowmax.transformer.decoding import (
+    EXTRA_LENGTH,
+    _best,
+    _blocks,
+    _likeliest,
+    _log_softmax,
+    length_penalty,
+)
 from rowmax.transformer.tokenizer import BOS, EOS, PAD
 
 
@@ -180,8 +188,15 @@ class Chain:
     def keep(self, _: torch.Tensor) -> None:
         pass
 
-    def decode(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:
-        return self.scores[tokens]
+    def read(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:
+        return tokens
+
+    @property
+    def embedding(self) -> Chain:
+        return self
+
+    def logits_of(self, _: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tokens: self.scores[tokens]
 
 
 @pytest.mark.parametrize("alpha, answer", [(0.0, []), (0.5, []), (1.0, [3, 4, 5, 6, 7, 8])])
@@ -271,6 +286,60 @@ def test_a_sentence_beyond_the_limit(pair_of_model_and_tokenizer):
     length = len(tokenizer.encode(["구 " * 40])[0]) + 1
     with pytest.raises(SentenceTooLongError, match=f"sentence 2 has {length} tokens, .* most 30"):
         translate(model, tokenizer, ["구", "구 " * 40])
+
+
+# --- the largest of many scores -------------------------------------------------------------------
+
+
+def some_scores(rows: int, columns: int, kind: str) -> torch.Tensor:
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+    if kind == "equal":
+        scores = scores.mul_(2).round_()
+    elif kind == "forbidden":
+        scores[:, 5:] = float("-inf")
+    elif kind == "last":
+        scores[:, -1] = 9
+    elif kind == "not a number":
+        scores[1, 700] = float("nan")
+    return scores
+
+
+@pytest.mark.parametrize("columns", [1024, 1000, 997, 130, 3])
+@pytest.mark.parametrize("kind", ["different", "equal", "forbidden", "last", "not a number"])
+def test_the_likeliest(kind, columns):
+    """The first of equal ones, as argmax has it."""
+    scores = some_scores(3, max(columns, 701) if kind == "not a number" else columns, kind)
+    assert torch.equal(_likeliest(scores), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("columns", [4096, 4000, 3989])
+@pytest.mark.parametrize("kind", ["different", "equal", "forbidden", "last"])
+def test_the_best(kind, columns, count):
+    scores = some_scores(3, columns, kind)
+    top, index = _best(scores, count)
+    assert torch.equal(top, scores.topk(count).values)
+    assert torch.equal(scores.gather(1, index), top)
+    assert all(len(set(row)) == count for row in index.tolist())
+
+
+def test_when_blocks_are_looked_at():
+    for columns, count, size in ((8_000, 1, 64), (40_000, 8, 64), (4_700, 1, 94)):
+        blocks = _blocks(torch.zeros(2, columns), count)
+        assert blocks is not None
+        assert blocks.shape == (2, columns // size, size)
+    for scores in (torch.zeros(2, 9_973), torch.zeros(2, 250), torch.zeros(2, 8_000).to("meta")):
+        assert _blocks(scores, 1) is None
+    assert _blocks(torch.zeros(2, 8_000), 32) is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8_000), (64, 2, 1_000), (1, 1, 7), (300, 4, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_softmax_in_place(shape, dtype):
+    logits = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).mul_(5)
+    expected = logits.log_softmax(-1)
+    assert _log_softmax(logits) is logits
+    assert torch.equal(logits, expected)
 
 
 # --- sampling, n-best and scores ------------------------------------------------------------------

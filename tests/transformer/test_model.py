@@ -208,6 +208,26 @@ def test_the_cache_copies_no_key_where_beams_change_places():
     assert state.source[0][0].shape[0] == len(source)
 
 
+@torch.no_grad()
+def test_the_cache_stays_where_it_is_for_a_while():
+    """Its memory is made in the second step, for 32, and again in the 33rd."""
+    model = small()
+    source, lengths, _ = sentences()
+    state = model.start(source, lengths)
+    addresses = []
+    for _ in range(33):
+        tokens = torch.full((len(source), 1), 4)
+        if state.length < model.config.max_length:
+            model.decode(tokens, state)
+        else:
+            keys, values = state.source[0]
+            state.own[0].append((keys[:, :, :1], values[:, :, :1]))
+        addresses.append(keys_address(state.own[0]))
+    assert addresses[0] != addresses[1]
+    assert len(set(addresses[1:32])) == 1
+    assert addresses[32] != addresses[31]
+
+
 def test_layers_share_no_weights():
     model = small()
     pointers = [parameter.data_ptr() for parameter in model.parameters()]

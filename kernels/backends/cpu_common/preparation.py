@@ -94,7 +94,7 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     Bands and lengths leave such keys unread, but a dense mask, documents or a -inf bias only give
     them weight 0, and 0 * NaN is NaN. Finite inputs, the usual case, cost one sum.
     """
-    if _sums_to_finite(problem.key) and _sums_to_finite(problem.value):
+    if sums_to_finite(problem.key) and sums_to_finite(problem.value):
         return problem
     batch, _, query_len, key_len = problem.shape
     unused = torch.ones(batch, key_len, dtype=torch.bool)
@@ -118,7 +118,7 @@ def _without_unattended(problem: AttentionProblem) -> AttentionProblem:
     )
 
 
-def _sums_to_finite(tensor: Tensor) -> bool:
+def sums_to_finite(tensor: Tensor) -> bool:
     """Whether the sum is finite: then so is every element.
 
     Torch widens a whole tensor to sum it in another dtype. Its sums of bfloat16 are computed in

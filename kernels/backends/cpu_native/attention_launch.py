@@ -12,12 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...api.masks import Causal, Mask
+from ...api.masks import Causal, Dense, KeyLengths, Mask
 from ...ops.layout import empty_heads
 from ...ops.problem import AttentionProblem, BackwardInputs
-from ..cpu_common.preparation import backward_tensors, empty_lse, prepared, unit_last_stride
+from ..cpu_common.preparation import (
+    backward_tensors,
+    empty_lse,
+    prepared,
+    sums_to_finite,
+    unit_last_stride,
+)
 
-# How `csrc/binding/fast_path_attention.cpp` is told the alignment of a causal mask; 0 is no mask.
+# How `csrc/binding/fast_path_attention.cpp` is told the alignment of a causal mask; 0 is none.
 _ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
 
 
@@ -35,11 +41,23 @@ def fast_path_attention(
 ) -> Tensor | None:
     """out of arguments that nobody has checked; None where the general way is needed."""
     alignment: int | None = 0
+    key_lengths = dense = None
     if mask is not None:
-        # (an alignment that is a tensor or a number is looked for in vain)
-        plain_causal = type(mask) is Causal and mask.prefix is None
-        alignment = _ALIGNMENTS.get(mask.align) if plain_causal else None  # type: ignore[union-attr]
-    return None if alignment is None else _attend()(q, k, v, alignment, scale)
+        kind = type(mask)
+        if kind is KeyLengths:
+            key_lengths = mask.lengths  # type: ignore[union-attr]
+        elif kind is Dense:
+            dense = mask.tensor  # type: ignore[union-attr]
+        elif kind is Causal and mask.prefix is None:  # type: ignore[union-attr]
+            # (an alignment that is a tensor or a number is looked for in vain)
+            alignment = _ALIGNMENTS.get(mask.align)  # type: ignore[union-attr]
+        else:
+            alignment = None
+    if alignment is None:
+        return None
+    out = _attend()(q, k, v, alignment, key_lengths, dense, scale)
+    # NaN that only keys without a query hold reaches out as 0 * NaN; the general way leaves it out.
+    return None if out is None or (dense is not None and not sums_to_finite(out)) else out
 
 
 @functools.cache

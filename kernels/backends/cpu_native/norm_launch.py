@@ -72,14 +72,19 @@ norms = FusedNorms(_forward, _backward)
 
 
 def fast_path_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, subtract_mean: bool
-) -> Tensor | None:
-    """y of arguments that nobody has checked; None where the general way is needed."""
-    return _normalise()(x, weight, bias, eps, subtract_mean)
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    subtract_mean: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """y and total of arguments that nobody has checked; None where the general way is needed."""
+    return _normalise()(x, residual, weight, bias, eps, subtract_mean)
 
 
 @functools.cache
-def _normalise() -> Callable[..., Tensor | None]:
+def _normalise() -> Callable[..., tuple[Tensor, Tensor] | None]:
     extension = importlib.import_module("..._C", __package__)
-    function: Callable[..., Tensor | None] = extension.fast_path_norm
+    function: Callable[..., tuple[Tensor, Tensor] | None] = extension.fast_path_norm
     return function

@@ -1,0 +1,110 @@
+"""Linear maps by oneDNN: the same numbers, and only where torch's own are not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rowmax.kernels.ops.torch_internals import onednn_linear
+from rowmax.transformer import linear as module
+from rowmax.transformer.linear import Linear, linear, linear_by
+
+X, WEIGHT, BIAS = torch.randn(32, 2, 512), torch.randn(1024, 512), torch.randn(1024)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What oneDNN gave, in a torch that has it."""
+    onednn = onednn_linear()
+    if onednn is None:
+        pytest.skip("this torch has no oneDNN")
+    multiply, reorder = onednn
+    found: list[Tensor] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        found.append(multiply(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(module, "_onednn", lambda: (spy, reorder))
+    return found
+
+
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["without", "with bias"])
+@pytest.mark.parametrize("x", [X, X[:, 0], X.transpose(0, 1)], ids=["3-d", "apart", "transposed"])
+def test_the_same_numbers(x: Tensor, bias: Tensor | None, calls: list[Tensor]) -> None:
+    with torch.inference_mode():
+        got = linear(x.repeat(2, *[1] * (x.dim() - 1)), WEIGHT, bias)
+    assert calls
+    wide = None if bias is None else bias.double()
+    expected = nn.functional.linear(x.double(), WEIGHT.double(), wide).float()
+    # Sums of 512 products of about 1, in float32.
+    torch.testing.assert_close(got[: len(x)], expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 30, 64, 100])
+def test_a_weight_in_another_layout(rows: int, calls: list[Tensor]) -> None:
+    """Products of fewer rows than it was made for, and of more."""
+    x = X.flatten(0, 1).repeat(2, 1)[:rows]
+    with torch.inference_mode():
+        by_weight = linear_by(WEIGHT, 64)
+        got = by_weight(x)
+        assert by_weight(x[:, None]).shape == (rows, 1, 1024)
+    assert len(calls) == 2
+    expected = nn.functional.linear(x.double(), WEIGHT.double()).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def test_a_layer(calls: list[Tensor]) -> None:
+    layer = Linear(512, 1024)
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        assert layer(X) is seen[0] is calls[0]
+
+
+class Marked(Tensor):
+    """A subclass that changes nothing."""
+
+
+OTHERS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Tensor, Tensor]] = {
+    "small": (nullcontext, X[:4], WEIGHT),
+    "float64": (nullcontext, X.double(), WEIGHT.double()),
+    "bfloat16": (nullcontext, X.bfloat16(), WEIGHT.bfloat16()),
+    "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), X, WEIGHT),
+    "switched off": (lambda: torch.backends.mkldnn.flags(enabled=False), X, WEIGHT),
+    "subclass": (nullcontext, X.as_subclass(Marked), WEIGHT),
+    "meta": (nullcontext, X.to("meta"), WEIGHT.to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_torchs_own(name: str, calls: list[Tensor]) -> None:
+    context, x, weight = OTHERS[name]
+    with torch.inference_mode(), context():
+        got, expected = linear(x, weight), nn.functional.linear(x, weight)
+        also = linear_by(weight.as_subclass(Marked) if name == "subclass" else weight, len(x))(x)
+    assert not calls
+    assert also.shape == got.shape
+    assert type(got) is type(expected)
+    assert got.dtype == expected.dtype
+
+
+def test_gradients_are_torchs_own(calls: list[Tensor]) -> None:
+    layer = Linear(512, 1024)
+    assert layer(X).requires_grad
+    with torch.no_grad():
+        layer(X)
+    assert not calls
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert onednn_linear() is None
+    monkeypatch.setattr(module, "_onednn", onednn_linear)
+    with torch.inference_mode():
+        assert torch.equal(linear(X, WEIGHT), nn.functional.linear(X, WEIGHT))
