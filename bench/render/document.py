@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from ...console import from_extra
 
-
 _OF_NUMBERS = ("", *"0123456789.-+<>~=")  # what a cell of a number begins with
 
 
