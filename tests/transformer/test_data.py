@@ -105,8 +105,8 @@ def test_a_packed_batch_of_a_multiple_teaches_the_same(dataset, multiple):
     for side in (filled.source, filled.target_in, filled.target_out):
         assert len(side) % multiple == 0
     torch.manual_seed(0)
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "heads": 2, "d_ff": 32}
-    model = EncoderDecoder(ModelConfig(vocab_size=600, dropout=0.0, **sizes)).double()
+    config = ModelConfig(600, 1, 1, d_model=16, heads=2, d_ff=32, dropout=0.0)
+    model = EncoderDecoder(config).double()
     found = []
     for batch in (packed, filled):
         loss = model.loss(batch, 0.1)

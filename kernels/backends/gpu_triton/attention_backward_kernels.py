@@ -16,12 +16,12 @@ import triton.language as tl
 
 from .attention_tiles import (
     DO_NOT_SPECIALIZE,
-    LN_2,
     LOG2_E,
     accumulate,
     address_of,
     attended_keys,
     chunks_within,
+    exp2_difference,
     head_of,
     key_blocks,
     limits,
@@ -113,16 +113,6 @@ def load_statistics(statistics, start, first, end, GUARD: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _exp2_difference(a, b, rest):
-    """2^(a - b - rest) for a <= b and a small rest, with what rounding takes from a - b where
-    |a| <= |b| (Dekker 1971)."""
-    difference = a - b
-    low = a - (difference + b) - rest
-    low = tl.where(difference > -1000.0, low, 0.0)  # NaN of infinite ones
-    return tl.math.exp2(difference) * (1.0 + low * LN_2)
-
-
-@triton.jit
 def score_gradients(
     left,
     right,
@@ -153,7 +143,7 @@ def score_gradients(
     if left.dtype.primitive_bitwidth == 16:
         weights = tl.math.exp2(scores - lse_log2 - lse_log2_low)
     else:
-        weights = _exp2_difference(scores, lse_log2, lse_log2_low)
+        weights = exp2_difference(scores, lse_log2, lse_log2_low)
     d_weights = tl.dot(d_left, tl.trans(d_right), input_precision=PRECISION, out_dtype=dtype)
     dropped_weights = weights
     if dropout is not None:

@@ -176,6 +176,16 @@ def store_rows(tensor, b, h, first, start, end, tile, DIM: tl.constexpr):
 
 
 @triton.jit
+def exp2_difference(a, b, rest):
+    """2^(a - b - rest) for a <= b and a small rest, with what rounding takes from a - b where
+    |a| <= |b| (Dekker 1971)."""
+    difference = a - b
+    low = a - (difference + b) - rest
+    low = tl.where(difference > -1000.0, low, 0.0)  # NaN of infinite ones
+    return tl.math.exp2(difference) * (1.0 + low * LN_2)
+
+
+@triton.jit
 def _tanh(x):
     """tanh to the last bits: by its series near 0, where 1 - e^-2|x| would cancel."""
     e = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2_E))
