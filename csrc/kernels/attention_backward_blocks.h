@@ -22,11 +22,12 @@ inline void gradient_rows(
     bool masked, int64_t k0, int64_t keys, int64_t width, int64_t at, T* scores, T* d_weights,
     const QueryTerms<T>& of) {
   constexpr int lanes = LANES<T>;
-  Vec<T> lse2[vectors], rest[vectors], delta[vectors];
+  Vec<T> lse2[vectors], delta[vectors];
+  Rest<T> rest[vectors];
 #pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) {
     lse2[v] = load(of.lse2 + at + v * lanes);
-    rest[v] = load(of.rest + at + v * lanes);
+    rest[v] = rest_of<T>(load(of.rest + at + v * lanes));
     delta[v] = load(of.delta + at + v * lanes);
   }
   const IntOf<T>*first = of.first + at, *last = of.last + at;
@@ -60,7 +61,8 @@ inline void dropped_gradients(
     const QueryTerms<T>& of) {
   const Vec<T> keep_scale = splat(static_cast<T>(call.keep_scale)), zero{};
   for (int64_t v = 0; v < tile.width; v += LANES<T>) {
-    const Vec<T> lse2 = load(of.lse2 + v), rest = load(of.rest + v), delta = load(of.delta + v);
+    const Vec<T> lse2 = load(of.lse2 + v), delta = load(of.delta + v);
+    const Rest<T> rest = rest_of<T>(load(of.rest + v));
     const Ints<T> low = load(of.first + v), high = load(of.last + v);
     for (int64_t group = k0 / 4; group < (k0 + keys + 3) / 4; ++group) {
       const RandomWords<T> words = random_words<T>(call, tile, v, group);

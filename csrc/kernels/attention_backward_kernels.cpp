@@ -76,8 +76,8 @@ struct BackwardScratch {
   T* spare = nullptr;                   // (BLOCK_KEYS, width)
 };
 
-// lse * log2 e, rounded, and the rest of it, at most 1; whether some row of the tile attends nothing. Such
-// a row has lse2 = +inf, which makes its weights 2^-inf = 0.
+// lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing. Such a row
+// has lse2 = +inf, which makes its weights 2^-inf = 0.
 template <typename T>
 bool read_lse(const AttentionCall& call, int64_t row, int64_t rows, const QueryTerms<T>& to) {
   const double* lse = static_cast<const double*>(call.lse) + row;
@@ -90,8 +90,7 @@ bool read_lse(const AttentionCall& call, int64_t row, int64_t rows, const QueryT
     } else {
       const double both = lse[r] * LOG2_E;
       to.lse2[r] = static_cast<T>(both);
-      const double rest = both - static_cast<double>(to.lse2[r]);
-      to.rest[r] = static_cast<T>(max(-1.0, min(1.0, rest)));
+      to.rest[r] = static_cast<T>(both - static_cast<double>(to.lse2[r]));
     }
   }
   return dead;

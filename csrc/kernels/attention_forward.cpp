@@ -264,9 +264,9 @@ void forward_tile(
   if (call.sinks != nullptr) {
     const double sink = call.sinks[h] * LOG2_E;
     start_max = static_cast<T>(sink);
-    // 2^x of what rounding took from the sink, by its series; nothing of an infinite one
+    // e^x of what rounding took from the sink, by its series; nothing of a huge one
     const double x = (sink - static_cast<double>(start_max)) * LN_2;
-    start_sum = x == x ? static_cast<T>(1.0 + x + 0.5 * x * x) : T(1);
+    start_sum = -1.0 < x && x < 1.0 ? static_cast<T>(1.0 + x + 0.5 * x * x) : T(1);
   }
   fill(to.row_max, width, start_max);
   fill(to.row_sum, width, start_sum);

@@ -56,13 +56,28 @@ ROWMAX_INLINE Vec<T> exp2(Vec<T> x) {
   return exp2_of<T>(clamped, [](Vec<T> fraction) { return fraction; });
 }
 
-// 2^(a - b - rest) for a <= b and a rest within [-1, 1], with what rounding takes from a - b where
-// |a| <= |b| (Dekker 1971); as `exp2` else.
+// What rounding took from a number, all of it in `large` where it is more than 1/8 (of numbers from 2^21
+// on in float), else in `small`.
 template <typename T>
-ROWMAX_INLINE Vec<T> exp2_difference(Vec<T> a, Vec<T> b, Vec<T> rest) {
-  const Vec<T> clamped = maximum(splat(static_cast<T>(-Format<T>::bias)), a - b);
-  // (below -1, or NaN, only where the difference is clamped or NaN)
-  const Vec<T> low = maximum(a - (clamped + b), splat(T(-1))) - rest;
+struct Rest {
+  Vec<T> large, small;
+};
+template <typename T>
+ROWMAX_INLINE Rest<T> rest_of(Vec<T> rest) {
+  const Vec<T> zero{}, size = maximum(rest, zero - rest);
+  const Vec<T> large = select(size > splat(T(0.125)), rest, zero);
+  return {large, rest - large};
+}
+
+// 2^(a - b - rest) for a <= b + rest, with what rounding takes from a - b where |a| <= |b| (Dekker 1971);
+// as `exp2` else.
+template <typename T>
+ROWMAX_INLINE Vec<T> exp2_difference(Vec<T> a, Vec<T> b, const Rest<T>& rest) {
+  const Vec<T> least = splat(static_cast<T>(-Format<T>::bias)), difference = a - b;
+  // (the bound is met, by NaN too, only where the difference is clamped or NaN)
+  const Vec<T> taken = maximum(a - (maximum(least, difference) + b), splat(T(-0x1p-16)));
+  const Vec<T> low = taken - rest.small;
+  const Vec<T> clamped = maximum(least, difference - rest.large);
   return exp2_of<T>(clamped, [&](Vec<T> fraction) { return fraction + low; });
 }
 

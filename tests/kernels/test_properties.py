@@ -264,16 +264,38 @@ def test_float16_is_widened_exactly(backend: str, mask: Mask | None) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_weights_of_equal_scores_lose_no_digits(backend: str, dropout_p: float) -> None:
     # every weight is 1 / n; score - lse, far from 0, must not cost the backward pass its digits
-    bound = 3 * torch.finfo(torch.float32).eps
+    eps = torch.finfo(torch.float32).eps
     for n in (3, 7, 100, 458, 777):
         q, k = torch.zeros(1, 1, 12, 8), torch.zeros(1, 1, n, 8)
         v = torch.ones(1, 1, n, 8, requires_grad=True)
-        for bias in (0.0, 0.02, -0.3):
+        for bias in (0.0, 0.02, -0.3, 3e6, 1e8, -1e8, 1e12):  # lse * log2 e loses up to 2^17
+            bound = (3 if abs(bias) < 1 else 12) * eps + 4 * abs(bias) * torch.finfo(
+                torch.float64
+            ).eps
             added = torch.full((1, 1, 1, 1), bias)
             out = attention(q, k, v, bias=added, dropout_p=dropout_p, seed=n, backend=backend)
             (d_v,) = torch.autograd.grad(out, v, torch.ones_like(out))
             kept = (d_v * n * (1 - dropout_p)).round()
             assert (d_v.double() * n * (1 - dropout_p) - kept).abs().max() < bound * 12
+
+
+@pytest.mark.parametrize("queries", [3, 24])
+@pytest.mark.parametrize("sink", [1e20, 1e30, -1e30, -3e38, -math.inf])
+def test_huge_sinks_and_rows_without_keys(backend: str, sink: float, queries: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(1, 1, queries, 8, generator=generator)
+    k, v = torch.randn(2, 1, 1, 20, 8, generator=generator).unbind()
+    allowed = torch.ones(1, 1, queries, 20, dtype=torch.bool)
+    allowed[:, :, 1] = False
+    sinks = torch.tensor([sink], requires_grad=True)
+    out, lse = attention(q, k, v, Dense(allowed), sinks=sinks, return_lse=True, backend=backend)
+    (d_sinks,) = torch.autograd.grad(out.sum(), sinks)
+    expected = torch.zeros_like(out)
+    if sink < 0:
+        expected = attention(q, k, v, Dense(allowed), backend="reference")
+    torch.testing.assert_close(out, expected)
+    assert not lse.isnan().any()
+    torch.testing.assert_close(d_sinks, torch.zeros(1))
 
 
 @pytest.mark.parametrize("queries", [3, 24])

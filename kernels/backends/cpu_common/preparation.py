@@ -38,13 +38,14 @@ class BackwardTensors(NamedTuple):
 
     def of_bias_and_sinks(self, problem: AttentionProblem) -> tuple[Tensor, Tensor]:
         """The last two results, of the problem as it was given; empty unless they are wanted."""
-        none = problem.query.new_empty(0)
-        bias, sinks = problem.bias, problem.sinks
-        d_bias = none if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
+        bias, sinks, empty = problem.bias, problem.sinks, problem.query.new_empty
+        d_bias = empty(0) if self.d_bias is None or bias is None else self.d_bias.to(bias.dtype)
         if self.delta is None or sinks is None:
-            return d_bias, none
-        # -sum over batch and rows of exp(sink - lse) * delta
-        taken = torch.exp(sinks.to(torch.float64).view(1, -1, 1) - self.lse)
+            return d_bias, empty(0)  # results of an operator are no aliases of each other
+        # -sum over batch and rows of exp(sink - lse) * delta; a row that attends nothing has
+        # lse = -inf, and huge numbers must not round to a weight above 1
+        lse = self.lse.masked_fill(self.lse == -torch.inf, torch.inf)
+        taken = torch.exp((sinks.to(torch.float64).view(1, -1, 1) - lse).clamp(max=0.0))
         return d_bias, -(taken * self.delta).sum((0, 2)).to(sinks.dtype)
 
 

@@ -68,8 +68,7 @@ def _fill(target, elements, value):
 
 @jit
 def _read_lse(call, row, rows, lse2, rest, first, last):
-    """lse * log2 e, rounded, and the rest of it, at most 1; whether some row of the tile attends
-    nothing.
+    """lse * log2 e, rounded, and the rest of it; whether some row of the tile attends nothing.
 
     Such a row has lse2 = +inf, which makes its weights 2^-inf = 0.
     """
@@ -85,7 +84,7 @@ def _read_lse(call, row, rows, lse2, rest, first, last):
         else:
             both = lse[r] * LOG2_E
             lse2[r] = cast(both, zero)
-            rest[r] = cast(max(-1.0, min(1.0, both - lse2[r])), zero)
+            rest[r] = cast(both - lse2[r], zero)
     return dead
 
 

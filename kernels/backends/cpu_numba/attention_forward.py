@@ -215,9 +215,9 @@ def _forward_tile(call, b, h, start, following, wide, scratch):
     if call.sinks != 0:
         sink = pointer(call.sinks, 0.0)[h] * LOG2_E
         start_max = np.float64(cast(sink, zero))
-        # 2^x of what rounding took from the sink, by its series; nothing of an infinite one
+        # e^x of what rounding took from the sink, by its series; nothing of a huge one
         x = (sink - start_max) * LN_2
-        start_sum = 1.0 + x + 0.5 * x * x if x == x else 1.0
+        start_sum = 1.0 + x + 0.5 * x * x if -1.0 < x < 1.0 else 1.0
     for v in range(0, width, lanes):
         store(row_max + v, splat(cast(start_max, zero)))
         store(row_sum + v, splat(cast(start_sum, zero)))

@@ -74,16 +74,23 @@ def exp2(typing: Any, x: Vector) -> Any:
 
 @intrinsic
 def exp2_difference(typing: Any, a: Vector, b: Vector, rest: Vector) -> Any:
-    """2^(a - b - rest) for a <= b and a rest within [-1, 1], with what rounding takes from a - b
-    where |a| <= |b| (Dekker 1971); as `exp2` else."""
+    """2^(a - b - rest) for a <= b + rest, with what rounding takes from a - b where |a| <= |b|
+    (Dekker 1971); as `exp2` else. A rest of more than 1/8 belongs to numbers from 2^21 on in
+    float32, and is taken from the difference itself."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
         minuend, subtrahend, less = args
+        kind, least = llvm_vector(a), -float(_FORMAT[a.dtype][1])
+        zero = constant(kind, 0.0)
+        size = builder.select(builder.fcmp_ordered("<", less, zero), builder.fsub(zero, less), less)
+        large = builder.select(builder.fcmp_ordered(">", size, constant(kind, 0.125)), less, zero)
         difference = builder.fsub(minuend, subtrahend)
-        clamped = _at_least(builder, a, difference, -float(_FORMAT[a.dtype][1]))
-        low = builder.fsub(minuend, builder.fadd(clamped, subtrahend))
-        # Below -1 only where the difference is clamped; NaN where it is NaN.
-        low = builder.fsub(_at_least(builder, a, low, -1.0), less)
+        bounded = _at_least(builder, a, difference, least)
+        taken = builder.fsub(minuend, builder.fadd(bounded, subtrahend))
+        # The bound is met only where the difference is clamped; NaN where it is NaN.
+        taken = _at_least(builder, a, taken, -(2.0**-16))
+        low = builder.fsub(taken, builder.fsub(less, large))
+        clamped = _at_least(builder, a, builder.fsub(difference, large), least)
         return _exp2_of(builder, a, clamped, low)
 
     return a(a, b, rest), generate

@@ -78,9 +78,7 @@ def backward_preprocess(
     high = both.to(dtype)
     tl.store(lse_log2 + row, tl.where(empty, float("inf"), high), mask=inside)
     if lse_log2_low is not None:
-        low = both - high.to(both.dtype)  # at most 1 of a huge one
-        low = tl.minimum(tl.maximum(low, -1.0), 1.0)
-        tl.store(lse_log2_low + row, low.to(dtype), mask=inside)
+        tl.store(lse_log2_low + row, (both - high.to(both.dtype)).to(dtype), mask=inside)
 
     grad_head = head_of(grad_out, batch_index, h, first_query, BLOCK_M, BLOCK_DV)
     grad_tile = load_rows(grad_head, i0, 0, query_len, True, VALUE_DIM)

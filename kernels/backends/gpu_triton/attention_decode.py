@@ -201,7 +201,8 @@ def combine(
         some = tl.load(maxima + row + c * rows, mask=c < chunks, other=-float("inf"))
         highest = tl.maximum(highest, tl.max(some, 0))
     shift = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.math.exp2((sink - shift.to(tl.float64)).to(dtype))
+    above = sink - shift.to(tl.float64)  # by what rounding takes from it, at most
+    total = tl.math.exp2(tl.where(above < 1.0, above, 0.0).to(dtype))
     out_row = tl.zeros((1, BLOCK_DV), dtype)
     for c0 in range(0, chunks, BLOCK_N):
         c = c0 + tl.arange(0, BLOCK_N)

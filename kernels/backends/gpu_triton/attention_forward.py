@@ -164,8 +164,9 @@ def forward(
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float64) * LOG2_E
         rounded = sink.to(DTYPE)
-        # what rounding takes from the sink; nothing of an infinite one
-        rest = tl.where(tl.abs(sink) == float("inf"), 0.0, sink - rounded.to(tl.float64))
+        # what rounding takes from the sink; nothing of a huge one
+        rest = sink - rounded.to(tl.float64)
+        rest = tl.where(tl.abs(rest) < 1.0, rest, 0.0)
         row_max = tl.zeros((BLOCK_M,), DTYPE) + rounded
         row_sum = tl.zeros((BLOCK_M,), DTYPE) + tl.math.exp2(rest.to(DTYPE))
     state = (out_tile, row_max, row_sum)

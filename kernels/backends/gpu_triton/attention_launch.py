@@ -268,7 +268,8 @@ def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor) -> Te
     sinks = problem.sinks
     if sinks is None:
         return None
-    taken = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # rows that attend nothing
+    taken = torch.exp((sinks.to(lse.dtype).view(1, -1, 1) - lse).clamp(max=0.0))
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
 
 

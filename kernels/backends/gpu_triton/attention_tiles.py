@@ -177,12 +177,15 @@ def store_rows(tensor, b, h, first, start, end, tile, DIM: tl.constexpr):
 
 @triton.jit
 def exp2_difference(a, b, rest):
-    """2^(a - b - rest) for a <= b and a small rest, with what rounding takes from a - b where
-    |a| <= |b| (Dekker 1971)."""
+    """2^(a - b - rest) for a <= b + rest, with what rounding takes from a - b where |a| <= |b|
+    (Dekker 1971). A rest of more than 2^-13, which only numbers from 2^11 on have in float32, is
+    taken from the difference; a smaller one by the first term of its series."""
     difference = a - b
-    low = a - (difference + b) - rest
-    low = tl.where(difference > -1000.0, low, 0.0)  # NaN of infinite ones
-    return tl.math.exp2(difference) * (1.0 + low * LN_2)
+    large = tl.where(tl.abs(rest) > 2.0**-13, rest, 0.0)
+    taken = a - (tl.maximum(difference, -1000.0) + b)
+    taken = tl.where(difference > -1000.0, taken, 0.0)
+    low = taken - (rest - large)
+    return tl.math.exp2(difference - large) * (1.0 + low * LN_2)
 
 
 @triton.jit
