@@ -189,6 +189,9 @@ def n_best(
         done = worst >= scores[:, 0] / length_penalty(limits, alpha)
         done |= scores[:, 0] == float("-inf")
         if done.all():
+            if not all(found):
+                number = found.index([]) + 1
+                raise ValueError(f"sentence {number}: the model gives no token a score but NaN")
             return found
         tokens = torch.cat(
             (tokens.gather(1, origin[:, :, None].expand_as(tokens)), token[:, :, None]), dim=2

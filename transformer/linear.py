@@ -27,7 +27,9 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; (..., N), (M, N), (M,) -> (..., M)."""
-    onednn = _onednn_for(x.numel() * weight.shape[0], x, weight, bias)
+    # (what does not fit, or is broadcast, is torch's to refuse or to do)
+    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
+    onednn = _onednn_for(x.numel() * weight.shape[0], x, weight, bias) if fits else None
     return F.linear(x, weight, bias) if onednn is None else onednn[0](x, weight, bias)
 
 

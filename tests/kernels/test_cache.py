@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,29 @@ def first_call(cache: Path) -> float:
 
 def _raise_by_one(at: Any) -> None:
     at[0] += 1
+
+
+@NEEDS_NUMBA
+def test_two_threads_leave_numbas_own_folder_as_it_was(tmp_path: Path) -> None:
+    from numba.core import config
+
+    from rowmax.kernels.backends.cpu_numba import jit
+
+    before, inside = config.CACHE_DIR, threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with jit._cache_in(tmp_path / "second"):
+            pass
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with jit._cache_in(tmp_path / "first"):
+        inside.set()
+        thread.join(0.2)
+        assert str(tmp_path / "first") == config.CACHE_DIR
+    thread.join()
+    assert before == config.CACHE_DIR
 
 
 @NEEDS_NUMBA

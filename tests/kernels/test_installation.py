@@ -65,12 +65,19 @@ def test_without_fused_kernels_auto_takes_the_reference_and_says_so_once() -> No
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others can not lack them")
-def test_numba_is_refused_where_kernels_would_call_what_is_not_there() -> None:
-    """fmaf of C, for instance, at the address 0."""
+@pytest.mark.parametrize(
+    "variable, value, why",
+    [
+        ("NUMBA_CPU_NAME", "generic", "Numba compiles for a processor without fma, f16c"),
+        ("NUMBA_DISABLE_JIT", "1", "NUMBA_DISABLE_JIT keeps Numba from compiling"),
+    ],
+)
+def test_numba_is_refused_where_kernels_would_not_work(variable: str, value: str, why: str) -> None:
+    """They would call fmaf of C, for instance, at the address 0."""
     pytest.importorskip("numba")
-    script = """
+    script = f"""
 import os
-os.environ["NUMBA_CPU_NAME"] = "generic"
+os.environ["{variable}"] = "{value}"
 import torch
 from rowmax.kernels import attention
 from rowmax.kernels.backends import dispatch
@@ -80,11 +87,10 @@ print(dispatch.unavailable("numba"))
 try:
     attention(q, q, q, backend="numba")
 except RuntimeError as error:
-    assert "backend 'numba' can't do this: Numba compiles" in str(error), error
+    assert "backend 'numba' can't do this: {why}" in str(error), error
     print(attention(q, q, q).sum().item())
 """
-    printed = "Numba compiles for a processor without fma, f16c\n32.0\n"
-    assert run_without([], script) == printed
+    assert run_without([], script) == f"{why}\n32.0\n"
 
 
 FIRST_CALLS = """

@@ -451,3 +451,12 @@ def test_log_likelihoods(reverser):
         (expected,) = log_probabilities(model, torch.tensor([source]), [target])
         assert log_p == pytest.approx(expected, rel=1e-5)
         assert tokens == len(target)
+
+
+def test_a_model_of_nan_is_told_in_a_sentence() -> None:
+    model = random_model(64, 20)
+    with torch.no_grad():
+        model.embedding.weight[5] = float("nan")
+    source, lengths = sources(2, 64, 6)
+    with pytest.raises(ValueError, match="sentence 1: the model gives no token a score but NaN"):
+        beam_search(model, source, lengths)

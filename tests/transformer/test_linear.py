@@ -108,3 +108,14 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_onednn", onednn_linear)
     with torch.inference_mode():
         assert torch.equal(linear(X, WEIGHT), nn.functional.linear(X, WEIGHT))
+
+
+def test_what_onednn_does_not_take_is_left_to_torch(calls: list[Tensor]) -> None:
+    x = X.repeat(2, 1, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            linear(x, WEIGHT, BIAS[:1]), nn.functional.linear(x, WEIGHT) + BIAS[0]
+        )
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(x[..., 1:], WEIGHT, BIAS)
+    assert not calls

@@ -24,5 +24,7 @@ def unavailable() -> str | None:
         host.vector_bits()
     except (ImportError, ValueError, OSError) as error:
         return f"Numba does not load here: {error}"
+    if importlib.import_module("numba").config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT keeps Numba from compiling"
     lacking = host.lacking()
     return f"Numba compiles for a processor without {lacking}" if lacking else None

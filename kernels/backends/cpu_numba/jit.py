@@ -21,6 +21,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -123,15 +124,20 @@ def _modules_behind(name: str) -> set[str]:
     return found
 
 
+_configuring = threading.RLock()
+
+
 @contextmanager
 def _cache_in(directory: Path) -> Iterator[None]:
-    """Numba reads its configuration when a function is declared; it is put back at once."""
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(directory)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
+    """Numba reads its configuration when a function is declared; it is put back afterwards. One
+    thread at a time: another would put back what this one has set."""
+    with _configuring:
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(directory)
+        try:
+            yield
+        finally:
+            config.CACHE_DIR = before
 
 
 class _Kernel(CFunc):
