@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import console
+from ..memory import keep_freed_memory
 from . import speed_options
 from .candidate import new
 from .candidate.options import refuse_without_function, where
@@ -39,7 +40,7 @@ from .measure.cases import (
     parts_of,
     shape_text,
 )
-from .measure.noise import Watch, complaints, keep_freed_memory, pinned
+from .measure.noise import Watch, complaints, pinned
 from .measure.runner import Row, computes, isolated_rows, rows_of, stranger_of
 from .measure.timing import Budget, timer_for
 from .options import (

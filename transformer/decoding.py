@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .data import Dataset, pad
 from .interface import TranslationModel
+from .linear import constant_weights
 from .sampling import Sampling
 from .tokenizer import BOS, EOS, Tokenizer
 
@@ -65,6 +66,7 @@ def sample(
 
 
 @torch.inference_mode()
+@constant_weights()
 def _write(
     model: TranslationModel,
     source: Tensor,
@@ -77,14 +79,13 @@ def _write(
     model.eval()
     limits = _limits(model, source_lengths)
     state = model.start(source, source_lengths)
-    logits_of = model.embedding.logits_of(len(source))
     written = torch.full((len(source), int(limits.max())), EOS, device=source.device)
     going = torch.arange(len(source), device=source.device)
     token = torch.full((len(source),), BOS, device=source.device)
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     length = 0
     while len(going):
-        token = pick(logits_of(model.read(token[:, None], state)[:, 0]))  # (B',)
+        token = pick(model.decode(token[:, None], state)[:, 0])  # (B',)
         written[going, length] = token
         length += 1
         done |= (token == EOS) | (length >= limits[going])
@@ -127,6 +128,7 @@ def beam_search(
 
 
 @torch.inference_mode()
+@constant_weights()
 def n_best(
     model: TranslationModel,
     source: Tensor,
@@ -155,7 +157,6 @@ def n_best(
     width = min(2 * K, K * V)  # at most K of 2 K end, so at least K go on
     limits = _limits(model, source_lengths)  # (B,)
     state = model.start(source, source_lengths, beams=K)
-    logits_of = model.embedding.logits_of(B * K)
     found: list[list[Hypothesis]] = [[] for _ in range(B)]
     # Of the sentences that go on, B' of them:
     going = torch.arange(B, device=device)
@@ -167,7 +168,7 @@ def n_best(
     length = 0
     while True:
         length += 1
-        logits = logits_of(model.read(tokens[:, :, -1], state))
+        logits = model.decode(tokens[:, :, -1], state)
         log_p = _log_softmax(logits.float())  # (B', K, V)
         top, index = _best(log_p.add_(scores[:, :, None]).flatten(1), width)  # (B', 2 K)
         origin, token = index // V, index % V
@@ -311,6 +312,7 @@ def _scores(found: Sequence[Hypothesis]) -> list[float]:
     return [each.score for each in found]
 
 
+@constant_weights()
 def _in_batches(
     model: TranslationModel,
     tokenizer: Tokenizer,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..kernels import Causal, Mask, attention, attention_varlen, linear_cross_entropy
 from .config import AnyModelConfig
 from .data import Batch
-from .linear import linear, linear_by
+from .linear import linear
 from .packing import PackedAttention, PackedBatch
 from .tokenizer import PAD
 
@@ -72,10 +72,6 @@ class TokenEmbedding(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size), the scores before the softmax."""
         return linear(x, self.weight)
-
-    def logits_of(self, rows: int) -> Callable[[Tensor], Tensor]:
-        """`logits`, for many x of at most so many rows while the weight stays as it is."""
-        return linear_by(self.weight, rows)
 
 
 class Attending(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from ..kernels.ops.torch_internals import onednn_linear
 # Multiplications of a product from which on oneDNN is faster than MKL, of which torch's own linear
 # maps are, by 5 to 30 % (AMD Zen 4, 1 and 2 threads); below it each call costs 10 us more.
 _LARGE = 2**24
+# The same for a weight that is in oneDNN's own layout before the call, for more than one row: the
+# multiplications, or else the numbers of the weight.
+_LARGE_LAID_OUT, _LARGE_WEIGHT = 2**22, 2**18
 
 
 class Linear(nn.Linear):
@@ -28,36 +33,69 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; (..., N), (M, N), (M,) -> (..., M)."""
     # (what does not fit, or is broadcast, is torch's to refuse or to do)
-    fits = x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1])
-    onednn = _onednn_for(x.numel() * weight.shape[0], x, weight, bias) if fits else None
-    return F.linear(x, weight, bias) if onednn is None else onednn[0](x, weight, bias)
+    if x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]):
+        laid_out = _laid_out.get()
+        if laid_out is not None and (ready := laid_out.of(weight, x, bias)) is not None:
+            return _onednn()[0](x, ready, bias)
+        if x.numel() * weight.shape[0] >= _LARGE and _is_for_onednn(x, weight, bias):
+            return _onednn()[0](x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
-def linear_by(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """`linear` by one weight, as it is now, for many products of at most so many rows.
+@contextlib.contextmanager
+def constant_weights() -> Iterator[None]:
+    """Within it the weights of this thread's linear maps do not change.
 
-    oneDNN's own layout of the weight, a copy, is made once in place of in each product.
+    From its second product on a weight then is in oneDNN's own layout, where that is faster; the
+    copies are dropped at the end of the outermost.
     """
-    onednn = _onednn_for(rows * weight.numel(), weight)
-    if onednn is None:
-        return lambda x: linear(x, weight)
-    multiply, reorder = onednn
-    reordered = reorder(weight, rows)
-    return lambda x: multiply(x, reordered, None)
+    outer = _laid_out.get()
+    before = _laid_out.set(outer or _LaidOut())
+    try:
+        yield
+    finally:
+        _laid_out.reset(before)
 
 
-def _onednn_for(multiplications: int, *tensors: Tensor | None) -> Any:
-    """What `onednn_linear` gives, where that is to compute this product; else None."""
-    if (
-        multiplications < _LARGE
-        or not torch.is_inference_mode_enabled()
-        or not torch.backends.mkldnn.enabled
-        or not nothing_watches()
-        or not are_ordinary(tensors)
-    ):
-        return None
-    plain = all(each is None or (each.is_cpu and each.dtype == torch.float32) for each in tensors)
-    return _onednn() if plain else None
+class _LaidOut:
+    """Weights in oneDNN's own layout."""
+
+    def __init__(self) -> None:
+        # By the weight's id, which is not given to another while the weight is here; None: once
+        self._found: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The weight for a product like this one, where oneDNN is to compute it; else None."""
+        found = self._found.get(id(weight))
+        if found is None:
+            rows, numbers = x.numel() // max(1, x.shape[-1]), weight.numel()
+            if rows > 1 and (numbers >= _LARGE_WEIGHT or rows * numbers >= _LARGE_LAID_OUT):
+                self._found[id(weight)] = weight, None
+            return None
+        if not _is_for_onednn(x, weight, bias):
+            return None
+        laid_out = found[1]
+        if laid_out is None:
+            laid_out = _onednn()[1](weight, x.numel() // x.shape[-1])
+            self._found[id(weight)] = weight, laid_out
+        return laid_out
 
 
-_onednn = functools.cache(onednn_linear)
+_laid_out: ContextVar[_LaidOut | None] = ContextVar("laid_out", default=None)
+
+
+def _is_for_onednn(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the numbers of these tensors is asked of their product."""
+    return (
+        torch.is_inference_mode_enabled()
+        and bool(torch.backends.mkldnn.enabled)
+        and nothing_watches()
+        and are_ordinary(tensors)
+        and all(each is None or (each.is_cpu and each.dtype == torch.float32) for each in tensors)
+        and _onednn() is not None
+    )
+
+
+@functools.cache
+def _onednn() -> Any:
+    return onednn_linear()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...console import from_extra
+from ...memory import COMMAND_BLOCKS, keep_freed_memory
 from ...transformer.config import ModelConfig
 from ...transformer.decoding import beam_search, greedy
 from ...transformer.export import export_ctranslate2
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     with from_extra("ctranslate2"):
         import ctranslate2  # noqa: F401
     machine = figures.begin(options, "sentences", "beam")
+    keep_freed_memory(COMMAND_BLOCKS)  # as the commands of rowmax.transformer do
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         every = decoders(SIZES[options.size], options.sentences, options.backend, Path(folder))

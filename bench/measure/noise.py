@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,25 +13,10 @@ from typing import Any
 from ...console import from_extra
 
 PROBE_ROUNDS = 1 << 18  # of the loop that tells the clock's speed: some milliseconds
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt, from malloc.h
 # Upper limits of a quiet run.
 MAX_DRIFT = 0.05  # of the processor's speed, from the fastest probe to the slowest
 MAX_STOLEN = 0.05  # of the time of the probes, that other programs took
 MAX_NOISY = 0.25  # of the lines, marked ~
-
-
-def keep_freed_memory() -> bool:
-    """From now on memory that is freed stays with the process; False where C is not glibc's.
-
-    By default glibc gives large blocks back to the system when they are freed, and a call pays
-    for the pages of its results, more than many a kernel takes; how much depends on what was
-    freed before it too.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    kept = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    return bool(kept)
 
 
 @contextmanager

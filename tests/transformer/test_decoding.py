@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -188,15 +187,8 @@ class Chain:
     def keep(self, _: torch.Tensor) -> None:
         pass
 
-    def read(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:
-        return tokens
-
-    @property
-    def embedding(self) -> Chain:
-        return self
-
-    def logits_of(self, _: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda tokens: self.scores[tokens]
+    def decode(self, tokens: torch.Tensor, _: Chain) -> torch.Tensor:
+        return self.scores[tokens]
 
 
 @pytest.mark.parametrize("alpha, answer", [(0.0, []), (0.5, []), (1.0, [3, 4, 5, 6, 7, 8])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,13 +13,19 @@ from torch import Tensor, nn
 
 from rowmax.kernels.ops.torch_internals import onednn_linear
 from rowmax.transformer import linear as module
-from rowmax.transformer.linear import Linear, linear, linear_by
+from rowmax.transformer.linear import Linear, constant_weights, linear
 
 X, WEIGHT, BIAS = torch.randn(32, 2, 512), torch.randn(1024, 512), torch.randn(1024)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def layouts() -> list[Tensor]:
+    """The weights that were copied into oneDNN's own layout."""
+    return []
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, layouts: list[Tensor]) -> list[Tensor]:
     """What oneDNN gave, in a torch that has it."""
     onednn = onednn_linear()
     if onednn is None:
@@ -30,7 +37,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.append(multiply(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(module, "_onednn", lambda: (spy, reorder))
+    def reordered(weight: Tensor, rows: int) -> Tensor:
+        layouts.append(weight)
+        return reorder(weight, rows)
+
+    monkeypatch.setattr(module, "_onednn", lambda: (spy, reordered))
     return found
 
 
@@ -47,16 +58,66 @@ def test_the_same_numbers(x: Tensor, bias: Tensor | None, calls: list[Tensor]) -
 
 
 @pytest.mark.parametrize("rows", [1, 30, 64, 100])
-def test_a_weight_in_another_layout(rows: int, calls: list[Tensor]) -> None:
+def test_a_weight_in_another_layout(rows: int, calls: list[Tensor], layouts: list[Tensor]) -> None:
     """Products of fewer rows than it was made for, and of more."""
-    x = X.flatten(0, 1).repeat(2, 1)[:rows]
-    with torch.inference_mode():
-        by_weight = linear_by(WEIGHT, 64)
-        got = by_weight(x)
-        assert by_weight(x[:, None]).shape == (rows, 1, 1024)
+    x = X.flatten(0, 1).repeat(2, 1)
+    with torch.inference_mode(), constant_weights():
+        for _ in range(2):
+            linear(x[:64], WEIGHT)
+        calls.clear()
+        got = linear(x[:rows], WEIGHT, BIAS)
+        assert linear(x[:rows, None], WEIGHT).shape == (rows, 1, 1024)
     assert len(calls) == 2
-    expected = nn.functional.linear(x.double(), WEIGHT.double()).float()
+    assert len(layouts) == 1
+    expected = nn.functional.linear(x[:rows].double(), WEIGHT.double(), BIAS.double()).float()
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def test_a_layout_is_that_of_one_weight_within_the_outermost(
+    calls: list[Tensor], layouts: list[Tensor]
+) -> None:
+    x, other = X[:, 0], torch.randn(1024, 512)
+    with torch.inference_mode():
+        with constant_weights():
+            linear(x, WEIGHT)
+            with constant_weights():
+                linear(x, WEIGHT)
+            got = linear(x, other), linear(x, other), linear(x, WEIGHT)
+            assert [id(weight) for weight in layouts] == [id(WEIGHT), id(other)]
+        changed = WEIGHT + 1
+        with constant_weights():
+            after = [linear(x, changed) for _ in range(3)]
+    for found, weight in zip((*got, *after), (other, other, WEIGHT, *[changed] * 3), strict=True):
+        expected = nn.functional.linear(x.double(), weight.double()).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=4e-4)
+    assert linear(x, WEIGHT) is not calls[-1]
+
+
+def test_layouts_of_one_thread_are_not_anothers(calls: list[Tensor], layouts: list[Tensor]) -> None:
+    def products() -> None:
+        with torch.inference_mode():
+            for _ in range(3):
+                linear(X[:, 0], WEIGHT)
+
+    with constant_weights():
+        thread = threading.Thread(target=products)
+        thread.start()
+        thread.join()
+        assert not layouts
+        products()
+    assert len(layouts) == 1
+
+
+@pytest.mark.parametrize("shape, rows", [((128, 128), 64), ((512, 512), 1)])
+def test_a_small_product_needs_no_layout(
+    shape: tuple[int, int], rows: int, layouts: list[Tensor], calls: list[Tensor]
+) -> None:
+    x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
+    with torch.inference_mode(), constant_weights():
+        for _ in range(3):
+            linear(x, weight)
+    assert not layouts
+    assert not calls
 
 
 def test_a_layer(calls: list[Tensor]) -> None:
@@ -86,12 +147,15 @@ OTHERS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], Tensor, Tenso
 def test_what_is_torchs_own(name: str, calls: list[Tensor]) -> None:
     context, x, weight = OTHERS[name]
     with torch.inference_mode(), context():
-        got, expected = linear(x, weight), nn.functional.linear(x, weight)
-        also = linear_by(weight.as_subclass(Marked) if name == "subclass" else weight, len(x))(x)
+        expected = nn.functional.linear(x, weight)
+        got = linear(x, weight)
+        if name == "small":  # but large enough for a weight that was laid out before
+            weight = weight[:16]
+        with constant_weights():
+            also = [linear(x, weight) for _ in range(3)][-1]
     assert not calls
-    assert also.shape == got.shape
-    assert type(got) is type(expected)
-    assert got.dtype == expected.dtype
+    assert also.dtype == got.dtype == expected.dtype
+    assert type(also) is type(got) is type(expected)
 
 
 def test_gradients_are_torchs_own(calls: list[Tensor]) -> None:
