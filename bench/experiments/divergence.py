@@ -287,14 +287,7 @@ def _members(model: nn.Module) -> list[str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "diverge",
-        help="two models of equal structure: where they part, layer by layer, as a page",
-        description="Compares every layer of two models with float64, forward and backward. Exit "
-        "status 1 where a layer is further off than it may be.",
-        epilog="example: python -m rowmax.bench diverge --models my_model.py:make --html page.html",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--models",
         metavar="WHERE",

@@ -36,11 +36,7 @@ SOURCE = 20  # tokens of a sentence
 _TOKENS = 24  # of a translation
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "decoding",
-        help="translation by the reference Transformer beside CTranslate2 and Hugging Face",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", choices=SIZES, default="base", help="default: base")
     command.add_argument("--sentences", type=int, default=32, help="default: 32")
     command.add_argument("--beam", type=int, default=4, help="beside greedy decoding; default: 4")

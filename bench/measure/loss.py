@@ -27,10 +27,7 @@ _BY_NAME = {dtype_text(dtype): dtype for dtype in DTYPES}
 Call = Callable[[], tuple[Tensor, ...]]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "loss", help="time and memory of linear_cross_entropy beside torch's unfused loss"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shape",
         metavar="T,N,V",

@@ -36,10 +36,7 @@ _LENGTHS = (8, 40)
 Step = Callable[[], float]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "training", help="training steps of the reference Transformer beside nn.Transformer"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", choices=SIZES, default="base", help="default: base")
     command.add_argument("--pairs", type=int, default=32, help="of a batch; default: 32")
     command.add_argument(

@@ -23,10 +23,7 @@ _ROW_INCHES = 0.19
 _LINEAR_TO = 6.0  # larger ratios would press the others against the axis
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "chart", help="a picture of the ratios to peers, by kind, from the JSON of `speed`"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", metavar="JSON", type=Path, help="of `speed --json`")
     command.add_argument(
         "--peers", default=FASTEST, metavar="NAMES", help="a bar for each; default: the fastest"

@@ -124,13 +124,7 @@ def _of(tensor: Tensor) -> tuple[str, str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "record",
-        help="the attention and norm calls of a script, for `speed --shapes`",
-        description="Runs a Python script or module and notes its attention and norm calls.",
-        epilog="example: python -m rowmax.bench record --out shapes.json -- python my_script.py",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("shapes.json"), help="default: %(default)s"
     )

@@ -27,17 +27,7 @@ EXPLANATION = (
 )
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "configs",
-        aliases=["forms"],
-        help="compile the configs of the Triton attention kernels and show what they take",
-        description=(
-            "Compiles the Triton attention kernels, in the configs of their table, for GPUs that "
-            f"need not be here, and prints what the compiler says. {EXPLANATION}."
-        ),
-        epilog="example: python -m rowmax.bench configs --arch sm_90 --dtype bfloat16 --dim 64,128",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--arch", metavar="NAMES", default=FOREMOST, help="default: %(default)s")
     add_key_options(command)
 

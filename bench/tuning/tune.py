@@ -267,16 +267,7 @@ def _name(key: Key) -> str:
     return "/".join(map(str, key))
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "tune",
-        help="find the configs of the Triton attention kernels",
-        description=(
-            "Times tile sizes, warps and pipeline stages of the Triton attention kernels on the "
-            "GPU that is here, and writes the fastest into the table that the kernels read."
-        ),
-        epilog="example: python -m rowmax.bench tune --kernel forward --dim 64,128 --seconds 300",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     add_key_options(command)
     command.add_argument("--seconds", type=float, help="begin no further key after this")
     command.add_argument(

@@ -30,17 +30,7 @@ from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "verify",
-        help="how close the kernels here are to float64, and whether the check itself is sound",
-        description=(
-            "Every backend here, every function, mask, dtype and shape, forward and every "
-            "gradient, against a float64 oracle; invariants; and kernels broken on purpose, "
-            "which must be rejected."
-        ),
-        epilog="example: python -m rowmax.bench verify --quick --html verify.html",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--backend", metavar="NAMES", help="comma-separated; default: all that work here"
     )
