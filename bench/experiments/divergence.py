@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..options import UsageError, check_outputs, set_threads, write
 from ..render import charts
 from ..render.document import Section, page
 from ..render.json_text import json_text
-from ..verification.model import run_layers
+from ..verification.model import map_tensors, run_layers
 
 SCHEMA = "rowmax-diverge-1"
 STEPS = ("forward", "backward")
@@ -179,7 +179,9 @@ def diverge(
     only = known if every_layer else {"", *(name for name in _members(first) if name in known)}
 
     def run(one: nn.Module, wanted: torch.dtype) -> dict[str, dict[str, Tensor]]:
-        given_args, given_kwargs = _cast((args, kwargs), wanted)
+        given_args, given_kwargs = map_tensors(
+            (args, kwargs), lambda one: one.to(wanted) if one.is_floating_point() else one
+        )
         return run_layers(one, given_args, given_kwargs, True, only=only, real=counts)
 
     def layers() -> list[Layer]:
@@ -256,16 +258,6 @@ def _told(layer: Layer, names: tuple[str, str]) -> str:
 def _dtype(model: nn.Module) -> torch.dtype:
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(floats, torch.get_default_dtype())
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
 
 
 def _counted(tensor: Tensor, counts: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -200,6 +201,12 @@ SUITES = {
 }
 
 
+def suite_of(device: str, *, attention: bool) -> Suite | None:
+    """Of attention or of norms on this device."""
+    found = (s for s in SUITES.values() if (s.device, s.attention) == (device, attention))
+    return next((suite for suite in found if not suite.model), None)
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the table: a kind of call at one shape in one dtype, and which pass of it."""
@@ -298,8 +305,8 @@ def cases_of(
     ]
 
 
-# Matrix products of 2 * D operations a (query, key) pair.
-_PRODUCTS = {FORWARD: 2, BACKWARD: 5, FORWARD_BACKWARD: 7}
+def _of_step(step: str, forward: int, backward: int) -> int:
+    return {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}[step]
 
 
 def attention_flops(pairs: int, head_size: int, step: str) -> int:
@@ -308,17 +315,17 @@ def attention_flops(pairs: int, head_size: int, step: str) -> int:
     Pairs that the mask forbids are not work: a kernel that computes them anyway gets no credit
     for it.
     """
-    return _PRODUCTS[step] * 2 * pairs * head_size
-
-
-# Passes over q, k, v and out, together: forward reads and writes each once; backward reads them,
-# and d_out instead of out, and writes three gradients.
-_TRAFFIC = {FORWARD: 1, BACKWARD: 2, FORWARD_BACKWARD: 3}
+    products = _of_step(step, 2, 5)  # of 2 * D operations a pair
+    return products * 2 * pairs * head_size
 
 
 def attention_bytes(once: int, step: str) -> int:
-    """Bytes that any implementation must move, where q, k, v and out together have `once`."""
-    return _TRAFFIC[step] * once
+    """Bytes that any implementation must move, where q, k, v and out together have `once`.
+
+    Forward reads and writes each once; backward reads them, and d_out instead of out, and writes
+    three gradients.
+    """
+    return _of_step(step, 1, 2) * once
 
 
 # Arrays of the input's size that must cross memory once, forward and backward: what is read and
@@ -333,10 +340,7 @@ _ARRAYS = {
 
 def norm_bytes(kind: str, shape: Shape, step: str, itemsize: int = 4) -> int:
     """Bytes that any implementation of `kind` must move."""
-    rows, columns = shape
-    forward, backward = _ARRAYS[kind]
-    arrays = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
-    return arrays[step] * rows * columns * itemsize
+    return _of_step(step, *_ARRAYS[kind]) * math.prod(shape) * itemsize
 
 
 # Operations an element, forward and backward, as the equations have them; a root or an
@@ -351,7 +355,4 @@ _NORM_OPERATIONS = {
 
 def norm_flops(kind: str, shape: Shape, step: str) -> int:
     """Floating-point operations of `kind`: for the roofline, for memory is what limits them."""
-    rows, columns = shape
-    forward, backward = _NORM_OPERATIONS[kind]
-    each = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
-    return each[step] * rows * columns
+    return _of_step(step, *_NORM_OPERATIONS[kind]) * math.prod(shape)

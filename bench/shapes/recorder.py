@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import runpy
 import sys
 from collections import Counter
@@ -107,9 +108,7 @@ def _kind_of(mask: Tensor) -> str:
 
 
 def _norm(op: str, x: Tensor, shape: Any, *arguments: Any, **options: Any) -> Call:
-    columns = 1
-    for size in shape:
-        columns *= int(size)
+    columns = math.prod(map(int, shape))
     others = [*arguments, *options.values()]
     tensors = [x, *(other for other in others if isinstance(other, Tensor))]
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

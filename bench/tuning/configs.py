@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..options import names_of
+from ..options import names_of, told
 from .tune import FOREMOST, SHARED_LIMIT, add_key_options, check_compiler, keys_chosen
 
 if TYPE_CHECKING:  # they need Triton
@@ -59,8 +59,7 @@ def _cells(key: Key) -> list[str]:
         compiled = compile_config(key, config)
     except Exception as error:
         # any stage of the compiler may give up, each with an error of its own: that is a finding
-        reason = (str(error) or "no reason given").strip().splitlines()[0]
-        return [*name, f"does not compile: {type(error).__name__}: {reason}", *[""] * 5]
+        return [*name, f"does not compile: {told(error)}", *[""] * 5]
     shared = f"{compiled.shared / 1024:.0f}"
     numbers = [str(compiled.registers), str(compiled.spilled), shared, str(compiled.wgmma)]
     if compiled.loop is not None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...kernels.backends import gpu_triton
-from ..options import UsageError, check_writable, listed, names_of, seconds_of
+from ..options import UsageError, check_writable, listed, names_of, seconds_of, told
 
 if TYPE_CHECKING:  # they need Triton
     from ...kernels.backends.gpu_triton.configs import Config, Key
@@ -429,8 +429,7 @@ def _by_compiling(path: Path) -> Choose:
 
     def complain(config: Config, error: Exception) -> None:
         """Any stage of the compiler may have failed: it may be a fault of the kernel too."""
-        first = (str(error) or "no reason given").strip().splitlines()[0]
-        _log(f"  {list(config)} does not compile: {type(error).__name__}: {first}")
+        _log(f"  {list(config)} does not compile: {told(error)}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))

@@ -24,21 +24,19 @@ class Implementation(Protocol):
     """Functions of rowmax.kernels as somebody implements them; results differentiable."""
 
     name: str
-    device: torch.device
     ops: tuple[str, ...]
-    with_lse: bool  # whether `attention` returns it
-    backward: bool  # whether its gradients are looked at
+    device: torch.device = torch.device("cpu")
+    with_lse: bool = True  # whether `attention` returns it
+    backward: bool = True  # whether its gradients are looked at
 
     def kernel(self, op: str) -> Kernel:
         """The function, called as `assert_as_accurate_as_naive` says. It raises DeclinedError."""
 
 
-class Backend:
+class Backend(Implementation):
     """A backend of rowmax.kernels, by its name."""
 
-    ops: tuple[str, ...] = OPS
-    with_lse = True
-    backward = True
+    ops = OPS
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,7 +66,7 @@ class _Refusals:
             raise DeclinedError(reason) from error
 
 
-class Foreign:
+class Foreign(Implementation):
     """A stranger's function, by the interface that its `Candidate` gives it.
 
     Masks are handed over as bool tensors, True = may attend, or as `is_causal=True` where that is

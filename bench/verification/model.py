@@ -7,6 +7,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...kernels.integrations.differences import call_of
 from ..machine.host import describe
 from ..options import told
 from ..render.json_text import json_text
-from .bits import on_threads
+from .bits import on_threads, same
 
 SCHEMA = "rowmax-verify-model-1"
 THREADS = (1, 2, 3)
@@ -138,7 +139,8 @@ def verify_model(
             for element in (0, batch - 1):
 
                 def alone(element: int = element) -> dict[str, Tensors]:
-                    one = _part((args, kwargs), element, batch)
+                    cut = partial(_of_element, element=element, batch=batch)
+                    one = map_tensors((args, kwargs), cut)
                     return run_layers(model, one[0], one[1], backward, element, batch)
 
                 parts: dict[str, Tensors] = {}
@@ -166,7 +168,7 @@ def _compare(
             for name, tensor in tensors.items()
             if name in got[step] and got[step][name].shape == tensor.shape
         ]
-        differing = [one for one in common if not _same(one[1], one[2])]
+        differing = [one for one in common if not bool(same(one[1], one[2]).all())]
         if not differing:
             yield LayerCheck(check, step, len(common))
             continue
@@ -188,10 +190,6 @@ def _worst(found: list[LayerCheck]) -> list[LayerCheck]:
         )
         for step in steps
     ]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def run_layers(
@@ -271,16 +269,20 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def _part(value: Any, element: int, batch: int) -> Any:
-    """The same arguments for one batch element."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments with every tensor changed."""
     if isinstance(value, Tensor):
-        whole = value.dim() > 0 and value.shape[0] == batch
-        return value[element : element + 1] if whole else value
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _part(item, element, batch) for name, item in value.items()}
+        return {name: map_tensors(item, change) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_part(item, element, batch) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value
+
+
+def _of_element(tensor: Tensor, element: int, batch: int) -> Tensor:
+    whole = tensor.dim() > 0 and tensor.shape[0] == batch
+    return tensor[element : element + 1] if whole else tensor
 
 
 def _slice(tensor: Tensor, element: int, batch: int) -> Tensor | None:
