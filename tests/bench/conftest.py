@@ -27,6 +27,18 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with this exit status; returns what it prints."""
+
+    def run(*words: str, status: int = 0) -> str:
+        capsys.readouterr()
+        assert cli.main(list(words)) == status
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine so fast that nothing is impossible on it."""
     limits = CpuLimits(1, 1e15, 1e15)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure import decoding, training
 from rowmax.transformer.config import ModelConfig
 
@@ -19,13 +18,12 @@ TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
 
 
 def test_prints_tokens_a_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shown: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training.SIZES, "small", TINY)
     out = tmp_path / "decoding.json"
     options = ["--size", "small", "--sentences", "2", "--beam", "3", "--seconds", "0.05"]
-    assert main(["decoding", *options, "--json", str(out)]) == 0
-    printed = capsys.readouterr().out
+    printed = shown("decoding", *options, "--json", str(out))
     found = json.loads(out.read_text())["tokens_per_second"]
     assert list(found) == ["greedy", "beam 3"]
     for rates in found.values():

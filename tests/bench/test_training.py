@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure import figures, training
 from rowmax.transformer.config import ModelConfig
 
@@ -18,13 +17,12 @@ TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
 
 
 def test_prints_tokens_a_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shown: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training.SIZES, "small", TINY)
     out = tmp_path / "training.json"
     options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
-    assert main(["training", "--bfloat16", *options]) == 0
-    printed = capsys.readouterr().out
+    printed = shown("training", "--bfloat16", *options)
     found = json.loads(out.read_text())
     names = ["packed", "padded", "nn.Transformer", "packed, bfloat16", "nn.Transformer, bfloat16"]
     assert list(found["found"]) == names
@@ -33,17 +31,13 @@ def test_prints_tokens_a_second(
     assert found["tokens"] < found["places"]
 
 
-def test_beside_busy_processes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beside_busy_processes(tmp_path: Path, shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(training.SIZES, "small", TINY)
     out = tmp_path / "training.json"
     options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
-    assert main(["training", "--busy", "2", *options]) == 0
-    assert "ms, 2 busy  slower" in capsys.readouterr().out
-    assert all(
-        each["seconds_while_busy"] > 0 for each in json.loads(out.read_text())["found"].values()
-    )
+    assert "ms, 2 busy  slower" in shown("training", "--busy", "2", *options)
+    found = json.loads(out.read_text())["found"]
+    assert all(each["seconds_while_busy"] > 0 for each in found.values())
 
 
 def test_the_busy_processes_end() -> None:
