@@ -31,11 +31,7 @@ __all__ = [
 RENAMED = {
     "--kind": {"plain": "full"},
     "--feature": {"plain": "full"},
-    "--features": {
-        "plain": "base",
-        "rich": "score_mod",
-        "rich_dropout": "score_mod_dropout",
-    },
+    "--features": {"plain": "base", "rich": "score_mod", "rich_dropout": "score_mod_dropout"},
     "--kernel": {
         "key_gradients": "backward_dkdv",
         "query_gradients": "backward_dq",

@@ -169,10 +169,7 @@ class AttentionInputs:
         every, half = slice(None), slice(0, (self.k.shape[2] + 1) // 2)
         whole = every, every
         queries, keys = (whole, whole) if part is None else (part.queries, part.keys)
-        return {
-            "q": (*queries, every, every),
-            **dict.fromkeys(("k", "v"), (*keys, half, every)),
-        }
+        return {"q": (*queries, every, every), **dict.fromkeys(("k", "v"), (*keys, half, every))}
 
     def _part(self, batch: slice, key_heads: slice) -> Part:
         """These batch elements and key heads, with the query heads that share those."""
@@ -350,9 +347,7 @@ class _Draw:
     def padding(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Lengths uniform in [length / 2, length], and the bool mask (batch, 1, 1, length)."""
         lengths = torch.randint(
-            *((length + 1) // 2, length + 1, (batch,)),
-            generator=self.generator,
-            device=self.device,
+            *((length + 1) // 2, length + 1, (batch,)), generator=self.generator, device=self.device
         )
         real = torch.arange(length, device=self.device) < lengths[:, None]
         return lengths, real[:, None, None, :]

@@ -34,15 +34,7 @@ from ..peers.candidates import (
 from ..peers.packages import UnsupportedError
 from . import possible
 from .arena import CaseArena
-from .cases import (
-    GROUP,
-    Case,
-    attention_bytes,
-    attention_flops,
-    dtype_text,
-    norm_bytes,
-    norm_flops,
-)
+from .cases import GROUP, Case, attention_bytes, attention_flops, dtype_text, norm_bytes, norm_flops
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, Outputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval

@@ -116,12 +116,7 @@ def batches(vocabulary: int, pairs: int, *, equal: bool) -> tuple[Batch, PackedB
 
 
 def steps(
-    config: ModelConfig,
-    padded: Batch,
-    packed: PackedBatch,
-    backend: str,
-    *,
-    narrow: bool = False,
+    config: ModelConfig, padded: Batch, packed: PackedBatch, backend: str, *, narrow: bool = False
 ) -> dict[str, Step]:
     """A training step of each kind; it returns the loss."""
     torch.manual_seed(0)

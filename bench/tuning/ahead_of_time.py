@@ -26,22 +26,12 @@ from ...kernels.api.attention import attention_problem
 from ...kernels.backends.gpu_triton import plans
 from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MAX_ROWS
 from ...kernels.backends.gpu_triton.attention_launch import attention, attention_backward
-from ...kernels.backends.gpu_triton.configs import (
-    TF32_BITS,
-    Config,
-    Key,
-    launch_config,
-)
+from ...kernels.backends.gpu_triton.configs import TF32_BITS, Config, Key, launch_config
 from ...kernels.ops.problem import AttentionProblem, BackwardInputs
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
 
-DTYPES = {
-    16: torch.bfloat16,
-    TF32_BITS: torch.float32,
-    32: torch.float32,
-    64: torch.float64,
-}
+DTYPES = {16: torch.bfloat16, TF32_BITS: torch.float32, 32: torch.float32, 64: torch.float64}
 
 
 # Bytes of a thread that may be spilled, if the loop over whole blocks, where almost all time goes,
@@ -279,11 +269,7 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
 def _compiler_log() -> Iterator[io.StringIO]:
     """The log of ptxas, as Triton calls it, for each kernel that is compiled meanwhile."""
     log = io.StringIO()
-    with (
-        knobs.nvidia.scope(),
-        knobs.compilation.scope(),
-        contextlib.redirect_stdout(log),
-    ):
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
         yield log

@@ -21,12 +21,7 @@ from ...kernels.backends.gpu_triton.attention_launch import (
     attention_backward,
     launch_kernel,
 )
-from ...kernels.backends.gpu_triton.configs import (
-    TF32_BITS,
-    Config,
-    Key,
-    launch_config,
-)
+from ...kernels.backends.gpu_triton.configs import TF32_BITS, Config, Key, launch_config
 from ...kernels.ops.problem import AttentionProblem, BackwardInputs
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
 from .ahead_of_time import products_in
@@ -160,11 +155,7 @@ class Trials:
         return times
 
     def _fault(
-        self,
-        launched: Launched,
-        config: Config,
-        expected: Mapping[str, Tensor],
-        difference: float,
+        self, launched: Launched, config: Config, expected: Mapping[str, Tensor], difference: float
     ) -> str | None:
         """Why the config fails; None where it runs and agrees with the one in the table."""
         try:

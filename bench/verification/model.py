@@ -83,9 +83,7 @@ class ModelReport:
     def __str__(self) -> str:
         machine = self.machine
         batch = "no batch" if self.batch is None else f"a batch of {self.batch}"
-        found = [
-            f"{self.name}, {batch}; {machine['cpu']}, torch {machine['packages']['torch']}",
-        ]
+        found = [f"{self.name}, {batch}; {machine['cpu']}, torch {machine['packages']['torch']}"]
         for one in self.checks:
             unkept = not one.passed and one.check in NOT_PROMISED[self.contract]
             mark = "ok" if one.passed else "n.p." if unkept else "FAIL"

@@ -103,10 +103,7 @@ def cached(query, key, value, **options):
 
 @pytest.mark.parametrize("name", ["honest", "cached"])
 def test_a_strangers_function_has_a_column_if_it_is_honest(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "strangers.py").write_text(STRANGERS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -189,10 +189,7 @@ def test_a_wrong_dropout_is_rejected() -> None:
     def with_dropout(dropout_p: float, seed: int, scale: float) -> Callable[..., Outputs]:
         return lambda inputs: (
             kernels.attention(
-                *(inputs.q, inputs.k, inputs.v),
-                dropout_p=dropout_p,
-                seed=seed,
-                backend="reference",
+                *(inputs.q, inputs.k, inputs.v), dropout_p=dropout_p, seed=seed, backend="reference"
             )
             * scale,
         )
