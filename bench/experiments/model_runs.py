@@ -155,7 +155,6 @@ def measure(
     test_sentences: int,
     lengths: Sequence[int],
     backend: str,
-    log: Callable[[str], None] = _log,
 ) -> dict[str, Any]:
     """Everything, as it stands in the JSON."""
     began = perf_counter()
@@ -175,9 +174,9 @@ def measure(
         left = 60 * minutes - (perf_counter() - began)
         share = left / (len(data) - place)
         text = readers[name]()
-        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, log))
+        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, _log))
     configs = _configs(demo_config(max(lengths)), architectures)
-    log("timing a step against L")
+    _log("timing a step against L")
     result["step_ms"] = time_steps(configs, lengths, backend)
     result["lengths"] = list(lengths)
     result["sequential"] = {

@@ -29,7 +29,6 @@ from ...transformer.model import EncoderDecoder
 from ...transformer.quantization import quantize
 from ...transformer.tokenizer import BOS, EOS, PAD
 from . import figures
-from .timing import Budget, interleave, timer_for
 from .training import SIZES
 
 SOURCE = 20  # tokens of a sentence
@@ -53,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
         for beam in dict.fromkeys((1, options.beam)):
             calls = {name: (lambda of=of, beam=beam: of(beam)) for name, of in every.items()}
             tokens = {name: sum(call()) for name, call in calls.items()}
-            budget = Budget(seconds=options.seconds, min_rounds=3, max_rounds=1000)
-            timings = interleave(calls, budget, timer_for("cpu"))
+            timings = figures.timed(options, calls, 3)
             what = "greedy" if beam == 1 else f"beam {beam}"
             print(
                 f"\n{options.size}, {what}, {options.sentences} sentences of {SOURCE} tokens"

@@ -24,7 +24,6 @@ from ...transformer.model import EncoderDecoder, sinusoids
 from ...transformer.packing import PackedBatch, pack
 from ...transformer.tokenizer import BOS, PAD
 from . import figures
-from .timing import Budget, interleave, timer_for
 
 SIZES: dict[str, ModelConfig] = {
     "base": ModelConfig(10_000, 6, 6, d_model=512, heads=8, d_ff=2048, max_length=64),
@@ -61,12 +60,10 @@ def run(options: argparse.Namespace) -> int:
     padded, packed = batches(config.vocab_size, options.pairs, equal=options.equal)
     every = steps(config, padded, packed, options.backend, narrow=options.bfloat16)
     memory = {name: _peak(step) for name, step in every.items()}
-    budget = Budget(seconds=options.seconds, min_rounds=5, max_rounds=1000)
-    timings = interleave(every, budget, timer_for("cpu"))
-    slowed = {}
+    timings, slowed = figures.timed(options, every, 5), {}
     if options.busy is not None:
         with figures.busy(options.busy):
-            slowed = interleave(every, budget, timer_for("cpu"))
+            slowed = figures.timed(options, every, 5)
     places = padded.source.numel() + padded.target_out.numel()
     print(
         f"\n{options.size}: {config.encoder_layers} + {config.decoder_layers} layers of "

@@ -201,8 +201,8 @@ def _placed(tensor: Tensor) -> tuple[Any, list[int], int]:
 
 def _openvino_run(inputs: AttentionInputs) -> Run:
     """ScaledDotProductAttention, computing in the dtype of the tensors."""
-    import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    from openvino import opset13  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    import openvino
+    from openvino import opset13
 
     types = {
         torch.float32: openvino.Type.f32,
