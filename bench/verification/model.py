@@ -181,13 +181,8 @@ def _compare(
 def _worst(found: list[LayerCheck]) -> list[LayerCheck]:
     """Of several runs of a check, for each pass the one in which most layers differ."""
     steps = dict.fromkeys(one.step for one in found)
-    return [
-        max(
-            (one for one in found if one.step == step),
-            key=lambda one: (one.error is not None, len(one.differing)),
-        )
-        for step in steps
-    ]
+    found = sorted(found, key=lambda one: (one.error is None, -len(one.differing)))
+    return [next(one for one in found if one.step == step) for step in steps]
 
 
 def run_layers(
@@ -210,9 +205,8 @@ def run_layers(
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = next(
-                (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0), None
-            )
+            floats = (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0)
+            tensor = next(floats, None)
             if tensor is None:
                 return
             label, number = name, 1

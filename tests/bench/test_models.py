@@ -76,8 +76,8 @@ def test_what_was_replaced_is_put_back() -> None:
     assert F.scaled_dot_product_attention is SDPA
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, shown: Any, refused: Any) -> None:
-    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
+@pytest.mark.usefixtures("small_machine")
+def test_the_command(shown: Any, refused: Any) -> None:
     chosen = ["--suite", "model", "--shape", "2,8,64", "--seconds", "0.01", "--quick"]
     output = shown("speed", *chosen, "--backend", "reference")
     assert "transformer (1000 tokens/s; a training step of the reference Transformer)" in output
