@@ -97,13 +97,10 @@ class Divergence:
         return "\n".join([*found, *map(self.verdict, STEPS)])
 
     def _sections(self) -> list[Section]:
-        found = [
-            Section(
-                text=("✓ " if self.first_beyond(step) is None else "✗ ") + self.verdict(step),
-                style="good" if self.first_beyond(step) is None else "bad",
-            )
-            for step in STEPS
-        ]
+        found = []
+        for step in STEPS:
+            mark, style = ("✓", "good") if self.first_beyond(step) is None else ("✗", "bad")
+            found.append(Section(text=f"{mark} {self.verdict(step)}", style=style))
         found.append(
             Section(
                 text="Errors against the first model in float64, as shares of the largest value of "

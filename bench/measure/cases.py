@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,6 @@ def _shapes_of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
 
 _ATTENTION_DIMENSIONS = ("batch", "heads", "length", "head size")
 MODEL_KINDS = ("transformer", "encoder")
-_NORM_KINDS = ("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax")
 _BASE: tuple[Shape, ...] = (
     (64, 8, 32, 64),
     (32, 8, 128, 64),
@@ -116,6 +115,19 @@ _WINDOWED = (1, 8, 4096, 64)
 _CROSS = (32, 8, 32, 128, 64)
 # One token against a cache: a translation's memory, a long one, and a long one of grouped heads.
 _DECODE = ((64, 8, 1, 64, 64), (16, 8, 1, 1024, 64), (16, 32, 8, 1, 1024, 128))
+
+_CPU_NORMS = Suite(
+    name="cpu-norms",
+    device="cpu",
+    dtypes=(torch.float32,),
+    attention=False,
+    dimensions=("rows", "columns"),
+    kinds=("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax"),
+    steps=(FORWARD, FORWARD_BACKWARD),
+    peers=("torch", "naive", "compile", "numba", "native"),
+    shapes=((4096, 512), (65536, 512), (512, 4096)),
+    quick_shapes=((4096, 512), (512, 4096)),
+)
 
 SUITES = {
     suite.name: suite
@@ -145,18 +157,7 @@ SUITES = {
                 "decode": _DECODE,
             },
         ),
-        Suite(
-            name="cpu-norms",
-            device="cpu",
-            dtypes=(torch.float32,),
-            attention=False,
-            dimensions=("rows", "columns"),
-            kinds=_NORM_KINDS,
-            steps=(FORWARD, FORWARD_BACKWARD),
-            peers=("torch", "naive", "compile", "numba", "native"),
-            shapes=((4096, 512), (65536, 512), (512, 4096)),
-            quick_shapes=((4096, 512), (512, 4096)),
-        ),
+        _CPU_NORMS,
         Suite(
             name="gpu-attention",
             device="cuda",
@@ -172,13 +173,11 @@ SUITES = {
             shapes=_shapes_of_16k_tokens((1024, 2048, 4096, 8192, 16384)),
             quick_shapes=_shapes_of_16k_tokens((2048, 8192)),
         ),
-        Suite(
+        replace(
+            _CPU_NORMS,
             name="gpu-norms",
             device="cuda",
             dtypes=(torch.bfloat16,),
-            attention=False,
-            dimensions=("rows", "columns"),
-            kinds=_NORM_KINDS,
             steps=PASSES,
             peers=("torch", "compile", "liger"),
             shapes=((16384, 1024), (16384, 2048), (8192, 4096), (8192, 8192), (4096, 16384)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from ..measure.inputs import AttentionInputs, Outputs
 from .packages import UnsupportedError
 
 
-class Run:
+class Run(NamedTuple):
     """A prepared model: `run` computes, `bind` hands it the tensors that it reads from then on."""
 
-    def __init__(
-        self, run: Callable[[], Tensor], bind: Callable[[AttentionInputs], object]
-    ) -> None:
-        self.run, self.bind = run, bind
+    run: Callable[[], Tensor]
+    bind: Callable[[AttentionInputs], object]
 
 
 class Engine:
