@@ -25,7 +25,8 @@ from .candidate.options import refuse_without_function, where
 from .candidate.sources import Where
 from .experiments import architectures, divergence
 from .machine import gpu
-from .machine.host import Limits, describe, load_average, measure_limits
+from .machine.gpu import Limits
+from .machine.host import describe, load_average, measure_limits
 from .measure import comparison, decoding, history, loss, overhead, report, swap, training
 from .measure.cases import (
     FORWARD,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..machine import gpu
-from ..machine.host import Limits
+from ..machine.gpu import Limits
 from ..peers.candidates import ROWMAX, absent
 from . import summary
 from .cases import IN_SHORT, Case, Suite, bound_by_memory, dtype_text, shape_text

@@ -18,7 +18,7 @@ from ..candidate import Candidate
 from ..candidate.sources import Where
 from ..conduct import clocks, examine
 from ..conduct.guard import Guard
-from ..machine.host import Limits
+from ..machine.gpu import Limits
 from ..options import first_line, told
 from ..peers.candidates import (
     ROWMAX,
