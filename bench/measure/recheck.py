@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -270,15 +270,15 @@ def _told(error: Exception) -> str:
     return first_line(error) if isinstance(error, ClockError) else told(error)
 
 
-class _Between:
+class _Between(NamedTuple):
     """Of one candidate's sample."""
 
-    def __init__(self, rounds: Recheck, name: str) -> None:
-        self._rounds, self._name = rounds, name
+    rounds: Recheck
+    name: str
 
     def before(self, *, last: bool) -> None:
-        self._rounds.before(self._name, last=last)
+        self.rounds.before(self.name, last=last)
 
     @property
     def after(self) -> Callable[[Any], None] | None:
-        return self._rounds.after(self._name)
+        return self.rounds.after(self.name)

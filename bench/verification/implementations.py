@@ -47,23 +47,15 @@ class Backend(Implementation):
         more = {"return_lse": True} if op in ATTENTION_OPS else {}
 
         def call(*tensors: Tensor, **options: Any) -> Any:
-            with _Refusals():
+            try:
                 return getattr(kernels, op)(*tensors, **options, **more, backend=self.name)
+            except RuntimeError as error:
+                reason = str(error).partition("can't do this: ")[2]
+                if not reason:
+                    raise  # it is no refusal
+                raise DeclinedError(reason.partition("; backend=")[0]) from error
 
         return call
-
-
-class _Refusals:
-    """Turns the error by which a named backend declines a problem into DeclinedError."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "can't do this: " in text:
-            reason = text.partition("can't do this: ")[2].partition("; backend=")[0]
-            raise DeclinedError(reason) from error
 
 
 class Foreign(Implementation):
