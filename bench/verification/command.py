@@ -18,7 +18,7 @@ from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
 from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
-from ..options import UsageError, check_outputs, listed, names_of, set_threads, write
+from ..options import UsageError, check_backend, check_outputs, listed, names_of, set_threads, write
 from ..render.markdown import add_markdown_options, check_markdown, write_markdown
 from ..shapes import calls
 from . import suite
@@ -190,9 +190,7 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
     if options.backend is None:
         names = suite.available()
     for name in names:
-        reason = dispatch.unavailable(name)
-        if reason is not None:
-            raise UsageError(f"--backend: {name} does not work here: {reason}")
+        check_backend(name)
     return list(map(Backend, names))
 
 

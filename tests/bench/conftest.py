@@ -8,6 +8,8 @@ import pytest
 
 from rowmax.bench import cli
 from rowmax.bench.machine.host import CpuLimits
+from rowmax.bench.measure import training
+from rowmax.transformer.config import ModelConfig
 
 
 @pytest.fixture
@@ -36,6 +38,14 @@ def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """What `--size small` of `training` and `decoding` is then."""
+    config = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
+    monkeypatch.setitem(training.SIZES, "small", config)
+    return config
 
 
 @pytest.fixture
