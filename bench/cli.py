@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,7 +26,8 @@ from .candidate.options import refuse_without_function, where
 from .candidate.sources import Where
 from .experiments import architectures, divergence
 from .machine import gpu
-from .machine.host import Limits, describe, load_average, measure_limits
+from .machine.gpu import Limits
+from .machine.host import describe, load_average, measure_limits
 from .measure import comparison, decoding, history, loss, overhead, report, swap, training
 from .measure.cases import (
     FORWARD,
@@ -64,23 +65,100 @@ from .verification import command as verification
 FULL = Budget(seconds=4.0, min_rounds=5, max_rounds=200)
 QUICK = Budget(seconds=1.0, min_rounds=3, max_rounds=50)
 
-# Those that have a module of their own, with `add_command` and `run`, in the order of --help.
-_COMMANDS: dict[str, Any] = {
-    "compare": comparison,
-    "chart": ratio_chart,
-    "record": recorder,
-    "new": new,
-    "verify": verification,
-    "diverge": divergence,
-    "loss": loss,
-    "overhead": overhead,
-    "smoke": smoke,
-    "swap": swap,
-    "training": training,
-    "decoding": decoding,
-    "tune": tune,
-    "configs": configs,
-    "model": architectures,
+
+class Command(NamedTuple):
+    """A module with the options of a command and, but of `speed`, what it does; and its --help."""
+
+    module: Any  # with `add_options`, and `run`
+    help: str
+    description: str | None = None
+    example: str | None = None  # its arguments
+    aliases: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "speed": Command(
+        speed_options,
+        "time, share of the machine's limits, and the ratio to the fastest peer",
+        "Times rowmax and its peers in turns, in one run, each after it has passed a "
+        "correctness check against float64.",
+        "--shape 8,8,512,64 --kind full,dropout",
+    ),
+    "compare": Command(
+        comparison,
+        "two saved results of `speed`: what became faster or slower, and how surely",
+        "Compares the JSON files of two runs, case by case. Exit status 1 where one became "
+        "slower by more than the threshold and the 95%% intervals do not overlap, or where one "
+        "is in one of the files alone.",
+        "before.json after.json --threshold 10",
+    ),
+    "chart": Command(
+        ratio_chart, "a picture of the ratios to peers, by kind, from the JSON of `speed`"
+    ),
+    "record": Command(
+        recorder,
+        "the attention and norm calls of a script, for `speed --shapes`",
+        "Runs a Python script or module and notes its attention and norm calls.",
+        "--out shapes.json -- python my_script.py",
+    ),
+    "new": Command(
+        new,
+        "write a file for a kernel of yours, that `verify` and `speed` take as it is",
+        "Writes a file with a kernel in plain torch, to put yours into.",
+        "my_kernel.py",
+    ),
+    "verify": Command(
+        verification,
+        "how close the kernels here are to float64, and whether the check itself is sound",
+        "Every backend here, every function, mask, dtype and shape, forward and every "
+        "gradient, against a float64 oracle; invariants; and kernels broken on purpose, which "
+        "must be rejected.",
+        "--quick --html verify.html",
+    ),
+    "diverge": Command(
+        divergence,
+        "two models of equal structure: where they part, layer by layer, as a page",
+        "Compares every layer of two models with float64, forward and backward. Exit status 1 "
+        "where a layer is further off than it may be.",
+        "--models my_model.py:make --html page.html",
+    ),
+    "loss": Command(loss, "time and memory of linear_cross_entropy beside torch's unfused loss"),
+    "overhead": Command(overhead, "microseconds of a call that has next to nothing to compute"),
+    "smoke": Command(
+        smoke,
+        "whether each feature of the Triton kernels runs on the GPU here",
+        "What the machine is and can do at most, and every feature in a process of its own "
+        "against float64.",
+    ),
+    "swap": Command(swap, "whole models before and after rowmax.kernels.swap, on padded batches"),
+    "training": Command(
+        training, "training steps of the reference Transformer beside nn.Transformer"
+    ),
+    "decoding": Command(
+        decoding, "translation by the reference Transformer beside CTranslate2 and Hugging Face"
+    ),
+    "tune": Command(
+        tune,
+        "find the configs of the Triton attention kernels",
+        "Times tile sizes, warps and pipeline stages of the Triton attention kernels on the "
+        "GPU that is here, and writes the fastest into the table that the kernels read.",
+        "--kernel forward --dim 64,128 --seconds 300",
+    ),
+    "configs": Command(
+        configs,
+        "compile the configs of the Triton attention kernels and show what they take",
+        "Compiles the Triton attention kernels, in the configs of their table, for GPUs that "
+        f"need not be here, and prints what the compiler says. {configs.EXPLANATION}.",
+        "--arch sm_90 --dtype bfloat16 --dim 64,128",
+        aliases=("forms",),
+    ),
+    "model": Command(
+        architectures,
+        "the Transformer beside RNN, LSTM and GRU: quality, speed, time against length",
+        "Trains the four architectures at about equal parameters, for the same number of steps "
+        "on the same batches, with several seeds, and writes a table, a plot and JSON. Within "
+        "about --minutes: the number of steps follows from the steps timed first.",
+    ),
 }
 
 T = TypeVar("T")
@@ -107,11 +185,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measures the kernels of rowmax against PyTorch's own paths.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    speed_options.add_command(commands)
-    commands.choices["speed"].set_defaults(run=speed)
-    for name, module in _COMMANDS.items():
-        module.add_command(commands)
-        commands.choices[name].set_defaults(run=module.run)
+    for name, (module, text, description, example, aliases) in COMMANDS.items():
+        epilog = None if example is None else f"example: python -m rowmax.bench {name} {example}"
+        command = commands.add_parser(
+            name, help=text, description=description, epilog=epilog, aliases=aliases
+        )
+        module.add_options(command)
+        command.set_defaults(run=speed if module is speed_options else module.run)
     return parser
 
 

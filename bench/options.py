@@ -16,6 +16,7 @@ __all__ = [
     "check_outputs",
     "check_writable",
     "current_name",
+    "first_fault",
     "first_line",
     "listed",
     "names_of",
@@ -31,11 +32,7 @@ __all__ = [
 RENAMED = {
     "--kind": {"plain": "full"},
     "--feature": {"plain": "full"},
-    "--features": {
-        "plain": "base",
-        "rich": "score_mod",
-        "rich_dropout": "score_mod_dropout",
-    },
+    "--features": {"plain": "base", "rich": "score_mod", "rich_dropout": "score_mod_dropout"},
     "--kernel": {
         "key_gradients": "backward_dkdv",
         "query_gradients": "backward_dq",
@@ -82,6 +79,11 @@ def first_line(error: Exception) -> str:
 def told(error: Exception) -> str:
     """The kind of an error and the first line of its text."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_fault(faults: Iterable[str | None]) -> str | None:
+    """None where there is none; what comes after the first is not asked for."""
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def write(path: Path | None, text: Callable[[], str]) -> None:

@@ -17,16 +17,7 @@ from .render.markdown import add_markdown_options
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "speed",
-        help="time, share of the machine's limits, and the ratio to the fastest peer",
-        description=(
-            "Times rowmax and its peers in turns, in one run, each after it has passed a "
-            "correctness check against float64."
-        ),
-        epilog="example: python -m rowmax.bench speed --shape 8,8,512,64 --kind full,dropout",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--suite",
         metavar="NAMES",

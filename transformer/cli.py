@@ -32,13 +32,7 @@ from .config import (
     preset_config,
 )
 from .data import DataError, Dataset, SentencePair, read_parallel, read_tsv
-from .decoding import (
-    MAX_ALPHA,
-    SentenceTooLongError,
-    log_likelihoods,
-    translate,
-    translate_n_best,
-)
+from .decoding import MAX_ALPHA, SentenceTooLongError, log_likelihoods, translate, translate_n_best
 from .distributed import WorkerLostError, device_of, joined, launched, postponed_termination
 from .evaluation import require_sacrebleu, score
 from .export import export_ctranslate2

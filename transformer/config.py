@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, TypeVar
 
 _C = TypeVar("_C")
@@ -23,11 +24,13 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {got!r}")
 
 
-def _require_positive_int(name: str, got: object) -> None:
-    is_int = isinstance(got, int) and not isinstance(got, bool)
-    _require(is_int and got > 0, name, "a positive integer", got)  # type: ignore[operator]
-    most = _MOST.get(name, MAX_STEPS)
-    _require(got <= most, name, f"at most {most:,}", got)  # type: ignore[operator]
+def _require_positive_ints(config: object, names: str) -> None:
+    for name in names.split():
+        got = getattr(config, name)
+        is_int = isinstance(got, int) and not isinstance(got, bool)
+        _require(is_int and got > 0, name, "a positive integer", got)
+        most = _MOST.get(name, MAX_STEPS)
+        _require(got <= most, name, f"at most {most:,}", got)
 
 
 # Larger models than these are a mistake, or a file that somebody made to take all memory.
@@ -43,13 +46,22 @@ _MOST = {
 _MAX_POSITIONS = 2**28  # numbers of the table of positions: 1 GiB
 
 
-def _require_table(max_length: int, d_model: int) -> None:
-    _require(
-        max_length * d_model <= _MAX_POSITIONS,
-        "max_length",
-        f"max_length * d_model at most {_MAX_POSITIONS:,}",
-        max_length,
-    )
+def _require_all(config: object, names: str, expected: str, fits: Callable[[Any], bool]) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        _require(fits(value), name, expected, value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < inf
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 RECURRENT = ("rnn", "lstm", "gru")
@@ -74,21 +86,16 @@ class ModelConfig:
     max_length: int = 256  # tokens of a sentence, its end symbol included
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "heads", "d_ff"):
-            _require_positive_int(name, getattr(self, name))
-        _require_positive_int("max_length", self.max_length)
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            _require(isinstance(value, int | float) and 0 <= value < 1, name, "0 <= p < 1", value)
-        _require(isinstance(self.pre_norm, bool), "pre_norm", "true or false", self.pre_norm)
-        _require(
-            self.d_model % self.heads == 0,
-            "d_model",
-            f"a multiple of heads = {self.heads}",
-            self.d_model,
-        )
+        _require_positive_ints(self, "vocab_size encoder_layers decoder_layers d_model heads d_ff")
+        _require_positive_ints(self, "max_length")
+        _require_all(self, "dropout attention_dropout", "0 <= p < 1", _is_share)
+        _require_all(self, "pre_norm", "true or false", _is_bool)
+        expected = f"a multiple of heads = {self.heads}"
+        _require(self.d_model % self.heads == 0, "d_model", expected, self.d_model)
         _require(self.d_model % 2 == 0, "d_model", "an even number (sine and cosine)", self.d_model)
-        _require_table(self.max_length, self.d_model)
+        expected = f"max_length * d_model at most {_MAX_POSITIONS:,}"
+        fits = self.max_length * self.d_model <= _MAX_POSITIONS
+        _require(fits, "max_length", expected, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,10 @@ class RecurrentConfig:
 
     def __post_init__(self) -> None:
         _require(self.arch in RECURRENT, "arch", f"one of {', '.join(RECURRENT)}", self.arch)
-        for name in ("vocab_size", "encoder_layers", "decoder_layers", "d_model", "max_length"):
-            _require_positive_int(name, getattr(self, name))
-        p = self.dropout
-        _require(isinstance(p, int | float) and 0 <= p < 1, "dropout", "0 <= p < 1", p)
-        _require(
-            isinstance(self.batch_first, bool), "batch_first", "true or false", self.batch_first
-        )
+        sizes = "vocab_size encoder_layers decoder_layers d_model max_length"
+        _require_positive_ints(self, sizes)
+        _require_all(self, "dropout", "0 <= p < 1", _is_share)
+        _require_all(self, "batch_first", "true or false", _is_bool)
         _require(self.d_model % 2 == 0, "d_model", "an even number (two directions)", self.d_model)
 
 
@@ -162,31 +166,14 @@ class TrainingConfig:
     precision: str = "float32"  # of PRECISIONS: what products are computed in, by autocast
 
     def __post_init__(self) -> None:
-        for name in ("steps", "warmup", "batch_tokens", "accumulate"):
-            _require_positive_int(name, getattr(self, name))
-        for name in ("learning_rate", "clip"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int | float) and 0 < value < float("inf"),
-                name,
-                "a positive number",
-                value,
-            )
-        _require(
-            isinstance(self.label_smoothing, int | float) and 0 <= self.label_smoothing < 1,
-            "label_smoothing",
-            "0 <= value < 1",
-            self.label_smoothing,
-        )
+        _require_positive_ints(self, "steps warmup batch_tokens accumulate")
+        _require_all(self, "learning_rate clip", "a positive number", _is_positive)
+        _require_all(self, "label_smoothing", "0 <= value < 1", _is_share)
         expected = f"one of {', '.join(PRECISIONS)}"
         _require(self.precision in PRECISIONS, "precision", expected, self.precision)
-        _require(isinstance(self.padded, bool), "padded", "true or false", self.padded)
-        _require(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**63,
-            "seed",
-            "an integer from 0 to 2**63 - 1",
-            self.seed,
-        )
+        _require_all(self, "padded", "true or false", _is_bool)
+        seed = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        _require(seed, "seed", "an integer from 0 to 2**63 - 1", self.seed)
 
 
 def from_mapping(kind: type[_C], values: Mapping[str, Any]) -> _C:

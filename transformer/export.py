@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..console import from_extra
-from .model import DecoderLayer, EncoderDecoder, EncoderLayer, MultiHeadAttention
+from .model import AddNorm, DecoderLayer, EncoderDecoder, EncoderLayer, MultiHeadAttention
 from .tokenizer import BOS, EOS, PAD
 
 QUANTIZATIONS = ("int8", "int8_float32", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
@@ -54,8 +54,8 @@ def export_ctranslate2(
     spec.decoder.projection.weight = embeddings
     for side in (spec.encoder, spec.decoder):
         side.position_encodings.encodings = positions
-    _set_encoder(spec.encoder, model)
-    _set_decoder(spec.decoder, model)
+    _set_layers(spec.encoder, model.encoder, model.encoder_norm if config.pre_norm else None)
+    _set_layers(spec.decoder, model.decoder, model.decoder_norm if config.pre_norm else None)
     tokens = tokenizer.tokens()
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
@@ -74,44 +74,29 @@ def export_ctranslate2(
         made.rename(folder)
 
 
-def _set_encoder(spec: Any, model: EncoderDecoder) -> None:
-    layers: list[EncoderLayer] = list(model.encoder)  # type: ignore[arg-type]
-    norms = [norm for layer in layers for norm in (layer.add_norm_1, layer.add_norm_2)]
-    own = _norms_of_sublayers(norms, model.encoder_norm if model.config.pre_norm else None)
-    for each, layer in zip(spec.layer, layers, strict=True):
-        _set_self_attention(each.self_attention, layer.self_attention)
-        _set_feed_forward(each.ffn, layer.feed_forward)
-        for sublayer in (each.self_attention, each.ffn):
-            _set_norm(sublayer.layer_norm, next(own))
-    if model.config.pre_norm:
-        _set_norm(spec.layer_norm, next(own))
+def _set_layers(spec: Any, layers: nn.Module, first: nn.Module | None) -> None:
+    """`first` is the side's own norm, where it has one: with pre-norm.
 
-
-def _set_decoder(spec: Any, model: EncoderDecoder) -> None:
-    layers: list[DecoderLayer] = list(model.decoder)  # type: ignore[arg-type]
-    norms = [
-        norm for layer in layers for norm in (layer.add_norm_1, layer.add_norm_2, layer.add_norm_3)
-    ]
-    own = _norms_of_sublayers(norms, model.decoder_norm if model.config.pre_norm else None)
-    for each, layer in zip(spec.layer, layers, strict=True):
-        _set_self_attention(each.self_attention, layer.self_attention)
-        across = layer.source_attention
-        each.attention.linear[0].weight = _array(across.w_q.weight)
-        each.attention.linear[1].weight = _joined(across.w_k, across.w_v)
-        each.attention.linear[2].weight = _array(across.w_o.weight)
-        _set_feed_forward(each.ffn, layer.feed_forward)
-        for sublayer in (each.self_attention, each.attention, each.ffn):
-            _set_norm(sublayer.layer_norm, next(own))
-    if model.config.pre_norm:
-        _set_norm(spec.layer_norm, next(own))
-
-
-def _norms_of_sublayers(norms: list[Any], first: nn.Module | None) -> Any:
-    """The norm of each sub-layer in turn: behind it; with pre-norm before it, and one at the end.
-
-    With pre-norm an `AddNorm` normalises for the sub-layer behind it, and `first` for the first.
+    The norm of each sub-layer stands behind it; with pre-norm before it, and one at the end: an
+    `AddNorm` then normalises for the sub-layer behind it, and `first` for the first.
     """
-    return iter(norms if first is None else [first, *norms])
+    norms: list[Any] = [module for module in layers.modules() if isinstance(module, AddNorm)]
+    own = iter(norms if first is None else [first, *norms])
+    for each, layer in zip(spec.layer, layers.children(), strict=True):
+        assert isinstance(layer, EncoderLayer | DecoderLayer)
+        _set_self_attention(each.self_attention, layer.self_attention)
+        sublayers = [each.self_attention, each.ffn]
+        if isinstance(layer, DecoderLayer):
+            across = layer.source_attention
+            each.attention.linear[0].weight = _array(across.w_q.weight)
+            each.attention.linear[1].weight = _joined(across.w_k, across.w_v)
+            each.attention.linear[2].weight = _array(across.w_o.weight)
+            sublayers.insert(1, each.attention)
+        _set_feed_forward(each.ffn, layer.feed_forward)
+        for sublayer in sublayers:
+            _set_norm(sublayer.layer_norm, next(own))
+    if first is not None:
+        _set_norm(spec.layer_norm, next(own))
 
 
 def _set_self_attention(spec: Any, attention: MultiHeadAttention) -> None:

@@ -54,177 +54,149 @@ def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((korean, english) for korean, english in korean_and_english)
 
 
+_OTHERS = _pairs(
+    "그 = he, 그녀 = she, 민수 = Minsu, 지영 = Jiyeong, 수진 = Sujin, 현우 = Hyeonu, "
+    "서연 = Seoyeon, 준호 = Junho, 하늘 = Haneul, 제 누나 = my older sister, "
+    "제 남동생 = my little brother, "
+    "제 어머니 = my mother, 제 아버지 = my father, 제 친구 = my friend, 선생님 = the teacher, "
+    "의사 = the doctor"
+)
 PEOPLE = (
     Person("저", "I", third=False, be="am"),
     Person("우리", "we", third=False, be="are"),
-    Person("그", "he"),
-    Person("그녀", "she"),
-    Person("민수", "Minsu"),
-    Person("지영", "Jiyeong"),
-    Person("수진", "Sujin"),
-    Person("현우", "Hyeonu"),
-    Person("서연", "Seoyeon"),
-    Person("준호", "Junho"),
-    Person("하늘", "Haneul"),
-    Person("제 누나", "my older sister"),
-    Person("제 남동생", "my little brother"),
-    Person("제 어머니", "my mother"),
-    Person("제 아버지", "my father"),
-    Person("제 친구", "my friend"),
-    Person("선생님", "the teacher"),
-    Person("의사", "the doctor"),
+    *(Person(korean, english) for korean, english in _OTHERS),
     Person("아이들", "the children", third=False, be="are"),
     Person("학생들", "the students", third=False, be="are"),
 )
 SPEAKERS = PEOPLE[:2]
 COMPANIONS = PEOPLE[4:18]  # not the pronouns, whose English form would change after "with"
 
-_CUP, _BOTTLE, _GLASS = ("cup", "cups"), ("bottle", "bottles"), ("glass", "glasses")
+# What is counted, by its counter: Korean = English / plural.
+_COUNTED = {
+    "권": "책 = a book / books, 소설 = a novel / novels, 잡지 = a magazine / magazines",
+    "부": "신문 = a newspaper / newspapers",
+    "통": "편지 = a letter / letters, 이메일 = an email / emails",
+    "개": "사과 = an apple / apples, 오렌지 = an orange / oranges, 달걀 = an egg / eggs, "
+    "케이크 = a cake / cakes, 샌드위치 = a sandwich / sandwiches, 모자 = a hat / hats, "
+    "가방 = a bag / bags, 우산 = an umbrella / umbrellas, 의자 = a chair / chairs, "
+    "시계 = a clock / clocks, 열쇠 = a key / keys, 지갑 = a wallet / wallets",
+    "송이": "꽃 = a flower / flowers",
+    "장": "표 = a ticket / tickets, 그림 = a picture / pictures, 사진 = a photo / photos",
+    "대": "자전거 = a bicycle / bicycles, 카메라 = a camera / cameras, "
+    "컴퓨터 = a computer / computers, 자동차 = a car / cars",
+    "자루": "연필 = a pencil / pencils",
+    "마리": "고양이 = a cat / cats, 개 = a dog / dogs, 새 = a bird / birds",
+    "그루": "나무 = a tree / trees",
+    "편": "영화 = a movie / movies",
+}
+# What English counts by a measure, by both.
+_MEASURED = {
+    ("병", "bottle", "bottles"): "물 = water",
+    ("잔", "cup", "cups"): "커피 = coffee, 차 = tea",
+    ("잔", "glass", "glasses"): "우유 = milk, 주스 = juice",
+}
+_NOT_COUNTED = _pairs(
+    "일기 = a diary, 시 = a poem, 빵 = bread, 김치 = kimchi, 국수 = noodles, 연극 = a play, "
+    "텔레비전 = television, 음악 = music, 라디오 = the radio, 노래 = a song, 강의 = a lecture, "
+    "한국어 = Korean, 영어 = English, 수학 = math, 피아노 = the piano, 문 = the door, "
+    "창문 = the window"
+)
+_THINGS = {
+    thing.bare(): thing
+    for thing in (
+        *(
+            Thing(korean, one, many, counter)
+            for counter, text in _COUNTED.items()
+            for korean, english in _pairs(text)
+            for one, many in [english.split(" / ")]
+        ),
+        *(
+            Thing(korean, english, counter=counter, measure=(one, many))
+            for (counter, one, many), text in _MEASURED.items()
+            for korean, english in _pairs(text)
+        ),
+        *(Thing(korean, english) for korean, english in _NOT_COUNTED),
+    )
+}
 
-BOOK = Thing("책", "a book", "books", "권")
-NOVEL = Thing("소설", "a novel", "novels", "권")
-MAGAZINE = Thing("잡지", "a magazine", "magazines", "권")
-NEWSPAPER = Thing("신문", "a newspaper", "newspapers", "부")
-LETTER = Thing("편지", "a letter", "letters", "통")
-EMAIL = Thing("이메일", "an email", "emails", "통")
-DIARY = Thing("일기", "a diary")
-POEM = Thing("시", "a poem")
-WATER = Thing("물", "water", counter="병", measure=_BOTTLE)
-COFFEE = Thing("커피", "coffee", counter="잔", measure=_CUP)
-TEA = Thing("차", "tea", counter="잔", measure=_CUP)
-MILK = Thing("우유", "milk", counter="잔", measure=_GLASS)
-JUICE = Thing("주스", "juice", counter="잔", measure=_GLASS)
-APPLE = Thing("사과", "an apple", "apples", "개")
-ORANGE = Thing("오렌지", "an orange", "oranges", "개")
-EGG = Thing("달걀", "an egg", "eggs", "개")
-BREAD = Thing("빵", "bread")
-KIMCHI = Thing("김치", "kimchi")
-NOODLES = Thing("국수", "noodles")
-CAKE = Thing("케이크", "a cake", "cakes", "개")
-SANDWICH = Thing("샌드위치", "a sandwich", "sandwiches", "개")
-HAT = Thing("모자", "a hat", "hats", "개")
-BAG = Thing("가방", "a bag", "bags", "개")
-UMBRELLA = Thing("우산", "an umbrella", "umbrellas", "개")
-FLOWER = Thing("꽃", "a flower", "flowers", "송이")
-TICKET = Thing("표", "a ticket", "tickets", "장")
-BICYCLE = Thing("자전거", "a bicycle", "bicycles", "대")
-CAMERA = Thing("카메라", "a camera", "cameras", "대")
-COMPUTER = Thing("컴퓨터", "a computer", "computers", "대")
-CAR = Thing("자동차", "a car", "cars", "대")
-CHAIR = Thing("의자", "a chair", "chairs", "개")
-CLOCK = Thing("시계", "a clock", "clocks", "개")
-PENCIL = Thing("연필", "a pencil", "pencils", "자루")
-CAT = Thing("고양이", "a cat", "cats", "마리")
-DOG = Thing("개", "a dog", "dogs", "마리")
-BIRD = Thing("새", "a bird", "birds", "마리")
-TREE = Thing("나무", "a tree", "trees", "그루")
-PICTURE = Thing("그림", "a picture", "pictures", "장")
-PHOTO = Thing("사진", "a photo", "photos", "장")
-MOVIE = Thing("영화", "a movie", "movies", "편")
-KEY = Thing("열쇠", "a key", "keys", "개")
-WALLET = Thing("지갑", "a wallet", "wallets", "개")
-PLAY = Thing("연극", "a play")
-TELEVISION = Thing("텔레비전", "television")
-MUSIC = Thing("음악", "music")
-RADIO = Thing("라디오", "the radio")
-SONG = Thing("노래", "a song")
-LECTURE = Thing("강의", "a lecture")
-KOREAN = Thing("한국어", "Korean")
-ENGLISH = Thing("영어", "English")
-MATH = Thing("수학", "math")
-PIANO = Thing("피아노", "the piano")
-DOOR = Thing("문", "the door")
-WINDOW = Thing("창문", "the window")
+
+def _things(names: str) -> tuple[Thing, ...]:
+    """By their English nouns."""
+    return tuple(_THINGS[name] for name in names.split(", "))
+
 
 # What has a price, and what stands about in numbers.
+_BOTH = (
+    *_things("book, novel, magazine, newspaper, pencil, picture, ticket, flower, hat, bag"),
+    *_things("umbrella, clock"),
+)
+_LARGE = _things("bicycle, camera, computer, car, chair")
 GOODS = (
-    *(BOOK, NOVEL, MAGAZINE, NEWSPAPER, PENCIL, PICTURE, TICKET, FLOWER, HAT, BAG, UMBRELLA, CLOCK),
-    *(WATER, COFFEE, TEA, MILK, JUICE, APPLE, ORANGE, EGG, CAKE, SANDWICH),
-    *(BICYCLE, CAMERA, COMPUTER, CAR, CHAIR),
+    *_BOTH,
+    *_things("water, coffee, tea, milk, juice, apple, orange, egg, cake, sandwich"),
+    *_LARGE,
 )
 OBJECTS = (
-    *(BOOK, NOVEL, MAGAZINE, NEWSPAPER, PENCIL, PICTURE, TICKET, FLOWER, HAT, BAG, UMBRELLA, CLOCK),
-    *(LETTER, PHOTO, KEY, WALLET, APPLE, ORANGE, EGG, CAKE, SANDWICH, CAT, DOG, BIRD, TREE),
-    *(BICYCLE, CAMERA, COMPUTER, CAR, CHAIR),
+    *_BOTH,
+    *_things("letter, photo, key, wallet, apple, orange, egg, cake, sandwich"),
+    *_things("cat, dog, bird, tree"),
+    *_LARGE,
 )
 
-# Each verb with the things that it takes as an object.
-ACTIONS: tuple[tuple[Verb, tuple[Thing, ...]], ...] = (
-    (
-        Verb("읽", "읽어", ("read", "reads", "read", "reading")),
-        (BOOK, NOVEL, MAGAZINE, NEWSPAPER, LETTER, EMAIL, POEM),
-    ),
-    (
-        Verb("쓰", "써", ("write", "writes", "wrote", "writing")),
-        (LETTER, EMAIL, DIARY, POEM, NOVEL),
-    ),
-    (
-        Verb("마시", "마셔", ("drink", "drinks", "drank", "drinking")),
-        (WATER, COFFEE, TEA, MILK, JUICE),
-    ),
-    (
-        Verb("먹", "먹어", ("eat", "eats", "ate", "eating")),
-        (APPLE, ORANGE, EGG, BREAD, KIMCHI, NOODLES, CAKE, SANDWICH),
-    ),
-    (
-        Verb("사", "사", ("buy", "buys", "bought", "buying")),
-        (HAT, BAG, UMBRELLA, FLOWER, TICKET, BICYCLE, CAMERA, COMPUTER, APPLE, BREAD, PENCIL),
-    ),
-    (
-        Verb("팔", "팔아", ("sell", "sells", "sold", "selling")),
-        (HAT, BAG, UMBRELLA, FLOWER, TICKET, BICYCLE, CAR, CAKE, ORANGE, JUICE, PICTURE),
-    ),
-    (
-        Verb("보", "봐", ("watch", "watches", "watched", "watching")),
-        (MOVIE, PLAY, TELEVISION, BIRD),
-    ),
-    (
-        Verb(
-            "듣",
-            "들어",
-            ("listen to", "listens to", "listened to", "listening to"),
-            irregular="들을",
-        ),
-        (MUSIC, RADIO, SONG, LECTURE),
-    ),
-    (
-        Verb("만들", "만들어", ("make", "makes", "made", "making")),
-        (CAKE, SANDWICH, CHAIR, KIMCHI, BREAD, HAT, BAG, JUICE, MOVIE),
-    ),
-    (
-        Verb("배우", "배워", ("learn", "learns", "learned", "learning")),
-        (KOREAN, ENGLISH, MATH, PIANO),
-    ),
-    (
-        Verb("가르치", "가르쳐", ("teach", "teaches", "taught", "teaching")),
-        (KOREAN, ENGLISH, MATH, PIANO),
-    ),
-    (
-        Verb("찾", "찾아", ("look for", "looks for", "looked for", "looking for")),
-        (KEY, WALLET, CAT, DOG, BAG, TICKET, PHOTO, UMBRELLA),
-    ),
-    (
-        Verb("그리", "그려", ("draw", "draws", "drew", "drawing")),
-        (PICTURE, FLOWER, TREE, CAT, DOG, BIRD, CAR),
-    ),
-    (Verb("찍", "찍어", ("take", "takes", "took", "taking")), (PHOTO,)),
-    (
-        Verb("빌리", "빌려", ("borrow", "borrows", "borrowed", "borrowing")),
-        (BOOK, UMBRELLA, BICYCLE, CAMERA, PENCIL, CAR, COMPUTER),
-    ),
-    (
-        Verb("고치", "고쳐", ("fix", "fixes", "fixed", "fixing")),
-        (COMPUTER, BICYCLE, CLOCK, CHAIR, CAR, CAMERA),
-    ),
-    (Verb("열", "열어", ("open", "opens", "opened", "opening")), (DOOR, WINDOW, BAG, EMAIL)),
-    (Verb("닫", "닫아", ("close", "closes", "closed", "closing")), (DOOR, WINDOW, BAG)),
-    (
-        Verb("좋아하", "좋아해", ("like", "likes", "liked", "liking"), stative=True),
-        (MUSIC, COFFEE, TEA, MATH, KIMCHI, NOODLES, BREAD, JUICE, MILK),
-    ),
-)
-GO = Verb("가", "가", ("go", "goes", "went", "going"))
-COME = Verb("오", "와", ("come", "comes", "came", "coming"))
+# Each verb, and below it the things that it takes as an object.
+_ACTIONS = """\
+읽, 읽어 = read, reads, read, reading
+book, novel, magazine, newspaper, letter, email, poem
+쓰, 써 = write, writes, wrote, writing
+letter, email, diary, poem, novel
+마시, 마셔 = drink, drinks, drank, drinking
+water, coffee, tea, milk, juice
+먹, 먹어 = eat, eats, ate, eating
+apple, orange, egg, bread, kimchi, noodles, cake, sandwich
+사, 사 = buy, buys, bought, buying
+hat, bag, umbrella, flower, ticket, bicycle, camera, computer, apple, bread, pencil
+팔, 팔아 = sell, sells, sold, selling
+hat, bag, umbrella, flower, ticket, bicycle, car, cake, orange, juice, picture
+보, 봐 = watch, watches, watched, watching
+movie, play, television, bird
+듣, 들어, 들을 = listen to, listens to, listened to, listening to
+music, radio, song, lecture
+만들, 만들어 = make, makes, made, making
+cake, sandwich, chair, kimchi, bread, hat, bag, juice, movie
+배우, 배워 = learn, learns, learned, learning
+Korean, English, math, piano
+가르치, 가르쳐 = teach, teaches, taught, teaching
+Korean, English, math, piano
+찾, 찾아 = look for, looks for, looked for, looking for
+key, wallet, cat, dog, bag, ticket, photo, umbrella
+그리, 그려 = draw, draws, drew, drawing
+picture, flower, tree, cat, dog, bird, car
+찍, 찍어 = take, takes, took, taking
+photo
+빌리, 빌려 = borrow, borrows, borrowed, borrowing
+book, umbrella, bicycle, camera, pencil, car, computer
+고치, 고쳐 = fix, fixes, fixed, fixing
+computer, bicycle, clock, chair, car, camera
+열, 열어 = open, opens, opened, opening
+door, window, bag, email
+닫, 닫아 = close, closes, closed, closing
+door, window, bag
+좋아하, 좋아해 = like, likes, liked, liking
+music, coffee, tea, math, kimchi, noodles, bread, juice, milk
+"""
+
+
+def _verb(text: str) -> Verb:
+    korean, english = (side.split(", ") for side in text.split(" = "))
+    base, third, past, ing = english
+    stem, joined, irregular = (*korean, "")[:3]
+    return Verb(stem, joined, (base, third, past, ing), irregular, stative=base == "like")
+
+
+_lines = iter(_ACTIONS.splitlines())
+ACTIONS = tuple((_verb(verb), _things(next(_lines))) for verb in _lines)
+GO = _verb("가, 가 = go, goes, went, going")
+COME = _verb("오, 와 = come, comes, came, coming")
 
 # Korean, English and its preposition for being there.
 PLACES = (

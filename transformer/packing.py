@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,15 +59,9 @@ class PackedBatch:
         return len(self.source) - self.source_padding + self.target_tokens
 
     def to(self, device: torch.device) -> PackedBatch:
-        return PackedBatch(
-            self.source.to(device),
-            self.source_packing.to(device),
-            self.target_in.to(device),
-            self.target_out.to(device),
-            self.target_packing.to(device),
-            self.source_padding,
-            self.target_padding,
-        )
+        counts = {"source_padding", "target_padding"}
+        moved = {name: each.to(device) for name, each in vars(self).items() if name not in counts}
+        return replace(self, **moved)
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Packing]:

@@ -91,8 +91,7 @@ def heat_maps(
         for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
             label.set_family(families)
         axis.set_xlabel(f"head {heads[place] + 1}", size=size, color=_FAINT)
-        for side in axis.spines.values():
-            side.set_visible(False)
+        axis.spines[:].set_visible(False)
     bar = figure.colorbar(
         image, ax=axes, location="bottom", shrink=min(1.0, 3 / width), aspect=30, pad=0.02
     )

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from ..console import from_extra
+
+if TYPE_CHECKING:  # loaded where there is a terminal
+    from tqdm import tqdm
 
 EVERY = 60.0  # seconds
 
 
-class Progress(Protocol):
-    """What is used of tqdm's bar."""
-
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def set_postfix_str(self, text: str, *, refresh: bool) -> None: ...
-
-    def update(self) -> object: ...
-
-    def write(self, line: str, file: TextIO) -> None: ...
-
-
 class _Lines:
-    """A line for each minute, and one at the end."""
+    """What is used of tqdm's bar: a line for each minute, and one at the end."""
 
     def __init__(self, stream: TextIO, title: str, unit: str, total: int, done: int) -> None:
         self._stream, self._title, self._unit = stream, title, unit
@@ -63,13 +46,15 @@ class _Lines:
         print(line, file=self._stream, flush=True)
 
 
-def progress_on(stream: TextIO, title: str, unit: str, total: int, done: int) -> Progress:
+def progress_on(
+    stream: TextIO, title: str, unit: str, total: int, done: int
+) -> tqdm[NoReturn] | _Lines:
     """Progress from ``done`` to ``total``, told on ``stream``."""
     if not stream.isatty():
         return _Lines(stream, title, unit, total, done)
     with from_extra("transformer"):
         from tqdm import tqdm
-    bar: Progress = tqdm(
+    return tqdm(
         total=total,
         initial=done,
         desc=title,
@@ -78,4 +63,3 @@ def progress_on(stream: TextIO, title: str, unit: str, total: int, done: int) ->
         dynamic_ncols=True,
         mininterval=0.5,
     )
-    return bar

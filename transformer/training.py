@@ -255,6 +255,11 @@ class Trainer:
         self.steps_done, self.epoch, self.position = step, epoch, position
         self._plan = plan
 
+    def save(self, run: Path, tokenizer: Tokenizer, keep: int = 5, **extra: Any) -> Path:
+        """A checkpoint of where training stands, with ``extra`` in its training.json."""
+        state, moments = {**self.state(), **extra}, self.optimizer_tensors()
+        return checkpoints.save(run, self.steps_done, self.model, tokenizer, moments, state, keep)
+
     def _create_moments(self) -> None:
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {
@@ -323,15 +328,7 @@ def fit(
     def save() -> None:
         nonlocal saved
         if workers.first and saved < trainer.steps_done:
-            checkpoints.save(
-                run,
-                trainer.steps_done,
-                trainer.model,
-                tokenizer,
-                trainer.optimizer_tensors(),
-                {**trainer.state(), **(extra or {})},
-                keep,
-            )
+            trainer.save(run, tokenizer, keep, **(extra or {}))
             saved = trainer.steps_done
 
     with progress_on(stream, "training", "step", config.steps, trainer.steps_done) as bar:

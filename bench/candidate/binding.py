@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,29 +97,23 @@ def _parameters(function: Any) -> tuple[list[_Parameter], bool, bool] | None:
     """The parameters, and whether any keyword and any positional argument is taken besides."""
     schema = _schema(function)
     if schema is not None:
-        return (
-            [
-                _Parameter(argument.name, not argument.has_default_value(), True)
-                for argument in schema.arguments
-            ],
-            False,
-            False,
-        )
+        arguments = ((one.name, not one.has_default_value(), True) for one in schema.arguments)
+        return list(itertools.starmap(_Parameter, arguments)), False, False
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # of builtins
         return None
     kinds = inspect.Parameter
     found = list(signature.parameters.values())
-    plain = [one for one in found if one.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
-    return (
-        [
-            _Parameter(one.name, one.default is kinds.empty, one.kind != kinds.POSITIONAL_ONLY)
-            for one in plain
-        ],
-        any(one.kind == kinds.VAR_KEYWORD for one in found),
-        any(one.kind == kinds.VAR_POSITIONAL for one in found),
+    any_keyword, any_place = (
+        any(one.kind == kind for one in found) for kind in (kinds.VAR_KEYWORD, kinds.VAR_POSITIONAL)
     )
+    named = [
+        _Parameter(one.name, one.default is kinds.empty, one.kind != kinds.POSITIONAL_ONLY)
+        for one in found
+        if one.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    ]
+    return named, any_keyword, any_place
 
 
 def _schema(function: Any) -> Any:

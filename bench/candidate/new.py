@@ -12,13 +12,7 @@ FOLDER = Path(templates.__file__).parent
 OPS = ("attention", "rms_norm")
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "new",
-        help="write a file for a kernel of yours, that `verify` and `speed` take as it is",
-        description="Writes a file with a kernel in plain torch, to put yours into.",
-        epilog="example: python -m rowmax.bench new my_kernel.py",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", type=Path, metavar="FILE.py")
     command.add_argument("--op", choices=OPS, default=OPS[0], help="default: %(default)s")
 

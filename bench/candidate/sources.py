@@ -72,18 +72,13 @@ def _only_function(text: str) -> str | None:
 
 
 def load(
-    text: str,
-    *,
-    op: str | None = None,
-    layout: str | None = None,
-    backward: bool = True,
-    option: str = "--function",
+    text: str, *, op: str | None = None, layout: str | None = None, backward: bool = True
 ) -> Candidate:
     """The candidate that `text`, one of FORMS, says. Raises UsageError.
 
     Whatever a module does when it is imported it does here: the guard must be there before.
     """
-    out_layout = None
+    option, out_layout = "--function", None
     if text.startswith(_TRANSFORMERS):
         function = _registered(option, text.removeprefix(_TRANSFORMERS))
         layout, out_layout = layout or "bhld", "blhd"

@@ -130,8 +130,7 @@ def few_values(subject: Subject) -> str | None:
         for _ in range(2):
             trial.call()
         trial.arena.nudge({name: trial.inputs.regions(None)[name]})
-        found = trial.judged()
-        if found is not None:
+        if (found := trial.judged()) is not None:
             return f"{name} changed in a few places: {found}"
     return None
 
@@ -151,8 +150,7 @@ def inputs_kept(subject: Subject) -> str | None:
     for _ in range(3):
         trial.arena.renew()
         trial.call()
-        changed = trial.whole.changed()
-        if changed is not None:
+        if (changed := trial.whole.changed()) is not None:
             return f"it changed its input {changed}"
     return None
 
@@ -190,8 +188,7 @@ def done_at_return(subject: Subject) -> str | None:
             torch.cuda.synchronize()
         if any(one.changed for one in seen):
             return "its result changed after the call had returned"
-        found = trial.fault(outputs)
-        if found is not None:
+        if (found := trial.fault(outputs)) is not None:
             return found
     return subject.guard.threads.fault()
 
@@ -219,8 +216,7 @@ def zeros(subject: Subject) -> str | None:
     for name in subject.tensors[:2]:
         trial = subject.arena(ODD, ODD)
         trial.fill({name: torch.zeros_like})
-        found = trial.judged()
-        if found is not None:
+        if (found := trial.judged()) is not None:
             return f"{name} of zeros: {found}"
     return None
 

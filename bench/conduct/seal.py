@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,25 +36,6 @@ _CLASSES: tuple[tuple[str, type], ...] = (
     ("torch.cuda.Event", torch.cuda.Event),
     ("torch.cuda.Stream", torch.cuda.Stream),
 )
-# How to set what `_settings` reads, where a setter alone does it.
-_SETTERS: dict[str, Any] = {
-    "torch's number of threads": torch.set_num_threads,
-    "torch's default dtype": torch.set_default_dtype,
-    "torch's precision of float32 products": lambda kind: (
-        None if kind == _BY_NEWER_NAMES else torch.set_float32_matmul_precision(kind)
-    ),
-    "the grad mode": torch.set_grad_enabled,
-    "the precision of a GPU's float32 products": lambda kind: setattr(
-        torch.backends.cuda.matmul, "fp32_precision", kind
-    ),
-    "torch's deterministic mode": torch.use_deterministic_algorithms,
-    "the interpreter's switch interval": sys.setswitchinterval,
-    "the trace function": sys.settrace,
-    "the profile function": sys.setprofile,
-    "garbage collection": lambda wanted: gc.enable() if wanted else gc.disable(),
-    "denormal numbers": lambda wanted: torch.set_flush_denormal(not wanted),
-    "the CPUs of the process": lambda cpus: os.sched_setaffinity(0, cpus),
-}
 # torch's compiler replaces it when it is loaded, which is not before something is compiled.
 _REPLACED_BY_TORCH = "torch.manual_seed"
 _FUNCTIONS = (
@@ -93,11 +74,10 @@ class Seal:
         for name, clock in self._clocks.items():
             setattr(time, name, clock)
         for name, before in self._settings.items():
+            read, put_back = _SETTINGS[name]
             # one by one, for a setter may change what another setting reads
-            if name in _SETTERS and _settings()[name] != before:
-                _SETTERS[name](before)
-        while torch._C._len_torch_function_stack() > self._settings["the stack of function modes"]:
-            torch._C._pop_torch_function_stack()
+            if put_back is not None and read() != before:
+                put_back(before)
         for name, owner, label, value in list(_functions()):
             was = self._functions.get(name)
             if was is None and name.startswith("torch.Tensor."):
@@ -109,32 +89,55 @@ class Seal:
                 setattr(owner, label, function)
 
 
-def _settings() -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's precision of float32 products": _precision(),
-        "the grad mode": torch.is_grad_enabled(),
-        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
-        "the precision of a GPU's float32 products": torch.backends.cuda.matmul.fp32_precision,
-        "the stack of function modes": torch._C._len_torch_function_stack(),
-        "the stack of dispatch modes": torch._C._len_torch_dispatch_stack(),
-        "denormal numbers": bool(torch.tensor(1e-310, dtype=torch.float64) * 0.5 > 0),
-        "garbage collection": gc.isenabled(),
-        "the interpreter's switch interval": sys.getswitchinterval(),
-        "the trace function": sys.gettrace(),
-        "the profile function": sys.getprofile(),
-    }
-    if hasattr(os, "sched_getaffinity"):
-        found["the CPUs of the process"] = os.sched_getaffinity(0)
-    return found
-
-
 def _precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by the newer names, which the one below reads
         return _BY_NEWER_NAMES
+
+
+def _pop_modes(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
+
+
+# How to read each, and how to set it, where a setter alone does it.
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object] | None]] = {
+    "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "torch's precision of float32 products": (
+        _precision,
+        lambda kind: None if kind == _BY_NEWER_NAMES else torch.set_float32_matmul_precision(kind),
+    ),
+    "the grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's deterministic mode": (
+        torch.are_deterministic_algorithms_enabled,
+        torch.use_deterministic_algorithms,
+    ),
+    "the precision of a GPU's float32 products": (
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda kind: setattr(torch.backends.cuda.matmul, "fp32_precision", kind),
+    ),
+    "the stack of function modes": (torch._C._len_torch_function_stack, _pop_modes),
+    "the stack of dispatch modes": (torch._C._len_torch_dispatch_stack, None),
+    "denormal numbers": (
+        lambda: bool(torch.tensor(1e-310, dtype=torch.float64) * 0.5 > 0),
+        lambda wanted: torch.set_flush_denormal(not wanted),
+    ),
+    "garbage collection": (gc.isenabled, lambda wanted: gc.enable() if wanted else gc.disable()),
+    "the interpreter's switch interval": (sys.getswitchinterval, sys.setswitchinterval),
+    "the trace function": (sys.gettrace, sys.settrace),
+    "the profile function": (sys.getprofile, sys.setprofile),
+}
+if hasattr(os, "sched_getaffinity"):
+    _SETTINGS["the CPUs of the process"] = (
+        lambda: os.sched_getaffinity(0),
+        lambda cpus: os.sched_setaffinity(0, cpus),
+    )
+
+
+def _settings() -> dict[str, Any]:
+    return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
 def _functions() -> Iterator[tuple[str, Any, str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
@@ -55,9 +56,7 @@ class Threads:
         for thread in threading.enumerate():
             if thread.ident in new:
                 file = _TASKS / str(thread.native_id) / "schedstat"
-                try:
+                with contextlib.suppress(OSError, ValueError):  # it has ended
                     ran, waited, _ = file.read_text(encoding="ascii").split()
                     seconds += 1e-9 * (int(ran) + int(waited))
-                except (OSError, ValueError):  # it has ended
-                    continue
         return seconds

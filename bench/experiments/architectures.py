@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 from ...console import from_extra
 from ..options import UsageError, check_backend, check_writable, listed, names_of, set_threads
@@ -16,14 +15,7 @@ LENGTHS = (8, 16, 32, 64, 128)
 RESULTS = ("comparison.json", "comparison.txt", "comparison.png", "comparison.svg")
 
 
-def add_command(commands: Any) -> None:
-    command = commands.add_parser(
-        "model",
-        help="the Transformer beside RNN, LSTM and GRU: quality, speed, time against length",
-        description="Trains the four architectures at about equal parameters, for the same number "
-        "of steps on the same batches, with several seeds, and writes a table, a plot and JSON. "
-        "Within about --minutes: the number of steps follows from the steps timed first.",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         metavar="NAMES",

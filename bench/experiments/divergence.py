@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..options import UsageError, check_outputs, set_threads, write
 from ..render import charts
 from ..render.document import Section, page
 from ..render.json_text import json_text
-from ..verification.model import run_layers
+from ..verification.model import map_tensors, run_layers
 
 SCHEMA = "rowmax-diverge-1"
 STEPS = ("forward", "backward")
@@ -97,13 +97,10 @@ class Divergence:
         return "\n".join([*found, *map(self.verdict, STEPS)])
 
     def _sections(self) -> list[Section]:
-        found = [
-            Section(
-                text=("✓ " if self.first_beyond(step) is None else "✗ ") + self.verdict(step),
-                style="good" if self.first_beyond(step) is None else "bad",
-            )
-            for step in STEPS
-        ]
+        found = []
+        for step in STEPS:
+            mark, style = ("✓", "good") if self.first_beyond(step) is None else ("✗", "bad")
+            found.append(Section(text=f"{mark} {self.verdict(step)}", style=style))
         found.append(
             Section(
                 text="Errors against the first model in float64, as shares of the largest value of "
@@ -179,7 +176,9 @@ def diverge(
     only = known if every_layer else {"", *(name for name in _members(first) if name in known)}
 
     def run(one: nn.Module, wanted: torch.dtype) -> dict[str, dict[str, Tensor]]:
-        given_args, given_kwargs = _cast((args, kwargs), wanted)
+        given_args, given_kwargs = map_tensors(
+            (args, kwargs), lambda one: one.to(wanted) if one.is_floating_point() else one
+        )
         return run_layers(one, given_args, given_kwargs, True, only=only, real=counts)
 
     def layers() -> list[Layer]:
@@ -258,16 +257,6 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(floats, torch.get_default_dtype())
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {name: _cast(item, dtype) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(item, dtype) for item in value)
-    return value
-
-
 def _counted(tensor: Tensor, counts: Tensor | None) -> Tensor:
     """The tokens that count, of a tensor (B, L, ...)."""
     same = counts is not None and tensor.dim() > 2 and tensor.shape[:2] == counts.shape
@@ -287,14 +276,7 @@ def _members(model: nn.Module) -> list[str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "diverge",
-        help="two models of equal structure: where they part, layer by layer, as a page",
-        description="Compares every layer of two models with float64, forward and backward. Exit "
-        "status 1 where a layer is further off than it may be.",
-        epilog="example: python -m rowmax.bench diverge --models my_model.py:make --html page.html",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--models",
         metavar="WHERE",

@@ -92,10 +92,7 @@ def _plot(result: Mapping[str, Any], folder: Path) -> None:
     axes = iter(figure.subplots(1, panels))
     for corpus in corpora:
         names = list(corpus["models"])
-        for name, title in (
-            ("bleu", "BLEU"),
-            ("tokens_per_second", "training tokens/s"),
-        ):
+        for name, title in (("bleu", "BLEU"), ("tokens_per_second", "training tokens/s")):
             axis = next(axes)
             for place, arch in enumerate(names):
                 values = [run[name] for run in corpus["models"][arch]["runs"]]

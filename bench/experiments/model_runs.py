@@ -44,9 +44,8 @@ _MIN_STEPS = 20
 # the first or the last of them, the search goes on beyond it, by so many more at most.
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 _MORE_RATES = 3
-_PILOT = (
-    4  # a pilot takes one step of so many; and so many times the warm-up are its steps at least
-)
+# A pilot takes one step of so many, and has at least so many times the warm-up's steps.
+_PILOT = 4
 _PILOT_PAIRS = 500
 _PILOT_SEED = 2**31 - 1
 _VOCABULARY_PAIRS = 30_000  # more of them change the subwords little
@@ -156,7 +155,6 @@ def measure(
     test_sentences: int,
     lengths: Sequence[int],
     backend: str,
-    log: Callable[[str], None] = _log,
 ) -> dict[str, Any]:
     """Everything, as it stands in the JSON."""
     began = perf_counter()
@@ -176,9 +174,9 @@ def measure(
         left = 60 * minutes - (perf_counter() - began)
         share = left / (len(data) - place)
         text = readers[name]()
-        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, log))
+        result["corpora"].append(_corpus(text, architectures, seeds, steps, share, backend, _log))
     configs = _configs(demo_config(max(lengths)), architectures)
-    log("timing a step against L")
+    _log("timing a step against L")
     result["step_ms"] = time_steps(configs, lengths, backend)
     result["lengths"] = list(lengths)
     result["sequential"] = {

@@ -36,9 +36,7 @@ def _fma_chains(typingctx: Any, rounds: Any, factor: Any, addend: Any) -> Any:  
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         rounds, factor, addend = arguments
         fma = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(_FLOATS, [_FLOATS] * 3),
-            f"llvm.fma.v{LANES}f32",
+            builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fma.v{LANES}f32"
         )
 
         def splat(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..measure.timing import Timer
-from .host import version
+from .host import CpuLimits, version
 
 MATRIX_SIZE = 8192
 COPY_BYTES = 2**30
@@ -42,6 +42,9 @@ class GpuLimits:
             "matrix_flops_per_s": self.flops,
             "copy_bytes_per_s": self.copy_bytes,
         }
+
+
+Limits = CpuLimits | GpuLimits  # of a device, measured in the same run
 
 
 def measure_limits(

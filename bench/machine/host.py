@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,31 +21,6 @@ PEER_PACKAGES = ("onnxruntime", "openvino")  # told where they are installed
 _LARGE = 2**28  # bytes, beyond any cache
 
 
-class Limits(Protocol):
-    """The limits of a device, measured in the same run."""
-
-    @property
-    def flops(self) -> float:
-        """Operations a second."""
-
-    @property
-    def copy_bytes(self) -> float | None:
-        """Bytes read and written a second by a copy, whatever its size; None where that depends
-        on the size, so that a copy is to be timed beside the calls that are compared with it.
-        """
-
-    def most_flops(self, dtype: torch.dtype) -> float | None:
-        """Operations a second in `dtype` that nothing here passes; None where that is not known."""
-
-    def most_copied(self, size: int) -> float:
-        """Bytes read and written a second by a copy that moves `size` of them."""
-
-    def text(self) -> str:
-        """For a line of the report."""
-
-    def as_json(self) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class CpuLimits:
     """With all the threads that the run uses."""
@@ -54,9 +29,12 @@ class CpuLimits:
     flops: float  # float32, from registers
     large_copy: float  # bytes read and written a second by a copy beyond any cache
     dot_flops: float | None = None  # bfloat16 dot products, from registers; for peers only
-    copy_bytes: None = None  # what fits the caches is faster
+    # As `large_copy`, whatever the size: none, since what fits the caches is faster, so a copy is
+    # to be timed beside the calls that are compared with it.
+    copy_bytes: None = None
 
     def most_flops(self, dtype: torch.dtype) -> float | None:
+        """Operations a second in `dtype` that nothing here passes; None where that is not known."""
         if dtype.itemsize >= 4:
             return self.flops
         if torch.cpu._is_amx_tile_supported():  # whose products were not measured
@@ -65,6 +43,7 @@ class CpuLimits:
         return max(2 * self.flops, self.dot_flops or 0.0)
 
     def most_copied(self, size: int) -> float:
+        """Bytes read and written a second by a copy that moves `size` of them."""
         return max(self.large_copy, copy_rate(max(4, size // 2)))
 
     def text(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,6 @@ def _shapes_of_16k_tokens(lengths: Iterable[int]) -> tuple[Shape, ...]:
 
 _ATTENTION_DIMENSIONS = ("batch", "heads", "length", "head size")
 MODEL_KINDS = ("transformer", "encoder")
-_NORM_KINDS = ("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax")
 _BASE: tuple[Shape, ...] = (
     (64, 8, 32, 64),
     (32, 8, 128, 64),
@@ -115,6 +115,19 @@ _WINDOWED = (1, 8, 4096, 64)
 _CROSS = (32, 8, 32, 128, 64)
 # One token against a cache: a translation's memory, a long one, and a long one of grouped heads.
 _DECODE = ((64, 8, 1, 64, 64), (16, 8, 1, 1024, 64), (16, 32, 8, 1, 1024, 128))
+
+_CPU_NORMS = Suite(
+    name="cpu-norms",
+    device="cpu",
+    dtypes=(torch.float32,),
+    attention=False,
+    dimensions=("rows", "columns"),
+    kinds=("layer_norm", "add_layer_norm", "rms_norm", "masked_softmax"),
+    steps=(FORWARD, FORWARD_BACKWARD),
+    peers=("torch", "naive", "compile", "numba", "native"),
+    shapes=((4096, 512), (65536, 512), (512, 4096)),
+    quick_shapes=((4096, 512), (512, 4096)),
+)
 
 SUITES = {
     suite.name: suite
@@ -144,18 +157,7 @@ SUITES = {
                 "decode": _DECODE,
             },
         ),
-        Suite(
-            name="cpu-norms",
-            device="cpu",
-            dtypes=(torch.float32,),
-            attention=False,
-            dimensions=("rows", "columns"),
-            kinds=_NORM_KINDS,
-            steps=(FORWARD, FORWARD_BACKWARD),
-            peers=("torch", "naive", "compile", "numba", "native"),
-            shapes=((4096, 512), (65536, 512), (512, 4096)),
-            quick_shapes=((4096, 512), (512, 4096)),
-        ),
+        _CPU_NORMS,
         Suite(
             name="gpu-attention",
             device="cuda",
@@ -171,13 +173,11 @@ SUITES = {
             shapes=_shapes_of_16k_tokens((1024, 2048, 4096, 8192, 16384)),
             quick_shapes=_shapes_of_16k_tokens((2048, 8192)),
         ),
-        Suite(
+        replace(
+            _CPU_NORMS,
             name="gpu-norms",
             device="cuda",
             dtypes=(torch.bfloat16,),
-            attention=False,
-            dimensions=("rows", "columns"),
-            kinds=_NORM_KINDS,
             steps=PASSES,
             peers=("torch", "compile", "liger"),
             shapes=((16384, 1024), (16384, 2048), (8192, 4096), (8192, 8192), (4096, 16384)),
@@ -198,6 +198,12 @@ SUITES = {
         ),
     )
 }
+
+
+def suite_of(device: str, *, attention: bool) -> Suite | None:
+    """Of attention or of norms on this device."""
+    found = (s for s in SUITES.values() if (s.device, s.attention) == (device, attention))
+    return next((suite for suite in found if not suite.model), None)
 
 
 @dataclass(frozen=True)
@@ -298,8 +304,8 @@ def cases_of(
     ]
 
 
-# Matrix products of 2 * D operations a (query, key) pair.
-_PRODUCTS = {FORWARD: 2, BACKWARD: 5, FORWARD_BACKWARD: 7}
+def _of_step(step: str, forward: int, backward: int) -> int:
+    return {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}[step]
 
 
 def attention_flops(pairs: int, head_size: int, step: str) -> int:
@@ -308,17 +314,17 @@ def attention_flops(pairs: int, head_size: int, step: str) -> int:
     Pairs that the mask forbids are not work: a kernel that computes them anyway gets no credit
     for it.
     """
-    return _PRODUCTS[step] * 2 * pairs * head_size
-
-
-# Passes over q, k, v and out, together: forward reads and writes each once; backward reads them,
-# and d_out instead of out, and writes three gradients.
-_TRAFFIC = {FORWARD: 1, BACKWARD: 2, FORWARD_BACKWARD: 3}
+    products = _of_step(step, 2, 5)  # of 2 * D operations a pair
+    return products * 2 * pairs * head_size
 
 
 def attention_bytes(once: int, step: str) -> int:
-    """Bytes that any implementation must move, where q, k, v and out together have `once`."""
-    return _TRAFFIC[step] * once
+    """Bytes that any implementation must move, where q, k, v and out together have `once`.
+
+    Forward reads and writes each once; backward reads them, and d_out instead of out, and writes
+    three gradients.
+    """
+    return _of_step(step, 1, 2) * once
 
 
 # Arrays of the input's size that must cross memory once, forward and backward: what is read and
@@ -333,10 +339,7 @@ _ARRAYS = {
 
 def norm_bytes(kind: str, shape: Shape, step: str, itemsize: int = 4) -> int:
     """Bytes that any implementation of `kind` must move."""
-    rows, columns = shape
-    forward, backward = _ARRAYS[kind]
-    arrays = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
-    return arrays[step] * rows * columns * itemsize
+    return _of_step(step, *_ARRAYS[kind]) * math.prod(shape) * itemsize
 
 
 # Operations an element, forward and backward, as the equations have them; a root or an
@@ -351,7 +354,4 @@ _NORM_OPERATIONS = {
 
 def norm_flops(kind: str, shape: Shape, step: str) -> int:
     """Floating-point operations of `kind`: for the roofline, for memory is what limits them."""
-    rows, columns = shape
-    forward, backward = _NORM_OPERATIONS[kind]
-    each = {FORWARD: forward, BACKWARD: backward, FORWARD_BACKWARD: forward + backward}
-    return each[step] * rows * columns
+    return _of_step(step, *_NORM_OPERATIONS[kind]) * math.prod(shape)

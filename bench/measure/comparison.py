@@ -87,17 +87,7 @@ class Change:
         return "within the threshold"
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "compare",
-        help="two saved results of `speed`: what became faster or slower, and how surely",
-        description=(
-            "Compares the JSON files of two runs, case by case. Exit status 1 where one became "
-            "slower by more than the threshold and the 95%% intervals do not overlap, or where one "
-            "is in one of the files alone."
-        ),
-        epilog="example: python -m rowmax.bench compare before.json after.json --threshold 10",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("before", type=Path, metavar="A.json")
     command.add_argument("after", type=Path, metavar="B.json")
     command.add_argument(

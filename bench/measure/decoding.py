@@ -30,18 +30,13 @@ from ...transformer.model import EncoderDecoder
 from ...transformer.quantization import quantize
 from ...transformer.tokenizer import BOS, EOS, PAD
 from . import figures
-from .timing import Budget, interleave, timer_for
 from .training import SIZES
 
 SOURCE = 20  # tokens of a sentence
 _TOKENS = 24  # of a translation
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "decoding",
-        help="translation by the reference Transformer beside CTranslate2 and Hugging Face",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", choices=SIZES, default="base", help="default: base")
     command.add_argument("--sentences", type=int, default=32, help="default: 32")
     command.add_argument("--beam", type=int, default=4, help="beside greedy decoding; default: 4")
@@ -59,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
         for beam in dict.fromkeys((1, options.beam)):
             calls = {name: (lambda of=of, beam=beam: of(beam)) for name, of in every.items()}
             tokens = {name: sum(call()) for name, call in calls.items()}
-            budget = Budget(seconds=options.seconds, min_rounds=3, max_rounds=1000)
-            timings = interleave(calls, budget, timer_for("cpu"))
+            timings = figures.timed(options, calls, 3)
             what = "greedy" if beam == 1 else f"beam {beam}"
             print(
                 f"\n{options.size}, {what}, {options.sentences} sentences of {SOURCE} tokens"

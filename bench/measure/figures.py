@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from ..machine import gpu
 from ..machine.host import describe, load_average
 from ..options import UsageError, check_backend, check_outputs, seconds_of, set_threads
 from ..options import write as written
+from .timing import Budget, Timing, interleave, timer_for
 
 DEVICES = ("cpu", "cuda")
+Call = Callable[[], object]
 
 
 def add_options(
@@ -58,6 +60,12 @@ def begin(options: argparse.Namespace, *counts: str) -> dict[str, Any]:
         print(gpu.text(machine["gpu"]))
     print("load average", *(f"{load:.2f}" for load in load_average() or ()))
     return machine
+
+
+def timed(options: argparse.Namespace, calls: Mapping[str, Call], fewest: int) -> dict[str, Timing]:
+    """In turns for the time of --seconds, `fewest` rounds at least."""
+    budget = Budget(seconds=options.seconds, min_rounds=fewest, max_rounds=1000)
+    return interleave(calls, budget, timer_for(getattr(options, "device", "cpu")))
 
 
 def write(options: argparse.Namespace, document: Mapping[str, Any]) -> None:

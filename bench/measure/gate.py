@@ -24,16 +24,7 @@ from torch import Tensor
 
 from ...kernels.testing.tolerance import Expected, expected_of_model, measure
 from ..peers.candidates import Function, run_pass
-from .inputs import (
-    AttentionInputs,
-    Inputs,
-    NormInputs,
-    NormRows,
-    Outputs,
-    Part,
-    Rows,
-    to_float64,
-)
+from .inputs import AttentionInputs, Inputs, NormInputs, NormRows, Outputs, Part, Rows, to_float64
 from .models import ModelInputs
 
 # Times the error of the naive path that is timed.

@@ -119,11 +119,7 @@ class AttentionInputs:
         key_heads, keys_len = self.k.shape[1:3]
         one_element = heads * queries_len * keys_len
         if batch * one_element <= min(MAX_SCORES, ALL_SCORES):
-            every = slice(0, batch)
-            part = Part(
-                *((every, slice(0, heads)), (every, slice(0, key_heads))),
-                (slice(0, 1), slice(0, heads)),
-            )
+            part = self._part(slice(0, batch), slice(0, key_heads))
             yield self._cut(part), part
             return
         whole = one_element <= MAX_SCORES and self.bias is None
@@ -132,9 +128,7 @@ class AttentionInputs:
             if self.bias is not None:
                 b = slice(0, batch)
             one = slice(key_heads - 1, key_heads) if is_last else slice(0, 1)
-            h = slice(0, key_heads) if whole else one
-            queries = slice(h.start * self.group, h.stop * self.group)
-            part = Part((b, queries), (b, h), (slice(0, 1), queries))
+            part = self._part(b, slice(0, key_heads) if whole else one)
             yield self._cut(part), part
             if (batch == 1 or self.bias is not None) and (key_heads == 1 or whole):
                 return  # first and last are the same
@@ -148,8 +142,7 @@ class AttentionInputs:
             return next(self.pieces())
         element, head = draw.randrange(batch), draw.randrange(key_heads)
         b = slice(element, element + 1) if self.bias is None else slice(0, batch)
-        queries = slice(head * self.group, (head + 1) * self.group)
-        part = Part((b, queries), (b, slice(head, head + 1)), (slice(0, 1), queries))
+        part = self._part(b, slice(head, head + 1))
         return self._cut(part), part
 
     def some_rows(self, draw: Random) -> tuple[AttentionInputs, Rows]:
@@ -173,17 +166,15 @@ class AttentionInputs:
 
     def regions(self, part: Part | None) -> dict[str, Region]:
         """Of each tensor, the elements that any mask of a case lets reach the results of `part`."""
-        b, h, keys = slice(None), slice(None), slice(0, (self.k.shape[2] + 1) // 2)
-        queries, keyed = (
-            (b, h) if part is None else part.queries,
-            (b, h) if part is None else part.keys,
-        )
-        every = slice(None)
-        return {
-            "q": (*queries, every, every),
-            "k": (*keyed, keys, every),
-            "v": (*keyed, keys, every),
-        }
+        every, half = slice(None), slice(0, (self.k.shape[2] + 1) // 2)
+        whole = every, every
+        queries, keys = (whole, whole) if part is None else (part.queries, part.keys)
+        return {"q": (*queries, every, every), **dict.fromkeys(("k", "v"), (*keys, half, every))}
+
+    def _part(self, batch: slice, key_heads: slice) -> Part:
+        """These batch elements and key heads, with the query heads that share those."""
+        queries = slice(key_heads.start * self.group, key_heads.stop * self.group)
+        return Part((batch, queries), (batch, key_heads), (slice(0, 1), queries))
 
     def _cut(self, part: Part) -> AttentionInputs:
         allowed, bias = self.allowed, self.bias
@@ -356,9 +347,7 @@ class _Draw:
     def padding(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         """Lengths uniform in [length / 2, length], and the bool mask (batch, 1, 1, length)."""
         lengths = torch.randint(
-            *((length + 1) // 2, length + 1, (batch,)),
-            generator=self.generator,
-            device=self.device,
+            *((length + 1) // 2, length + 1, (batch,)), generator=self.generator, device=self.device
         )
         real = torch.arange(length, device=self.device) < lengths[:, None]
         return lengths, real[:, None, None, :]

@@ -20,17 +20,13 @@ from ...kernels.testing.cases import DTYPES, dtype_text
 from ...kernels.testing.memory import peak_bytes
 from ..options import UsageError
 from . import figures
-from .timing import Budget, interleave, timer_for
 
 SHAPE = (2048, 512, 10_000)
 _BY_NAME = {dtype_text(dtype): dtype for dtype in DTYPES}
 Call = Callable[[], tuple[Tensor, ...]]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "loss", help="time and memory of linear_cross_entropy beside torch's unfused loss"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shape",
         metavar="T,N,V",
@@ -49,8 +45,7 @@ def run(options: argparse.Namespace) -> int:
     machine = figures.begin(options)
     every = calls(shape, _BY_NAME[options.dtype], options.device, options.smoothing)
     memory = {name: _peak(call, options.device) for name, call in every.items()}
-    budget = Budget(seconds=options.seconds, min_rounds=5, max_rounds=1000)
-    timings = interleave(every, budget, timer_for(options.device))
+    timings = figures.timed(options, every, 5)
     tokens, columns, words = shape
     print(
         f"\nforward and both gradients of x ({tokens}, {columns}), weight ({words}, {columns}), "

@@ -16,7 +16,7 @@ from ..machine.host import describe, measure_limits
 from ..options import renamed
 from ..peers.candidates import ONLY_BY_NAME, ROWMAX, SLOW_TO_START, Function, peers_of
 from . import report
-from .cases import FORWARD, FORWARD_BACKWARD, PARTS, SUITES, Shape, cases_of, parts_of
+from .cases import FORWARD, FORWARD_BACKWARD, PARTS, Shape, cases_of, parts_of, suite_of
 from .runner import Row, candidates, function_of, run_cases
 from .timing import Budget, timer_for
 
@@ -77,23 +77,16 @@ def speed(
     is_attention = computes == "attention"
     kinds = kinds or (("full", "causal") if is_attention else (computes,))
     shapes = shapes or (((8, 8, 512, 64),) if is_attention else ((4096, 1024),))
-    suites = [
-        suite
-        for suite in SUITES.values()
-        if suite.attention == is_attention and not suite.model and suite.device == device
-    ]
-    if not suites:
+    suite = suite_of(device, attention=is_attention)
+    if suite is None:
         raise ValueError(f"speed: device: expected cpu or cuda, got {device!r}")
-    suite = replace(suites[0], dtypes=(dtype,))
-    for kind in kinds:
-        if renamed("--kind", kind) != kind:
-            current = renamed("--kind", kind)
-            warnings.warn(
-                f"speed: kinds: {kind!r} is deprecated: use {current!r}",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-    kinds = [renamed("--kind", kind) for kind in kinds]
+    suite = replace(suite, dtypes=(dtype,))
+    current = [renamed("--kind", kind) for kind in kinds]
+    for kind, name_now in zip(kinds, current, strict=True):
+        if kind != name_now:
+            told = f"speed: kinds: {kind!r} is deprecated: use {name_now!r}"
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
+    kinds = current
     for kind in kinds:
         known = ", ".join(PARTS) + " joined by +" if is_attention else computes
         if not (parts_of(kind) <= set(PARTS) if is_attention else kind == computes):

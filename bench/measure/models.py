@@ -134,11 +134,9 @@ def run(replacements: dict[str, dict[str, Any]], inputs: ModelInputs) -> Outputs
     names = [name for name, _ in module.named_parameters()]
     weights = dict(zip(names, inputs.weights, strict=True))
     places: tuple[ModuleType, ...] = (F,)
-    if inputs.kind != "encoder":
-        places = (reference_model, interface)
     given: tuple[Tensor, ...] = (inputs.x,)
     if inputs.kind != "encoder":
-        given = (inputs.x, inputs.lengths, inputs.x)
+        places, given = (reference_model, interface), (inputs.x, inputs.lengths, inputs.x)
     with _replaced(places, replacements.get(inputs.kind, {})):
         return (torch.func.functional_call(module, weights, given),)
 
@@ -203,13 +201,8 @@ def torch_path() -> dict[str, dict[str, Any]]:
 
 def naive_path() -> dict[str, dict[str, Any]]:
     """Attention and norms as the paper writes them."""
-
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, *_rest: Any) -> Tensor:
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        return scores.softmax(-1) @ value
-
     return {
-        "encoder": {"scaled_dot_product_attention": sdpa},
+        "encoder": {"scaled_dot_product_attention": lambda *qkv: _naive_attention(*qkv[:3])},
         "transformer": _unfused_norms() | {"attention": _naive_attention},
     }
 
@@ -233,7 +226,7 @@ def _attention_by_sdpa(
 
 
 def _naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Causal | KeyLengths | None, **_options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Causal | KeyLengths | None = None, **_options: Any
 ) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     allowed = _allowed(mask, q, k)

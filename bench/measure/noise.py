@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, thread_time
@@ -66,10 +66,8 @@ def _move(cpus: set[int]) -> None:
     tasks = Path("/proc/self/task")
     threads = [int(task.name) for task in tasks.iterdir()] if tasks.is_dir() else [0]
     for thread in threads:
-        try:
+        with suppress(ProcessLookupError):  # it has ended
             os.sched_setaffinity(thread, cpus)
-        except ProcessLookupError:  # it has ended
-            continue
 
 
 @dataclass

@@ -23,10 +23,7 @@ from .timing import Budget, HostTimer, LaunchTimer, Timer, interleave, timer_for
 Call = Callable[[], object]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "overhead", help="microseconds of a call that has next to nothing to compute"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     figures.add_options(command, 2.0, on="each line", device=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..machine.host import Limits
+from ..machine.gpu import Limits
 from .cases import FORWARD, Case
 from .timing import Timing
 

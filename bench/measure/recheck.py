@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,8 +156,7 @@ class Recheck(Rounds):
         inputs = self._inputs.inputs
         results: dict[str, Outputs] = {}
         for name, kept in self._kept.items():  # all of them before there is anything right
-            found = self._tried(name, partial(self._results, name, kept, inputs))
-            if found is not None:
+            if (found := self._tried(name, partial(self._results, name, kept, inputs))) is not None:
                 results[name] = found
         gates = [self._make_gate(inputs, pieces=[self._some_piece(inputs)])]
         if isinstance(inputs, AttentionInputs):
@@ -201,10 +200,8 @@ class Recheck(Rounds):
             return f"it changed its input {kept.changed}"
         if any(one.changed for one in kept.peeks):
             return "its result changed after the call had returned"
-        if name in self._foreign:
-            found = self._foreign[name].fault()
-            if found is not None:
-                return found
+        if name in self._foreign and (found := self._foreign[name].fault()) is not None:
+            return found
         function, backward = self._functions[name], self._case.backward
         if name != self._own and inputs.dropout_p > 0.0:
             # its own generator drops what no oracle can tell
@@ -221,8 +218,7 @@ class Recheck(Rounds):
         for gate in gates[:1] if drops else gates:
             chosen = {"backward": backward and gate is gates[0], "is_peer": is_peer, "again": True}
             some = outputs if gate is gates[0] else outputs[:1]
-            found = gate.judge(some, self._functions[name], **chosen)
-            if found is not None:
+            if (found := gate.judge(some, self._functions[name], **chosen)) is not None:
                 return found
         return None
 
@@ -274,15 +270,15 @@ def _told(error: Exception) -> str:
     return first_line(error) if isinstance(error, ClockError) else told(error)
 
 
-class _Between:
+class _Between(NamedTuple):
     """Of one candidate's sample."""
 
-    def __init__(self, rounds: Recheck, name: str) -> None:
-        self._rounds, self._name = rounds, name
+    rounds: Recheck
+    name: str
 
     def before(self, *, last: bool) -> None:
-        self._rounds.before(self._name, last=last)
+        self.rounds.before(self.name, last=last)
 
     @property
     def after(self) -> Callable[[Any], None] | None:
-        return self._rounds.after(self._name)
+        return self.rounds.after(self.name)

@@ -9,17 +9,10 @@ from typing import Any
 import torch
 
 from ..machine import gpu
-from ..machine.host import Limits
+from ..machine.gpu import Limits
 from ..peers.candidates import ROWMAX, absent
 from . import summary
-from .cases import (
-    IN_SHORT,
-    Case,
-    Suite,
-    bound_by_memory,
-    dtype_text,
-    shape_text,
-)
+from .cases import IN_SHORT, Case, Suite, bound_by_memory, dtype_text, shape_text
 from .noise import Watch
 from .runner import Row
 
@@ -128,9 +121,8 @@ def detail_lines(rows: Sequence[Row]) -> list[str]:
 
 def _detail_name(row: Row) -> str:
     case = row.case
-    dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(
-        dtype_text(case.dtype), dtype_text(case.dtype)
-    )
+    dtype = dtype_text(case.dtype)
+    dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(dtype, dtype)
     name = f"{case.kind} {shape_text(case.shape)} {IN_SHORT[case.step]} {dtype}"
     return textwrap.shorten(name, 31, placeholder="...") if len(name) <= 31 else name[:30] + "."
 
@@ -162,12 +154,10 @@ def noise_lines(
         found[0] += (
             f"; the clock's probe varied by {varied}, other programs took {stolen} of its time"
         )
-    found += _wrapped_at(f"NOISY RUN, not to be quoted: {'; '.join(complaints)}", complaints)
+    if complaints:
+        text = f"NOISY RUN, not to be quoted: {'; '.join(complaints)}"
+        found += textwrap.wrap(text, WIDTH, subsequent_indent="  ")
     return found
-
-
-def _wrapped_at(text: str, when: Sequence[str]) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ") if when else []
 
 
 def heading(name: str) -> str:

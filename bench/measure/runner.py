@@ -18,7 +18,7 @@ from ..candidate import Candidate
 from ..candidate.sources import Where
 from ..conduct import clocks, examine
 from ..conduct.guard import Guard
-from ..machine.host import Limits
+from ..machine.gpu import Limits
 from ..options import first_line, told
 from ..peers.candidates import (
     ROWMAX,
@@ -34,15 +34,7 @@ from ..peers.candidates import (
 from ..peers.packages import UnsupportedError
 from . import possible
 from .arena import CaseArena
-from .cases import (
-    GROUP,
-    Case,
-    attention_bytes,
-    attention_flops,
-    dtype_text,
-    norm_bytes,
-    norm_flops,
-)
+from .cases import GROUP, Case, attention_bytes, attention_flops, dtype_text, norm_bytes, norm_flops
 from .gate import Gate
 from .inputs import AttentionInputs, Inputs, Outputs, make_inputs
 from .intervals import Interval, overlap, ratio_interval
@@ -81,28 +73,28 @@ class Row:
         return min(peers, key=lambda name: peers[name]) if peers else None
 
     @property
+    def _compared(self) -> tuple[Timing, Timing] | None:
+        """The fastest peer and rowmax, where both have a timing."""
+        peer, ours = self.fastest_peer, self.timings.get(ROWMAX)
+        return None if peer is None or ours is None else (self.timings[peer], ours)
+
+    @property
     def ratio(self) -> float | None:
         """Time of the fastest peer in times of rowmax: above 1, rowmax is faster."""
-        peer = self.fastest_peer
-        if peer is None or ROWMAX not in self.timings:
-            return None
-        return self.timings[peer].median / self.timings[ROWMAX].median
+        pair = self._compared
+        return None if pair is None else pair[0].median / pair[1].median
 
     @property
     def ratio_interval(self) -> Interval | None:
         """Where the ratio lies when both medians are in their 95 % intervals."""
-        peer = self.fastest_peer
-        if peer is None or ROWMAX not in self.timings:
-            return None
-        return ratio_interval(self.timings[peer].interval, self.timings[ROWMAX].interval)
+        pair = self._compared
+        return None if pair is None else ratio_interval(pair[0].interval, pair[1].interval)
 
     @property
     def level(self) -> bool:
         """Whether neither rowmax nor the fastest peer is faster: their intervals overlap."""
-        peer = self.fastest_peer
-        if peer is None or ROWMAX not in self.timings:
-            return False
-        return overlap(self.timings[peer].interval, self.timings[ROWMAX].interval)
+        pair = self._compared
+        return pair is not None and overlap(pair[0].interval, pair[1].interval)
 
     def as_json(self) -> dict[str, Any]:
         return {

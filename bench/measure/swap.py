@@ -96,10 +96,7 @@ MODELS = {
 }
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "swap", help="whole models before and after rowmax.kernels.swap, on padded batches"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", metavar="NAMES", help="of encoder, minilm; default: all here")
     command.add_argument(
         "--quick", action="store_true", help="the first shape of each model, fewer rounds"

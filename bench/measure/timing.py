@@ -286,7 +286,7 @@ def interleave(
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    if not logs:
+    found = list(values)
+    if not found:
         raise ValueError("geometric_mean: expected at least one value, got none")
-    return math.exp(sum(logs) / len(logs))
+    return statistics.geometric_mean(found)

@@ -24,7 +24,6 @@ from ...transformer.model import EncoderDecoder, sinusoids
 from ...transformer.packing import PackedBatch, pack
 from ...transformer.tokenizer import BOS, PAD
 from . import figures
-from .timing import Budget, interleave, timer_for
 
 SIZES: dict[str, ModelConfig] = {
     "base": ModelConfig(10_000, 6, 6, d_model=512, heads=8, d_ff=2048, max_length=64),
@@ -36,10 +35,7 @@ _LENGTHS = (8, 40)
 Step = Callable[[], float]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "training", help="training steps of the reference Transformer beside nn.Transformer"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--size", choices=SIZES, default="base", help="default: base")
     command.add_argument("--pairs", type=int, default=32, help="of a batch; default: 32")
     command.add_argument(
@@ -64,12 +60,10 @@ def run(options: argparse.Namespace) -> int:
     padded, packed = batches(config.vocab_size, options.pairs, equal=options.equal)
     every = steps(config, padded, packed, options.backend, narrow=options.bfloat16)
     memory = {name: _peak(step) for name, step in every.items()}
-    budget = Budget(seconds=options.seconds, min_rounds=5, max_rounds=1000)
-    timings = interleave(every, budget, timer_for("cpu"))
-    slowed = {}
+    timings, slowed = figures.timed(options, every, 5), {}
     if options.busy is not None:
         with figures.busy(options.busy):
-            slowed = interleave(every, budget, timer_for("cpu"))
+            slowed = figures.timed(options, every, 5)
     places = padded.source.numel() + padded.target_out.numel()
     print(
         f"\n{options.size}: {config.encoder_layers} + {config.decoder_layers} layers of "
@@ -119,12 +113,7 @@ def batches(vocabulary: int, pairs: int, *, equal: bool) -> tuple[Batch, PackedB
 
 
 def steps(
-    config: ModelConfig,
-    padded: Batch,
-    packed: PackedBatch,
-    backend: str,
-    *,
-    narrow: bool = False,
+    config: ModelConfig, padded: Batch, packed: PackedBatch, backend: str, *, narrow: bool = False
 ) -> dict[str, Step]:
     """A training step of each kind; it returns the loss."""
     torch.manual_seed(0)

@@ -64,9 +64,7 @@ def measured_call(function: Function, inputs: Any, step: str) -> Callable[[], Ou
 
 def rowmax_attention(inputs: AttentionInputs, backend: str) -> Outputs:
     out = kernels.attention(
-        inputs.q,
-        inputs.k,
-        inputs.v,
+        *(inputs.q, inputs.k, inputs.v),
         mask=inputs.mask,
         bias=inputs.bias,
         dropout_p=inputs.dropout_p,
@@ -86,9 +84,7 @@ def sdpa(
     elif is_causal:
         mask = None
     out = function(
-        inputs.q,
-        inputs.k,
-        inputs.v,
+        *(inputs.q, inputs.k, inputs.v),
         attn_mask=mask,
         is_causal=is_causal and mask is None,
         dropout_p=inputs.dropout_p,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from ..measure.inputs import AttentionInputs, Outputs
 from .packages import UnsupportedError
 
 
-class Run:
+class Run(NamedTuple):
     """A prepared model: `run` computes, `bind` hands it the tensors that it reads from then on."""
 
-    def __init__(
-        self, run: Callable[[], Tensor], bind: Callable[[AttentionInputs], object]
-    ) -> None:
-        self.run, self.bind = run, bind
+    run: Callable[[], Tensor]
+    bind: Callable[[AttentionInputs], object]
 
 
 class Engine:
@@ -201,8 +199,8 @@ def _placed(tensor: Tensor) -> tuple[Any, list[int], int]:
 
 def _openvino_run(inputs: AttentionInputs) -> Run:
     """ScaledDotProductAttention, computing in the dtype of the tensors."""
-    import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    from openvino import opset13  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    import openvino
+    from openvino import opset13
 
     types = {
         torch.float32: openvino.Type.f32,

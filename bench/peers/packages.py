@@ -104,7 +104,7 @@ def flash_attn(kind: str, inputs: AttentionInputs) -> Outputs:
     """The flash-attn package; (B, L, H, D)."""
     if kind not in ("full", "causal", "dropout", "window", "gqa"):
         raise UnsupportedError(f"flash_attn_func does not take what {kind} needs")
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
+    from flash_attn import flash_attn_func
 
     out = flash_attn_func(
         *(tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k, inputs.v)),
@@ -119,7 +119,7 @@ def xformers_attention(kind: str, inputs: AttentionInputs) -> Outputs:
     """xFormers' memory-efficient attention; (B, L, H, D)."""
     if kind not in ("full", "causal", "dropout", "bias"):
         raise UnsupportedError(f"memory_efficient_attention is not set up for {kind} here")
-    from xformers import ops  # type: ignore[import-not-found, unused-ignore]
+    from xformers import ops
 
     bias: Any = None
     if inputs.causal:
@@ -137,20 +137,12 @@ def xformers_attention(kind: str, inputs: AttentionInputs) -> Outputs:
 def liger_norm(kind: str, inputs: NormInputs) -> Outputs:
     """Liger Kernel's norms, their results never written over their inputs."""
     if kind == "rms_norm":
-        from liger_kernel.ops.rms_norm import (  # type: ignore[import-not-found, unused-ignore]
-            LigerRMSNormFunction,
-        )
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction as Rms
 
         offset, casting_mode, in_place = 0.0, "llama", False
-        return (
-            LigerRMSNormFunction.apply(
-                inputs.x, inputs.weight, EPS, offset, casting_mode, in_place
-            ),
-        )
+        return (Rms.apply(inputs.x, inputs.weight, EPS, offset, casting_mode, in_place),)
     if kind != "layer_norm":
         raise UnsupportedError(f"Liger Kernel has no {kind} of this form")
-    from liger_kernel.ops.layer_norm import (  # type: ignore[import-not-found, unused-ignore]
-        LigerLayerNormFunction,
-    )
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return (LigerLayerNormFunction.apply(inputs.x, inputs.weight, inputs.bias, EPS),)

@@ -74,7 +74,7 @@ def bars(title: str, items: Sequence[Bar], axis: str, reference: float | None = 
     """Horizontal bars with whiskers on a logarithmic axis, a line at `reference`."""
     values = [x for bar in items for x in (bar.value, bar.low, bar.high)]
     marks = [*values, *(() if reference is None else (reference,))]
-    left = 14 + 6.1 * max((len(bar.label) for bar in items), default=1)
+    left = _room_of(bar.label for bar in items)
     scale = _log_scale(marks, left, WIDTH - 44)
     base = scale(reference if reference is not None else scale.low)
     step = 21
@@ -149,7 +149,7 @@ def strips(
     """A row of dots (value, series, text) for each name, on a logarithmic axis, and a limit."""
     values = [value for row in rows.values() for value, _, _ in row if value > 0]
     floor = 0.05
-    left = 14 + 6.1 * max((len(name) for name in rows), default=1)
+    left = _room_of(rows)
     scale = _log_scale([floor, limit * 2, *(max(v, floor) for v in values)], left, WIDTH - 16)
     step = 17
     height = _TOP + step * len(rows) + 34
@@ -179,9 +179,8 @@ def ladder(
     """
     found: list[str] = []
     values = [x for dots, limit, _ in rungs.values() for x in (*dots, limit)]
-    left = 14 + 6.1 * max((len(_end_of(name)) for name in rungs), default=1)
-    known = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
-    floor = min(known)
+    left = _room_of(map(_end_of, rungs))
+    floor = min(_known(values))
     scale = _log_scale(values, left, WIDTH - 16)
     step = 17
     bottom = _TOP + step * len(rungs)
@@ -239,8 +238,18 @@ def columns(
     return _svg(title, height, [*found, legend])
 
 
+def _room_of(names: Iterable[str]) -> float:
+    """To the left of the plot, for the longest of them."""
+    return 14 + 6.1 * max(map(len, names), default=1)
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    """Those that an axis of logarithms has, or 1."""
+    return [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+
+
 def _log_scale(values: Iterable[float], start: float, end: float) -> _Scale:
-    known = [value for value in values if value > 0 and math.isfinite(value)] or [1.0]
+    known = _known(values)
     low, high = min(known), max(known)
     room = max((high / low) ** 0.06, 1.15)
     return _Scale(low / room, high * room, start, end, True)

@@ -18,9 +18,7 @@ class Section(NamedTuple):
     text: str = ""
     style: str = ""  # of the text: soft, good or bad
     figures: Sequence[str] = ()  # SVG, see charts.py
-    head: Sequence[
-        str
-    ] = ()  # of a table; a cell that begins with a check mark or cross is coloured
+    head: Sequence[str] = ()  # of a table; a cell that begins with ✓ or ✗ is coloured
     rows: Sequence[Sequence[str]] = ()
 
     def text_columns(self) -> frozenset[int]:

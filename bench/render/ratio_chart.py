@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from ...console import from_extra
@@ -23,10 +24,7 @@ _ROW_INCHES = 0.19
 _LINEAR_TO = 6.0  # larger ratios would press the others against the axis
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "chart", help="a picture of the ratios to peers, by kind, from the JSON of `speed`"
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="+", metavar="JSON", type=Path, help="of `speed --json`")
     command.add_argument(
         "--peers", default=FASTEST, metavar="NAMES", help="a bar for each; default: the fastest"
@@ -51,20 +49,20 @@ def run(options: argparse.Namespace) -> int:
 
 def ratios_of(rows: list[dict[str, Any]], peers: list[str]) -> dict[tuple[str, str], list[float]]:
     """For each (kind, pass): the ratio to each peer, NaN where it has no timing."""
-    logs: dict[tuple[str, str], dict[str, list[float]]] = {}
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         medians = {name: timing["median"] for name, timing in row["seconds"].items()}
         ours = medians.pop("rowmax", None)
         if ours is None or not medians:
             continue
         medians[FASTEST] = min(medians.values())
-        by_peer = logs.setdefault((renamed("--kind", row["kind"]), row["pass"]), {})
+        by_peer = ratios.setdefault((renamed("--kind", row["kind"]), row["pass"]), {})
         for peer in peers:
             if peer in medians:
-                by_peer.setdefault(peer, []).append(math.log(medians[peer] / ours))
+                by_peer.setdefault(peer, []).append(medians[peer] / ours)
     return {
-        key: [math.exp(sum(found[p]) / len(found[p])) if p in found else math.nan for p in peers]
-        for key, found in logs.items()
+        key: [geometric_mean(found[p]) if p in found else math.nan for p in peers]
+        for key, found in ratios.items()
         if found
     }
 

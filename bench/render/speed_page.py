@@ -76,22 +76,14 @@ def _ratio_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield bars(f"{kind}, {dtype}, {suite}", some, axis, reference=1.0)
 
 
-def _length(row: Mapping[str, Any]) -> tuple[tuple[int, ...], int] | None:
-    """The sizes that a family of shapes shares, and the length (of keys) in which they differ."""
-    shape = row["shape"]
-    if not row["suite"].endswith("attention"):
-        return None
-    return (shape[-1],), shape[-2]
-
-
 def _length_charts(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Of attention: a chart for the shapes that differ in their lengths, by the length of keys."""
     families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found = _length(row)
-        if found is not None:
-            key = (row["suite"], row["dtype"], row["kind"], row["pass"], found[0])
+        if row["suite"].endswith("attention"):
+            key = (row["suite"], row["dtype"], row["kind"], row["pass"], row["shape"][-1])
             families.setdefault(key, []).append(row)
-    for (_, dtype, kind, step, (size,)), family in families.items():
+    for (_, dtype, kind, step, size), family in families.items():
         if len({tuple(row["shape"]) for row in family}) < 2:
             continue
         series: dict[str, list[Point]] = {}

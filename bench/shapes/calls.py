@@ -9,14 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..measure.cases import (
-    FORWARD,
-    FORWARD_BACKWARD,
-    MAX_DECODE_QUERIES,
-    SUITES,
-    Case,
-    Suite,
-)
+from ..measure.cases import FORWARD, FORWARD_BACKWARD, MAX_DECODE_QUERIES, Case, suite_of
 from ..options import UsageError
 
 SCHEMA = "rowmax-shapes-1"
@@ -38,7 +31,7 @@ class Call:
 
     def case(self, dtypes: Mapping[str, Any]) -> Case | str:
         """What `speed` measures for it, or why it does not."""
-        suite = _suite(self.device, attention=self.op == "attention")
+        suite = suite_of(self.device, attention=self.op == "attention")
         if suite is None or self.dtype not in dtypes:
             return f"no suite has {self.op} in {self.dtype} on {self.device}"
         dtype = dtypes[self.dtype]
@@ -57,13 +50,6 @@ class Call:
             parts = ["full" if queries == keys else "decode" if few else "cross"]
         kind = "+".join([*parts, *(["dropout"] if self.dropout else [])])
         return Case(suite, dtype, kind, (batch, heads, key_heads, queries, keys, size), step)
-
-
-def _suite(device: str, *, attention: bool) -> Suite | None:
-    for suite in SUITES.values():
-        if suite.device == device and suite.attention == attention and not suite.model:
-            return suite
-    return None
 
 
 def write(path: Path, calls: Mapping[Call, int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import runpy
 import sys
 from collections import Counter
@@ -107,9 +108,7 @@ def _kind_of(mask: Tensor) -> str:
 
 
 def _norm(op: str, x: Tensor, shape: Any, *arguments: Any, **options: Any) -> Call:
-    columns = 1
-    for size in shape:
-        columns *= int(size)
+    columns = math.prod(map(int, shape))
     others = [*arguments, *options.values()]
     tensors = [x, *(other for other in others if isinstance(other, Tensor))]
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -124,13 +123,7 @@ def _of(tensor: Tensor) -> tuple[str, str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "record",
-        help="the attention and norm calls of a script, for `speed --shapes`",
-        description="Runs a Python script or module and notes its attention and norm calls.",
-        epilog="example: python -m rowmax.bench record --out shapes.json -- python my_script.py",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", metavar="FILE", type=Path, default=Path("shapes.json"), help="default: %(default)s"
     )

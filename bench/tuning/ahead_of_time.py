@@ -25,23 +25,13 @@ from ...kernels import ALiBi, Causal, Dense, Documents, KeyLengths, Mask, Window
 from ...kernels.api.attention import attention_problem
 from ...kernels.backends.gpu_triton import plans
 from ...kernels.backends.gpu_triton.attention_decode import CHUNK, MAX_ROWS
-from ...kernels.backends.gpu_triton.attention_launch import attention, attention_backward
-from ...kernels.backends.gpu_triton.configs import (
-    TF32_BITS,
-    Config,
-    Key,
-    launch_config,
-)
+from ...kernels.backends.gpu_triton.attention_launch import Launch, attention, attention_backward
+from ...kernels.backends.gpu_triton.configs import TF32_BITS, Config, Key, launch_config
 from ...kernels.ops.problem import AttentionProblem, BackwardInputs
 from .sass import Loop, loops_of
 from .tune import SHARED_LIMIT
 
-DTYPES = {
-    16: torch.bfloat16,
-    TF32_BITS: torch.float32,
-    32: torch.float32,
-    64: torch.float64,
-}
+DTYPES = {16: torch.bfloat16, TF32_BITS: torch.float32, 32: torch.float32, 64: torch.float64}
 
 
 # Bytes of a thread that may be spilled, if the loop over whole blocks, where almost all time goes,
@@ -225,25 +215,33 @@ def fits_all(key: Key, config: Config) -> bool:
 
 def compile_kernel(kernel: str, problem: AttentionProblem, config: Config) -> Compiled:
     """The kernel called `kernel` as `problem` would launch it with `config`."""
-    found: list[Compiled] = []
+    if kernel == "backward_dbias" and problem.bias is not None:
+        problem = problem._replace(bias=problem.bias[:1])  # shared, so that there is a sum
+    function, extent, arguments = launch_of(kernel, problem)
+    _, options = launch_config(function, extent, config)
+    return replace(compile_call(function, **arguments, **options), config=config)
 
-    def launch(
-        function: Any,
-        _problem: AttentionProblem,
-        extent: tuple[int, int, int],
-        arguments: dict[str, Any],
-    ) -> None:
+
+def launch_of(
+    kernel: str, problem: AttentionProblem, launch: Launch | None = None
+) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """`kernel`, its extent and its arguments, as `problem` launches it.
+
+    Nothing runs but by `launch`.
+    """
+    found: list[tuple[Any, tuple[int, int, int], dict[str, Any]]] = []
+
+    def note(function: Any, launched: AttentionProblem, *given: Any) -> None:
+        if launch is not None:
+            launch(function, launched, *given)
         if function.fn.__name__ == kernel:
-            _, options = launch_config(function, extent, config)
-            compiled = compile_call(function, **arguments, **options)
-            found.append(replace(compiled, config=config))
+            found.append((function, *given))
 
-    out, lse = attention(problem, launch)
+    out, lse = attention(problem, note)
     if not found:
-        bias = problem.bias
-        if kernel == "backward_dbias" and bias is not None:
-            problem = problem._replace(bias=bias[:1])  # shared, so that there is something to sum
-        attention_backward(problem, BackwardInputs(out, None, out, lse, bias is not None), launch)
+        has_bias = problem.bias is not None
+        backward = BackwardInputs(torch.randn_like(out), None, out, lse, has_bias)
+        attention_backward(problem, backward, note)
     return found[0]
 
 
@@ -279,11 +277,7 @@ def compile_call(kernel: Any, *arguments: Any, **options: Any) -> Compiled:
 def _compiler_log() -> Iterator[io.StringIO]:
     """The log of ptxas, as Triton calls it, for each kernel that is compiled meanwhile."""
     log = io.StringIO()
-    with (
-        knobs.nvidia.scope(),
-        knobs.compilation.scope(),
-        contextlib.redirect_stdout(log),
-    ):
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
         knobs.compilation.always_compile = True
         yield log

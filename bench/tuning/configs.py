@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..options import names_of
+from ..options import names_of, told
 from .tune import FOREMOST, SHARED_LIMIT, add_key_options, check_compiler, keys_chosen
 
 if TYPE_CHECKING:  # they need Triton
@@ -27,17 +27,7 @@ EXPLANATION = (
 )
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "configs",
-        aliases=["forms"],
-        help="compile the configs of the Triton attention kernels and show what they take",
-        description=(
-            "Compiles the Triton attention kernels, in the configs of their table, for GPUs that "
-            f"need not be here, and prints what the compiler says. {EXPLANATION}."
-        ),
-        epilog="example: python -m rowmax.bench configs --arch sm_90 --dtype bfloat16 --dim 64,128",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--arch", metavar="NAMES", default=FOREMOST, help="default: %(default)s")
     add_key_options(command)
 
@@ -69,8 +59,7 @@ def _cells(key: Key) -> list[str]:
         compiled = compile_config(key, config)
     except Exception as error:
         # any stage of the compiler may give up, each with an error of its own: that is a finding
-        reason = (str(error) or "no reason given").strip().splitlines()[0]
-        return [*name, f"does not compile: {type(error).__name__}: {reason}", *[""] * 5]
+        return [*name, f"does not compile: {told(error)}", *[""] * 5]
     shared = f"{compiled.shared / 1024:.0f}"
     numbers = [str(compiled.registers), str(compiled.spilled), shared, str(compiled.wgmma)]
     if compiled.loop is not None:

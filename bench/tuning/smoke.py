@@ -71,15 +71,7 @@ FEATURES: dict[str, Feature] = {
 TYPES = ("bfloat16", "float32")
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "smoke",
-        help="whether each feature of the Triton kernels runs on the GPU here",
-        description=(
-            "What the machine is and can do at most, and every feature in a process of its own "
-            "against float64."
-        ),
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--feature", metavar="NAMES", help=f"of {', '.join(FEATURES)}")
     command.add_argument("--dtype", metavar="NAMES", help=f"of {', '.join(TYPES)}")
     command.add_argument(

@@ -16,20 +16,11 @@ from ...kernels import Causal, Dense, Mask
 from ...kernels.api.attention import attention_problem
 from ...kernels.backends.gpu_triton import interpreting
 from ...kernels.backends.gpu_triton.attention_decode import CHUNK
-from ...kernels.backends.gpu_triton.attention_launch import (
-    attention,
-    attention_backward,
-    launch_kernel,
-)
-from ...kernels.backends.gpu_triton.configs import (
-    TF32_BITS,
-    Config,
-    Key,
-    launch_config,
-)
-from ...kernels.ops.problem import AttentionProblem, BackwardInputs
+from ...kernels.backends.gpu_triton.attention_launch import launch_kernel
+from ...kernels.backends.gpu_triton.configs import TF32_BITS, Config, Key, launch_config
+from ...kernels.ops.problem import AttentionProblem
 from ..measure.timing import Budget, Timer, geometric_mean, interleave
-from .ahead_of_time import products_in
+from .ahead_of_time import launch_of, products_in
 
 BUDGET = Budget(seconds=1.0, min_rounds=5, max_rounds=40)
 # Configs slower than the best by more than this factor, after one sample, are not timed again.
@@ -160,11 +151,7 @@ class Trials:
         return times
 
     def _fault(
-        self,
-        launched: Launched,
-        config: Config,
-        expected: Mapping[str, Tensor],
-        difference: float,
+        self, launched: Launched, config: Config, expected: Mapping[str, Tensor], difference: float
     ) -> str | None:
         """Why the config fails; None where it runs and agrees with the one in the table."""
         try:
@@ -196,24 +183,7 @@ def reason(error: Exception) -> str:
 
 def _launched(problem: AttentionProblem, kernel: str) -> Launched:
     """`kernel` as `problem` launches it; it has run, in the config of the table."""
-    found: list[Launched] = []
-
-    def launch(
-        function: Any,
-        launched_problem: AttentionProblem,
-        extent: tuple[int, int, int],
-        arguments: dict[str, Any],
-    ) -> None:
-        launch_kernel(function, launched_problem, extent, arguments)
-        if function.fn.__name__ == kernel:
-            found.append(Launched(function, extent, arguments))
-
-    out, lse = attention(problem, launch)
-    if not found:
-        d_out = torch.randn_like(out)
-        inputs = BackwardInputs(d_out, None, out, lse, problem.bias is not None)
-        attention_backward(problem, inputs, launch)
-    return found[0]
+    return Launched(*launch_of(kernel, problem, launch_kernel))
 
 
 def _compile_all(launched: Launched, configs: Sequence[Config]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...kernels.backends import gpu_triton
-from ..options import UsageError, check_writable, listed, names_of, seconds_of
+from ..options import UsageError, check_writable, listed, names_of, seconds_of, told
 
 if TYPE_CHECKING:  # they need Triton
     from ...kernels.backends.gpu_triton.configs import Config, Key
@@ -267,16 +267,7 @@ def _name(key: Key) -> str:
     return "/".join(map(str, key))
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "tune",
-        help="find the configs of the Triton attention kernels",
-        description=(
-            "Times tile sizes, warps and pipeline stages of the Triton attention kernels on the "
-            "GPU that is here, and writes the fastest into the table that the kernels read."
-        ),
-        epilog="example: python -m rowmax.bench tune --kernel forward --dim 64,128 --seconds 300",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     add_key_options(command)
     command.add_argument("--seconds", type=float, help="begin no further key after this")
     command.add_argument(
@@ -438,8 +429,7 @@ def _by_compiling(path: Path) -> Choose:
 
     def complain(config: Config, error: Exception) -> None:
         """Any stage of the compiler may have failed: it may be a fault of the kernel too."""
-        first = (str(error) or "no reason given").strip().splitlines()[0]
-        _log(f"  {list(config)} does not compile: {type(error).__name__}: {first}")
+        _log(f"  {list(config)} does not compile: {told(error)}")
 
     def choose(key: Key) -> Choice | None:
         known = read(path).get(_name(key._replace(arch=FOREMOST)))

@@ -17,6 +17,7 @@ from ...kernels import Causal, Mask
 from ...kernels.backends.reference import attention_keep
 from ...kernels.ops.problem import AttentionProblem
 from ...kernels.testing.oracle import AttentionCase, Kernel
+from .implementations import Implementation
 
 TILE = 16
 
@@ -63,13 +64,10 @@ class _Parts(NamedTuple):
     keep: Tensor  # broadcastable to (B, Hq, Lq, Lk), 1 / (1 - p) where kept
 
 
-class Mutant:
+class Mutant(Implementation):
     """`attention` with one fault of FAULTS, or none: an implementation like any other."""
 
-    device = torch.device("cpu")
-    ops: tuple[str, ...] = ("attention",)
-    with_lse = True
-    backward = True
+    ops = ("attention",)
 
     def __init__(self, fault: str | None = None) -> None:
         self.name = fault or "tiled, no fault"

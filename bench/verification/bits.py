@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from ...kernels.testing.oracle import Results
+
+
+def same(one: Tensor, other: Tensor) -> Tensor:
+    """bool, where both hold the same number, or both NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
 
 
 def difference(got: Results, expected: Results) -> str | None:
     """Where two results do not hold the same bits, NaN for NaN."""
     for name, tensor in got.items():
         other = expected[name]
-        same = (tensor == other) | (tensor.isnan() & other.isnan())
-        if not bool(same.all()):
+        equal = same(tensor, other)
+        if not bool(equal.all()):
             apart = float((tensor.double() - other.double()).abs().nan_to_num(torch.inf).max())
-            share = 100 * float((~same).double().mean())
+            share = 100 * float((~equal).double().mean())
             return f"{name}: {share:.2g}% of the elements differ, by up to {apart:.2g}"
     return None
 

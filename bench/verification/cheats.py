@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import cheats_of_judge as judged
 from .cheats_help import Forward, by_shape, honest, lower_precision, with_right_gradient
+from .cheats_of_judge import patching
 
 FIRST = 20  # calls that are right
 
@@ -316,30 +317,22 @@ CHEATS: dict[str, Cheat] = {
     "one-in-10000": Cheat("wrong in one of 10,000 elements", _forward(one_in_10000)),
     "input-changed": Cheat("q is scaled in place", _forward(input_changed)),
     "from-the-frame": Cheat("what the checker's frames hold", judged.from_the_frame),
-    "slow-clock": Cheat("time.perf_counter replaced", judged.patching(judged.slow_clock)),
+    "slow-clock": Cheat("time.perf_counter replaced", patching(judged.slow_clock)),
     "slow-timer": Cheat(
         "the timer's own clock replaced",
-        judged.patching(judged.slow_timer),
+        patching(judged.slow_timer),
         ("speed",),
         "it touches nothing but the timer, and verify times nothing",
     ),
-    "both-clocks": Cheat("both clocks replaced", judged.patching(judged.both_clocks)),
-    "false-events": Cheat("torch.cuda.Event replaced", judged.patching(judged.false_events)),
-    "sleeping-peers": Cheat(
-        "a peer replaced by one that sleeps", judged.patching(judged.sleeping_peers)
-    ),
-    "mild-judge": Cheat("the tolerance's function replaced", judged.patching(judged.mild_judge)),
-    "other-threads": Cheat(
-        "torch's number of threads changed", judged.patching(judged.fewer_threads)
-    ),
-    "lower-settings": Cheat(
-        "float32 products set to medium", judged.patching(judged.lower_settings)
-    ),
-    "mode-left-on": Cheat(
-        "a function mode left on torch's stack", judged.patching(judged.mode_left_on)
-    ),
+    "both-clocks": Cheat("both clocks replaced", patching(judged.both_clocks)),
+    "false-events": Cheat("torch.cuda.Event replaced", patching(judged.false_events)),
+    "sleeping-peers": Cheat("a peer replaced by one that sleeps", patching(judged.sleeping_peers)),
+    "mild-judge": Cheat("the tolerance's function replaced", patching(judged.mild_judge)),
+    "other-threads": Cheat("torch's number of threads changed", patching(judged.fewer_threads)),
+    "lower-settings": Cheat("float32 products set to medium", patching(judged.lower_settings)),
+    "mode-left-on": Cheat("a function mode left on torch's stack", patching(judged.mode_left_on)),
     "busy-thread": Cheat(
-        "a thread that works while others are timed", judged.patching(judged.busy_thread)
+        "a thread that works while others are timed", patching(judged.busy_thread)
     ),
     "only-when-timed": Cheat(
         "right unless a timer calls it",

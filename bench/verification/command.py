@@ -18,7 +18,7 @@ from ...kernels.testing.suite import ALL_KINDS, OPS
 from ..candidate.options import FORMS, add_foreign_options, refuse_without_function, where
 from ..candidate.sources import callable_of, module_of
 from ..conduct.guard import Guard
-from ..options import UsageError, check_outputs, listed, names_of, set_threads, write
+from ..options import UsageError, check_backend, check_outputs, listed, names_of, set_threads, write
 from ..render.markdown import add_markdown_options, check_markdown, write_markdown
 from ..shapes import calls
 from . import suite
@@ -30,17 +30,7 @@ from .runs import Run
 from .text import VERBOSE_HEADING, lines, verbose_line
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser(
-        "verify",
-        help="how close the kernels here are to float64, and whether the check itself is sound",
-        description=(
-            "Every backend here, every function, mask, dtype and shape, forward and every "
-            "gradient, against a float64 oracle; invariants; and kernels broken on purpose, "
-            "which must be rejected."
-        ),
-        epilog="example: python -m rowmax.bench verify --quick --html verify.html",
-    )
+def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--backend", metavar="NAMES", help="comma-separated; default: all that work here"
     )
@@ -200,9 +190,7 @@ def _implementations(options: argparse.Namespace) -> list[Implementation]:
     if options.backend is None:
         names = suite.available()
     for name in names:
-        reason = dispatch.unavailable(name)
-        if reason is not None:
-            raise UsageError(f"--backend: {name} does not work here: {reason}")
+        check_backend(name)
     return list(map(Backend, names))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.testing.oracle import Kernel
+from .implementations import Implementation
 
 # what is wrong, by the fault's name
 FAULTS = {
@@ -29,13 +30,10 @@ FAULTS = {
 WIDE_ONLY = frozenset({"logits-in-half", "probabilities-in-half"})
 
 
-class CrossEntropyMutant:
+class CrossEntropyMutant(Implementation):
     """linear_cross_entropy with one fault of FAULTS: an implementation like any other."""
 
-    device = torch.device("cpu")
-    with_lse = True
-    backward = True
-    ops: tuple[str, ...] = ("linear_cross_entropy",)
+    ops = ("linear_cross_entropy",)
 
     def __init__(self, fault: str) -> None:
         self.name = self.fault = fault

@@ -1,4 +1,4 @@
-"""The float64 oracle held to mpmath: plain loops with 50 digits, gradients by differences.
+"""The float64 oracle held to mpmath: arrays of 50 digits, gradients by differences.
 
 Small cases only, for each gradient takes two evaluations of everything; what is checked is every
 formula of the oracle, so that a wrong one can't call right kernels wrong, or wrong ones right.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import mpmath
+import numpy as np
 import torch
 from mpmath import mpf
 from torch import Tensor
@@ -22,6 +22,10 @@ from ...kernels.testing.cases import Draw, Kind, Shape, attention_case
 from ...kernels.testing.oracle import AttentionCase, Results
 from ...kernels.testing.rows import RowCase, norm_case
 
+Numbers = dict[str, Any]  # arrays of mpmath's numbers, which NumPy takes for objects
+_EXP, _LOG, _SQRT, _TANH = (
+    np.frompyfunc(function, 1, 1) for function in (mpmath.exp, mpmath.log, mpmath.sqrt, mpmath.tanh)
+)
 DIGITS = 50
 STEP = mpf(10) ** -15  # of the differences, whose own error is about its square
 # Errors of the oracle that pass, relative to the largest element: float64 has eps 2.2e-16.
@@ -84,135 +88,87 @@ def _attention(name: str, case: AttentionCase) -> OracleCheck:
     assert case.grad_lse is not None
     grad_out, grad_lse = _numbers(case.grad_out), _numbers(case.grad_lse)
     problem = case.naive_problem()
-    batch, heads, rows, keys = case.shape
-    allowed = problem.mask.allowed(rows, keys, case.q.device)
-    may = [True] * (batch * heads * rows * keys)
-    if allowed is not None:
-        may = allowed.expand(case.shape).flatten().tolist()
-    keep = _keep(case)
-    dim, value_dim, key_heads = case.q.shape[3], case.v.shape[3], case.k.shape[1]
+    allowed = problem.mask.allowed(case.shape[2], case.shape[3], case.q.device)
+    may = np.ones(case.shape, bool) if allowed is None else allowed.expand(case.shape).numpy()
+    nothing = np.zeros(case.shape[:3], bool) if "sinks" in leaves else ~may.any(-1)
+    keep, groups = _keep(case), case.q.shape[1] // case.k.shape[1]
     scale, softcap = mpf(problem.scale), problem.softcap
 
-    def forward(inputs: dict[str, list[Any]]) -> tuple[list[Any], list[Any]]:
-        out, lse = [], []
-        for b, h, i in product(range(batch), range(heads), range(rows)):
-            shared = b * key_heads + h // (heads // key_heads)
-            at = (b * heads + h) * rows + i
-            terms, total = [], mpf(0)
-            if "sinks" in inputs:
-                total += mpmath.exp(inputs["sinks"][h])
-            for j in range(keys):
-                if not may[at * keys + j]:
-                    terms.append(mpf(0))
-                    continue
-                score = scale * sum(
-                    inputs["q"][at * dim + d] * inputs["k"][(shared * keys + j) * dim + d]
-                    for d in range(dim)
-                )
-                if softcap is not None:
-                    score = softcap * mpmath.tanh(score / softcap)
-                if "bias" in inputs:
-                    score += inputs["bias"][(h * rows + i) * keys + j]
-                terms.append(mpmath.exp(score))
-                total += terms[-1]
-            lse.append(mpmath.log(total) if total else None)
-            for d in range(value_dim):
-                summed = sum(
-                    terms[j]
-                    * keep[at * keys + j]
-                    * inputs["v"][(shared * keys + j) * value_dim + d]
-                    for j in range(keys)
-                )
-                out.append(summed / total if total else mpf(0))
-        return out, lse
+    def forward(inputs: Numbers) -> tuple[Any, Any]:
+        """out, and the sum of each row's terms; 1 in a row that may attend nothing."""
+        k, v = (inputs[side].repeat(groups, axis=1) for side in ("k", "v"))
+        scores = (inputs["q"] @ k.swapaxes(2, 3)) * scale  # the array first: mpf would print it
+        if softcap is not None:
+            scores = softcap * _TANH(scores / softcap)
+        terms = np.where(may, _EXP(scores + inputs.get("bias", 0)), mpf(0))
+        total = terms.sum(-1) + nothing
+        if "sinks" in inputs:
+            total = total + _EXP(inputs["sinks"])[:, None]
+        return (terms * keep) @ v / total[..., None], total
 
-    def loss(inputs: dict[str, list[Any]]) -> Any:
-        out, lse = forward(inputs)
-        from_lse = sum(g * x for g, x in zip(grad_lse, lse, strict=True) if x is not None)
-        return sum(g * x for g, x in zip(grad_out, out, strict=True)) + from_lse
+    def loss(inputs: Numbers) -> Any:
+        out, total = forward(inputs)
+        return (grad_out * out).sum() + (grad_lse * _LOG(total)).sum()
 
-    out, lse = forward(leaves)
-    exact = {"out": out, "lse": [mpf("-inf") if x is None else x for x in lse]}
+    out, total = forward(leaves)
+    exact = {"out": out, "lse": np.where(nothing, mpf("-inf"), _LOG(total))}
     return _compared(name, case.oracle(), exact | _differences(leaves, loss))
 
 
-def _keep(case: AttentionCase) -> list[Any]:
+def _keep(case: AttentionCase) -> Any:
     """The factor of each weight under dropout, from Philox's words."""
-    count = torch.Size(case.shape).numel()
     dropout_p = case.options.get("dropout_p", 0.0)
     if dropout_p == 0.0:
-        return [mpf(1)] * count
+        return mpf(1)
     keep_mask = attention_keep(torch.tensor(case.options["seed"]), dropout_p, case.shape)
-    factor = 1 / (1 - mpf(dropout_p))
-    return [factor if one else mpf(0) for one in keep_mask.flatten().tolist()]
+    return np.where(keep_mask.numpy(), 1 / (1 - mpf(dropout_p)), mpf(0))
 
 
 def _rows(op: str, case: RowCase) -> OracleCheck:
     leaves = {key: _numbers(tensor) for key, tensor in case.inputs.items()}
     grads = [_numbers(grad) for grad in case.grads]
-    rows, columns = case.x.shape
-    dropout_p = mpf(case.options.get("dropout_p", 0.0))
-    eps = mpf(1e-6 if op == "rms_norm" else 1e-5)
-    keep_mask = [True] * (rows * columns) if case.keep is None else case.keep.flatten().tolist()
+    columns, eps = case.x.shape[1], mpf(1e-6 if op == "rms_norm" else 1e-5)
+    factor = 1 / (1 - mpf(case.options.get("dropout_p", 0.0)))
+    keep = factor if case.keep is None else np.where(case.keep.numpy(), factor, mpf(0))
 
-    def forward(inputs: dict[str, list[Any]]) -> list[list[Any]]:
-        y, total = [], []
-        for row in range(rows):
-            part = slice(row * columns, (row + 1) * columns)
-            x = inputs["x"][part]
-            if op == "add_layer_norm":
-                x = [
-                    r + (v / (1 - dropout_p) if keeps else 0)
-                    for r, v, keeps in zip(
-                        inputs["residual"][part], x, keep_mask[part], strict=True
-                    )
-                ]
-                total += x
-            if op != "rms_norm":
-                mean = sum(x) / columns
-                x = [v - mean for v in x]
-            root = mpmath.sqrt(sum(v * v for v in x) / columns + eps)
-            for column, v in enumerate(x):
-                value = v / root * inputs["weight"][column]
-                y.append(value + (inputs["bias"][column] if "bias" in inputs else 0))
-        return [y, total] if op == "add_layer_norm" else [y]
+    def forward(inputs: Numbers) -> list[Any]:
+        x = inputs["x"]
+        if op == "add_layer_norm":
+            x = inputs["residual"] + x * keep
+        deviation = x if op == "rms_norm" else x - x.sum(-1, keepdims=True) / columns
+        root = _SQRT((deviation * deviation).sum(-1, keepdims=True) / columns + eps)
+        y = deviation / root * inputs["weight"] + inputs.get("bias", 0)
+        return [y, x] if op == "add_layer_norm" else [y]
 
-    def loss(inputs: dict[str, list[Any]]) -> Any:
-        return sum(
-            g * x
-            for grad, output in zip(grads, forward(inputs), strict=True)
-            for g, x in zip(grad, output, strict=True)
-        )
+    def loss(inputs: Numbers) -> Any:
+        return sum((g * out).sum() for g, out in zip(grads, forward(inputs), strict=True))
 
     exact = dict(zip(("out", "sum"), forward(leaves), strict=False))
     found = {name: expected.exact for name, expected in case.expected.items()}
     return _compared(op, found, exact | _differences(leaves, loss))
 
 
-def _differences(
-    leaves: dict[str, list[Any]], function: Callable[[dict[str, list[Any]]], Any]
-) -> dict[str, list[Any]]:
+def _differences(leaves: Numbers, function: Callable[[Numbers], Any]) -> Numbers:
     """d function / d each element of each leaf, by central differences."""
-    found: dict[str, list[Any]] = {}
+    found: Numbers = {}
     for name, values in leaves.items():
-        gradient = []
-        for at, value in enumerate(values):
+        gradient = found[f"d_{name}"] = np.empty_like(values)
+        for at in np.ndindex(values.shape):
             ends = []
             for step in (STEP, -STEP):
-                moved = list(values)
-                moved[at] = value + step
+                moved = values.copy()
+                moved[at] += step
                 ends.append(function({**leaves, name: moved}))
-            gradient.append((ends[0] - ends[1]) / (2 * STEP))
-        found[f"d_{name}"] = gradient
+            gradient[at] = (ends[0] - ends[1]) / (2 * STEP)
     return found
 
 
-def _compared(name: str, found: Results, exact: dict[str, list[Any]]) -> OracleCheck:
+def _compared(name: str, found: Results, exact: Numbers) -> OracleCheck:
     worst, error = "", 0.0
     for key, numbers in exact.items():
-        got = _numbers(found[key])
-        largest = max((abs(x) for x in numbers if mpmath.isfinite(x)), default=mpf(1)) or mpf(1)
-        for left, right in zip(got, numbers, strict=True):
+        known = (abs(x) for x in numbers.flat if mpmath.isfinite(x))
+        largest = max(known, default=mpf(1)) or mpf(1)
+        for left, right in zip(_numbers(found[key]).flat, numbers.flat, strict=True):
             apart = 0.0 if left == right else float(abs(left - right) / largest)
             # written so that a NaN is kept
             if not apart <= error:
@@ -220,5 +176,6 @@ def _compared(name: str, found: Results, exact: dict[str, list[Any]]) -> OracleC
     return OracleCheck(name, error, worst, len(exact))
 
 
-def _numbers(tensor: Tensor) -> list[Any]:
-    return [mpf(x) for x in tensor.detach().flatten().tolist()]
+def _numbers(tensor: Tensor) -> Any:
+    flat = np.array([mpf(x) for x in tensor.detach().flatten().tolist()], dtype=object)
+    return flat.reshape(tensor.shape)

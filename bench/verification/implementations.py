@@ -24,21 +24,19 @@ class Implementation(Protocol):
     """Functions of rowmax.kernels as somebody implements them; results differentiable."""
 
     name: str
-    device: torch.device
     ops: tuple[str, ...]
-    with_lse: bool  # whether `attention` returns it
-    backward: bool  # whether its gradients are looked at
+    device: torch.device = torch.device("cpu")
+    with_lse: bool = True  # whether `attention` returns it
+    backward: bool = True  # whether its gradients are looked at
 
     def kernel(self, op: str) -> Kernel:
         """The function, called as `assert_as_accurate_as_naive` says. It raises DeclinedError."""
 
 
-class Backend:
+class Backend(Implementation):
     """A backend of rowmax.kernels, by its name."""
 
-    ops: tuple[str, ...] = OPS
-    with_lse = True
-    backward = True
+    ops = OPS
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,26 +47,18 @@ class Backend:
         more = {"return_lse": True} if op in ATTENTION_OPS else {}
 
         def call(*tensors: Tensor, **options: Any) -> Any:
-            with _Refusals():
+            try:
                 return getattr(kernels, op)(*tensors, **options, **more, backend=self.name)
+            except RuntimeError as error:
+                reason = str(error).partition("can't do this: ")[2]
+                if not reason:
+                    raise  # it is no refusal
+                raise DeclinedError(reason.partition("; backend=")[0]) from error
 
         return call
 
 
-class _Refusals:
-    """Turns the error by which a named backend declines a problem into DeclinedError."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "can't do this: " in text:
-            reason = text.partition("can't do this: ")[2].partition("; backend=")[0]
-            raise DeclinedError(reason) from error
-
-
-class Foreign:
+class Foreign(Implementation):
     """A stranger's function, by the interface that its `Candidate` gives it.
 
     Masks are handed over as bool tensors, True = may attend, or as `is_causal=True` where that is

@@ -20,7 +20,7 @@ from ...kernels.testing.tolerance import Expected, accuracies
 from ..conduct import examine
 from ..conduct.guard import Guard
 from ..measure.inputs import AttentionInputs
-from ..options import told
+from ..options import first_fault, told
 from ..peers.candidates import foreign_row
 from .bits import difference, on_all_threads
 from .contracts import Contract
@@ -76,22 +76,18 @@ class Invariant:
 
 def same_bits_again(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """Three runs on the same inputs."""
-    for case in _cases(implementation, op, dtype):
-        first = _results(implementation, case, op)
-        for _ in range(2):
-            fault = difference(_results(implementation, case, op), first)
-            if fault is not None:
-                return fault
-    return None
+    return first_fault(
+        difference(_results(implementation, case, op), first)
+        for case in _cases(implementation, op, dtype)
+        for first in [_results(implementation, case, op)]
+        for _ in range(2)
+    )
 
 
 def any_threads(implementation: Implementation, op: str, dtype: torch.dtype) -> str | None:
     """The same bits on one, two and three threads."""
-    for case in _cases(implementation, op, dtype):
-        fault = on_all_threads(partial(_results, implementation, case, op))
-        if fault is not None:
-            return fault
-    return None
+    cases = _cases(implementation, op, dtype)
+    return first_fault(on_all_threads(partial(_results, implementation, c, op)) for c in cases)
 
 
 DETERMINISTIC = {"same bits again": same_bits_again, "any thread count": any_threads}
@@ -425,4 +421,4 @@ def _fault(
     contract = contract_of(implementation)
     held_to = contract.expected(case, expected or case.expected)
     found = accuracies(results, held_to, case.sum_dtype, contract.factor(case.q.dtype))
-    return next((f"{one.tensor}: {one.fault}" for one in found if one.fault is not None), None)
+    return first_fault(one.fault and f"{one.tensor}: {one.fault}" for one in found)

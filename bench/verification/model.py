@@ -7,6 +7,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ...kernels.integrations.differences import call_of
 from ..machine.host import describe
 from ..options import told
 from ..render.json_text import json_text
-from .bits import on_threads
+from .bits import on_threads, same
 
 SCHEMA = "rowmax-verify-model-1"
 THREADS = (1, 2, 3)
@@ -82,9 +83,7 @@ class ModelReport:
     def __str__(self) -> str:
         machine = self.machine
         batch = "no batch" if self.batch is None else f"a batch of {self.batch}"
-        found = [
-            f"{self.name}, {batch}; {machine['cpu']}, torch {machine['packages']['torch']}",
-        ]
+        found = [f"{self.name}, {batch}; {machine['cpu']}, torch {machine['packages']['torch']}"]
         for one in self.checks:
             unkept = not one.passed and one.check in NOT_PROMISED[self.contract]
             mark = "ok" if one.passed else "n.p." if unkept else "FAIL"
@@ -138,7 +137,8 @@ def verify_model(
             for element in (0, batch - 1):
 
                 def alone(element: int = element) -> dict[str, Tensors]:
-                    one = _part((args, kwargs), element, batch)
+                    cut = partial(_of_element, element=element, batch=batch)
+                    one = map_tensors((args, kwargs), cut)
                     return run_layers(model, one[0], one[1], backward, element, batch)
 
                 parts: dict[str, Tensors] = {}
@@ -166,7 +166,7 @@ def _compare(
             for name, tensor in tensors.items()
             if name in got[step] and got[step][name].shape == tensor.shape
         ]
-        differing = [one for one in common if not _same(one[1], one[2])]
+        differing = [one for one in common if not bool(same(one[1], one[2]).all())]
         if not differing:
             yield LayerCheck(check, step, len(common))
             continue
@@ -181,17 +181,8 @@ def _compare(
 def _worst(found: list[LayerCheck]) -> list[LayerCheck]:
     """Of several runs of a check, for each pass the one in which most layers differ."""
     steps = dict.fromkeys(one.step for one in found)
-    return [
-        max(
-            (one for one in found if one.step == step),
-            key=lambda one: (one.error is not None, len(one.differing)),
-        )
-        for step in steps
-    ]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+    found = sorted(found, key=lambda one: (one.error is None, -len(one.differing)))
+    return [next(one for one in found if one.step == step) for step in steps]
 
 
 def run_layers(
@@ -214,9 +205,8 @@ def run_layers(
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensor = next(
-                (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0), None
-            )
+            floats = (t for t in tensors_of(output) if t.is_floating_point() and t.dim() > 0)
+            tensor = next(floats, None)
             if tensor is None:
                 return
             label, number = name, 1
@@ -271,16 +261,20 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def _part(value: Any, element: int, batch: int) -> Any:
-    """The same arguments for one batch element."""
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments with every tensor changed."""
     if isinstance(value, Tensor):
-        whole = value.dim() > 0 and value.shape[0] == batch
-        return value[element : element + 1] if whole else value
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _part(item, element, batch) for name, item in value.items()}
+        return {name: map_tensors(item, change) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_part(item, element, batch) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value
+
+
+def _of_element(tensor: Tensor, element: int, batch: int) -> Tensor:
+    whole = tensor.dim() > 0 and tensor.shape[0] == batch
+    return tensor[element : element + 1] if whole else tensor
 
 
 def _slice(tensor: Tensor, element: int, batch: int) -> Tensor | None:

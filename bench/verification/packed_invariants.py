@@ -21,8 +21,7 @@ def packed_alone(implementation: Implementation, op: str, dtype: torch.dtype) ->
         alone = packed(implementation, dtype, b).run(kernel, device)
         rows = slice(starts[b], starts[b + 1])
         expected = {n: t[:, rows] if n == "lse" else t[rows] for n, t in together.items()}
-        fault = difference(alone, expected)
-        if fault is not None:
+        if (fault := difference(alone, expected)) is not None:
             return fault
     return None
 

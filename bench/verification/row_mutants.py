@@ -12,6 +12,7 @@ from ...kernels import Mask
 from ...kernels.backends.reference import rows_keep
 from ...kernels.testing.oracle import Kernel
 from ...kernels.testing.rows import EPS, norm_equation, softmax_equation
+from .implementations import Implementation
 
 # name -> (op that it is a fault of, what is wrong)
 FAULTS = {
@@ -33,16 +34,12 @@ FAULTS = {
 WIDE_ONLY = frozenset({"one-pass-variance"})
 
 
-class RowMutant:
+class RowMutant(Implementation):
     """The row-wise functions with one fault of FAULTS: an implementation like any other."""
-
-    device = torch.device("cpu")
-    with_lse = True
-    backward = True
 
     def __init__(self, fault: str) -> None:
         self.name = self.fault = fault
-        self.ops: tuple[str, ...] = (FAULTS[fault][0],)
+        self.ops = (FAULTS[fault][0],)
 
     def kernel(self, op: str) -> Kernel:
         return self._masked_softmax if op == "masked_softmax" else partial(self._norm, op)

@@ -218,9 +218,7 @@ def _mutation_cases(
 
 
 def _steps(
-    implementations: Sequence[Implementation],
-    settings: Settings,
-    cases: dict[str, list[NamedCase]],
+    implementations: Sequence[Implementation], settings: Settings, cases: dict[str, list[NamedCase]]
 ) -> int:
     total = 0
     if "oracle" in settings.checks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -135,13 +136,8 @@ def _worst(runs: Iterable[Run]) -> str:
 
 
 def _declined(runs: Sequence[Run]) -> list[str]:
-    reasons: dict[str, int] = {}
-    for run in runs:
-        if run.declined is not None:
-            reasons[run.declined] = reasons.get(run.declined, 0) + 1
-    found: list[str] = []
-    if reasons:
-        found.append("")
+    reasons = Counter(run.declined for run in runs if run.declined is not None)
+    found = [""] if reasons else []
     for reason, count in reasons.items():
         found += _wrapped(f"declined, {count} cases: {reason}", "")
     return found
@@ -210,16 +206,10 @@ def _status(mutation: Mutation | None, missing: str) -> str:
         return missing
     if mutation.control:
         return "passes" if mutation.passed else "FAILS"
-    if mutation.passed:
-        return "rejected"
-    return "LIVES"
+    return "rejected" if mutation.passed else "LIVES"
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent + "  ",
-        break_on_hyphens=False,
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
     )

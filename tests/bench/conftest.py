@@ -8,6 +8,8 @@ import pytest
 
 from rowmax.bench import cli
 from rowmax.bench.machine.host import CpuLimits
+from rowmax.bench.measure import training
+from rowmax.transformer.config import ModelConfig
 
 
 @pytest.fixture
@@ -24,6 +26,26 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return captured.err
 
     return run
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with this exit status; returns what it prints."""
+
+    def run(*words: str, status: int = 0) -> str:
+        capsys.readouterr()
+        assert cli.main(list(words)) == status
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """What `--size small` of `training` and `decoding` is then."""
+    config = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
+    monkeypatch.setitem(training.SIZES, "small", config)
+    return config
 
 
 @pytest.fixture

@@ -81,19 +81,9 @@ def test_sequential_steps_are_counted():
 def test_a_small_run(tmp_path, monkeypatch, capsys):
     """All four architectures on both corpora, end to end."""
     pytest.importorskip("matplotlib")
-    tiny = Preset(
-        model={
-            "encoder_layers": 1,
-            "decoder_layers": 1,
-            "d_model": 16,
-            "heads": 2,
-            "d_ff": 32,
-            "max_length": 128,
-        },
-        training={"steps": 5, "warmup": 2, "batch_tokens": 100},
-        vocab_size=300,
-        about="",
-    )
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "heads": 2, "d_ff": 32}
+    training = {"steps": 5, "warmup": 2, "batch_tokens": 100}
+    tiny = Preset(sizes | {"max_length": 128}, training, vocab_size=300, about="")
     monkeypatch.setitem(PRESETS, "demo", tiny)
     pairs = corpus.generate(60)
     monkeypatch.setattr(corpus, "splits", lambda: corpus.Splits(pairs[20:], pairs[:10], pairs[:20]))

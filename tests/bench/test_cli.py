@@ -24,11 +24,10 @@ TINY = ["speed", "--seconds", "0.01", "--quick", "--backend", "reference"]
 ON_CPU = ["--suite", "cpu-attention,cpu-norms"]
 
 
-def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tiny_run(tmp_path: Path, shown: Any) -> None:
     path = tmp_path / "speed.json"
     shapes = ["--shape", "2,2,9,4", "--shape", "16,8"]
-    assert cli.main([*TINY, *ON_CPU, *shapes, "--json", str(path)]) == 0
-    output = capsys.readouterr().out
+    output = shown(*TINY, *ON_CPU, *shapes, "--json", str(path))
     assert max(len(line) for line in output.splitlines()) <= WIDTH
     for word in ("cpu-attention", "cpu-norms", "(2,2,9,4)", "math: sdpa-math", "geometric means"):
         assert word in output
@@ -50,24 +49,20 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )
 
 
-def test_the_selection(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_selection(shown: Any) -> None:
     chosen = ["--shape", "1,1,4,4", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
-    assert cli.main([*TINY, *ON_CPU, *chosen, "--dtype", "float32"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = shown(*TINY, *ON_CPU, *chosen, "--dtype", "float32").splitlines()
     (row,) = [line for line in lines if line[1:].startswith("(1,1,4,4)")]
     assert " fwd " in row
     assert "causal (GFLOP/s; limit: float32 FMA from registers)" in lines
 
 
-def test_one_shape_with_its_mask_dtype_and_dropout(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_shape_with_its_mask_dtype_and_dropout(tmp_path: Path, shown: Any) -> None:
     """In a combination of no suite's; a cache of grouped heads; and what memory holds up."""
     path = tmp_path / "speed.json"
     chosen = ["--shape", "2,8/2,5,30,4", "--shape", "2,8/2,1,30,4", "--dtype", "float16"]
     kinds = ["--kind", "padded+bias+dropout,decode", "--pass", "forward", "--json", str(path)]
-    assert cli.main([*TINY, "--suite", "cpu-attention", *chosen, *kinds]) == 0
-    output = capsys.readouterr().out
+    output = shown(*TINY, "--suite", "cpu-attention", *chosen, *kinds)
     assert "cpu-attention, float16" in output
     assert "decode (GB/s; limit: x.clone(), timed in turns with it)" in output
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -108,10 +103,7 @@ def cached(query, key, value, **options):
 
 @pytest.mark.parametrize("name", ["honest", "cached"])
 def test_a_strangers_function_has_a_column_if_it_is_honest(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "strangers.py").write_text(STRANGERS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -130,13 +122,12 @@ def test_a_strangers_function_has_a_column_if_it_is_honest(
 
 
 def test_an_impossible_time_is_printed_and_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, shown: Any
 ) -> None:
     text = "9 GFLOP/s, and this machine does 1"
     monkeypatch.setattr("rowmax.bench.measure.possible.too_fast", lambda *_: {"sdpa": text})
     chosen = ["--shape", "1,1,4,4", "--kind", "causal", "--pass", "forward", "--peers", "sdpa"]
-    assert cli.main([*TINY, "--suite", "cpu-attention", *chosen, "--dtype", "float32"]) == 1
-    output = capsys.readouterr().out
+    output = shown(*TINY, "--suite", "cpu-attention", *chosen, "--dtype", "float32", status=1)
     (row,) = [line for line in output.splitlines() if line[1:].startswith("(1,1,4,4)")]
     assert " impossible " in row
     assert f"sdpa impossible: {text}" in output
@@ -146,11 +137,10 @@ def test_an_impossible_time_is_printed_and_fails(
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a compiler"
 )
-def test_torch_compile_is_a_peer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_compile_is_a_peer(shown: Any) -> None:
     """Traced and run; what the compiler makes of it is torch's business."""
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "compile"]
-    assert cli.main([*TINY, *ON_CPU, *chosen]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = shown(*TINY, *ON_CPU, *chosen).splitlines()
     (row,) = [line for line in lines if line[1:].startswith("(16,8)")]
     assert "fault" not in row
 
@@ -195,14 +185,13 @@ def test_wrong_calls(arguments: list[str], words: str, refused: Any) -> None:
 
 
 def test_a_kernel_that_fails_the_gate_is_exit_status_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, shown: Any
 ) -> None:
     monkeypatch.setattr(
         "rowmax.bench.peers.candidates.kernels.rms_norm", lambda x, *_arguments, **_options: x
     )
     chosen = ["--shape", "16,8", "--kind", "rms_norm", "--pass", "forward", "--peers", "torch"]
-    assert cli.main([*TINY, *ON_CPU, *chosen]) == 1
-    output = capsys.readouterr().out
+    output = shown(*TINY, *ON_CPU, *chosen, status=1)
     assert "rowmax not timed: result 0 of 1: largest error" in output
     assert "1 timings are missing" in output
 
@@ -217,14 +206,11 @@ def test_the_header_fits(suite: str) -> None:
         assert max(map(len, lines)) <= WIDTH
 
 
-def test_other_dtypes_and_the_backward_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_dtypes_and_the_backward_alone(tmp_path: Path, shown: Any) -> None:
     path = tmp_path / "speed.json"
     chosen = ["--shape", "1,2,12,8", "--shape", "16,8", "--dtype", "bfloat16", "--json", str(path)]
     passes = ["--pass", "backward,forward+backward", "--kind", "causal,layer_norm"]
-    assert cli.main([*TINY, *ON_CPU, *chosen, *passes]) == 0
-    assert " bwd " in capsys.readouterr().out
+    assert " bwd " in shown(*TINY, *ON_CPU, *chosen, *passes)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [row["pass"] for row in rows] == ["forward+backward", "backward"] * 2
     for row in rows:
@@ -234,7 +220,7 @@ def test_other_dtypes_and_the_backward_alone(
 
 
 def test_the_gpus_suites_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shown: Any
 ) -> None:
     """Every kind and pass; what a peer can't do is a line, and no failure."""
     names = ("gpu-attention", "gpu-norms")
@@ -242,8 +228,7 @@ def test_the_gpus_suites_on_the_cpu(
     monkeypatch.setattr(cli, "SUITES", here)
     path = tmp_path / "speed.json"
     shapes = ["--shape", "2,8,20,16", "--shape", "16,24"]
-    assert cli.main([*TINY, *shapes, "--json", str(path)]) == 0
-    output = capsys.readouterr().out
+    output = shown(*TINY, *shapes, "--json", str(path))
     assert "sdpa-cudnn not timed: RuntimeError: " in output
     assert max(len(line) for line in output.splitlines()) <= 150
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -254,12 +239,11 @@ def test_the_gpus_suites_on_the_cpu(
         assert row["ratio"] > 0
 
 
-def test_stopping_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopping_early(tmp_path: Path, shown: Any) -> None:
     """The file holds what was measured, and the output counts the rest."""
     path = tmp_path / "speed.json"
     chosen = ["--suite", "cpu-norms", "--shape", "16,8", "--shape", "8,8", "--json", str(path)]
-    assert cli.main([*TINY, *chosen, "--stop-after", "1e-9"]) == 0
-    output = capsys.readouterr().out
+    output = shown(*TINY, *chosen, "--stop-after", "1e-9")
     assert "stopped after 1e-09 seconds: 16 lines not begun" in output
     assert "cpu-norms, float32" not in output  # no table where nothing was begun
 

@@ -39,16 +39,10 @@ def save(tmp_path: Path) -> Any:
     ],
 )
 def test_verdicts(
-    factor: float,
-    threshold: str,
-    status: int,
-    word: str,
-    save: Any,
-    capsys: pytest.CaptureFixture[str],
+    factor: float, threshold: str, status: int, word: str, save: Any, shown: Any
 ) -> None:
     files = [save("a.json", document()), save("b.json", document(factor))]
-    assert cli.main(["compare", *files, "--threshold", threshold]) == status
-    lines = capsys.readouterr().out.splitlines()
+    lines = shown("compare", *files, "--threshold", threshold, status=status).splitlines()
     assert max(map(len, lines)) <= 110
     cases = [line for line in lines if line.startswith(" cpu-")]
     assert len(cases) == 4
@@ -56,15 +50,16 @@ def test_verdicts(
     assert f"geometric mean of B/A {factor:.3f}" in lines[-1]
 
 
-def test_a_former_kind_is_the_same_case(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_former_kind_is_the_same_case(save: Any, shown: Any) -> None:
     older, newer = document(), document()
     for found, kind in ((older, "plain+dropout"), (newer, "full+dropout")):
         found["rows"][0]["kind"] = kind
-    assert cli.main(["compare", save("a.json", older), save("b.json", newer)]) == 0
-    assert "full+dropout (8,8,128,64)" in capsys.readouterr().out
+    assert "full+dropout (8,8,128,64)" in shown(
+        "compare", save("a.json", older), save("b.json", newer)
+    )
 
 
-def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_by_ratio_a_slower_machine_is_level(save: Any, shown: Any) -> None:
     slow = document()
     for row in slow["rows"]:
         for timing in row["seconds"].values():
@@ -74,8 +69,7 @@ def test_by_ratio_a_slower_machine_is_level(save: Any, capsys: pytest.CaptureFix
     slow["noise"]["complaints"] = ["it was busy"]
     slow["settings"] = {**slow["settings"], "memory": "kept", "layout": "blhd"}
     files = [save("a.json", document()), save("b.json", slow)]
-    assert cli.main(["compare", *files]) == 1
-    output = capsys.readouterr().out
+    output = shown("compare", *files, status=1)
     assert "other machines (cpu)" in output
     assert "B was noisy: it was busy" in output
     assert "A has fresh memory for results, B kept" in output
@@ -102,9 +96,7 @@ def test_wrong_calls(save: Any, tmp_path: Path, refused: Any) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_cases_of_one_run_alone_are_named(
-    at: int, save: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cases_of_one_run_alone_are_named(at: int, save: Any, shown: Any) -> None:
     """Left out, or no longer timed since the kernel failed: status 1, as where it became slower."""
     less = document()
     del less["rows"][1]
@@ -112,19 +104,18 @@ def test_cases_of_one_run_alone_are_named(
     del failed["seconds"]["rowmax"]
     failed["faults"]["rowmax"] = "largest error 1"
     files = [save("whole.json", document()), save("less.json", less)]
-    assert cli.main(["compare", *(files if at == 1 else files[::-1])]) == 1
+    output = shown("compare", *(files if at == 1 else files[::-1]), status=1)
     whole, other = ("A", "B") if at == 1 else ("B", "A")
     only = f"only in {whole}, not in {other}: "
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    assert output.splitlines()[-2:] == [
         f"{only}cpu-attention float32 causal (8,8,512,64) fwd",
         f"{only}cpu-norms float32 layer_norm (4096,512) fwd, where rowmax failed: largest error 1",
     ]
 
 
-def test_runs_with_nothing_in_common(save: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_with_nothing_in_common(save: Any, shown: Any) -> None:
     files = [save("all.json", document()), save("none.json", {**document(), "rows": []})]
-    assert cli.main(["compare", *files]) == 1
-    output = capsys.readouterr().out.splitlines()
+    output = shown("compare", *files, status=1).splitlines()
     assert output[-5] == "no case in common"
     assert all(line.startswith("only in A, not in B: cpu-") for line in output[-4:])
 

@@ -33,16 +33,8 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
 
 def test_a_line_for_each_key(compiles: list[Key], capsys: pytest.CaptureFixture[str]) -> None:
     """A key that does not compile has a line too, and the rest follows."""
-    words = [
-        "--arch",
-        "gfx942",
-        "--dtype",
-        "bfloat16",
-        "--dim",
-        "64,128",
-        "--features",
-        "score_mod",
-    ]
+    words = ["--arch", "gfx942", "--dtype", "bfloat16", "--dim", "64,128"]
+    words += ["--features", "score_mod"]
     assert cli.main(["configs", *words, "--kernel", "forward,backward_dbias"]) == 0
     captured = capsys.readouterr()
     assert not captured.err

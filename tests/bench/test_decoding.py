@@ -9,23 +9,17 @@ from typing import Any
 
 import pytest
 
-from rowmax.bench.cli import main
-from rowmax.bench.measure import decoding, training
+from rowmax.bench.measure import decoding
 from rowmax.transformer.config import ModelConfig
 
 pytest.importorskip("ctranslate2")
 HUGGING_FACE = ["Hugging Face"] if importlib.util.find_spec("transformers") else []
-TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
 
 
-def test_prints_tokens_a_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(training.SIZES, "small", TINY)
+def test_prints_tokens_a_second(tmp_path: Path, shown: Any, tiny: ModelConfig) -> None:
     out = tmp_path / "decoding.json"
     options = ["--size", "small", "--sentences", "2", "--beam", "3", "--seconds", "0.05"]
-    assert main(["decoding", *options, "--json", str(out)]) == 0
-    printed = capsys.readouterr().out
+    printed = shown("decoding", *options, "--json", str(out))
     found = json.loads(out.read_text())["tokens_per_second"]
     assert list(found) == ["greedy", "beam 3"]
     for rates in found.values():
@@ -35,9 +29,9 @@ def test_prints_tokens_a_second(
             assert f"\n{name} " in printed
 
 
-def test_all_write_as_much(tmp_path: Path) -> None:
+def test_all_write_as_much(tmp_path: Path, tiny: ModelConfig) -> None:
     """Else tokens a second would not be of the same work."""
-    every = decoding.decoders(TINY, 3, "reference", tmp_path)
+    every = decoding.decoders(tiny, 3, "reference", tmp_path)
     for beam in (1, 3):
         lengths = {name: decode(beam) for name, decode in every.items()}
         assert all(length == [24] * 3 for name, length in lengths.items() if "rowmax" not in name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rowmax.bench import cli, diverge
+from rowmax.bench import diverge
 from rowmax.kernels import swap
 
 
@@ -105,7 +105,7 @@ def test_what_is_no_model_or_has_nothing_in_common_is_refused() -> None:
         diverge(encoder(), Silent(), inputs())
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+def test_the_command(tmp_path: Path, shown: Any, refused: Any) -> None:
     file = tmp_path / "models.py"
     file.write_text(
         "import copy, torch\n"
@@ -123,12 +123,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused
     )
     written, page = tmp_path / "page.json", tmp_path / "page.html"
     files = ["--json", str(written), "--html", str(page)]
-    assert cli.main(["diverge", "--models", f"{file}:one", *files]) == 0
+    output = shown("diverge", "--models", f"{file}:one", *files)
+    assert "none of 3 layers is beyond" in output
     assert json.loads(written.read_text())["names"] == ["original", "swapped"]
     assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
-    assert "none of 3 layers is beyond" in capsys.readouterr().out
-    assert cli.main(["diverge", "--models", f"{file}:two"]) == 1
-    assert "the first layer beyond what is allowed is 0:" in capsys.readouterr().out
+    output = shown("diverge", "--models", f"{file}:two", status=1)
+    assert "the first layer beyond what is allowed is 0:" in output
     assert "--models: expected (model, other, inputs)" in refused(
         "diverge", "--models", f"{file}:none"
     )

@@ -36,16 +36,20 @@ def inputs_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Attentio
     return inputs
 
 
+def engine_of(name: str, make: Callable[[], Engine]) -> Engine:
+    if peers.absent(name):
+        pytest.skip(f"{name} is not installed (the extra 'peers')")
+    return make()
+
+
 @pytest.mark.parametrize("name, make", [("onnxruntime", onnx_runtime), ("openvino", open_vino)])
 @pytest.mark.parametrize("kind, shape", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_engine_computes_the_same(
     name: str, make: Callable[[], Engine], kind: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    if peers.absent(name):
-        pytest.skip(f"{name} is not installed (the extra 'peers')")
     inputs = inputs_of(kind, shape, dtype)
-    engine = make()
+    engine = engine_of(name, make)
     if name == "onnxruntime" and dtype != torch.float32:
         with pytest.raises(UnsupportedError, match="no bfloat16 attention"):
             run_pass(engine, inputs, backward=False)
@@ -103,9 +107,7 @@ def test_a_bound_engine_sees_other_values_and_other_addresses(
     name: str, make: Callable[[], Engine], kind: str
 ) -> None:
     """Those that read the tensors themselves, and those that copy them into a layout of theirs."""
-    if peers.absent(name):
-        pytest.skip(f"{name} is not installed (the extra 'peers')")
-    engine = make()
+    engine = engine_of(name, make)
     arena = CaseArena(inputs_of(kind, SQUARE, torch.float32), seed=1)
     for change in (arena.arena.renew, arena.moved, arena.arena.renew):
         run_pass(engine, arena.inputs, backward=False)

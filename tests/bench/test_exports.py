@@ -49,9 +49,7 @@ def valid(name: str, text: str) -> Any:
     return document
 
 
-def test_verify_in_all_forms(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_in_all_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = tmp_path / "summary.md"
     summary.write_text("before\n")
     monkeypatch.setenv(markdown.SUMMARY, str(summary))
@@ -69,17 +67,15 @@ def test_verify_in_all_forms(
     assert "| reference | rms_norm | " in text
     assert " broken kernels and cheats are rejected." in text
     assert summary.read_text("utf-8") == f"before\n{text}\n"
-    capsys.readouterr()
 
 
-def test_a_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_told(tmp_path: Path) -> None:
     path, written = tmp_path / "verify.md", tmp_path / "verify.json"
     file = tmp_path / "wrong.py"
     file.write_text("def rms_norm(x, weight=None, eps=1e-6):\n    return x / float('inf')\n")
     arguments = ["verify", "--function", str(file), "--dtype", "float32", "--quick"]
     arguments += ["--check", "accuracy", "--markdown", str(path), "--json", str(written)]
     assert cli.main(arguments) == 1
-    capsys.readouterr()
     text = path.read_text("utf-8")
     assert text.startswith("### rowmax verify: FAILED ❌\n")
     assert re.search(r"^Failures: \d+$", text, re.MULTILINE)
@@ -87,7 +83,7 @@ def test_a_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     valid("verify", written.read_text("utf-8"))
 
 
-def test_speed_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_and_compare(tmp_path: Path) -> None:
     written, text = tmp_path / "speed.json", tmp_path / "speed.md"
     assert cli.main([*SPEED, "--json", str(written), "--markdown", str(text)]) == 0
     document = valid("speed", written.read_text("utf-8"))
@@ -113,7 +109,6 @@ def test_speed_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert first.endswith("| 1000.00 | SLOWER |")
     assert cli.main(["compare", str(written), str(written), "--markdown", str(found)]) == 0
     assert found.read_text("utf-8").startswith("### rowmax compare: no regression ✅\n")
-    capsys.readouterr()
 
 
 def test_the_other_documents(tmp_path: Path) -> None:

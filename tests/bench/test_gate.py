@@ -88,15 +88,10 @@ class Judge:
     """The gate of a small case."""
 
     def __init__(self, kind: str, suite: Suite = ATTENTION) -> None:
-        self.inputs = inputs_of(kind, suite)
-        self.gate = Gate(self.inputs, kind, naive(suite, kind), backward=True)
+        self.gate = Gate(inputs_of(kind, suite), kind, naive(suite, kind), backward=True)
 
     def fault(self, function: Callable[..., Outputs], *, is_peer: bool) -> str | None:
         return self.gate.fault(function, backward=True, is_peer=is_peer)
-
-
-def gate_of(kind: str, suite: Suite = ATTENTION) -> Judge:
-    return Judge(kind, suite)
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
@@ -107,14 +102,14 @@ def test_the_reference_passes(
     """With dropout too: the gate knows which weights the seed drops."""
     monkeypatch.setattr(bench_inputs, "MAX_SCORES", most_scores)
     function = rowmax_function(suite, kind, "reference")
-    gate = gate_of(kind, suite).gate
+    gate = Judge(kind, suite).gate
     for backward in (False, True):
         assert gate.fault(function, backward=backward, is_peer=False) is None
 
 
 @pytest.mark.parametrize("suite, kind", KINDS)
 def test_torchs_eager_paths_pass(suite: Suite, kind: str) -> None:
-    gate = gate_of(kind, suite)
+    gate = Judge(kind, suite)
     for name, make in peers_of(suite).items():
         if name in (*SLOW_TO_START, *PACKAGES, "sdpa-flash", "sdpa-efficient", "sdpa-cudnn"):
             continue  # tested by themselves, or on a GPU only
@@ -164,14 +159,8 @@ def only_one_head_right(inputs: AttentionInputs) -> Outputs:
 
 
 BROKEN = [
-    no_mask,
-    mask_off_by_one,
-    no_scale,
-    wrong_gradient_only,
-    half_precision,
-    last_row_missing,
-    not_a_number,
-    only_one_head_right,
+    *(no_mask, mask_off_by_one, no_scale, wrong_gradient_only, half_precision),
+    *(last_row_missing, not_a_number, only_one_head_right),
 ]
 
 
@@ -188,22 +177,19 @@ def test_a_broken_kernel_is_rejected(
         return  # no more wrong than the type itself
     monkeypatch.setattr(bench_inputs, "MAX_SCORES", most_scores)
     for is_peer in (False, True):
-        fault = gate_of("padded", suite).fault(broken, is_peer=is_peer)
+        fault = Judge("padded", suite).fault(broken, is_peer=is_peer)
         assert fault is not None
         assert ("NaN" if broken is not_a_number else "largest error") in fault
 
 
 def test_a_wrong_dropout_is_rejected() -> None:
     """Another seed, another probability, or the wrong scale: none is what was asked for."""
-    gate = gate_of("dropout")
+    gate = Judge("dropout")
 
     def with_dropout(dropout_p: float, seed: int, scale: float) -> Callable[..., Outputs]:
         return lambda inputs: (
             kernels.attention(
-                *(inputs.q, inputs.k, inputs.v),
-                dropout_p=dropout_p,
-                seed=seed,
-                backend="reference",
+                *(inputs.q, inputs.k, inputs.v), dropout_p=dropout_p, seed=seed, backend="reference"
             )
             * scale,
         )
@@ -218,7 +204,7 @@ def test_a_broken_norm_is_rejected(kind: str) -> None:
     def broken(inputs: NormInputs) -> Outputs:
         return tuple(1.001 * output for output in naive_norm(kind, inputs))
 
-    assert gate_of(kind, NORMS).fault(broken, is_peer=True) is not None
+    assert Judge(kind, NORMS).fault(broken, is_peer=True) is not None
 
 
 def test_rowmax_is_held_to_more_than_its_peers() -> None:
@@ -227,7 +213,7 @@ def test_rowmax_is_held_to_more_than_its_peers() -> None:
     def inexact(inputs: AttentionInputs) -> Outputs:
         return (naive_attention(inputs)[0] * (1 + 5e-6),)
 
-    gate = gate_of("full")
+    gate = Judge("full")
     assert gate.fault(inexact, is_peer=False) is not None
     assert gate.fault(inexact, is_peer=True) is None
 
@@ -250,7 +236,7 @@ def test_missing_results_are_rejected() -> None:
     def one_result(inputs: NormInputs) -> Outputs:
         return naive_norm("add_layer_norm", inputs)[:1]
 
-    fault = gate_of("add_layer_norm", NORMS).fault(one_result, is_peer=True)
+    fault = Judge("add_layer_norm", NORMS).fault(one_result, is_peer=True)
     assert fault == "expected 6 results, got 5"
 
 

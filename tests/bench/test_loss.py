@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure.loss import calls
 
 
-def test_prints_time_and_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_time_and_memory(tmp_path: Path, shown: Any) -> None:
     out = tmp_path / "loss.json"
     options = ["--shape", "64,16,500", "--seconds", "0.05", "--json", str(out)]
-    assert main(["loss", *options]) == 0
-    printed = capsys.readouterr().out
+    printed = shown("loss", *options)
     found = json.loads(out.read_text())["found"]
     assert next(iter(found)) == "unfused"
     for name, figures in found.items():

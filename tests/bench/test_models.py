@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rowmax.bench import cli
 from rowmax.bench.measure import models
 from rowmax.bench.measure.cases import FORWARD_BACKWARD, MODEL_KINDS, SUITES, Case
 from rowmax.bench.measure.gate import Gate
@@ -77,12 +76,9 @@ def test_what_was_replaced_is_put_back() -> None:
     assert F.scaled_dot_product_attention is SDPA
 
 
-def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Any
-) -> None:
-    monkeypatch.setattr("rowmax.bench.machine.host._LARGE", 1 << 14)
+@pytest.mark.usefixtures("small_machine")
+def test_the_command(shown: Any, refused: Any) -> None:
     chosen = ["--suite", "model", "--shape", "2,8,64", "--seconds", "0.01", "--quick"]
-    assert cli.main(["speed", *chosen, "--backend", "reference"]) == 0
-    output = capsys.readouterr().out
+    output = shown("speed", *chosen, "--backend", "reference")
     assert "transformer (1000 tokens/s; a training step of the reference Transformer)" in output
     refused("speed", "--suite", "model", "--shape", "2,8,65")

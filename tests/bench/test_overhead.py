@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure.overhead import calls
 
 
-def test_a_line_for_each_call(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["overhead", "--seconds", "0.01"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_a_line_for_each_call(shown: Any) -> None:
+    lines = shown("overhead", "--seconds", "0.01").splitlines()
     for name in calls():
         (line,) = (line for line in lines if line.startswith(name + "  "))
         ours, theirs = (float(text) for text in line.split()[-2:])

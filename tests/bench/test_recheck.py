@@ -13,14 +13,7 @@ import torch
 from rowmax.bench.conduct.guard import Guard
 from rowmax.bench.machine.host import CpuLimits
 from rowmax.bench.measure.arena import CaseArena, peek
-from rowmax.bench.measure.cases import (
-    BACKWARD,
-    FORWARD,
-    FORWARD_BACKWARD,
-    PASSES,
-    SUITES,
-    Case,
-)
+from rowmax.bench.measure.cases import BACKWARD, FORWARD, FORWARD_BACKWARD, PASSES, SUITES, Case
 from rowmax.bench.measure.inputs import AttentionInputs, NormInputs, Outputs, make_inputs
 from rowmax.bench.measure.models import ModelInputs
 from rowmax.bench.measure.possible import too_fast

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rowmax.bench import cli, record
+from rowmax.bench import record
 from rowmax.bench.measure.cases import FORWARD, FORWARD_BACKWARD, Case
 from rowmax.bench.shapes import calls
 from rowmax.bench.shapes.calls import Call
@@ -149,27 +149,26 @@ F.layer_norm(torch.randn(4, 16), (16,))
 """
 
 
-def test_a_script_is_recorded_timed_and_verified(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_script_is_recorded_timed_and_verified(tmp_path: Path, shown: Any) -> None:
     script, file = tmp_path / "step.py", tmp_path / "shapes.json"
     script.write_text(SCRIPT, encoding="utf-8")
-    assert cli.main(["record", "--out", str(file), "--", "python", str(script), "6"]) == 0
-    assert "7 calls of attention and norms, 2 distinct" in capsys.readouterr().out
+    assert "7 calls of attention and norms, 2 distinct" in shown(
+        "record", "--out", str(file), "--", "python", str(script), "6"
+    )
     document = json.loads(file.read_text(encoding="utf-8"))
     assert [row["count"] for row in document["calls"]] == [6, 1]
 
     few = ["--seconds", "0.01", "--quick", "--backend", "reference", "--peers", "sdpa,torch"]
-    assert cli.main(["speed", "--shapes", str(file), *few]) == 0
-    output = capsys.readouterr().out
+    output = shown("speed", "--shapes", str(file), *few)
     assert "cpu-norms, float32" in output
     assert "the 7 recorded calls: " in output
     assert " ms saved, " in output
 
     narrow = ["--backend", "reference", "--op", "attention", "--dtype", "float32"]
     chosen = ["--kind", "none,causal", "--check", "accuracy", "--verbose"]
-    assert cli.main(["verify", "--shapes", str(file), *narrow, *chosen]) == 0
-    assert "attention causal (2,4,4,9,9,8,8) float32" in capsys.readouterr().out
+    assert "attention causal (2,4,4,9,9,8,8) float32" in shown(
+        "verify", "--shapes", str(file), *narrow, *chosen
+    )
 
 
 def test_the_file_is_written_after_an_error_too(tmp_path: Path) -> None:

@@ -86,11 +86,7 @@ def test_gains_of_masks() -> None:
     gains = {
         (gain.kind, gain.unmasked): mean for gain, mean in summary.gains_of_masks(rows).items()
     }
-    assert gains.keys() == {
-        ("padded", "full"),
-        ("window", "full"),
-        ("padded+dropout", "dropout"),
-    }
+    assert gains.keys() == {("padded", "full"), ("window", "full"), ("padded+dropout", "dropout")}
     assert astuple(gains["padded", "full"]) == (pytest.approx((2.0 * 9.0) ** 0.5), 2.0, 2)
     assert gains["window", "full"].ratio == 12.0
     assert gains["padded+dropout", "dropout"].ratio == 2.0

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure import swap as bench
 
 
@@ -30,11 +29,10 @@ def models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "MODELS", one)
 
 
-def test_a_line_for_each_shape_and_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_line_for_each_shape_and_step(shown: Any, tmp_path: Path) -> None:
     file = tmp_path / "swap.json"
-    words = ["swap", "--model", "encoder", "--seconds", "0.01", "--json", str(file)]
-    assert main(words) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[1:8] == "encoder"]
+    output = shown("swap", "--model", "encoder", "--seconds", "0.01", "--json", str(file))
+    lines = [line for line in output.splitlines() if line[1:8] == "encoder"]
     assert len(lines) == 4
     rows = json.loads(file.read_text())["rows"]
     assert [(row["batch"], row["length"], row["step"]) for row in rows] == [
@@ -47,16 +45,13 @@ def test_a_line_for_each_shape_and_step(capsys: pytest.CaptureFixture[str], tmp_
     assert rows[0]["real"] == (2 + 4 + 6 + 8) / 32
 
 
-def test_what_is_not_right_is_not_timed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_right_is_not_timed(shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         passed = False
         verdict = "FAIL: on purpose"
 
     monkeypatch.setattr(bench, "compare", lambda *_, **__: Wrong())
-    assert main(["swap", "--model", "encoder", "--quick"]) == 1
-    out = capsys.readouterr().out
+    out = shown("swap", "--model", "encoder", "--quick", status=1)
     assert "encoder (4, 8) is not timed: FAIL: on purpose" in out
     assert "training" not in out
 

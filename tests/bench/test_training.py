@@ -10,21 +10,14 @@ import psutil
 import pytest
 import torch
 
-from rowmax.bench.cli import main
 from rowmax.bench.measure import figures, training
 from rowmax.transformer.config import ModelConfig
 
-TINY = ModelConfig(50, 1, 1, d_model=16, heads=2, d_ff=32, max_length=64)
 
-
-def test_prints_tokens_a_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(training.SIZES, "small", TINY)
+def test_prints_tokens_a_second(tmp_path: Path, shown: Any, tiny: ModelConfig) -> None:
     out = tmp_path / "training.json"
     options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
-    assert main(["training", "--bfloat16", *options]) == 0
-    printed = capsys.readouterr().out
+    printed = shown("training", "--bfloat16", *options)
     found = json.loads(out.read_text())
     names = ["packed", "padded", "nn.Transformer", "packed, bfloat16", "nn.Transformer, bfloat16"]
     assert list(found["found"]) == names
@@ -33,17 +26,12 @@ def test_prints_tokens_a_second(
     assert found["tokens"] < found["places"]
 
 
-def test_beside_busy_processes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(training.SIZES, "small", TINY)
+def test_beside_busy_processes(tmp_path: Path, shown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "training.json"
     options = ["--size", "small", "--pairs", "3", "--seconds", "0.1", "--json", str(out)]
-    assert main(["training", "--busy", "2", *options]) == 0
-    assert "ms, 2 busy  slower" in capsys.readouterr().out
-    assert all(
-        each["seconds_while_busy"] > 0 for each in json.loads(out.read_text())["found"].values()
-    )
+    assert "ms, 2 busy  slower" in shown("training", "--busy", "2", *options)
+    found = json.loads(out.read_text())["found"]
+    assert all(each["seconds_while_busy"] > 0 for each in found.values())
 
 
 def test_the_busy_processes_end() -> None:
@@ -63,13 +51,13 @@ def test_the_same_batch_packed_and_padded() -> None:
         assert (padded.tokens == full) == equal
 
 
-def test_torchs_transformer_learns_the_same_kind_of_loss() -> None:
+def test_torchs_transformer_learns_the_same_kind_of_loss(tiny: ModelConfig) -> None:
     padded, packed = training.batches(50, 5, equal=False)
-    steps = training.steps(TINY, padded, packed, "reference")
+    steps = training.steps(tiny, padded, packed, "reference")
     losses = {name: step() for name, step in steps.items()}
     assert losses["packed"] == pytest.approx(losses["padded"], rel=0.1)  # dropout differs
     assert losses["nn.Transformer"] == pytest.approx(losses["padded"], rel=0.5)
-    model = training.TorchTransformer(TINY).eval()
+    model = training.TorchTransformer(tiny).eval()
     one = training.batches(50, 1, equal=False)[0]
     longer = torch.nn.functional.pad(one.source, (0, 7), value=3)
     changed = type(one)(

@@ -65,10 +65,7 @@ def test_in_the_middle_of_a_measurement(
 
 def test_what_an_extra_brings() -> None:
     for extra, wanted in (("bench", '"rowmax[bench]"'), (None, "rowmax")):
-        with (
-            pytest.raises(MissingExtraError) as caught,
-            console.from_extra(extra),
-        ):
+        with pytest.raises(MissingExtraError) as caught, console.from_extra(extra):
             importlib.import_module("no_such_package")
         assert str(caught.value) == f"no_such_package is not installed: pip install {wanted}"
         assert caught.value.name == "no_such_package"

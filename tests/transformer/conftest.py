@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rowmax.transformer import cli
+from rowmax.transformer import Tokenizer, cli
 
 from .commands import TINY, write_pairs
 
@@ -18,3 +18,9 @@ def trained(tmp_path_factory) -> Path:
     text = write_pairs(folder, 120)
     assert cli.main(["train", *text, "--output", str(folder / "run"), *TINY]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Of few words."""
+    return Tokenizer.train(["하나 둘", "one two"], 300)

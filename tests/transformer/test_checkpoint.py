@@ -38,11 +38,6 @@ FILES = (
 DEEP = b"[" * 100_000
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["하나 둘", "one two"], 300)
-
-
 def new_model(seed: int, **changes) -> EncoderDecoder:
     torch.manual_seed(seed)
     config = ModelConfig(300, 1, 1, d_model=8, heads=2, d_ff=16, max_length=20)

@@ -117,7 +117,7 @@ def test_numerals_read_back(number):
 
 def test_native_numerals():
     assert [korean.native(n) for n in (1, 3, 11, 20, 21, 99)] == [
-        *("한", "세", "열한", "스무", "스물한", "아흔아홉"),
+        *("한", "세", "열한", "스무", "스물한", "아흔아홉")
     ]
 
 

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rowmax.transformer import CheckpointError, Tokenizer, load_average
+from rowmax.transformer import CheckpointError, load_average
 from rowmax.transformer import checkpoint as checkpoints
 
 from .test_checkpoint import assert_holds, save
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.train(["하나 둘", "one two"], 300)
 
 
 def foreign_things(run: Path, elsewhere: Path) -> set[str]:

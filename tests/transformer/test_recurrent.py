@@ -240,9 +240,7 @@ def test_learns_and_resumes_bitwise(arch, tmp_path):
     before = trainer.validate(dataset)
     for _ in range(2):
         trainer.step()
-    path = checkpoint.save(
-        tmp_path, 2, trainer.model, tokenizer, trainer.optimizer_tensors(), trainer.state()
-    )
+    path = trainer.save(tmp_path, tokenizer)
     for _ in range(2):
         trainer.step()
     assert trainer.validate(dataset) < before

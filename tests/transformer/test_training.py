@@ -264,14 +264,7 @@ def test_resuming_gives_the_same_weights_as_going_on(tmp_path):
         first = new_trainer()
         for _ in range(cut):
             first.step()
-        path = checkpoints.save(
-            tmp_path / str(cut),
-            cut,
-            first.model,
-            TOKENIZER,
-            first.optimizer_tensors(),
-            first.state(),
-        )
+        path = first.save(tmp_path / str(cut), TOKENIZER)
         second = new_trainer()
         second.restore(checkpoints.load(path))
         while second.steps_done < 12:
@@ -308,9 +301,7 @@ def test_accumulated_training_goes_on_where_it_stood(accumulate, padded, tmp_pat
         straight.step()
     for _ in range(5):
         first.step()
-    path = checkpoints.save(
-        tmp_path, 5, first.model, TOKENIZER, first.optimizer_tensors(), first.state()
-    )
+    path = first.save(tmp_path, TOKENIZER)
     second.restore(checkpoints.load(path))
     for _ in range(4):
         second.step()
@@ -320,9 +311,7 @@ def test_accumulated_training_goes_on_where_it_stood(accumulate, padded, tmp_pat
 def test_resuming_with_other_data(tmp_path):
     trainer = new_trainer()
     trainer.step()
-    path = checkpoints.save(
-        tmp_path, 1, trainer.model, TOKENIZER, trainer.optimizer_tensors(), trainer.state()
-    )
+    path = trainer.save(tmp_path, TOKENIZER)
     other = Trainer(trainer.model, Dataset(PAIRS[1:], TOKENIZER, 40), SETTINGS)
     with pytest.raises(CheckpointError, match="was trained on other data"):
         other.restore(checkpoints.load(path))

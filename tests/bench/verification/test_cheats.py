@@ -62,23 +62,15 @@ def by(backend: SDPBackend) -> Callable[..., Tensor]:
     return sdpa
 
 
-def matmul(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def matmul(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """The equation by torch.matmul, in the dtype of the inputs throughout."""
-    if enable_gqa:
+    if options.get("enable_gqa"):
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scale, attn_mask = options.get("scale"), options.get("attn_mask")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.matmul(query * scale, key.transpose(-1, -2))
-    if is_causal:
+    if options.get("is_causal"):
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores, attn_mask = scores + attn_mask, attn_mask != -torch.inf
@@ -88,7 +80,7 @@ def matmul(
         weights = scores.softmax(-1).masked_fill(none, 0.0)
     else:
         weights = scores.softmax(-1)
-    return torch.matmul(F.dropout(weights, dropout_p), value)
+    return torch.matmul(F.dropout(weights, options.get("dropout_p", 0.0)), value)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

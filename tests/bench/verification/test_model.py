@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rowmax.bench import cli, verify_model
+from rowmax.bench import verify_model
 from rowmax.bench.verification.model import AGAIN, ALONE, ON_THREADS
 
 
@@ -107,15 +107,14 @@ def test_wrong_arguments() -> None:
         verify_model(model(), INPUTS, contract="mine")
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any) -> None:
+def test_the_command(tmp_path: Path, shown: Any, refused: Any) -> None:
     file, path = tmp_path / "mine.py", tmp_path / "model.json"
     file.write_text(
         "import torch\n"
         "def small():\n    return torch.nn.Linear(2, 2), torch.ones(2, 2)\n"
         "def wrong():\n    return torch.nn.Linear(2, 2)\n"
     )
-    assert cli.main(["verify", "--model", f"{file}:small", "--json", str(path)]) == 0
-    assert capsys.readouterr().out.endswith("\npassed\n")
+    assert shown("verify", "--model", f"{file}:small", "--json", str(path)).endswith("\npassed\n")
     assert json.loads(path.read_text())["passed"]
     assert "got a Linear" in refused("verify", "--model", f"{file}:wrong")
     assert "--op: not with --model" in refused("verify", "--model", f"{file}:small", "--op", "x")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rowmax import kernels
-from rowmax.bench import cli, verify
+from rowmax.bench import verify
 from rowmax.bench.verification import high_precision, suite
 from rowmax.bench.verification.outcome import SCHEMA
 from rowmax.bench.verification.text import WIDTH
@@ -232,12 +232,11 @@ def test_wrong_arguments(arguments: Any, error: type[Exception], words: str) -> 
 NARROW = ["verify", "--backend", "reference", "--dtype", "float32", "--op", "rms_norm"]
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, shown: Any) -> None:
     written = tmp_path / "verify.json"
     page = tmp_path / "verify.html"
     files = ["--json", str(written), "--html", str(page)]
-    assert cli.main([*NARROW, "--verbose", *files]) == 0
-    output = capsys.readouterr().out
+    output = shown(*NARROW, "--verbose", *files)
     assert max(map(len, output.splitlines())) <= WIDTH
     assert "rms_norm weight (7,5) float32" in output
     assert "rejected: " in output
@@ -253,11 +252,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_a_finding_is_exit_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finding_is_exit_status_1(shown: Any) -> None:
     chosen = ["--function", "torch.nn.functional:scaled_dot_product_attention"]
     chosen += ["--kind", "poisoned-padding", "--dtype", "float32", "--check", "accuracy"]
-    assert cli.main(["verify", *chosen]) == 1
-    assert "FAILED: 1 findings" in capsys.readouterr().out
+    assert "FAILED: 1 findings" in shown("verify", *chosen, status=1)
 
 
 @pytest.mark.parametrize(
