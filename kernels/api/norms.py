@@ -107,11 +107,7 @@ def add_layer_norm(
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    backend: str = "auto",
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
     """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, equation 4).
 

@@ -17,13 +17,7 @@ from ..ops.layout import statistics_dtype
 from ..ops.torch_internals import assert_async, tracing_state
 from .attention import attention_problem
 from .biases import ALiBi
-from .checks import (
-    fail_type,
-    fail_value,
-    require_float,
-    require_tensor,
-    shape_text,
-)
+from .checks import fail_type, fail_value, require_float, require_tensor, shape_text
 from .masks import Align, Causal, Mask, Window, offset_of, structure_of
 
 _T = TypeVar("_T", Mask, ALiBi)

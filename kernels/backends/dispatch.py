@@ -48,8 +48,7 @@ FastPathAttention = Callable[
 # x, residual, weight, bias and eps as a caller passed them, subtract_mean -> y, and x + residual,
 # which without a residual is y again; None as above
 FastPathNorm = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool],
-    tuple[Tensor, Tensor] | None,
+    [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool], tuple[Tensor, Tensor] | None
 ]
 
 

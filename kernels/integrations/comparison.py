@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api.checks import fail_type, fail_value
-from .differences import (
-    PARAMETER,
-    LayerDifference,
-    Run,
-    call_of,
-    differences_of,
-    real_tokens,
-)
+from .differences import PARAMETER, LayerDifference, Run, call_of, differences_of, real_tokens
 from .packing import Packing
 from .report import SwapReport, columns
 from .swap import Filter, swap
@@ -50,11 +43,7 @@ class ComparisonReport:
     """What `compare` found; `print` shows it."""
 
     def __init__(
-        self,
-        report: SwapReport,
-        layers: Sequence[LayerDifference],
-        original: Cost,
-        swapped: Cost,
+        self, report: SwapReport, layers: Sequence[LayerDifference], original: Cost, swapped: Cost
     ) -> None:
         self.report = report
         self.layers = tuple(layers)

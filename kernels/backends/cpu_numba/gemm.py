@@ -68,10 +68,7 @@ def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: in
 
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     a_offsets = [builder.mul(a_row, number(r)) for r in range(rows)]
-    with (
-        cgutils.for_range(builder, tiles) as tile,
-        cgutils.for_range(builder, panels) as panel,
-    ):
+    with cgutils.for_range(builder, tiles) as tile, cgutils.for_range(builder, panels) as panel:
         first_row = builder.mul(tile.index, number(rows))
         column = builder.mul(panel.index, number(vectors * lanes))
         a_first = builder.gep(a, [builder.mul(first_row, a_row)])

@@ -253,10 +253,7 @@ def _tile_function(module: ir.Module, rows: int, vectors: int) -> ir.Function:
         pair = builder.bitcast(broadcast(builder, words, builder.load(at, align=2)), _PAIRS)
         for v in range(vectors):
             after[r, v] = call_llvm(
-                builder,
-                "llvm.x86.avx512bf16.dpbf16ps.512",
-                _FLOATS,
-                [sums[r, v], pair, columns[v]],
+                builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [sums[r, v], pair, columns[v]]
             )
     k_next = builder.add(k, ir.Constant(_I64, 1))
     a_next, b_next = builder.gep(a_k, [a_depth]), builder.gep(b_k, [b_depth])

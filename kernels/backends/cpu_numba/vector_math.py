@@ -9,23 +9,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..cpu_common.constants import (
-    EXP2_DOUBLE,
-    EXP2_FLOAT,
-    LOG2_SERIES,
-    TANH_DOUBLE,
-    TANH_FLOAT,
-)
+from ..cpu_common.constants import EXP2_DOUBLE, EXP2_FLOAT, LOG2_SERIES, TANH_DOUBLE, TANH_FLOAT
 from .jit import jit
-from .vector import (
-    Vector,
-    constant,
-    fma,
-    llvm_vector,
-    maximum,
-    select,
-    splat_like,
-)
+from .vector import Vector, constant, fma, llvm_vector, maximum, select, splat_like
 
 _EXP2_COEFFICIENTS = {types.float32: EXP2_FLOAT, types.float64: EXP2_DOUBLE}
 # mantissa bits, exponent bias, and the number whose addition leaves round(x) + bias in the low bits
