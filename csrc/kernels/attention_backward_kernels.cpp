@@ -347,14 +347,10 @@ void backward(const AttentionCall& call, void* memory) {
   const BackwardScratch<Products> parts(call, scratch);
   fill(parts.ones, VECTORS * LANES<T>, T(1));
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
-  while (true) {
-    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
-    if (first >= tasks) {
-      break;
-    }
-    const int64_t last = min(first + call.tasks_per_grab, tasks) - 1;
-    for (int64_t task = first; task <= last; ++task) {
-      const int64_t following = task < last ? task + 1 : -1;  // a task is a head where several run
+  for_grabs(call.work_counter, call.tasks_per_grab, tasks, [&](int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) {
+      // (a task is a head where several run)
+      const int64_t following = task + 1 < end ? task + 1 : -1;
       const int64_t plane = task / call.chunk_tasks, chunk = task % call.chunk_tasks;
       const int64_t b = plane / call.head_tasks, head = plane % call.head_tasks;
       const int64_t b_end = call.batch_tasks == call.batch ? b + 1 : call.batch;
@@ -365,7 +361,7 @@ void backward(const AttentionCall& call, void* memory) {
         }
       }
     }
-  }
+  });
 }
 
 template <typename Products>

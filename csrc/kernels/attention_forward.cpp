@@ -330,12 +330,7 @@ void forward(const AttentionCall& call, void* memory) {
   int64_t head = -1;  // of K and V
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t tasks = call.batch * call.heads * tiles;
-  while (true) {
-    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
-    if (first >= tasks) {
-      break;
-    }
-    const int64_t end = min(first + call.tasks_per_grab, tasks);
+  for_grabs(call.work_counter, call.tasks_per_grab, tasks, [&](int64_t first, int64_t end) {
     for (int64_t task = first; task < end; ++task) {
       const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
       const int64_t following = next_head ? (task + 1) / tiles : -1;
@@ -348,7 +343,7 @@ void forward(const AttentionCall& call, void* memory) {
       forward_tile<Products>(
           call, plane / call.heads, plane % call.heads, tile * call.tile, following, parts);
     }
-  }
+  });
 }
 
 template <typename Products>
