@@ -18,7 +18,7 @@ from .gemm import lanes_of
 from .host import vector_bits
 from .jit import jit
 from .memory import computed_type, narrow, stored_vector, widen
-from .vector import LANES, broadcast, constant, llvm_element, load_vector, store_vector
+from .vector import LANES, broadcast, constant, emitted, llvm_element, load_vector, store_vector
 
 
 def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
@@ -102,12 +102,11 @@ def _block_function(
 
 
 def _turning(what: str, source: Any, target: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
         builder.call(_block_function(builder.module, source.dtype, target.dtype, what), args)
-        return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(source, i64, target, i64, computed_type(source.dtype)), generate
+    return emitted(types.void(source, i64, target, i64, computed_type(source.dtype)), emit)
 
 
 @intrinsic
