@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,19 @@ def item_size(typing: Any, like: types.Type) -> Any:
     return emitted(types.int64(like), lambda *_: size)
 
 
-@infer_global(operator.add)
-class _PointerAdd(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0], args[0], types.int64)
-        return None
+def _define(function: Any, sig: Callable[[Pointer], Any]) -> None:
+    """The signature of `function` of a pointer and an integer."""
+
+    @infer_global(function)
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, _kws: Any) -> Any:
+            known = isinstance(args[0], Pointer) and isinstance(args[1], types.Integer)
+            return sig(args[0]) if known else None
+
+
+_define(operator.add, lambda at: signature(at, at, types.int64))
+_define(operator.getitem, lambda at: signature(at.dtype, at, types.int64))
+_define(operator.setitem, lambda at: signature(types.none, at, types.int64, at.dtype))
 
 
 @lower_builtin(operator.add, Pointer, types.int64)
@@ -111,25 +119,9 @@ def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
     return builder.gep(args[0], [args[1]])
 
 
-@infer_global(operator.getitem)
-class _PointerGet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0].dtype, args[0], types.int64)
-        return None
-
-
 @lower_builtin(operator.getitem, Pointer, types.int64)
 def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
     return builder.load(builder.gep(args[0], [args[1]]))
-
-
-@infer_global(operator.setitem)
-class _PointerSet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(types.none, args[0], types.int64, args[0].dtype)
-        return None
 
 
 @lower_builtin(operator.setitem, Pointer, types.int64, types.Any)

@@ -227,66 +227,38 @@ def lane_floats(typing: Any, like: types.Type) -> Any:
     return emitted(kind(like), lambda *_: lane_indices(llvm_vector(kind)))
 
 
-def _define_arithmetic(function: Any, float_instruction: str, int_instruction: str) -> None:
-    """Lane-wise `function` of two equal vectors."""
+def _define(function: Any, of_floats: Any, of_integers: Any, *, compares: bool) -> None:
+    """Lane-wise `function` of two equal vectors, by one of two instructions."""
 
     @infer_global(function)
     class _Template(AbstractTemplate):
         def generic(self, args: Any, _kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                return signature(args[0], *args)
+                found = Vector(types.boolean, args[0].lanes) if compares else args[0]
+                return signature(found, *args)
             return None
 
     @lower_builtin(function, Vector, Vector)
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        is_float = sig.args[0].dtype in LANES
-        instruction = float_instruction if is_float else int_instruction
-        return getattr(builder, instruction)(*args)
+        return (of_floats if sig.args[0].dtype in LANES else of_integers)(builder, *args)
 
 
-def _define_comparison(function: Any, predicate: str) -> None:
-    @infer_global(function)
-    class _Template(AbstractTemplate):
-        def generic(self, args: Any, _kws: Any) -> Any:
-            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                return signature(Vector(types.boolean, args[0].lanes), *args)
-            return None
-
-    @lower_builtin(function, Vector, Vector)
-    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        if sig.args[0].dtype in LANES:
-            return builder.fcmp_ordered(predicate, *args)
-        return builder.icmp_signed(predicate, *args)
-
-
+_IR = ir.IRBuilder
 for _function, _float, _int in (
-    (operator.add, "fadd", "add"),
-    (operator.sub, "fsub", "sub"),
-    (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", "sdiv"),
+    (operator.add, _IR.fadd, _IR.add),
+    (operator.sub, _IR.fsub, _IR.sub),
+    (operator.mul, _IR.fmul, _IR.mul),
+    (operator.truediv, _IR.fdiv, _IR.sdiv),
+    (operator.and_, None, _IR.and_),
 ):
-    _define_arithmetic(_function, _float, _int)
-for _function, _predicate in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
-):
-    _define_comparison(_function, _predicate)
-
-
-@infer_global(operator.and_)
-class _And(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
-        return None
-
-
-@lower_builtin(operator.and_, Vector, Vector)
-def _and(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-    return builder.and_(*args)
+    _define(_function, _float, _int, compares=False)
+for _sign, _name in (("<", "lt"), ("<=", "le"), (">", "gt"), (">=", "ge"), ("==", "eq")):
+    _define(
+        getattr(operator, _name),
+        lambda builder, a, b, sign=_sign: builder.fcmp_ordered(sign, a, b),
+        lambda builder, a, b, sign=_sign: builder.icmp_signed(sign, a, b),
+        compares=True,
+    )
 
 
 @intrinsic
