@@ -11,7 +11,7 @@ from torch import Tensor
 
 import rowmax.kernels as rk
 
-from .support import traced
+from .support import loss_gradients, traced
 
 Draw = Callable[[torch.Generator, int], tuple[Tensor, ...]]
 
@@ -22,15 +22,7 @@ def check(function: Callable[..., Any], draw: Draw) -> None:
     graph = traced(function, *draw(generator, 9))
     for length in (9, 12, 4):
         arguments = draw(generator, length)
-        found = []
-        for call in (graph, function):
-            leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in arguments]
-            outputs = call(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            finite = [output.masked_fill(output == -torch.inf, 0.0) for output in outputs]
-            loss = torch.stack([output.square().sum() for output in finite]).sum()
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found.append((*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True)))
+        found = (loss_gradients(call, arguments) for call in (graph, function))
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
 
