@@ -65,8 +65,9 @@ class AttentionProblem(NamedTuple):
 
     def has_heads_only(self) -> bool:
         """Whether query, key and value are all its tensors."""
+        mask = self.mask
         return _NO_TENSORS.issuperset(map(type, self[3:])) and (
-            self.mask is NO_MASK or _NO_TENSORS.issuperset(map(type, self.mask))
+            mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
         )
 
     def flat(self) -> tuple[Any, ...]:

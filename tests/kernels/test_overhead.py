@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rowmax.kernels as rk
 from rowmax.kernels.ops import fast_path, operators
 
-from ..tensors import rand
+from ..tensors import left_by, rand
 from .backends import BACKENDS, device_of, is_interpreted
 
 
@@ -125,18 +125,6 @@ def test_what_the_dispatcher_serves_goes_through_it(
         assert not dispatched
         if name != "meta":
             torch.testing.assert_close(out.as_subclass(Tensor), expected, rtol=1e-12, atol=0)
-
-
-def left_by(transform: Callable[..., Any], value: Tensor) -> Tensor:
-    """What a transform wrapped, after it has ended."""
-    kept: list[Tensor] = []
-
-    def keep(wrapped: Tensor) -> Tensor:
-        kept.append(wrapped)
-        return wrapped.sum()
-
-    transform(keep)(value)
-    return kept[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*(prototype|beta|deprecated)")
