@@ -28,6 +28,14 @@ void check(const View& view, const char* name, ScalarType dtype) {
   require(view.sizes[3] <= 1 || view.strides[3] == 1 || empty, name, ": expected contiguous rows");
 }
 
+// The call's fields of a tensor (B, H, L, D) with contiguous rows, checked.
+#define ROWMAX_SET_ROWS(name, view)      \
+  check(view, #name, dtype);             \
+  call.name = (view).data;               \
+  call.name##_batch = (view).strides[0]; \
+  call.name##_head = (view).strides[1];  \
+  call.name##_row = (view).strides[2]
+
 // A call, the type it is computed in (0 float, 1 double) and what follows from the two.
 struct Launch {
   AttentionCall call{};
@@ -41,19 +49,10 @@ struct Launch {
     type = dtype == ScalarType::Double ? 1 : 0;
     element = type == 1 ? 8 : 4;
     lanes = kernels.vector_bytes / element;
-    check(query, "query", dtype);
-    check(key, "key", dtype);
-    check(value, "value", dtype);
-    check(out, "out", dtype);
-    call.query = query.data;
-    call.key = key.data;
-    call.value = value.data;
-    call.out = out.data;
-    const int64_t *q = query.strides, *k = key.strides, *v = value.strides, *o = out.strides;
-    call.query_batch = q[0], call.query_head = q[1], call.query_row = q[2];
-    call.key_batch = k[0], call.key_head = k[1], call.key_row = k[2];
-    call.value_batch = v[0], call.value_head = v[1], call.value_row = v[2];
-    call.out_batch = o[0], call.out_head = o[1], call.out_row = o[2];
+    ROWMAX_SET_ROWS(query, query);
+    ROWMAX_SET_ROWS(key, key);
+    ROWMAX_SET_ROWS(value, value);
+    ROWMAX_SET_ROWS(out, out);
     call.item_type = item_type_of(dtype);
     call.heads = query.sizes[1];
     call.key_heads = key.sizes[1];
@@ -88,10 +87,7 @@ struct Launch {
       const Tensor& bias = *problem.bias;
       call.bias = bias.data_ptr();
       call.bias_item_type = item_type_of(bias.scalar_type());
-      call.bias_batch = broadcast_stride(bias, 0);
-      call.bias_head = broadcast_stride(bias, 1);
-      call.bias_row = broadcast_stride(bias, 2);
-      call.bias_column = broadcast_stride(bias, 3);
+      ROWMAX_SET_BROADCAST(bias, bias);
     }
     if (problem.alibi_slopes && problem.alibi_offset) {
       call.alibi = address<double>(problem.alibi_slopes);
@@ -180,24 +176,14 @@ void backward(
   Launch launch(problem, out);
   AttentionCall& call = launch.call;
   const ScalarType dtype = out.dtype;
-  check(grad_out, "grad_out", dtype);
-  check(d_query, "d_query", dtype);
-  check(d_key, "d_key", dtype);
-  check(d_value, "d_value", dtype);
+  ROWMAX_SET_ROWS(grad_out, grad_out);
+  ROWMAX_SET_ROWS(d_query, d_query);
+  ROWMAX_SET_ROWS(d_key, d_key);
+  ROWMAX_SET_ROWS(d_value, d_value);
   require(
       lse.is_contiguous() && lse.scalar_type() == ScalarType::Double,
       "lse: expected a contiguous float64 tensor");
   call.lse = lse.data_ptr();
-  call.grad_out = grad_out.data;
-  call.d_query = d_query.data;
-  call.d_key = d_key.data;
-  call.d_value = d_value.data;
-  const int64_t *g = grad_out.strides, *q = d_query.strides, *k = d_key.strides;
-  const int64_t* v = d_value.strides;
-  call.grad_out_batch = g[0], call.grad_out_head = g[1], call.grad_out_row = g[2];
-  call.d_query_batch = q[0], call.d_query_head = q[1], call.d_query_row = q[2];
-  call.d_key_batch = k[0], call.d_key_head = k[1], call.d_key_row = k[2];
-  call.d_value_batch = v[0], call.d_value_head = v[1], call.d_value_row = v[2];
   call.grad_lse = address<double>(grad_lse);
   call.delta = delta ? static_cast<double*>(delta->data_ptr()) : nullptr;
   const int64_t* d_bias_sizes = d_bias ? d_bias->sizes() : nullptr;
@@ -207,10 +193,7 @@ void backward(
     call.d_bias_item_type = item_type_of(d_bias->scalar_type());
     call.d_bias_kind =
         bias_gradient_kind(launch.sizes(), d_bias_sizes, d_bias->scalar_type() == computed);
-    call.d_bias_batch = broadcast_stride(*d_bias, 0);
-    call.d_bias_head = broadcast_stride(*d_bias, 1);
-    call.d_bias_row = broadcast_stride(*d_bias, 2);
-    call.d_bias_column = broadcast_stride(*d_bias, 3);
+    ROWMAX_SET_BROADCAST(d_bias, *d_bias);
   }
   if (call.batch == 0 || call.key_heads == 0) {
     return;
@@ -276,12 +259,8 @@ void fast_path_attention(
     call.key_lengths = static_cast<const int64_t*>(key_lengths->data);
   }
   if (dense) {
-    const auto stride = [&](int64_t dimension) {
-      return dense->sizes[dimension] == 1 ? 0 : dense->strides[dimension];
-    };
     call.dense = static_cast<const uint8_t*>(dense->data);
-    call.dense_batch = stride(0), call.dense_head = stride(1);
-    call.dense_row = stride(2), call.dense_column = stride(3);
+    ROWMAX_SET_BROADCAST(dense, *dense);
   }
   forward(launch, std::nullopt);
 }

@@ -47,6 +47,15 @@ inline void* mutable_address(const MaybeTensor& tensor) {
 inline int64_t broadcast_stride(const Tensor& tensor, int64_t dimension) {
   return tensor.sizes()[dimension] == 1 ? 0 : tensor.strides()[dimension];
 }
+inline int64_t broadcast_stride(const View& view, int64_t dimension) {
+  return view.sizes[dimension] == 1 ? 0 : view.strides[dimension];
+}
+// The call's strides of a tensor that broadcasts to (B, H, Lq, Lk).
+#define ROWMAX_SET_BROADCAST(name, tensor)         \
+  call.name##_batch = broadcast_stride(tensor, 0); \
+  call.name##_head = broadcast_stride(tensor, 1);  \
+  call.name##_row = broadcast_stride(tensor, 2);   \
+  call.name##_column = broadcast_stride(tensor, 3)
 
 // Words below this drop. p = 1 wants 2**32, one more than a word holds; a scale of 0 drops what is left.
 inline int64_t dropout_threshold(double dropout_p) {

@@ -27,10 +27,7 @@ void set_mask_fields(Call& call, const MaskStructure& mask) {
   if (mask.dense) {
     const Tensor& dense = *mask.dense;
     call.dense = static_cast<const uint8_t*>(dense.data_ptr());
-    call.dense_batch = broadcast_stride(dense, 0);
-    call.dense_head = broadcast_stride(dense, 1);
-    call.dense_row = broadcast_stride(dense, 2);
-    call.dense_column = broadcast_stride(dense, 3);
+    ROWMAX_SET_BROADCAST(dense, dense);
   }
 }
 

@@ -119,8 +119,7 @@ template <typename T>
 void store_query_gradient(
     const AttentionCall& call, int64_t batch_index, int64_t row, const Tile& tile,
     const T* d_query_t, Matrix<T> scratch) {
-  const int64_t offset =
-      batch_index * call.d_query_batch + tile.h * call.d_query_head + row * call.d_query_row;
+  const int64_t offset = ROWMAX_OFFSET(d_query, batch_index, tile.h, row);
   const T factor = static_cast<T>(call.score_scale);
   const Matrix<const T> from{d_query_t, tile.width};
   if (call.item_type == ITEM_COMPUTED) {
@@ -220,10 +219,8 @@ void backward_tile(
   const int64_t batch_index = sequence.batch_index, head = h / (call.heads / call.key_heads);
   const int64_t first_row = sequence.first_query + start;
   const int64_t row = (batch_index * call.heads + h) * call.query_rows + first_row;
-  const int64_t key =
-      batch_index * call.key_batch + head * call.key_head + sequence.first_key * call.key_row;
-  const int64_t value =
-      batch_index * call.value_batch + head * call.value_head + sequence.first_key * call.value_row;
+  const int64_t key = ROWMAX_OFFSET(key, batch_index, head, sequence.first_key);
+  const int64_t value = ROWMAX_OFFSET(value, batch_index, head, sequence.first_key);
 
   if (following >= 0) {
     prefetch_part<T>(call, following, kQuery);
@@ -239,9 +236,9 @@ void backward_tile(
     }
     const bool dead = read_lse(call, row, rows, terms);
     const TileOffsets at{
-        batch_index * call.query_batch + h * call.query_head + first_row * call.query_row,
-        batch_index * call.grad_out_batch + h * call.grad_out_head + first_row * call.grad_out_row,
-        batch_index * call.out_batch + h * call.out_head + first_row * call.out_row};
+        ROWMAX_OFFSET(query, batch_index, h, first_row),
+        ROWMAX_OFFSET(grad_out, batch_index, h, first_row),
+        ROWMAX_OFFSET(out, batch_index, h, first_row)};
     Products::load_tile(call, at, tile, dead, parts);
     finish_delta(call, row, rows, terms, chunk == first_chunk);
   }
@@ -327,13 +324,11 @@ void backward_chunk(
     }
   }
   const int64_t first_key = sequence.first_key + begin;
-  const int64_t to_key =
-      sequence.batch_index * call.d_key_batch + head * call.d_key_head + first_key * call.d_key_row;
+  const int64_t to_key = ROWMAX_OFFSET(d_key, sequence.batch_index, head, first_key);
   write_rows<T>(
       call.item_type, call.d_key, to_key, call.d_key_row, {with.d_key, with.head_columns}, keys,
       call.head_dim, static_cast<T>(call.score_scale));
-  const int64_t to_value = sequence.batch_index * call.d_value_batch + head * call.d_value_head +
-                           first_key * call.d_value_row;
+  const int64_t to_value = ROWMAX_OFFSET(d_value, sequence.batch_index, head, first_key);
   write_rows<T>(
       call.item_type, call.d_value, to_value, call.d_value_row, {with.d_value, with.value_columns},
       keys, call.value_dim, T(1));
@@ -347,14 +342,10 @@ void backward(const AttentionCall& call, void* memory) {
   const BackwardScratch<Products> parts(call, scratch);
   fill(parts.ones, VECTORS * LANES<T>, T(1));
   const int64_t tasks = call.batch_tasks * call.head_tasks * call.chunk_tasks;
-  while (true) {
-    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
-    if (first >= tasks) {
-      break;
-    }
-    const int64_t last = min(first + call.tasks_per_grab, tasks) - 1;
-    for (int64_t task = first; task <= last; ++task) {
-      const int64_t following = task < last ? task + 1 : -1;  // a task is a head where several run
+  for_grabs(call.work_counter, call.tasks_per_grab, tasks, [&](int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) {
+      // (a task is a head where several run)
+      const int64_t following = task + 1 < end ? task + 1 : -1;
       const int64_t plane = task / call.chunk_tasks, chunk = task % call.chunk_tasks;
       const int64_t b = plane / call.head_tasks, head = plane % call.head_tasks;
       const int64_t b_end = call.batch_tasks == call.batch ? b + 1 : call.batch;
@@ -365,7 +356,7 @@ void backward(const AttentionCall& call, void* memory) {
         }
       }
     }
-  }
+  });
 }
 
 template <typename Products>

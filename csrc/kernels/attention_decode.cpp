@@ -110,8 +110,7 @@ void add_terms_to_row(
     }
   }
   if (call.bias != nullptr) {
-    const int64_t offset =
-        b * call.bias_batch + h * call.bias_head + i * call.bias_row + k0 * call.bias_column;
+    const int64_t offset = ROWMAX_OFFSET(bias, b, h, i) + k0 * call.bias_column;
     const bool same = call.bias_column == 0;
     const T* source =
         readable<T>(call.bias_item_type, call.bias, offset, 0, 1, same ? 1 : keys, scratch).at;
@@ -244,15 +243,13 @@ void decode_chunk(
 
   fill(with.alive, CHUNK_KEYS, T(0));
   for (int64_t g = 0; g < group; ++g) {
-    const int64_t at = batch_index * call.query_batch + (head * group + g) * call.query_head +
-                       sequence.first_query * call.query_row;
+    const int64_t at = ROWMAX_OFFSET(query, batch_index, head * group + g, sequence.first_query);
     const Matrix<T> to{with.query + g * queries * with.head_columns, with.head_columns};
     copy_rows<T>(
         call.item_type, call.query, at, call.query_row, to, queries, call.head_dim, with.alive);
   }
   const int64_t counted = end - begin, skipped = begin - k0;
-  const int64_t key = batch_index * call.key_batch + head * call.key_head +
-                      (sequence.first_key + begin) * call.key_row;
+  const int64_t key = ROWMAX_OFFSET(key, batch_index, head, sequence.first_key + begin);
   with_rows(
       call, call.key, key, call.key_row, counted, call.head_dim, with.head_columns, with,
       [&](auto keys) {
@@ -284,8 +281,7 @@ void decode_chunk(
       drop_row(call, b, h, i, k0, end - k0, row);
     }
   }
-  const int64_t value = batch_index * call.value_batch + head * call.value_head +
-                        (sequence.first_key + begin) * call.value_row;
+  const int64_t value = ROWMAX_OFFSET(value, batch_index, head, sequence.first_key + begin);
   const Matrix<T> totals{partial + LANES<T>, row_size};
   with_rows(
       call, call.value, value, call.value_row, counted, call.value_dim, with.value_columns, with,
@@ -331,8 +327,7 @@ void merge_chunks(
     const bool empty = total == 0.0;
     const T factor = empty ? T(0) : static_cast<T>(call.keep_scale / total);
     const int64_t row = sequence.first_query + i;
-    const int64_t offset =
-        sequence.batch_index * call.out_batch + h * call.out_head + row * call.out_row;
+    const int64_t offset = ROWMAX_OFFSET(out, sequence.batch_index, h, row);
     write_rows<T>(
         call.item_type, call.out, offset, call.out_row, {with.sums, with.value_columns}, 1,
         call.value_dim, factor);

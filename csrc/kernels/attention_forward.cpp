@@ -166,8 +166,7 @@ void finish(
     }
   }
   const int64_t first_row = sequence.first_query + tile.start;
-  const int64_t offset =
-      sequence.batch_index * call.out_batch + tile.h * call.out_head + first_row * call.out_row;
+  const int64_t offset = ROWMAX_OFFSET(out, sequence.batch_index, tile.h, first_row);
   if (call.item_type == ITEM_COMPUTED) {
     T* out = static_cast<T*>(call.out) + offset;
     transpose<T>({from.out_t, tile.width}, {out, call.out_row}, call.value_dim, tile.rows, T(1));
@@ -209,21 +208,17 @@ void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
   const Sequence at = sequence_of(call, b);
   const int64_t head = h / (call.heads / call.key_heads);
   if (part == kQuery) {
-    const int64_t query =
-        at.batch_index * call.query_batch + h * call.query_head + at.first_query * call.query_row;
+    const int64_t query = ROWMAX_OFFSET(query, at.batch_index, h, at.first_query);
     prefetch_rows<T>(
         call.item_type, call.query, query, call.query_row, at.query_len, call.head_dim);
   } else if (part == kKey) {
-    const int64_t key =
-        at.batch_index * call.key_batch + head * call.key_head + at.first_key * call.key_row;
+    const int64_t key = ROWMAX_OFFSET(key, at.batch_index, head, at.first_key);
     prefetch_rows<T>(call.item_type, call.key, key, call.key_row, at.key_len, call.head_dim);
   } else if (part == kValue) {
-    const int64_t value =
-        at.batch_index * call.value_batch + head * call.value_head + at.first_key * call.value_row;
+    const int64_t value = ROWMAX_OFFSET(value, at.batch_index, head, at.first_key);
     prefetch_rows<T>(call.item_type, call.value, value, call.value_row, at.key_len, call.value_dim);
   } else {
-    const int64_t out =
-        at.batch_index * call.out_batch + h * call.out_head + at.first_query * call.out_row;
+    const int64_t out = ROWMAX_OFFSET(out, at.batch_index, h, at.first_query);
     prefetch_target<T>(call.item_type, call.out, out, call.out_row, at.query_len, call.value_dim);
   }
 }
@@ -232,12 +227,10 @@ void prefetch_part(const AttentionCall& call, int64_t plane, Part part) {
 template <typename T>
 void prefetch_tile(const AttentionCall& call, const Sequence& sequence, const Tile& tile) {
   const int64_t row = sequence.first_query + tile.start;
-  const int64_t out =
-      sequence.batch_index * call.out_batch + tile.h * call.out_head + row * call.out_row;
+  const int64_t out = ROWMAX_OFFSET(out, sequence.batch_index, tile.h, row);
   prefetch_target<T>(call.item_type, call.out, out, call.out_row, tile.rows, call.value_dim);
   if (tile.start > 0) {
-    const int64_t query = sequence.batch_index * call.query_batch + tile.h * call.query_head +
-                          (row - call.tile) * call.query_row;
+    const int64_t query = ROWMAX_OFFSET(query, sequence.batch_index, tile.h, row - call.tile);
     prefetch_rows<T>(call.item_type, call.query, query, call.query_row, call.tile, call.head_dim);
   }
 }
@@ -254,10 +247,8 @@ void forward_tile(
   }
   const int64_t width = tile.width;
   const int64_t head = h / (call.heads / call.key_heads);
-  const int64_t key = sequence.batch_index * call.key_batch + head * call.key_head +
-                      sequence.first_key * call.key_row;
-  const int64_t value = sequence.batch_index * call.value_batch + head * call.value_head +
-                        sequence.first_key * call.value_row;
+  const int64_t key = ROWMAX_OFFSET(key, sequence.batch_index, head, sequence.first_key);
+  const int64_t value = ROWMAX_OFFSET(value, sequence.batch_index, head, sequence.first_key);
 
   const KeyRange range = key_ranges<T>(call, sequence, tile, to.first, to.last);
   T start_max = -INFINITE<T>, start_sum = T(0);
@@ -275,8 +266,8 @@ void forward_tile(
     prefetch_part<T>(call, following, kQuery);
   }
   if (range.begin < range.end) {
-    const int64_t offset = sequence.batch_index * call.query_batch + h * call.query_head +
-                           (sequence.first_query + start) * call.query_row;
+    const int64_t offset =
+        ROWMAX_OFFSET(query, sequence.batch_index, h, sequence.first_query + start);
     Products::load_query(call, offset, tile, to.query_t, to.wide_rows);
   }
   bool started = false;
@@ -330,12 +321,7 @@ void forward(const AttentionCall& call, void* memory) {
   int64_t head = -1;  // of K and V
   const int64_t tiles = (call.query_len + call.tile - 1) / call.tile;
   const int64_t tasks = call.batch * call.heads * tiles;
-  while (true) {
-    const int64_t first = take_work(call.work_counter) * call.tasks_per_grab;
-    if (first >= tasks) {
-      break;
-    }
-    const int64_t end = min(first + call.tasks_per_grab, tasks);
+  for_grabs(call.work_counter, call.tasks_per_grab, tasks, [&](int64_t first, int64_t end) {
     for (int64_t task = first; task < end; ++task) {
       const bool next_head = (task + 1) % tiles == 0 && task + 1 < end;
       const int64_t following = next_head ? (task + 1) / tiles : -1;
@@ -348,7 +334,7 @@ void forward(const AttentionCall& call, void* memory) {
       forward_tile<Products>(
           call, plane / call.heads, plane % call.heads, tile * call.tile, following, parts);
     }
-  }
+  });
 }
 
 template <typename Products>

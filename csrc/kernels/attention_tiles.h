@@ -12,6 +12,10 @@
 namespace rowmax {
 namespace ROWMAX_ISA {
 
+// The element of the tensor `name` of `call` where this row of a head begins.
+#define ROWMAX_OFFSET(name, batch, head, row) \
+  ((batch) * call.name##_batch + (head) * call.name##_head + (row) * call.name##_row)
+
 // Where batch element b lies.
 struct Sequence {
   int64_t batch_index;  // index in memory

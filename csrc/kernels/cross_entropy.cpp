@@ -60,38 +60,29 @@ void cross_entropy_rows(const CrossEntropyCall& call, void*) {
   using T = Computed<Item>;
   const int64_t columns = call.columns;
   T* losses = static_cast<T*>(call.losses);
-  while (true) {
-    const int64_t first = take_work(call.work_counter) * call.task_rows;
-    if (first >= call.rows) {
-      break;
-    }
-    const int64_t end = min(first + call.task_rows, call.rows);
-    for (int64_t index = first; index < end; ++index) {
-      Item* row = static_cast<Item*>(call.logits) + index * call.logits_row;
-      const int64_t target = call.target[index];
-      const bool ignored = target == call.ignore_index;
-      if (ignored || target < 0 || target >= columns) {
-        losses[index] = ignored ? T(0) : static_cast<T>(__builtin_nan(""));
-        if (call.with_gradient) {
-          fill(row, columns, losses[index]);
-        }
-      } else {
-        losses[index] = row_loss(
-            row, target, columns, static_cast<T>(call.label_smoothing), call.with_gradient);
+  for_rows(call, [&](int64_t index) {
+    Item* row = static_cast<Item*>(call.logits) + index * call.logits_row;
+    const int64_t target = call.target[index];
+    const bool ignored = target == call.ignore_index;
+    if (ignored || target < 0 || target >= columns) {
+      losses[index] = ignored ? T(0) : static_cast<T>(__builtin_nan(""));
+      if (call.with_gradient) {
+        fill(row, columns, losses[index]);
       }
+    } else {
+      losses[index] =
+          row_loss(row, target, columns, static_cast<T>(call.label_smoothing), call.with_gradient);
     }
-  }
+  });
 }
 
-int64_t no_bytes(const CrossEntropyCall&) { return 0; }
+template <typename Item>
+constexpr CrossEntropyKernel KERNEL{cross_entropy_rows<Item>, no_bytes<Item>};
 
 }  // namespace
 
 const CrossEntropyKernel cross_entropy[4] = {
-    {cross_entropy_rows<float>, no_bytes},
-    {cross_entropy_rows<double>, no_bytes},
-    {cross_entropy_rows<Bfloat16>, no_bytes},
-    {cross_entropy_rows<Float16>, no_bytes}};
+    KERNEL<float>, KERNEL<double>, KERNEL<Bfloat16>, KERNEL<Float16>};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

@@ -229,13 +229,13 @@ int64_t scratch_bytes(const NormCall&) {
   return (1 + GROUP) * FACTOR_BLOCK * sizeof(Computed<Item>);
 }
 
+template <typename Item>
+constexpr NormKernel KERNEL{backward<Item>, scratch_bytes<Item>};
+
 }  // namespace
 
 const NormKernel norm_backward[4] = {
-    {backward<float>, scratch_bytes<float>},
-    {backward<double>, scratch_bytes<double>},
-    {backward<Bfloat16>, scratch_bytes<Bfloat16>},
-    {backward<Float16>, scratch_bytes<Float16>}};
+    KERNEL<float>, KERNEL<double>, KERNEL<Bfloat16>, KERNEL<Float16>};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

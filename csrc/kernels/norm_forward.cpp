@@ -267,18 +267,13 @@ void forward(const NormCall& call, void* memory) {
   T* factors = static_cast<T*>(memory);
   fill(factors, FACTOR_BLOCK, T(1));
   const Forward<Item> kernel{call, factors};
-  while (true) {
-    const int64_t start = take_work(call.work_counter) * call.task_rows;
-    if (start >= call.rows) {
-      break;
-    }
-    const int64_t end = min(start + call.task_rows, call.rows);
+  for_grabs(call.work_counter, call.task_rows, call.rows, [&](int64_t start, int64_t end) {
     if (call.columns >= GROUPED_COLUMNS) {
       kernel.groups(start, end);
     } else {
       kernel.one_by_one(start, end);
     }
-  }
+  });
 }
 
 template <typename Item>
@@ -286,13 +281,13 @@ int64_t scratch_bytes(const NormCall&) {
   return FACTOR_BLOCK * sizeof(Computed<Item>);
 }
 
+template <typename Item>
+constexpr NormKernel KERNEL{forward<Item>, scratch_bytes<Item>};
+
 }  // namespace
 
 const NormKernel norm_forward[4] = {
-    {forward<float>, scratch_bytes<float>},
-    {forward<double>, scratch_bytes<double>},
-    {forward<Bfloat16>, scratch_bytes<Bfloat16>},
-    {forward<Float16>, scratch_bytes<Float16>}};
+    KERNEL<float>, KERNEL<double>, KERNEL<Bfloat16>, KERNEL<Float16>};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

@@ -21,6 +21,21 @@ ROWMAX_INLINE void for_vectors(int64_t columns, const Step& step) {
   }
 }
 
+// step(index) for each row that this thread takes.
+template <typename Call, typename Step>
+ROWMAX_INLINE void for_rows(const Call& call, const Step& step) {
+  for_grabs(call.work_counter, call.task_rows, call.rows, [&](int64_t first, int64_t end) {
+    for (int64_t index = first; index < end; ++index) {
+      step(index);
+    }
+  });
+}
+
+template <typename Item, typename Call>
+int64_t no_bytes(const Call&) {
+  return 0;
+}
+
 // Which lanes come before `count`.
 template <typename T>
 ROWMAX_INLINE Ints<T> lanes_before(int64_t count) {

@@ -112,55 +112,48 @@ void forward(const SoftmaxCall& call, void* memory) {
   // A scale of 0 is a sign of 0: -inf must not be multiplied by it once it stands for 'masked'.
   const T sign = call.scale == 0.0 ? T(0) : call.scale > 0.0 ? T(1) : T(-1);
   const T factor = call.scale == 0.0 ? T(1) : static_cast<T>(__builtin_fabs(call.scale) * LOG2_E);
-  while (true) {
-    const int64_t first_row = take_work(call.work_counter) * call.task_rows;
-    if (first_row >= call.rows) {
-      break;
+  for_rows(call, [&](int64_t index) {
+    const int64_t query = index % queries, plane = index / queries;
+    const int64_t batch = plane / call.heads, head = plane % call.heads;
+    const Item* row = static_cast<const Item*>(call.scores) + batch * call.scores_batch +
+                      head * call.scores_head + query * call.scores_query;
+    Item* target = static_cast<Item*>(call.weights) + index * keys;
+    T* work = static_cast<T*>(memory);
+    if constexpr (std::is_same_v<Item, T>) {
+      work = target;
     }
-    const int64_t end_row = min(first_row + call.task_rows, call.rows);
-    for (int64_t index = first_row; index < end_row; ++index) {
-      const int64_t query = index % queries, plane = index / queries;
-      const int64_t batch = plane / call.heads, head = plane % call.heads;
-      const Item* row = static_cast<const Item*>(call.scores) + batch * call.scores_batch +
-                        head * call.scores_head + query * call.scores_query;
-      Item* target = static_cast<Item*>(call.weights) + index * keys;
-      T* work = static_cast<T*>(memory);
-      if constexpr (std::is_same_v<Item, T>) {
-        work = target;
-      }
-      Range range = key_range(call, batch, query);
-      bool masked = false;
-      if (call.query_documents != nullptr) {
-        const int64_t document = call.query_documents[batch * queries + query];
-        const int64_t* ids = call.key_documents + batch * keys;
-        range = document_range(ids, document, range);
-        ids += range.first;
-        mask_row(
-            row + range.first, sign, work + range.first, range.end - range.first,
-            [&](int64_t c) { return ids[c] == document; });
+    Range range = key_range(call, batch, query);
+    bool masked = false;
+    if (call.query_documents != nullptr) {
+      const int64_t document = call.query_documents[batch * queries + query];
+      const int64_t* ids = call.key_documents + batch * keys;
+      range = document_range(ids, document, range);
+      ids += range.first;
+      mask_row(
+          row + range.first, sign, work + range.first, range.end - range.first,
+          [&](int64_t c) { return ids[c] == document; });
+      masked = true;
+    }
+    if (call.dense != nullptr) {
+      const uint8_t* flags =
+          call.dense + batch * call.dense_batch + head * call.dense_head + query * call.dense_row;
+      const auto allowed = [&](int64_t c) { return flags[range.first + c] != 0; };
+      const int64_t width = range.end - range.first;
+      if (call.dense_column != 1) {
+        range.end = flags[0] == 0 ? range.first : range.end;
+      } else if (masked) {
+        mask_row(work + range.first, T(1), work + range.first, width, allowed);
+      } else {
+        mask_row(row + range.first, sign, work + range.first, width, allowed);
         masked = true;
       }
-      if (call.dense != nullptr) {
-        const uint8_t* flags =
-            call.dense + batch * call.dense_batch + head * call.dense_head + query * call.dense_row;
-        const auto allowed = [&](int64_t c) { return flags[range.first + c] != 0; };
-        const int64_t width = range.end - range.first;
-        if (call.dense_column != 1) {
-          range.end = flags[0] == 0 ? range.first : range.end;
-        } else if (masked) {
-          mask_row(work + range.first, T(1), work + range.first, width, allowed);
-        } else {
-          mask_row(row + range.first, sign, work + range.first, width, allowed);
-          masked = true;
-        }
-      }
-      if (masked) {
-        weigh_row(work, T(1), work, factor, target, range, keys);
-      } else {
-        weigh_row(row, sign, work, factor, target, range, keys);
-      }
     }
-  }
+    if (masked) {
+      weigh_row(work, T(1), work, factor, target, range, keys);
+    } else {
+      weigh_row(row, sign, work, factor, target, range, keys);
+    }
+  });
 }
 
 template <typename Item>
@@ -169,60 +162,51 @@ void backward(const SoftmaxCall& call, void*) {
   constexpr int64_t lanes = LANES<T>;
   const int64_t keys = call.keys;
   const Vec<T> scales = splat(static_cast<T>(call.scale)), zero{};
-  while (true) {
-    const int64_t first_row = take_work(call.work_counter) * call.task_rows;
-    if (first_row >= call.rows) {
-      break;
-    }
-    const int64_t end_row = min(first_row + call.task_rows, call.rows);
-    for (int64_t index = first_row; index < end_row; ++index) {
-      const Item* weights = static_cast<const Item*>(call.weights) + index * call.weights_row;
-      const Item* grad = static_cast<const Item*>(call.grad) + index * call.grad_row;
-      Item* target = static_cast<Item*>(call.d_scores) + index * keys;
-      Vec<T> sums[2] = {};
-      int64_t c = 0;
-      for (; c + 2 * lanes <= keys; c += 2 * lanes) {
+  for_rows(call, [&](int64_t index) {
+    const Item* weights = static_cast<const Item*>(call.weights) + index * call.weights_row;
+    const Item* grad = static_cast<const Item*>(call.grad) + index * call.grad_row;
+    Item* target = static_cast<Item*>(call.d_scores) + index * keys;
+    Vec<T> sums[2] = {};
+    int64_t c = 0;
+    for (; c + 2 * lanes <= keys; c += 2 * lanes) {
 #pragma GCC unroll 2
-        for (int n = 0; n < 2; ++n) {
-          const Vec<T> weight = load(weights + c + n * lanes);
-          const Vec<T> of_weight = load(grad + c + n * lanes);
-          sums[n] = multiply_add(weight, weight == zero ? zero : of_weight, sums[n]);
-        }
+      for (int n = 0; n < 2; ++n) {
+        const Vec<T> weight = load(weights + c + n * lanes);
+        const Vec<T> of_weight = load(grad + c + n * lanes);
+        sums[n] = multiply_add(weight, weight == zero ? zero : of_weight, sums[n]);
       }
-      for (; c < keys; c += lanes) {
-        const Vec<T> weight = load_first(weights + c, keys - c);
-        const Vec<T> of_weight = load_first(grad + c, keys - c);
-        sums[0] = multiply_add(weight, weight == zero ? zero : of_weight, sums[0]);
-      }
-      const Vec<T> dots = splat(add_lanes(sums[0] + sums[1]));
-      for_vectors<T>(keys, [&](int64_t at, int64_t count) {
-        const Vec<T> weight = load_first(weights + at, count);
-        const Vec<T> of_weight = load_first(grad + at, count);
-        const Vec<T> attended = weight == zero ? zero : of_weight;
-        store_first(target + at, scales * weight * (attended - dots), count);
-      });
     }
-  }
+    for (; c < keys; c += lanes) {
+      const Vec<T> weight = load_first(weights + c, keys - c);
+      const Vec<T> of_weight = load_first(grad + c, keys - c);
+      sums[0] = multiply_add(weight, weight == zero ? zero : of_weight, sums[0]);
+    }
+    const Vec<T> dots = splat(add_lanes(sums[0] + sums[1]));
+    for_vectors<T>(keys, [&](int64_t at, int64_t count) {
+      const Vec<T> weight = load_first(weights + at, count);
+      const Vec<T> of_weight = load_first(grad + at, count);
+      const Vec<T> attended = weight == zero ? zero : of_weight;
+      store_first(target + at, scales * weight * (attended - dots), count);
+    });
+  });
 }
 
 template <typename Item>
 int64_t row_bytes(const SoftmaxCall& call) {
   return sizeof(Item) == 2 ? call.keys * static_cast<int64_t>(sizeof(float)) : 0;
 }
-int64_t no_bytes(const SoftmaxCall&) { return 0; }
+
+template <typename Item>
+constexpr SoftmaxKernel FORWARD{forward<Item>, row_bytes<Item>};
+template <typename Item>
+constexpr SoftmaxKernel BACKWARD{backward<Item>, no_bytes<Item>};
 
 }  // namespace
 
 const SoftmaxKernel softmax_forward[4] = {
-    {forward<float>, row_bytes<float>},
-    {forward<double>, row_bytes<double>},
-    {forward<Bfloat16>, row_bytes<Bfloat16>},
-    {forward<Float16>, row_bytes<Float16>}};
+    FORWARD<float>, FORWARD<double>, FORWARD<Bfloat16>, FORWARD<Float16>};
 const SoftmaxKernel softmax_backward[4] = {
-    {backward<float>, no_bytes},
-    {backward<double>, no_bytes},
-    {backward<Bfloat16>, no_bytes},
-    {backward<Float16>, no_bytes}};
+    BACKWARD<float>, BACKWARD<double>, BACKWARD<Bfloat16>, BACKWARD<Float16>};
 
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

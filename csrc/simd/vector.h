@@ -434,5 +434,13 @@ ROWMAX_INLINE int64_t finish_task(int64_t* counter) {
   return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL);
 }
 
+// step(first, end) for `size` numbers below `count` at a time, until the threads have taken all.
+template <typename Step>
+ROWMAX_INLINE void for_grabs(int64_t* counter, int64_t size, int64_t count, const Step& step) {
+  for (int64_t first; (first = take_work(counter) * size) < count;) {
+    step(first, min(first + size, count));
+  }
+}
+
 }  // namespace ROWMAX_ISA
 }  // namespace rowmax

@@ -320,27 +320,15 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     batch, query_heads, _, head_dim = q.shape
     key_heads, key_len = k.shape[1], k.shape[2]
     if k.shape[0] != batch or k.shape[3] != head_dim:
-        fail_value(
-            "attention",
-            "k",
-            f"shape {shape_text(k.shape)}",
-            f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`",
-            "k.expand(B, -1, -1, -1) repeats one batch element" if k.shape[0] == 1 else "",
-        )
+        expected = f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`"
+        fix = "k.expand(B, -1, -1, -1) repeats one batch element" if k.shape[0] == 1 else ""
+        fail_value("attention", "k", f"shape {shape_text(k.shape)}", expected, fix)
     if tuple(v.shape[:3]) != tuple(k.shape[:3]):
-        fail_value(
-            "attention",
-            "v",
-            f"shape {shape_text(v.shape)}",
-            f"({batch}, {key_heads}, {key_len}, Dv), as `k`",
-        )
-    fail_value(
-        "attention",
-        "k",
-        f"{key_heads} heads",
-        f"a number of heads that divides the {query_heads} of `q`",
-        "of tensors (B, L, H, D), .transpose(1, 2) has the heads in front",
-    )
+        expected = f"({batch}, {key_heads}, {key_len}, Dv), as `k`"
+        fail_value("attention", "v", f"shape {shape_text(v.shape)}", expected)
+    expected = f"a number of heads that divides the {query_heads} of `q`"
+    fix = "of tensors (B, L, H, D), .transpose(1, 2) has the heads in front"
+    fail_value("attention", "k", f"{key_heads} heads", expected, fix)
 
 
 def _check_bias(bias: Tensor, shape: tuple[int, int, int, int], q: Tensor) -> Tensor:

@@ -100,13 +100,8 @@ def require_broadcastable(
             fix = f"{argument}[:, None, None, :] is one for the keys of each batch element"
         elif value.dim() == 3 and broadcasts(value[:, None], shape):
             fix = f"{argument}[:, None] is one for all heads"
-        fail_value(
-            function,
-            argument,
-            f"shape {shape_text(value.shape)}",
-            f"a shape that broadcasts to {names} = {shape_text(shape)}",
-            fix,
-        )
+        expected = f"a shape that broadcasts to {names} = {shape_text(shape)}"
+        fail_value(function, argument, f"shape {shape_text(value.shape)}", expected, fix)
     return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
 
 

@@ -82,14 +82,9 @@ def linear_cross_entropy(
     if reduction not in _REDUCTIONS:
         fail_value(_NAME, "reduction", repr(reduction), f"one of {', '.join(_REDUCTIONS)}")
     needs_grad = torch.is_grad_enabled()
+    x_grad, weight_grad = needs_grad and x.requires_grad, needs_grad and weight.requires_grad
+    rows, words = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     problem = LinearCrossEntropyProblem(
-        x.reshape(target.numel(), x.shape[-1]),
-        weight,
-        target.reshape(-1),
-        smoothing,
-        ignore_index,
-        reduction == "mean",
-        needs_grad and x.requires_grad,
-        needs_grad and weight.requires_grad,
+        rows, weight, words, smoothing, ignore_index, reduction == "mean", x_grad, weight_grad
     )
     return operators.linear_cross_entropy(problem, dispatch.check_name(_NAME, backend))

@@ -8,6 +8,8 @@ from which whole blocks can be skipped.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, NoReturn
@@ -94,12 +96,7 @@ class MaskStructure(NamedTuple):
             terms.append(same.unsqueeze(1))
         if self.dense is not None:
             terms.append(self.dense)
-        if not terms:
-            return None
-        allowed = terms[0]
-        for term in terms[1:]:
-            allowed = allowed & term
-        return allowed
+        return functools.reduce(operator.and_, terms) if terms else None
 
 
 NO_MASK = MaskStructure()
@@ -149,16 +146,10 @@ class _Conjunction(Mask):
         return self.masks
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
-        allowed = self.masks[0].dense(B, Hq, Lq, Lk)
-        for mask in self.masks[1:]:
-            allowed = allowed & mask.dense(B, Hq, Lq, Lk)
-        return allowed
+        return functools.reduce(operator.and_, (mask.dense(B, Hq, Lq, Lk) for mask in self.masks))
 
     def _structure(self, shape: tuple[int, int, int, int], like: Tensor) -> MaskStructure:
-        structure = MaskStructure()
-        for mask in self.masks:
-            structure = _intersect(structure, mask._structure(shape, like))
-        return structure
+        return functools.reduce(_intersect, (mask._structure(shape, like) for mask in self.masks))
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,15 +303,10 @@ class Dense(Mask):
     def __post_init__(self) -> None:
         require_tensor("Dense", "tensor", self.tensor)
         if self.tensor.dtype != torch.bool:
-            fail_type(
-                "Dense",
-                "tensor",
-                self.tensor.dtype,
-                "dtype bool, True = may attend (pass additive float masks as `bias`)",
-                ""
-                if self.tensor.is_floating_point()
-                else "`== 1` or `== 0` makes it one, by what it says",
-            )
+            is_float = self.tensor.is_floating_point()
+            expected = "dtype bool, True = may attend (pass additive float masks as `bias`)"
+            fix = "" if is_float else "`== 1` or `== 0` makes it one, by what it says"
+            fail_type("Dense", "tensor", self.tensor.dtype, expected, fix)
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
         return self.tensor.expand(B, Hq, Lq, Lk)

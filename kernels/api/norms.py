@@ -87,31 +87,16 @@ def add_layer_norm(
     require_float("add_layer_norm", "residual", residual)
     require_like("add_layer_norm", "residual", residual, "x", x)
     if not same_sizes(residual.shape, x.shape):
-        fail_value(
-            "add_layer_norm",
-            "residual",
-            f"shape {shape_text(residual.shape)}",
-            f"{shape_text(x.shape)}, the shape of `x`",
-        )
+        got, wanted = shape_text(residual.shape), shape_text(x.shape)
+        fail_value("add_layer_norm", "residual", f"shape {got}", f"{wanted}, the shape of `x`")
     dropout_p = require_probability("add_layer_norm", "dropout_p", dropout_p)
-    problem = AddLayerNormProblem(
-        x,
-        residual,
-        weight,
-        bias,
-        eps,
-        dropout_p,
-        seed_tensor("add_layer_norm", seed, dropout_p, "x", x),
-    )
+    drawn = seed_tensor("add_layer_norm", seed, dropout_p, "x", x)
+    problem = AddLayerNormProblem(x, residual, weight, bias, eps, dropout_p, drawn)
     return operators.add_layer_norm(problem, dispatch.check_name("add_layer_norm", backend))
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    *,
-    backend: str = "auto",
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
     """Root-mean-square normalisation over the last dimension (Zhang & Sennrich 2019, equation 4).
 
@@ -146,11 +131,7 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
         require_float(function, name, parameter)
         require_device(function, name, parameter, "x", x)
         if not same_sizes(parameter.shape, x.shape[-1:]):
-            fail_value(
-                function,
-                name,
-                f"shape {shape_text(parameter.shape)}",
-                f"(N,) = ({x.shape[-1]},)",
-                f"{name}.flatten() has it" if parameter.numel() == x.shape[-1] else "",
-            )
+            got, expected = f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
+            fix = f"{name}.flatten() has it" if parameter.numel() == x.shape[-1] else ""
+            fail_value(function, name, got, expected, fix)
     return eps

@@ -12,11 +12,7 @@ from .masks import Mask, as_mask, structure_of
 
 
 def masked_softmax(
-    scores: Tensor,
-    mask: Mask | Tensor | None = None,
-    scale: float = 1.0,
-    *,
-    backend: str = "auto",
+    scores: Tensor, mask: Mask | Tensor | None = None, scale: float = 1.0, *, backend: str = "auto"
 ) -> Tensor:
     """softmax(scale * scores) over the last dimension, over the positions that `mask` allows.
 
@@ -44,7 +40,6 @@ def masked_softmax(
         as_mask("masked_softmax", mask), (batch, heads, query_len, key_len), scores
     )
     weights = operators.masked_softmax(
-        SoftmaxProblem(view, structure, scale),
-        dispatch.check_name("masked_softmax", backend),
+        SoftmaxProblem(view, structure, scale), dispatch.check_name("masked_softmax", backend)
     )
     return weights.view(scores.shape)

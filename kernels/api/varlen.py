@@ -17,13 +17,7 @@ from ..ops.layout import statistics_dtype
 from ..ops.torch_internals import assert_async, tracing_state
 from .attention import attention_problem
 from .biases import ALiBi
-from .checks import (
-    fail_type,
-    fail_value,
-    require_float,
-    require_tensor,
-    shape_text,
-)
+from .checks import fail_type, fail_value, require_float, require_tensor, shape_text
 from .masks import Align, Causal, Mask, Window, offset_of, structure_of
 
 _T = TypeVar("_T", Mask, ALiBi)
@@ -128,26 +122,15 @@ def attention_varlen(
     queries = _sequences("q", cu_seqlens_q, q.shape[0], max_seqlen_q, q)
     keys = _sequences("k", cu_seqlens_k, k.shape[0], max_seqlen_k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        fail_value(
-            "attention_varlen",
-            "cu_seqlens_k",
-            f"{cu_seqlens_k.shape[0]} entries",
-            f"{cu_seqlens_q.shape[0]}, as `cu_seqlens_q`",
-        )
+        got, expected = (f"{each.shape[0]}" for each in (cu_seqlens_k, cu_seqlens_q))
+        expected = f"{expected}, as `cu_seqlens_q`"
+        fail_value("attention_varlen", "cu_seqlens_k", f"{got} entries", expected)
     if v.shape[0] != k.shape[0]:
         fail_value("attention_varlen", "v", f"{v.shape[0]} rows", f"{k.shape[0]}, as `k`")
     name = dispatch.check_name("attention_varlen", backend)
     problem = attention_problem(
-        _heads_first(q),
-        _heads_first(k),
-        _heads_first(v),
-        None,
-        None,
-        scale,
-        softcap,
-        dropout_p,
-        seed,
-        sinks,
+        *(_heads_first(q), _heads_first(k), _heads_first(v), None, None),
+        *(scale, softcap, dropout_p, seed, sinks),
         draw_seed=True,
     )
     shape = (queries.starts.shape[0] - 1, q.shape[1], queries.longest, keys.longest)

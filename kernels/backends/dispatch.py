@@ -20,6 +20,7 @@ from ..api.checks import fail_type, fail_value
 from ..api.masks import Mask
 from ..ops.problem import (
     AddLayerNormProblem,
+    AddNormInputs,
     AttentionProblem,
     BackwardInputs,
     LayerNormProblem,
@@ -48,8 +49,7 @@ FastPathAttention = Callable[
 # x, residual, weight, bias and eps as a caller passed them, subtract_mean -> y, and x + residual,
 # which without a residual is y again; None as above
 FastPathNorm = Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool],
-    tuple[Tensor, Tensor] | None,
+    [Tensor, Tensor | None, Tensor | None, Tensor | None, float, bool], tuple[Tensor, Tensor] | None
 ]
 
 
@@ -101,13 +101,7 @@ class Backend(Protocol):
         """y, total = residual + dropout(x), mean, rstd."""
 
     def add_layer_norm_backward(
-        self,
-        problem: AddLayerNormProblem,
-        grad_y: Tensor,
-        grad_total: Tensor | None,
-        total: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        self, problem: AddLayerNormProblem, inputs: AddNormInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """d_x (empty without dropout: it equals d_residual), d_residual, d_weight, d_bias."""
 
@@ -151,7 +145,7 @@ def unavailable(name: str) -> str | None:
 def choose(name: str, problem: Problem) -> Backend:
     """The backend that runs `problem` when the caller asked for `name`."""
     if name != "auto":
-        reason = _refuses(name, problem)
+        reason = refusal(name, problem)
         if reason is not None:
             raise RuntimeError(
                 f"{problem.op_name}: backend {name!r} can't do this: {reason}; "
@@ -235,22 +229,18 @@ def explain(problem: Problem) -> str:
     return "\n".join(lines)
 
 
-def refusal(name: str, problem: Problem) -> str | None:
-    """Why the named backend can't do `problem`; None when it can."""
-    return _refuses(name, problem)
-
-
 def _select(problem: Problem) -> tuple[str, list[tuple[str, str]]]:
     passed_over: list[tuple[str, str]] = []
     for name in PREFERENCE.get(problem[0].device.type, ("reference",)):
-        reason = _refuses(name, problem)
+        reason = refusal(name, problem)
         if reason is None:
             return name, passed_over
         passed_over.append((name, reason))
     raise AssertionError("the reference declines nothing")
 
 
-def _refuses(name: str, problem: Problem) -> str | None:
+def refusal(name: str, problem: Problem) -> str | None:
+    """Why the named backend can't do `problem`; None when it can."""
     return unavailable(name) or load(name).declines(problem)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..ops.problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from ..ops.problem import AddLayerNormProblem, AddNormInputs, LayerNormProblem, RMSNormProblem
 
 
 class Forward(NamedTuple):
@@ -71,15 +71,10 @@ class FusedNorms:
         return self._forward(Forward(*problem))
 
     def add_layer_norm_backward(
-        self,
-        problem: AddLayerNormProblem,
-        grad_y: Tensor,
-        grad_total: Tensor | None,
-        total: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
+        self, problem: AddLayerNormProblem, inputs: AddNormInputs
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, _, weight, bias, _, dropout_p, seed = problem
+        grad_y, grad_total, total, mean, rstd = inputs
         norm = Backward(total, grad_y, grad_total, mean, rstd, weight, bias, dropout_p, seed)
         return self._backward(norm)
 

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api.checks import fail_type, fail_value
-from .differences import (
-    PARAMETER,
-    LayerDifference,
-    Run,
-    call_of,
-    differences_of,
-    real_tokens,
-)
+from .differences import PARAMETER, LayerDifference, Run, call_of, differences_of, real_tokens
 from .packing import Packing
 from .report import SwapReport, columns
 from .swap import Filter, swap
@@ -50,11 +43,7 @@ class ComparisonReport:
     """What `compare` found; `print` shows it."""
 
     def __init__(
-        self,
-        report: SwapReport,
-        layers: Sequence[LayerDifference],
-        original: Cost,
-        swapped: Cost,
+        self, report: SwapReport, layers: Sequence[LayerDifference], original: Cost, swapped: Cost
     ) -> None:
         self.report = report
         self.layers = tuple(layers)
@@ -117,22 +106,10 @@ class ComparisonReport:
         rows: list[tuple[str, ...]] = [
             ("", "of", "difference", "original's error", "swapped's error", "allowed")
         ]
-        rows += [
-            (
-                layer.name or "(the model)",
-                layer.shown,
-                *(
-                    f"{value:.1e}"
-                    for value in (
-                        layer.difference,
-                        layer.error_original,
-                        layer.error_swapped,
-                        layer.allowed,
-                    )
-                ),
-            )
-            for layer in self.layers
-        ]
+        for layer in self.layers:
+            errors = layer.difference, layer.error_original, layer.error_swapped, layer.allowed
+            shown = (f"{error:.1e}" for error in errors)
+            rows.append((layer.name or "(the model)", layer.shown, *shown))
         costs = [("", "original", "swapped", "ratio")]
         for title, read, unit in _COSTS:
             one, other = read(self.original), read(self.swapped)
@@ -253,12 +230,8 @@ def _kept_tokens(
             handle.remove()
     kept = [packing.real() for packing in found]
     if any(not torch.equal(each, kept[0]) for each in kept):
-        fail_value(
-            "compare",
-            "real",
-            "None, where the model's encoders drop different tokens",
-            "a bool tensor (B, L), True for the tokens that count",
-        )
+        got = "None, where the model's encoders drop different tokens"
+        fail_value("compare", "real", got, "a bool tensor (B, L), True for the tokens that count")
     return kept[0] if kept else None
 
 
@@ -315,9 +288,8 @@ def _run(
         for handle in handles:
             handle.remove()
     if final is None:
-        fail_value(
-            "compare", "model", "no float tensor in its output", "one, to compare and derive"
-        )
+        got = "no float tensor in its output"
+        fail_value("compare", "model", got, "one, to compare and derive")
     shown = _counted(final, counts)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(shown.shape, generator=generator, dtype=torch.float64)

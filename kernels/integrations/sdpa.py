@@ -140,12 +140,8 @@ def _mask_4d(attn_mask: Tensor, lead: tuple[int, ...], query_len: int, key_len: 
     """A mask (..., L | 1, S | 1) as (B | 1, H | 1, L | 1, S | 1)."""
     full = (*lead, query_len, key_len)
     if not broadcasts(attn_mask, full):
-        fail_value(
-            _NAME,
-            "attn_mask",
-            f"shape {shape_text(attn_mask.shape)}",
-            f"a shape that broadcasts to {shape_text(full)}",
-        )
+        expected = f"a shape that broadcasts to {shape_text(full)}"
+        fail_value(_NAME, "attn_mask", f"shape {shape_text(attn_mask.shape)}", expected)
     padded = attn_mask.reshape((1,) * (len(full) - attn_mask.dim()) + tuple(attn_mask.shape))
     if len(lead) == 2:
         return padded

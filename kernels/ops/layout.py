@@ -35,6 +35,12 @@ def saved_lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
 
+def broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides with 0 for every dimension of size 1."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple([0 if size == 1 else stride for size, stride in pairs])
+
+
 def count_rows(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 

@@ -16,7 +16,7 @@ from ..backends.reference import second_order
 from ..backends.reference.norms import keep_factor
 from .layout import statistics_dtype
 from .operator_checks import Checks
-from .problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from .problem import AddLayerNormProblem, AddNormInputs, LayerNormProblem, RMSNormProblem
 from .spec import (
     Argument,
     Derivative,
@@ -163,7 +163,8 @@ def _norm(name: str, problem: Any, *, inputs: int, statistics: tuple[Argument, .
         return getattr(backend, name)(problem)
 
     def run_backward(backend: Any, problem: Any, *rest: Any) -> Any:
-        return getattr(backend, backward)(problem, *rest)
+        inputs = (AddNormInputs(*rest),) if adds else rest
+        return getattr(backend, backward)(problem, *inputs)
 
     def split_backward(fields: Values) -> tuple[Any, Values]:
         read, own = fields[: len(before)], fields[len(before) :]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..api.masks import NO_MASK, Mask, MaskStructure
+from ..api.masks import Mask
 from ..backends import dispatch
 from ..backends.reference.standard import standard_form
 from .attention import ATTENTION, ATTENTION_BACKWARD
@@ -65,7 +65,7 @@ def attention(
     """out (B, Hq, Lq, Dv), lse (B, Hq, Lq) in `saved_lse_dtype`; lse perhaps, if not asked for."""
     # as `call` would decide, without taking the problem apart and together again
     result: tuple[Tensor, Tensor | None]
-    heads_only = _has_heads_only(problem)
+    heads_only = problem.has_heads_only()
     if not (nothing_watches() and are_ordinary(problem[:3] if heads_only else problem.flat())):
         result = through_dispatcher("attention", (*problem.flat(), backend))
     elif torch.is_grad_enabled() and any_requires_grad(*problem[:7]):
@@ -160,17 +160,6 @@ def through_dispatcher(name: str, arguments: tuple[Any, ...]) -> Any:
     if not torch.compiler.is_compiling():
         register_if_loaded()
     return getattr(torch.ops.rowmax, name)(*arguments)
-
-
-_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
-
-
-def _has_heads_only(problem: AttentionProblem) -> bool:
-    """Whether query, key and value are all its tensors."""
-    mask = problem.mask
-    return _NO_TENSORS.issuperset(map(type, problem[3:])) and (
-        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
-    )
 
 
 def masked_softmax(problem: SoftmaxProblem, backend: str) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, NamedTuple
 
 from torch import Tensor
 
-from ..api.masks import MaskStructure
+from ..api.masks import NO_MASK, MaskStructure
 from .spec import TensorSpec
 
 _SEED = TensorSpec("", "int64")
 _ROWS = TensorSpec("... N", grad=True)
+_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
 _PARAMETER = TensorSpec("N", "float", grad=True)
 
 
@@ -62,6 +63,13 @@ class AttentionProblem(NamedTuple):
             return self.query_starts.shape[0] - 1, heads, self.longest_query, self.longest_key
         return batch, heads, query_len, self.key.shape[2]
 
+    def has_heads_only(self) -> bool:
+        """Whether query, key and value are all its tensors."""
+        mask = self.mask
+        return _NO_TENSORS.issuperset(map(type, self[3:])) and (
+            mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
+        )
+
     def flat(self) -> tuple[Any, ...]:
         """The fields in the order of the operator's schema, those of the mask among them."""
         return (*self[:_MASK_AT], *self.mask, *self[_MASK_AT + 1 :])
@@ -92,6 +100,16 @@ class BackwardInputs(NamedTuple):
         if self.grad_lse is not None:
             cut["grad_lse"] = self.grad_lse
         return self._replace(**{name: tensor[:, :, rows] for name, tensor in cut.items()})
+
+
+class AddNormInputs(NamedTuple):
+    """The same of add and layer norm."""
+
+    grad_y: Tensor
+    grad_total: Tensor | None
+    total: Tensor
+    mean: Tensor
+    rstd: Tensor
 
 
 class SoftmaxProblem(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ from .cases import Draw, Kind, NamedCase, Shape, attention_case, seed_of
 from .oracle import AttentionCase, TestCase
 from .rows import NORMS, RowCase, norm_case
 
+_Maker = TypeVar("_Maker", bound=Callable[..., Any])
 SQUARE = Shape(2, 2, 2, 40, 40, 16, 16)
 LONG = Shape(1, 2, 2, 3, 4096, 8, 8)
+
+
+def _by_name(*makers: _Maker) -> dict[str, _Maker]:
+    return {make.__name__.replace("_", "-"): make for make in makers}
 
 
 def _base(sizes: Shape, draw: Draw) -> AttentionCase:
@@ -122,20 +128,10 @@ def poisoned_bias(draw: Draw) -> AttentionCase:
     return replace(case, bias=bias)
 
 
-ATTENTION: dict[str, Callable[[Draw], AttentionCase]] = {
-    "large-scores": large_scores,
-    "very-negative": very_negative,
-    "rising-scores": rising_scores,
-    "falling-scores": falling_scores,
-    "tiny-values": tiny_values,
-    "large-values": large_values,
-    "denormals": denormals,
-    "near-ties": near_ties,
-    "one-hot-rows": one_hot_rows,
-    "long-equal-sums": long_equal_sums,
-    "poisoned-padding": poisoned_padding,
-    "poisoned-bias": poisoned_bias,
-}
+ATTENTION: dict[str, Callable[[Draw], AttentionCase]] = _by_name(
+    *(large_scores, very_negative, rising_scores, falling_scores, tiny_values, large_values),
+    *(denormals, near_ties, one_hot_rows, long_equal_sums, poisoned_padding, poisoned_bias),
+)
 
 
 def far_mean(draw: Draw) -> Tensor:
@@ -169,13 +165,9 @@ def one_outlier(draw: Draw) -> Tensor:
     return x
 
 
-ROWS: dict[str, Callable[[Draw], Tensor]] = {
-    "far-mean": far_mean,
-    "large-rows": large_rows,
-    "small-rows": small_rows,
-    "constant-rows": constant_rows,
-    "one-outlier": one_outlier,
-}
+ROWS: dict[str, Callable[[Draw], Tensor]] = _by_name(
+    far_mean, large_rows, small_rows, constant_rows, one_outlier
+)
 
 
 def softmax_large(draw: Draw) -> Tensor:

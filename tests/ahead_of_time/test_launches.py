@@ -37,6 +37,7 @@ from rowmax.kernels.backends.gpu_triton.configs import Key, ranked
 from rowmax.kernels.backends.gpu_triton.norm_launch import norms
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
+    AddNormInputs,
     AttentionProblem,
     BackwardInputs,
 )
@@ -259,7 +260,7 @@ def add_layer_norm_once(x: Tensor, dropout_p: float, seed: int | None) -> None:
     drawn = torch.randint(2**63 - 1, ()) if seed is None else torch.tensor(seed)
     problem = AddLayerNormProblem(x, x, None, None, 1e-5, dropout_p, drawn)
     y, total, mean, rstd = norms.add_layer_norm(problem)
-    norms.add_layer_norm_backward(problem, y, None, total, mean, rstd)
+    norms.add_layer_norm_backward(problem, AddNormInputs(y, None, total, mean, rstd))
 
 
 # --- configs that do not fit ----------------------------------------------------------------------

@@ -24,6 +24,7 @@ from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
 from rowmax.kernels.backends.gpu_triton.norm_launch import norms
 from rowmax.kernels.ops.problem import (
     AddLayerNormProblem,
+    AddNormInputs,
     LayerNormProblem,
     RMSNormProblem,
     SoftmaxProblem,
@@ -46,7 +47,7 @@ def add_layer_norm_both(x: Tensor, weight: Tensor | None) -> list[Tensor | None]
     residual, seed = torch.zeros_like(x), torch.tensor(3)
     problem = AddLayerNormProblem(x, residual, weight, None, 1e-5, 0.1, seed)
     outputs = norms.add_layer_norm(problem)
-    gradients = norms.add_layer_norm_backward(problem, x, residual, *outputs[1:])
+    gradients = norms.add_layer_norm_backward(problem, AddNormInputs(x, residual, *outputs[1:]))
     return [x, weight, residual, seed, *outputs, *gradients]
 
 

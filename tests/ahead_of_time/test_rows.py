@@ -17,7 +17,12 @@ from rowmax.kernels.api.masks import structure_of
 from rowmax.kernels.backends.gpu_triton import cross_entropy_launch as loss
 from rowmax.kernels.backends.gpu_triton import softmax_launch as softmax
 from rowmax.kernels.backends.gpu_triton.norm_launch import norms
-from rowmax.kernels.ops.problem import AddLayerNormProblem, RMSNormProblem, SoftmaxProblem
+from rowmax.kernels.ops.problem import (
+    AddLayerNormProblem,
+    AddNormInputs,
+    RMSNormProblem,
+    SoftmaxProblem,
+)
 
 ROWS = 64
 SEED = torch.tensor(3)
@@ -26,7 +31,7 @@ SEED = torch.tensor(3)
 def add_layer_norm(x: Tensor, weight: Tensor) -> None:
     problem = AddLayerNormProblem(x, x, weight, weight, 1e-5, 0.1, SEED)
     y, total, mean, rstd = norms.add_layer_norm(problem)
-    norms.add_layer_norm_backward(problem, y, y, total, mean, rstd)
+    norms.add_layer_norm_backward(problem, AddNormInputs(y, y, total, mean, rstd))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> None:

@@ -11,18 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import rowmax.kernels as rk
 from rowmax.bench.verification.implementations import Implementation
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    attention,
-)
 from rowmax.kernels.testing import cross_entropy
 from rowmax.kernels.testing.cases import Draw, Shape, packed_case
 from rowmax.kernels.testing.oracle import AttentionCase, TestCase, random_gradients
@@ -64,7 +54,7 @@ class Call:
         """What is wrong with the backend's results."""
         kernel = backend.kernel(self.case.op)
         if isinstance(self.case, AttentionCase) and not self.case.with_lse:
-            kernel = partial(attention, backend=backend.name)  # which then is not asked for lse
+            kernel = partial(rk.attention, backend=backend.name)  # which then is not asked for lse
         results = self.given.run(kernel)
         return faults_of(results, self.case.expected, self.case.sum_dtype)
 
@@ -72,7 +62,7 @@ class Call:
 
     def _with_nan_in_padding(self, case: TestCase) -> TestCase:
         """The same, sometimes with NaN in keys that nothing attends; the oracle sees clean ones."""
-        if not (isinstance(case, AttentionCase) and isinstance(case.mask, Mask)):
+        if not (isinstance(case, AttentionCase) and isinstance(case.mask, rk.Mask)):
             return case
         if not self._now_and_then():
             return case
@@ -148,14 +138,14 @@ class Call:
         self.text += "".join(f", {name}={value}" for name, value in options.items())
         return options
 
-    def _bias(self, sizes: Shape) -> Tensor | ALiBi | None:
+    def _bias(self, sizes: Shape) -> Tensor | rk.ALiBi | None:
         kind = self.random.choices(("none", "tensor", "alibi"), (6, 2, 1))[0]
         if kind == "none":
             return None
         if kind == "alibi":
             per_batch = (sizes.B,) if self._now_and_then(0.5) else ()
             self.text += ", ALiBi"
-            return ALiBi(self.draw.normal(*per_batch, sizes.Hq).abs(), self._align(sizes.B, 0))
+            return rk.ALiBi(self.draw.normal(*per_batch, sizes.Hq).abs(), self._align(sizes.B, 0))
         shape = self._broadcast(sizes.scores)
         self.text += f", bias {shape}"
         bias = self.draw.normal(*shape)
@@ -166,8 +156,8 @@ class Call:
             bias = bias.to(self.random.choice(narrower))
         return self._laid_out(bias)
 
-    def _mask(self, sizes: Shape) -> Mask:
-        classes = Causal, Window, KeyLengths, QueryLengths, Dense, Documents
+    def _mask(self, sizes: Shape) -> rk.Mask:
+        classes = rk.Causal, rk.Window, rk.KeyLengths, rk.QueryLengths, rk.Dense, rk.Documents
         kinds = self.random.choices(classes, k=self.random.randint(1, 3))
         self.text += f", {' & '.join(kind.__name__ for kind in kinds)}"
         parts = [self._one_mask(kind, sizes) for kind in kinds]
@@ -176,24 +166,24 @@ class Call:
             joined = joined & part
         return joined
 
-    def _one_mask(self, kind: type[Mask], sizes: Shape) -> Mask:
+    def _one_mask(self, kind: type[rk.Mask], sizes: Shape) -> rk.Mask:
         pick = self.random
-        if kind is Causal:
-            return Causal(self._align(sizes.B))
-        if kind is Window:
+        if kind is rk.Causal:
+            return rk.Causal(self._align(sizes.B))
+        if kind is rk.Window:
             far = pick.choice(FAR)
             left, right = (pick.choice((None, 0, pick.randint(0, 300), far)) for _ in range(2))
-            return Window(left, right, self._align(sizes.B))
-        if kind is KeyLengths:
-            return KeyLengths(self.draw.lengths(sizes.Lk + 3, sizes.B))
-        if kind is QueryLengths:
-            return QueryLengths(self.draw.lengths(sizes.Lq + 3, sizes.B))
-        if kind is Dense:
+            return rk.Window(left, right, self._align(sizes.B))
+        if kind is rk.KeyLengths:
+            return rk.KeyLengths(self.draw.lengths(sizes.Lk + 3, sizes.B))
+        if kind is rk.QueryLengths:
+            return rk.QueryLengths(self.draw.lengths(sizes.Lq + 3, sizes.B))
+        if kind is rk.Dense:
             shape = self._broadcast(sizes.scores)
             allowed = self.draw.coins(pick.choice((0.05, 0.7, 0.98)), *shape)
-            return Dense(self._laid_out(allowed))
+            return rk.Dense(self._laid_out(allowed))
         ids = [self._ids(sizes.B, length) for length in (sizes.Lq, sizes.Lk)]
-        return Documents(*ids)
+        return rk.Documents(*ids)
 
     def _ids(self, batch: int, length: int) -> Tensor:
         ids = torch.randint(3, (batch, length), generator=self.draw.generator)
@@ -212,11 +202,11 @@ class Call:
         """Sequences of any lengths; the oracle sees them padded, the lengths as masks."""
         sizes = self._sizes(least_batch=1)
         queries, keys = self.draw.lengths(sizes.Lq, sizes.B), self.draw.lengths(sizes.Lk, sizes.B)
-        mask: Mask | None = None
+        mask: rk.Mask | None = None
         if self._now_and_then(0.6):  # positions from the sequence's start: padding moves none
             left, right = (self.random.choice((None, 0, 7, 200)) for _ in range(2))
             shift: Any = self.random.choice(("upper_left", self.random.randint(-20, 40)))
-            mask = self.random.choice((Causal(shift), Window(left, right, shift)))
+            mask = self.random.choice((rk.Causal(shift), rk.Window(left, right, shift)))
         slopes = self.draw.normal(sizes.Hq).abs()
         arguments = random_gradients(
             AttentionCase(
@@ -224,7 +214,7 @@ class Call:
                 k=self.draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.D),
                 v=self.draw.normal(sizes.B, sizes.Hkv, sizes.Lk, sizes.Dv),
                 mask=mask,
-                bias=ALiBi(slopes, "upper_left") if self._now_and_then(0.2) else None,
+                bias=rk.ALiBi(slopes, "upper_left") if self._now_and_then(0.2) else None,
                 sinks=self.draw.normal(sizes.Hq) if self._now_and_then() else None,
                 options=self._options(),
             ),

@@ -15,13 +15,6 @@ rand = functools.partial(tensors.rand, dtype=torch.float32)
 
 def left_by_transforms(value: Tensor) -> list[Tensor]:
     """Plain tensors by their type, whose memory is a transform's that has ended."""
-    kept: list[Tensor] = []
-
-    def keep(wrapped: Tensor) -> Tensor:
-        kept.append(wrapped)
-        return wrapped.sum()
-
-    torch.func.grad(keep)(value)
-    torch.func.vmap(keep)(value)
+    kept = [tensors.left_by(transform, value) for transform in (torch.func.grad, torch.func.vmap)]
     assert all(type(wrapped) is Tensor for wrapped in kept)
     return kept

@@ -98,16 +98,13 @@ def test_empty(shape: tuple[int, int]) -> None:
     assert torch.equal(result.dbias, torch.zeros(shape[1]))
 
 
+@pytest.mark.usefixtures("restored_threads")
 def test_bitwise_the_same_for_any_number_of_threads() -> None:
     case = make_case((1000, 257), torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(run_native(case))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(run_native(case))
     for result in results[1:]:
         for name, first, other in zip(Result._fields, results[0], result, strict=True):
             assert torch.equal(first, other), name

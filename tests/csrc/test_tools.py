@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from rowmax.bench.verification.implementations import Backend
@@ -19,14 +17,6 @@ from ..processes import python
 from . import draw, fuzz
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The calls of the fuzz set the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +30,7 @@ def test_a_hundred_calls_of_the_fuzz() -> None:
     assert done.stdout == "100 calls from seed 0 on, 0 failures\n"
 
 
-@pytest.mark.usefixtures("extension", "threads")
+@pytest.mark.usefixtures("extension", "restored_threads")
 def test_in_float64_lse_has_a_rounding_of_its_own() -> None:
     """Tiny scores of many keys: lse is log(keys), and the weights that it gives are no nearer."""
     assert draw.Call(1558).faults(Backend("native")) == []
@@ -57,7 +47,7 @@ class Wrong(Backend):
         return wrong
 
 
-@pytest.mark.usefixtures("extension", "threads")
+@pytest.mark.usefixtures("extension", "restored_threads")
 def test_the_fuzz_notices_a_wrong_backend(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,13 +254,13 @@ def test_a_filter_that_matches_nothing(model: Model) -> None:
 def test_a_backend_that_lacks_the_dtype_is_refused_beforehand(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = dispatch._refuses
+    before = dispatch.refusal
 
     def refuses(name: str, problem: Problem) -> str | None:
         half = name == "native" and problem[0].dtype == torch.float16
         return "torch.float16 is not done" if half else before(name, problem)
 
-    monkeypatch.setattr(dispatch, "_refuses", refuses)
+    monkeypatch.setattr(dispatch, "refusal", refuses)
     model.half()
     classes = classes_of(model)
     with pytest.raises(RuntimeError, match="backend 'native' can't do .*float16"):

@@ -289,11 +289,7 @@ def _masks() -> list[Case]:
     cases += [Case(f"joined_{name}", shape, mask) for name, (shape, mask) in joined.items()]
     cases += [
         Case("joined_documents_causal", mask=lambda s, g: documents(s, g) & Causal()),
-        Case(
-            "joined_documents_twice",
-            SHORT,
-            lambda s, g: documents(s, g) & documents(s, g),
-        ),
+        Case("joined_documents_twice", SHORT, lambda s, g: documents(s, g) & documents(s, g)),
         Case(
             "joined_everything",
             mask=lambda s, g: (

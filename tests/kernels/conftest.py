@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -49,10 +48,3 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each backend available here."""
     name: str = request.param
     return name
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

@@ -9,18 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    KeyLengths,
-    QueryLengths,
-    Window,
-    add_layer_norm,
-    attention,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 
 from ..tensors import rand
 from .backends import BACKENDS, device_of, is_interpreted
@@ -40,7 +29,7 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]] =
     "masked_softcap": (
         heads(),
         lambda: {
-            "mask": Causal("lower_right") & KeyLengths(torch.tensor([0, 3])),
+            "mask": rk.Causal("lower_right") & rk.KeyLengths(torch.tensor([0, 3])),
             "softcap": 0.8,
         },
     ),
@@ -53,7 +42,7 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]] =
         lambda bias, sinks: {
             "bias": bias.masked_fill(torch.eye(3, 4).bool(), -torch.inf),
             "sinks": sinks,
-            "mask": Window(2, 1, "lower_right") & QueryLengths(torch.tensor([3, 2])),
+            "mask": rk.Window(2, 1, "lower_right") & rk.QueryLengths(torch.tensor([3, 2])),
             "softcap": 1.5,
             "dropout_p": 0.3,
             "seed": 4,
@@ -62,7 +51,7 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Callable[..., dict[str, Any]]]] =
     ),
     "alibi_dropout": (
         heads(2, 2),
-        lambda: {"bias": ALiBi(torch.tensor([0.5, 0.2]), 1), "dropout_p": 0.5, "seed": 1},
+        lambda: {"bias": rk.ALiBi(torch.tensor([0.5, 0.2]), 1), "dropout_p": 0.5, "seed": 1},
     ),
     "no_keys": (heads(keys=0), dict),
 }
@@ -72,7 +61,7 @@ def attention_case(name: str, backend: str) -> Made:
     tensors, options = ATTENTION[name]
 
     def call(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, return_lse=True, backend=backend, **options(*others))
+        out, lse = rk.attention(q, k, v, return_lse=True, backend=backend, **options(*others))
         return out, lse.masked_fill(lse == -torch.inf, 0.0)
 
     return call, tensors
@@ -80,23 +69,23 @@ def attention_case(name: str, backend: str) -> Made:
 
 def norm_case(name: str, backend: str) -> Made:
     x, other, weight, bias = rand(2, 3, 5), rand(2, 3, 5, seed=7), rand(5), rand(5, seed=1)
-    mask = Causal(1) & KeyLengths(torch.tensor([4]))
+    mask = rk.Causal(1) & rk.KeyLengths(torch.tensor([4]))
     calls: dict[str, Made] = {
-        "layer_norm": (lambda *t: layer_norm(*t, backend=backend), (x, weight, bias)),
-        "layer_norm_plain": (lambda x: layer_norm(x, backend=backend), (x,)),
-        "rms_norm": (lambda *t: rms_norm(*t, backend=backend), (x, weight)),
-        "rms_norm_plain": (lambda x: rms_norm(x, backend=backend), (x,)),
+        "layer_norm": (lambda *t: rk.layer_norm(*t, backend=backend), (x, weight, bias)),
+        "layer_norm_plain": (lambda x: rk.layer_norm(x, backend=backend), (x,)),
+        "rms_norm": (lambda *t: rk.rms_norm(*t, backend=backend), (x, weight)),
+        "rms_norm_plain": (lambda x: rk.rms_norm(x, backend=backend), (x,)),
         "add_layer_norm": (
-            lambda *t: add_layer_norm(*t, backend=backend),
+            lambda *t: rk.add_layer_norm(*t, backend=backend),
             (x, other, weight, bias),
         ),
         "add_layer_norm_dropout": (
-            lambda x, residual, weight, bias: add_layer_norm(
+            lambda x, residual, weight, bias: rk.add_layer_norm(
                 x, residual, weight, bias, dropout_p=0.4, seed=3, backend=backend
             ),
             (x, other, weight, bias),
         ),
-        "masked_softmax": (lambda x: masked_softmax(x, mask, 0.7, backend=backend), (x[:1],)),
+        "masked_softmax": (lambda x: rk.masked_softmax(x, mask, 0.7, backend=backend), (x[:1],)),
     }
     return calls[name]
 

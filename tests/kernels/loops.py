@@ -18,12 +18,7 @@ def philox4x32(counter: list[int], key: list[int]) -> list[int]:
     c, k = list(counter), list(key)
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [
-            (b >> 32) ^ c[1] ^ k[0],
-            b & 0xFFFFFFFF,
-            (a >> 32) ^ c[3] ^ k[1],
-            a & 0xFFFFFFFF,
-        ]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "AttentionCase",
     "Results",
     "assert_parity",
+    "loss_gradients",
     "random_gradients",
     "row_keeps",
     "run",
@@ -35,6 +36,22 @@ __all__ = [
 def run(backend: str, case: AttentionCase) -> Results:
     """out, lse and, where the case holds gradients of the outputs, d_q, d_k, d_v, ..."""
     return case.run(partial(attention, return_lse=True, backend=backend))
+
+
+def loss_gradients(call: Callable[..., Any], arguments: Iterable[Any]) -> tuple[Tensor | None, ...]:
+    """The outputs, and the gradients of their squares' sum, in which an lse of -inf is no term."""
+    leaves = [
+        argument.detach().clone().requires_grad_(argument.is_floating_point())
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    ]
+    outputs = call(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    finite = [output.masked_fill(output == -torch.inf, 0.0) for output in outputs]
+    loss = torch.stack([output.square().sum() for output in finite]).sum()
+    wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return (*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def assert_parity(results: Results, case: TestCase) -> None:

@@ -8,26 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    KeyLengths,
-    attention,
-    attention_varlen,
-    explain,
-)
+from rowmax.kernels import Causal, KeyLengths, attention, attention_varlen, explain
 
 from ..tensors import rand
 from .backends import device_of
-from .derivative_cases import (
-    COMPILED,
-    EVERY,
-    Function,
-    heads,
-    jvp,
-    loss_of,
-    made,
-    tuple_of,
-)
+from .derivative_cases import COMPILED, EVERY, Function, heads, jvp, loss_of, made, tuple_of
 
 
 @pytest.mark.parametrize("name,backend", EVERY)

@@ -14,19 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rowmax.kernels import (
-    Causal,
-    Documents,
-    KeyLengths,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    explain,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-    scaled_dot_product_attention,
-)
+import rowmax.kernels as rk
 
 Q = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
 BY_LENGTH, LONGER = Q.transpose(1, 2), torch.zeros(2, 9, 4, 8)  # (B, L, H, D)
@@ -38,12 +26,12 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 
 def attend(**changes: Any) -> Any:
-    return attention(**({"q": Q, "k": Q, "v": Q} | changes))
+    return rk.attention(**({"q": Q, "k": Q, "v": Q} | changes))
 
 
 def packed(*more: Any, **changes: Any) -> Any:
     starts = {"cu_seqlens_q": STARTS, "cu_seqlens_k": STARTS} | changes
-    return attention_varlen(PACKED, PACKED, PACKED, *starts.values(), *more)
+    return rk.attention_varlen(PACKED, PACKED, PACKED, *starts.values(), *more)
 
 
 # what is wrong -> the call, the sentence in its parts, and the call as the sentence would have it
@@ -104,59 +92,59 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
         lambda: attend(mask=PAIRS[:, None]),
     ),
     "a padding mask as lengths": (
-        lambda: attend(mask=KeyLengths(TOKENS)),
+        lambda: attend(mask=rk.KeyLengths(TOKENS)),
         ("KeyLengths: `lengths`", "integer", "got torch.bool", "True = a token, lengths.sum(-1)"),
-        lambda: attend(mask=KeyLengths(TOKENS.sum(-1))),
+        lambda: attend(mask=rk.KeyLengths(TOKENS.sum(-1))),
     ),
     "float lengths": (
-        lambda: attend(mask=KeyLengths(LENGTHS.float())),
+        lambda: attend(mask=rk.KeyLengths(LENGTHS.float())),
         ("KeyLengths: `lengths`", "an integer dtype", "got torch.float32", "lengths.long()"),
-        lambda: attend(mask=KeyLengths(LENGTHS.float().long())),
+        lambda: attend(mask=rk.KeyLengths(LENGTHS.float().long())),
     ),
     "a list of lengths": (
-        lambda: attend(mask=KeyLengths([4, 6])),  # type: ignore[arg-type]
+        lambda: attend(mask=rk.KeyLengths([4, 6])),  # type: ignore[arg-type]
         ("KeyLengths: `lengths`", "torch.Tensor", "got list", "torch.tensor(...)"),
-        lambda: attend(mask=KeyLengths(torch.tensor([4, 6]))),
+        lambda: attend(mask=rk.KeyLengths(torch.tensor([4, 6]))),
     ),
     "lengths elsewhere": (
-        lambda: attend(mask=KeyLengths(LENGTHS.to("meta"))),
+        lambda: attend(mask=rk.KeyLengths(LENGTHS.to("meta"))),
         ("KeyLengths: `lengths`", "cpu", "got device meta", 'lengths.to("cpu")'),
-        lambda: attend(mask=KeyLengths(LENGTHS.to("cpu"))),
+        lambda: attend(mask=rk.KeyLengths(LENGTHS.to("cpu"))),
     ),
     "documents of one sequence": (
-        lambda: attend(mask=Documents(IDS)),
+        lambda: attend(mask=rk.Documents(IDS)),
         ("Documents: `ids`", "(B, L)", "got shape (6,)", "ids[None]"),
-        lambda: attend(q=Q[:1], k=Q[:1], v=Q[:1], mask=Documents(IDS[None])),
+        lambda: attend(q=Q[:1], k=Q[:1], v=Q[:1], mask=rk.Documents(IDS[None])),
     ),
     "masks joined by a word": (
-        lambda: attend(mask=Causal() and KeyLengths(LENGTHS)),
+        lambda: attend(mask=rk.Causal() and rk.KeyLengths(LENGTHS)),
         ("a mask is neither true nor false", "join masks by `&`"),
-        lambda: attend(mask=Causal() & KeyLengths(LENGTHS)),
+        lambda: attend(mask=rk.Causal() & rk.KeyLengths(LENGTHS)),
     ),
     "a class as a mask": (
-        lambda: attend(mask=Causal),
+        lambda: attend(mask=rk.Causal),
         ("attention: `mask`", "a mask object", "got type", "Causal(...) makes one"),
-        lambda: attend(mask=Causal()),
+        lambda: attend(mask=rk.Causal()),
     ),
     "a flag as a mask": (
         lambda: attend(mask=True),
         ("attention: `mask`", "a mask object", "got bool", "Causal() is the causal one"),
-        lambda: attend(mask=Causal()),
+        lambda: attend(mask=rk.Causal()),
     ),
     "torch's keyword": (
         lambda: attend(is_causal=True),
         ("attention() got an unexpected keyword argument 'is_causal'", "mask=Causal()"),
-        lambda: attend(mask=Causal()),
+        lambda: attend(mask=rk.Causal()),
     ),
     "torch's keyword, explained": (
-        lambda: explain(Q, Q, Q, attn_mask=PAIRS[0]),
+        lambda: rk.explain(Q, Q, Q, attn_mask=PAIRS[0]),
         ("explain() got an unexpected keyword argument 'attn_mask'", "`mask` takes a bool tensor"),
-        lambda: explain(Q, Q, Q, mask=PAIRS[0]),
+        lambda: rk.explain(Q, Q, Q, mask=PAIRS[0]),
     ),
     "causal where lengths differ": (
-        lambda: attend(q=Q[:, :, :2], mask=Causal()),
+        lambda: attend(q=Q[:, :, :2], mask=rk.Causal()),
         ("`align` is needed", "Lq = 2", "Lk = 6", '"lower_right" (the last query'),
-        lambda: attend(q=Q[:, :, :2], mask=Causal("lower_right")),
+        lambda: attend(q=Q[:, :, :2], mask=rk.Causal("lower_right")),
     ),
     "a tensor as scale": (
         lambda: attend(scale=torch.tensor(0.5)),
@@ -169,9 +157,9 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
         lambda: attend(dropout_p=0.1),
     ),
     "a mask of integers for torch's function": (
-        lambda: scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int()),
+        lambda: rk.scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int()),
         ("attention: `attn_mask`", "bool, True = may attend", "got torch.int32", ".bool()"),
-        lambda: scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int().bool()),
+        lambda: rk.scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int().bool()),
     ),
     "lengths for offsets": (
         lambda: packed(cu_seqlens_q=torch.tensor([4, 8])),
@@ -191,29 +179,29 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
             "got int",
             "max_seqlen_q= and max_seqlen_k=",
         ),
-        lambda: attention_varlen(
+        lambda: rk.attention_varlen(
             *(PACKED, PACKED, PACKED, STARTS, STARTS), max_seqlen_q=8, max_seqlen_k=8
         ),
     ),
     "a shape, as for torch's layer norm": (
-        lambda: layer_norm(X, (8,)),  # type: ignore[arg-type]
+        lambda: rk.layer_norm(X, (8,)),  # type: ignore[arg-type]
         ("layer_norm: `weight`", "torch.Tensor, or None", "got (8,)", "no shape is given"),
-        lambda: layer_norm(X),
+        lambda: rk.layer_norm(X),
     ),
     "a weight of two dimensions": (
-        lambda: rms_norm(X, W[None]),
+        lambda: rk.rms_norm(X, W[None]),
         ("rms_norm: `weight`", "(N,) = (8,)", "got shape (1, 8)", "weight.flatten()"),
-        lambda: rms_norm(X, W[None].flatten()),
+        lambda: rk.rms_norm(X, W[None].flatten()),
     ),
     "a half residual": (
-        lambda: add_layer_norm(X, X.half()),
+        lambda: rk.add_layer_norm(X, X.half()),
         ("`residual`", "torch.float32, that of `x`", "float16", "residual.to(torch.float32)"),
-        lambda: add_layer_norm(X, X.half().to(torch.float32)),
+        lambda: rk.add_layer_norm(X, X.half().to(torch.float32)),
     ),
     "a float mask for softmax": (
-        lambda: masked_softmax(X, np.ones(8)),  # type: ignore[arg-type]
+        lambda: rk.masked_softmax(X, np.ones(8)),  # type: ignore[arg-type]
         ("masked_softmax: `mask`", "a bool tensor or a mask object", "got ndarray"),
-        lambda: masked_softmax(X, torch.from_numpy(np.ones(8)) == 1),
+        lambda: rk.masked_softmax(X, torch.from_numpy(np.ones(8)) == 1),
     ),
 }
 
@@ -228,5 +216,5 @@ def test_the_error_says_what_to_do(
 
 
 def test_half_parameters_beside_float32_are_no_mistake() -> None:
-    for norm in (layer_norm(X, W.half(), W.half()), rms_norm(X, W.bfloat16())):
+    for norm in (rk.layer_norm(X, W.half(), W.half()), rk.rms_norm(X, W.bfloat16())):
         assert norm.dtype == torch.float32

@@ -14,10 +14,7 @@ from torch import Tensor
 from rowmax.kernels import Causal, Documents, add_layer_norm, layer_norm, masked_softmax, rms_norm
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.backends.reference import rows_keep
-from rowmax.kernels.backends.reference.philox import (
-    keep_scale,
-    keep_threshold,
-)
+from rowmax.kernels.backends.reference.philox import keep_scale, keep_threshold
 from rowmax.kernels.ops.layout import rows_of, statistics_dtype
 
 from ..processes import printed
@@ -110,9 +107,7 @@ def test_rows_around_the_edges_of_chunks(name: str, columns: int, chunks: int, e
         return layer_norm(total, weight, bias, backend="reference")
 
     for found, expected in zip(
-        gradients(NORMS[name], x, weight, bias),
-        gradients(reference, x, weight, bias),
-        strict=True,
+        gradients(NORMS[name], x, weight, bias), gradients(reference, x, weight, bias), strict=True
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

@@ -10,19 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Documents,
-    KeyLengths,
-    Mask,
-    Window,
-    add_layer_norm,
-    attention,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 
 from .onnx_files import EXPORTS, Call, export, operators, run
 from .support import AttentionCase, assert_parity
@@ -44,15 +32,15 @@ def heads(length: int, key_heads: int) -> tuple[Tensor, ...]:
 
 
 # name -> mask, bias, sinks and options from lengths, ids, a bias and sinks
-Features = tuple[Mask | Tensor | None, Any, Tensor | None, dict[str, Any]]
+Features = tuple[rk.Mask | Tensor | None, Any, Tensor | None, dict[str, Any]]
 CASES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Features]] = {
     "plain": lambda n, ids, bias, sinks: (None, None, None, {"scale": 0.3}),
-    "causal": lambda n, ids, bias, sinks: (Causal(), None, None, {}),
-    "lengths": lambda n, ids, bias, sinks: (KeyLengths(n) & Window(2, 1), None, None, {}),
+    "causal": lambda n, ids, bias, sinks: (rk.Causal(), None, None, {}),
+    "lengths": lambda n, ids, bias, sinks: (rk.KeyLengths(n) & rk.Window(2, 1), None, None, {}),
     "dense": lambda n, ids, bias, sinks: (ids[:, None, None] > 0, None, None, {}),
-    "documents": lambda n, ids, bias, sinks: (Documents(ids), None, sinks, {"softcap": 3.0}),
-    "bias": lambda n, ids, bias, sinks: (Causal(1), bias, None, {}),
-    "alibi": lambda n, ids, bias, sinks: (None, ALiBi(sinks.abs()), None, {}),
+    "documents": lambda n, ids, bias, sinks: (rk.Documents(ids), None, sinks, {"softcap": 3.0}),
+    "bias": lambda n, ids, bias, sinks: (rk.Causal(1), bias, None, {}),
+    "alibi": lambda n, ids, bias, sinks: (None, rk.ALiBi(sinks.abs()), None, {}),
 }
 
 
@@ -64,7 +52,7 @@ def test_attention(how: str, key_heads: int, tmp_path: Path) -> None:
         outputs: list[Tensor] = []
         for case in CASES.values():
             mask, bias, sinks, options = case(*features)
-            outputs += attention(q, k, v, mask, bias, sinks=sinks, return_lse=True, **options)
+            outputs += rk.attention(q, k, v, mask, bias, sinks=sinks, return_lse=True, **options)
         return tuple(outputs)
 
     qkv: tuple[dict[int, str], ...] = ({0: "B", 2: "L"},) * 3
@@ -90,14 +78,14 @@ def rows(length: int) -> tuple[Tensor, ...]:
 
 
 def norms(x: Tensor, weight: Tensor, bias: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
-    mask = KeyLengths(lengths) & Causal(1)
+    mask = rk.KeyLengths(lengths) & rk.Causal(1)
     return (
-        layer_norm(x, weight, bias),
-        layer_norm(x, eps=1e-3),
-        *add_layer_norm(x, x.cos(), weight, bias),
-        rms_norm(x, weight),
-        rms_norm(x),
-        masked_softmax(x @ x.transpose(1, 2), mask, 0.5),
+        rk.layer_norm(x, weight, bias),
+        rk.layer_norm(x, eps=1e-3),
+        *rk.add_layer_norm(x, x.cos(), weight, bias),
+        rk.rms_norm(x, weight),
+        rk.rms_norm(x),
+        rk.masked_softmax(x @ x.transpose(1, 2), mask, 0.5),
     )
 
 
@@ -118,7 +106,7 @@ def test_norms_and_softmax(how: str, tmp_path: Path) -> None:
 
 @EVERY_EXPORT
 def test_dropout_is_refused(how: str, tmp_path: Path) -> None:
-    call = Call(lambda q: attention(q, q, q, dropout_p=0.1))
+    call = Call(lambda q: rk.attention(q, q, q, dropout_p=0.1))
     q = torch.randn(1, 2, 5, 8)
     with pytest.raises(Exception, match=r"attention: `dropout_p`: expected 0 while torch\.onnx"):
         export(call, (q,), (None,), how, tmp_path)
@@ -126,7 +114,7 @@ def test_dropout_is_refused(how: str, tmp_path: Path) -> None:
 
 def test_a_program_that_was_exported_before(tmp_path: Path) -> None:
     """torch.export keeps the operators whole; torch.onnx takes them apart later."""
-    call = Call(lambda q, n: attention(q, q, q, KeyLengths(n)))
+    call = Call(lambda q, n: rk.attention(q, q, q, rk.KeyLengths(n)))
     q, n = torch.randn(2, 4, 5, 8), torch.tensor([5, 2])
     program = torch.export.export(call, (q, n))
     assert "rowmax.attention" in str(program.graph)

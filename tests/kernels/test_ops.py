@@ -9,17 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    KeyLengths,
-    Window,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.api.attention import attention_problem
 from rowmax.kernels.api.masks import structure_of
 from rowmax.kernels.backends.reference import naive_attention
@@ -52,7 +42,7 @@ def attention_sample(name: str) -> Sample:
 
 def softmax_sample(device: torch.device) -> tuple[Any, ...]:
     scores = rand(device, 2, 3, 7, 9).requires_grad_()
-    mask = Causal(2) & KeyLengths(lengths(9, 0).to(device))
+    mask = rk.Causal(2) & rk.KeyLengths(lengths(9, 0).to(device))
     return SoftmaxProblem(scores, structure_of(mask, (2, 3, 7, 9), scores), 0.5).flat()
 
 
@@ -141,7 +131,7 @@ def test_gradcheck_of_attention(name: str, backend: str) -> None:
         arguments.v[:1, :, :7, :4],
         bias=arguments.bias[:1, :, :5, :7] if isinstance(arguments.bias, Tensor) else None,
         sinks=arguments.sinks,
-        mask=Window(4, 1, "lower_right") & KeyLengths(lengths(6).to(arguments.q.device)),
+        mask=rk.Window(4, 1, "lower_right") & rk.KeyLengths(lengths(6).to(arguments.q.device)),
         options=arguments.options,
     )
     leaves = {
@@ -151,7 +141,7 @@ def test_gradcheck_of_attention(name: str, backend: str) -> None:
     def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         named: dict[str, Any] = dict(zip(leaves, tensors, strict=True))
         q, k, v = (named.pop(key) for key in "qkv")
-        return attention(
+        return rk.attention(
             q, k, v, arguments.mask, return_lse=True, backend=backend, **named, **arguments.options
         )
 
@@ -171,15 +161,15 @@ def test_gradcheck_of_the_rest(name: str, backend: str) -> None:
     bias = (weight.detach() + 1).requires_grad_()
     mask = (rand(device, 2, 7) > -0.5).index_fill(0, torch.tensor(1, device=device), False)
     calls: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
-        "layer_norm": (lambda *t: layer_norm(*t, backend=backend), (x, weight, bias)),
-        "rms_norm": (lambda *t: rms_norm(*t, backend=backend), (x, weight)),
+        "layer_norm": (lambda *t: rk.layer_norm(*t, backend=backend), (x, weight, bias)),
+        "rms_norm": (lambda *t: rk.rms_norm(*t, backend=backend), (x, weight)),
         "add_layer_norm": (
-            lambda x, other, weight, bias: add_layer_norm(
+            lambda x, other, weight, bias: rk.add_layer_norm(
                 x, other, weight, bias, dropout_p=0.3, seed=2, backend=backend
             ),
             (x, other, weight, bias),
         ),
-        "masked_softmax": (lambda t: masked_softmax(t, mask, scale=0.7, backend=backend), (x,)),
+        "masked_softmax": (lambda t: rk.masked_softmax(t, mask, scale=0.7, backend=backend), (x,)),
     }
     function, tensors = calls[name]
     assert torch.autograd.gradcheck(function, tensors, fast_mode=is_interpreted(backend))
@@ -193,51 +183,53 @@ def test_only_wanted_gradients(backend: str) -> None:
     everything: dict[str, Any] = {
         name: tensor.clone().requires_grad_() for name, tensor in tensors.items()
     }
-    out, lse = attention(**everything, return_lse=True, backend=backend)
+    out, lse = rk.attention(**everything, return_lse=True, backend=backend)
     expected = torch.autograd.grad(out.sum() + lse.sum(), tuple(everything.values()))
     for name, gradient in zip(tensors, expected, strict=True):
         mixed = tensors | {name: tensors[name].clone().requires_grad_()}
-        out, lse = attention(**mixed, return_lse=True, backend=backend)
+        out, lse = rk.attention(**mixed, return_lse=True, backend=backend)
         (out.sum() + lse.sum()).backward()
         torch.testing.assert_close(mixed[name].grad, gradient, rtol=1e-12, atol=1e-12)
-    _, lse = attention(**everything, return_lse=True, backend=backend)
+    _, lse = rk.attention(**everything, return_lse=True, backend=backend)
     d_v = torch.autograd.grad(lse.sum(), everything["v"], allow_unused=True)[0]
     assert d_v is None or (d_v == 0).all()
-    assert not attention(**tensors, backend=backend).requires_grad
+    assert not rk.attention(**tensors, backend=backend).requires_grad
 
 
 def test_modes_without_gradients(backend: str) -> None:
     device = device_of(backend)
     q = rand(device, 1, 2, 5, 8).requires_grad_()
-    expected = attention(q, q, q, Causal(), backend=backend).detach()
+    expected = rk.attention(q, q, q, rk.Causal(), backend=backend).detach()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            out = attention(q, q, q, Causal(), backend=backend)
+            out = rk.attention(q, q, q, rk.Causal(), backend=backend)
         assert not out.requires_grad
         assert torch.equal(out, expected)
     with torch.inference_mode():
         inside = rand(device, 1, 2, 5, 8)
-        assert torch.equal(attention(inside, inside, inside, Causal(), backend=backend), expected)
+        assert torch.equal(
+            rk.attention(inside, inside, inside, rk.Causal(), backend=backend), expected
+        )
 
 
 def test_meta_tensors() -> None:
     """Shapes and dtypes without data, as for a model built on the meta device."""
     q = torch.zeros(2, 4, 5, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    out, lse = attention(q, q[:, :2], q[:, :2, :, :3], Causal(), return_lse=True)
+    out, lse = rk.attention(q, q[:, :2], q[:, :2, :, :3], rk.Causal(), return_lse=True)
     assert (out.shape, out.dtype, out.device.type) == ((2, 4, 5, 3), torch.bfloat16, "meta")
     assert (lse.shape, lse.dtype) == ((2, 4, 5), torch.float32)
     out.sum().backward()
     assert q.grad is not None
-    y, total = add_layer_norm(q, q, dropout_p=0.1)
+    y, total = rk.add_layer_norm(q, q, dropout_p=0.1)
     assert y.shape == total.shape == q.shape
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, str], Any]] = {
-    "attention": lambda x, backend: attention(x, x, x, backend=backend),
-    "masked_softmax": lambda x, backend: masked_softmax(x, backend=backend),
-    "layer_norm": lambda x, backend: layer_norm(x, backend=backend),
-    "add_layer_norm": lambda x, backend: add_layer_norm(x, x, backend=backend)[0],
-    "rms_norm": lambda x, backend: rms_norm(x, backend=backend),
+    "attention": lambda x, backend: rk.attention(x, x, x, backend=backend),
+    "masked_softmax": lambda x, backend: rk.masked_softmax(x, backend=backend),
+    "layer_norm": lambda x, backend: rk.layer_norm(x, backend=backend),
+    "add_layer_norm": lambda x, backend: rk.add_layer_norm(x, x, backend=backend)[0],
+    "rms_norm": lambda x, backend: rk.rms_norm(x, backend=backend),
 }
 EVERY_FUNCTION = pytest.mark.parametrize(
     "name,backend", [(name, backend) for name in FUNCTIONS for backend in BACKENDS]
@@ -251,15 +243,15 @@ def test_attention_under_autocast(dtype: torch.dtype, backend: str) -> None:
     q, k, v = (rand(device, 1, 2, 7, 8, dtype=torch.float32).requires_grad_() for _ in "qkv")
     rows = q.detach()[0].transpose(0, 1)
     with torch.autocast(device.type, dtype):
-        out = attention(q, k.to(dtype), v, Causal(), backend=backend)
-        wide = attention(q.double(), k.double(), v.double(), Causal(), backend=backend)
+        out = rk.attention(q, k.to(dtype), v, rk.Causal(), backend=backend)
+        wide = rk.attention(q.double(), k.double(), v.double(), rk.Causal(), backend=backend)
         cu = torch.tensor([0, 3, 7], device=device)
-        packed = attention_varlen(rows, rows, rows, cu, cu, backend=backend)
+        packed = rk.attention_varlen(rows, rows, rows, cu, cu, backend=backend)
         out.sum().backward()
     assert out.dtype == packed.dtype == dtype
     assert wide.dtype == torch.float64
     assert torch.equal(
-        out, attention(q.to(dtype), k.to(dtype), v.to(dtype), Causal(), backend=backend)
+        out, rk.attention(q.to(dtype), k.to(dtype), v.to(dtype), rk.Causal(), backend=backend)
     )
     torch.testing.assert_close(out.double(), wide, rtol=0.02, atol=0.02)
     assert q.grad is not None
@@ -287,7 +279,7 @@ def test_autocast_does_not_reach_into_a_backend(name: str, backend: str) -> None
 def test_add_layer_norm_takes_the_wider_dtype_under_autocast(backend: str) -> None:
     x = rand(device_of(backend), 3, 8, dtype=torch.float32)
     with torch.autocast(x.device.type, torch.bfloat16):
-        y, total = add_layer_norm(x.bfloat16(), x, backend=backend)
+        y, total = rk.add_layer_norm(x.bfloat16(), x, backend=backend)
     assert y.dtype == total.dtype == torch.float32
     assert torch.equal(total, x + x.bfloat16().float())
 

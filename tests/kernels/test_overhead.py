@@ -15,18 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rowmax.kernels import (
-    Causal,
-    KeyLengths,
-    add_layer_norm,
-    attention,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.ops import fast_path, operators
 
-from ..tensors import rand
+from ..tensors import left_by, rand
 from .backends import BACKENDS, device_of, is_interpreted
 
 
@@ -45,21 +37,21 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, str], Any]] = {
-    "attention": lambda x, backend: attention(
+    "attention": lambda x, backend: rk.attention(
         x,
         x.cos(),
         x.sin(),
-        Causal() & KeyLengths(torch.tensor([3], device=x.device)),
+        rk.Causal() & rk.KeyLengths(torch.tensor([3], device=x.device)),
         dropout_p=0.2,
         seed=1,
         backend=backend,
     ),
-    "masked_softmax": lambda x, backend: masked_softmax(x, Causal(2), 0.5, backend=backend),
-    "layer_norm": lambda x, backend: layer_norm(x, x[0, 0, 0].cos(), backend=backend),
-    "add_layer_norm": lambda x, backend: add_layer_norm(
+    "masked_softmax": lambda x, backend: rk.masked_softmax(x, rk.Causal(2), 0.5, backend=backend),
+    "layer_norm": lambda x, backend: rk.layer_norm(x, x[0, 0, 0].cos(), backend=backend),
+    "add_layer_norm": lambda x, backend: rk.add_layer_norm(
         x, x.sin(), x[0, 0, 0].cos(), dropout_p=0.2, seed=1, backend=backend
     )[0],
-    "rms_norm": lambda x, backend: rms_norm(x, x[0, 0, 0].cos(), backend=backend),
+    "rms_norm": lambda x, backend: rk.rms_norm(x, x[0, 0, 0].cos(), backend=backend),
 }
 EVERY = pytest.mark.parametrize(
     "name,backend", [(name, backend) for name in FUNCTIONS for backend in BACKENDS]
@@ -120,7 +112,7 @@ def test_what_the_dispatcher_serves_goes_through_it(
 ) -> None:
     context, made = WATCHED[name]
     q, k, v = (rand(1, 2, 4, 6, seed=seed) for seed in range(3))
-    expected = attention(q, k, v, backend=backend)
+    expected = rk.attention(q, k, v, backend=backend)
     assert not dispatched
     for at in range(3):
         tensors = [q, k, v]
@@ -128,23 +120,11 @@ def test_what_the_dispatcher_serves_goes_through_it(
         if name == "meta":
             tensors = [tensor.to("meta") for tensor in tensors]
         with context():
-            out = attention(tensors[0], tensors[1], tensors[2], backend=backend)
+            out = rk.attention(tensors[0], tensors[1], tensors[2], backend=backend)
         assert dispatched.pop() == "attention"
         assert not dispatched
         if name != "meta":
             torch.testing.assert_close(out.as_subclass(Tensor), expected, rtol=1e-12, atol=0)
-
-
-def left_by(transform: Callable[..., Any], value: Tensor) -> Tensor:
-    """What a transform wrapped, after it has ended."""
-    kept: list[Tensor] = []
-
-    def keep(wrapped: Tensor) -> Tensor:
-        kept.append(wrapped)
-        return wrapped.sum()
-
-    transform(keep)(value)
-    return kept[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*(prototype|beta|deprecated)")
@@ -192,18 +172,18 @@ def test_the_keys_of_an_ordinary_tensor_on_a_gpu() -> None:
 def test_what_the_dispatcher_serves_in_a_mask_goes_through_it(dispatched: list[str]) -> None:
     q = rand(2, 2, 4, 6)
     lengths = torch.tensor([2, 3])
-    expected = attention(q, q, q, KeyLengths(lengths))
+    expected = rk.attention(q, q, q, rk.KeyLengths(lengths))
     assert not dispatched
-    assert torch.equal(attention(q, q, q, KeyLengths(lengths.as_subclass(Marked))), expected)
+    assert torch.equal(rk.attention(q, q, q, rk.KeyLengths(lengths.as_subclass(Marked))), expected)
     assert dispatched == ["attention"]
 
 
 def test_what_a_transform_left_behind(dispatched: list[str]) -> None:
     """A pullback called after `torch.func.vjp` has ended holds wrappers of the tensors it saved."""
     q = rand(1, 2, 4, 6)
-    pullback: Any = torch.func.vjp(lambda q: attention(q, q, q), q)[1]
+    pullback: Any = torch.func.vjp(lambda q: rk.attention(q, q, q), q)[1]
     leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(attention(leaf, leaf, leaf).sum(), leaf)
+    (expected,) = torch.autograd.grad(rk.attention(leaf, leaf, leaf).sum(), leaf)
     (gradient,) = pullback(torch.ones_like(q))
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
 
@@ -211,7 +191,7 @@ def test_what_a_transform_left_behind(dispatched: list[str]) -> None:
 def test_the_profiler_shows_the_operators() -> None:
     q = rand(1, 2, 4, 6).requires_grad_()
     with torch.profiler.profile() as profile:
-        attention(q, q, q).sum().backward()
+        rk.attention(q, q, q).sum().backward()
     names = {event.key for event in profile.key_averages()}
     assert {"rowmax::attention", "rowmax::attention_backward"} <= names
 
@@ -219,9 +199,9 @@ def test_the_profiler_shows_the_operators() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit:DeprecationWarning")
 def test_traced_calls_are_recorded() -> None:
     q = rand(1, 2, 4, 6)
-    traced = torch.jit.trace(lambda q: attention(q, q, q, backend="reference"), (q,))
+    traced = torch.jit.trace(lambda q: rk.attention(q, q, q, backend="reference"), (q,))
     other = rand(1, 2, 4, 6, seed=5)
-    assert torch.equal(traced(other), attention(other, other, other, backend="reference"))
+    assert torch.equal(traced(other), rk.attention(other, other, other, backend="reference"))
 
 
 def test_saved_tensors_are_autograds_own() -> None:
@@ -235,13 +215,13 @@ def test_saved_tensors_are_autograds_own() -> None:
     q, k, v = (rand(2, 2, 4, 6, seed=seed).requires_grad_() for seed in range(3))
     lengths = torch.tensor([2, 3])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = attention(q, k, v, KeyLengths(lengths))
+        out = rk.attention(q, k, v, rk.KeyLengths(lengths))
     assert any(tensor.dtype == torch.int64 and torch.equal(tensor, lengths) for tensor in packed)
     assert sum(torch.equal(tensor, q) for tensor in packed if tensor.shape == q.shape) == 1
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
-    out = attention(q, k, v, KeyLengths(lengths))
+    out = rk.attention(q, k, v, rk.KeyLengths(lengths))
     lengths.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
@@ -263,10 +243,10 @@ def test_a_small_call_takes_few_steps(backend: str) -> None:
             counted.append(getattr(argument, "__name__", frame.f_code.co_name))
 
     with torch.no_grad():
-        attention(q, k, v, backend="auto")
+        rk.attention(q, k, v, backend="auto")
         sys.setprofile(count)
         try:
-            attention(q, k, v, backend="auto")
+            rk.attention(q, k, v, backend="auto")
         finally:
             sys.setprofile(None)
     assert len(counted) <= 160, counted

@@ -9,16 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    masked_softmax,
-)
+import rowmax.kernels as rk
 
 from .backends import device_of, dtype_name
 from .cases import Case, Shape, lengths
@@ -28,28 +19,28 @@ from .support import AttentionCase, random_gradients, run
 SHAPES = {"whole": Shape(2, 4, 2, 11, 11, 32, 16), "odd": Shape(2, 4, 2, 11, 11, 7, 9)}
 SHAPE = SHAPES["whole"]  # all have the same B, heads and lengths
 COLUMNS = torch.arange(11)
-MASKS: dict[str, Mask | Tensor] = {
-    "keys": KeyLengths(lengths(0, 7)),
-    "keys_queries": KeyLengths(lengths(11, 7)) & QueryLengths(lengths(0, 6)),
-    "causal_before": Causal(-4),
-    "causal_tensor": Causal(lengths(-11, -2)) & KeyLengths(lengths(11, 5)),
-    "window_beyond": Window(2, 0, 8),
-    "prefix_window": Causal("upper_left", lengths(4, 3)) & Window(0, None, 1),
-    "dense_columns": Dense(COLUMNS < 6),
+MASKS: dict[str, rk.Mask | Tensor] = {
+    "keys": rk.KeyLengths(lengths(0, 7)),
+    "keys_queries": rk.KeyLengths(lengths(11, 7)) & rk.QueryLengths(lengths(0, 6)),
+    "causal_before": rk.Causal(-4),
+    "causal_tensor": rk.Causal(lengths(-11, -2)) & rk.KeyLengths(lengths(11, 5)),
+    "window_beyond": rk.Window(2, 0, 8),
+    "prefix_window": rk.Causal("upper_left", lengths(4, 3)) & rk.Window(0, None, 1),
+    "dense_columns": rk.Dense(COLUMNS < 6),
     "dense_rows": (COLUMNS < 6).view(11, 1) & (COLUMNS % 2 == 0),
     "dense_none": torch.zeros(1, dtype=torch.bool),
-    "documents": Documents(COLUMNS.expand(2, 11) // 3, COLUMNS.expand(2, 11) // 2 + 2),
+    "documents": rk.Documents(COLUMNS.expand(2, 11) // 3, COLUMNS.expand(2, 11) // 2 + 2),
 }
 POISONS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
 def padded(
-    mask: Mask | Tensor, dtype: torch.dtype, backend: str, shape: Shape = SHAPE
+    mask: rk.Mask | Tensor, dtype: torch.dtype, backend: str, shape: Shape = SHAPE
 ) -> tuple[AttentionCase, Tensor]:
     """AttentionCase of a padded call, and which query may attend which key."""
     case = Case("padded", shape, lambda shape, generator: mask)
     arguments = case.build(dtype, device_of(backend))
-    dense = mask.dense(*SHAPE.scores) if isinstance(mask, Mask) else mask.expand(SHAPE.scores)
+    dense = mask.dense(*SHAPE.scores) if isinstance(mask, rk.Mask) else mask.expand(SHAPE.scores)
     return arguments, dense.to(arguments.q.device)
 
 
@@ -128,7 +119,7 @@ def test_padding_masked_by_the_bias_alone(dtype: torch.dtype, poison: float, bac
     bias = torch.zeros(1, 1, 1, 11).masked_fill(COLUMNS >= 7, -torch.inf).to(dtype)
 
     def arguments(value: float, positions: Tensor | bool) -> AttentionCase:
-        built = padded(KeyLengths(lengths(9, 9)), dtype, backend)[0]
+        built = padded(rk.KeyLengths(lengths(9, 9)), dtype, backend)[0]
         hidden = (COLUMNS >= 7)[:, None].to(built.k.device)
         under_mask = bias.masked_fill((COLUMNS >= 9) & positions, value)
         return replace(
@@ -154,7 +145,7 @@ def test_masked_scores_may_hold_anything(poison: float, backend: str) -> None:
 
     def both(fill: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         leaf = fill(scores).requires_grad_()
-        weights = masked_softmax(leaf, mask, backend=backend)
+        weights = rk.masked_softmax(leaf, mask, backend=backend)
         return weights.detach(), torch.autograd.grad(weights, leaf, fill(grad))[0]
 
     clean = both(lambda tensor: tensor.masked_fill(~mask, 0.0))

@@ -12,17 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    attention,
-)
+import rowmax.kernels as rk
 
 from .backends import dtype_name, is_interpreted
 from .cases import Case, Shape
@@ -52,28 +42,28 @@ def integers(shape: tuple[int, ...], low: int, high: int) -> st.SearchStrategy[T
     return numbers.map(lambda values: torch.tensor(values, dtype=torch.int64).view(shape))
 
 
-def random_dense_mask(size: tuple[int, ...], seed: int) -> Mask:
-    return Dense(torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.7)
+def random_dense_mask(size: tuple[int, ...], seed: int) -> rk.Mask:
+    return rk.Dense(torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.7)
 
 
-def random_documents(shape: Shape, seed: int) -> Mask:
+def random_documents(shape: Shape, seed: int) -> rk.Mask:
     generator = torch.Generator().manual_seed(seed)
-    return Documents(
+    return rk.Documents(
         torch.randint(3, (shape.B, shape.Lq), generator=generator),
         torch.randint(3, (shape.B, shape.Lk), generator=generator),
     )
 
 
 @st.composite
-def masks(draw: st.DrawFn, shape: Shape) -> Mask:
+def masks(draw: st.DrawFn, shape: Shape) -> rk.Mask:
     """A conjunction of one to three masks of any kind."""
     per_batch = st.one_of(integers((shape.B,), -10, 50), integers((shape.B,), -20, 300))
     side = st.one_of(st.none(), st.integers(0, 12), st.integers(0, 200))
     kinds = [
-        st.builds(Causal, st.one_of(aligns, per_batch)),
-        st.builds(Window, side, side, st.one_of(aligns, per_batch)),
-        st.builds(KeyLengths, per_batch),
-        st.builds(QueryLengths, per_batch),
+        st.builds(rk.Causal, st.one_of(aligns, per_batch)),
+        st.builds(rk.Window, side, side, st.one_of(aligns, per_batch)),
+        st.builds(rk.KeyLengths, per_batch),
+        st.builds(rk.QueryLengths, per_batch),
         st.builds(
             random_dense_mask,
             st.tuples(*(st.sampled_from([1, size]) for size in shape.scores)),
@@ -87,7 +77,7 @@ def masks(draw: st.DrawFn, shape: Shape) -> Mask:
         joined = joined & other
     free = not any(part.bounds_keys_above() for part in joined.parts())
     if free and draw(st.booleans()):
-        joined = joined & draw(st.builds(Causal, st.one_of(aligns, per_batch), per_batch))
+        joined = joined & draw(st.builds(rk.Causal, st.one_of(aligns, per_batch), per_batch))
     return joined
 
 
@@ -125,7 +115,7 @@ def problems(draw: st.DrawFn, dtype: torch.dtype) -> AttentionCase:
     arguments = case.build(dtype)
     if bias_size is None and now_and_then():
         slopes = torch.rand(shape.Hq, dtype=dtype, generator=torch.Generator().manual_seed(1))
-        arguments = replace(arguments, bias=ALiBi(slopes, draw(aligns)))
+        arguments = replace(arguments, bias=rk.ALiBi(slopes, draw(aligns)))
     return arguments
 
 
@@ -234,7 +224,7 @@ def test_large_sinks_lose_no_digits(backend: str, queries: int) -> None:
     # softmax over n scores of 0 and a sink s: out = n / (e^s + n), d_sink = -sum of p (1 - p) * out
     sinks = torch.linspace(20.0, 60.0, 16, requires_grad=True)
     zeros, ones = torch.zeros(1, 16, queries, 8), torch.ones(1, 16, 5, 8)
-    out = attention(zeros, torch.zeros(1, 16, 5, 8), ones, sinks=sinks, backend=backend)
+    out = rk.attention(zeros, torch.zeros(1, 16, 5, 8), ones, sinks=sinks, backend=backend)
     out.sum().backward()
     assert sinks.grad is not None
     exact = 5 / (sinks.detach().double().exp() + 5)
@@ -246,18 +236,18 @@ def test_large_sinks_lose_no_digits(backend: str, queries: int) -> None:
 
 @pytest.mark.parametrize(
     "mask",
-    [None, Window(70, 20, align="upper_left"), KeyLengths(torch.tensor([290, 131]))],
+    [None, rk.Window(70, 20, align="upper_left"), rk.KeyLengths(torch.tensor([290, 131]))],
     ids=["full", "window", "lengths"],
 )
-def test_float16_is_widened_exactly(backend: str, mask: Mask | None) -> None:
+def test_float16_is_widened_exactly(backend: str, mask: rk.Mask | None) -> None:
     # blocks of keys are widened once for all tiles of a head; a window's first is met in its middle
     if backend not in ("native", "numba"):
         pytest.skip("computes float16 in a way of its own")
     generator = torch.Generator().manual_seed(5)
     q = torch.randn(2, 4, 333, 40, generator=generator).half()
     k, v = torch.randn(2, 2, 2, 300, 40, generator=generator).half().unbind()
-    out = attention(q, k, v, mask=mask, backend=backend)
-    wide = attention(q.float(), k.float(), v.float(), mask=mask, backend=backend)
+    out = rk.attention(q, k, v, mask=mask, backend=backend)
+    wide = rk.attention(q.float(), k.float(), v.float(), mask=mask, backend=backend)
     assert torch.equal(out, wide.half())
 
 
@@ -273,7 +263,7 @@ def test_weights_of_equal_scores_lose_no_digits(backend: str, dropout_p: float) 
                 torch.float64
             ).eps
             added = torch.full((1, 1, 1, 1), bias)
-            out = attention(q, k, v, bias=added, dropout_p=dropout_p, seed=n, backend=backend)
+            out = rk.attention(q, k, v, bias=added, dropout_p=dropout_p, seed=n, backend=backend)
             (d_v,) = torch.autograd.grad(out, v, torch.ones_like(out))
             kept = (d_v * n * (1 - dropout_p)).round()
             assert (d_v.double() * n * (1 - dropout_p) - kept).abs().max() < bound * 12
@@ -288,11 +278,13 @@ def test_huge_sinks_and_rows_without_keys(backend: str, sink: float, queries: in
     allowed = torch.ones(1, 1, queries, 20, dtype=torch.bool)
     allowed[:, :, 1] = False
     sinks = torch.tensor([sink], requires_grad=True)
-    out, lse = attention(q, k, v, Dense(allowed), sinks=sinks, return_lse=True, backend=backend)
+    out, lse = rk.attention(
+        q, k, v, rk.Dense(allowed), sinks=sinks, return_lse=True, backend=backend
+    )
     (d_sinks,) = torch.autograd.grad(out.sum(), sinks)
     expected = torch.zeros_like(out)
     if sink < 0:
-        expected = attention(q, k, v, Dense(allowed), backend="reference")
+        expected = rk.attention(q, k, v, rk.Dense(allowed), backend="reference")
     torch.testing.assert_close(out, expected)
     assert not lse.isnan().any()
     torch.testing.assert_close(d_sinks, torch.zeros(1))
@@ -303,5 +295,5 @@ def test_sinks_without_end(backend: str, queries: int) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(1, 2, queries, 8, generator=generator)
     k, v = torch.randn(2, 1, 2, 5, 8, generator=generator).unbind()
-    out = attention(q, k, v, sinks=torch.full((2,), -math.inf), backend=backend)
-    torch.testing.assert_close(out, attention(q, k, v, backend=backend))
+    out = rk.attention(q, k, v, sinks=torch.full((2,), -math.inf), backend=backend)
+    torch.testing.assert_close(out, rk.attention(q, k, v, backend=backend))

@@ -11,20 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    KeyLengths,
-    Window,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-    swap,
-)
+import rowmax.kernels as rk
 
 from .. import tensors
 from .backends import BACKENDS, device_of
@@ -33,8 +20,8 @@ HEADS, LENGTH, DIM = 4, 48, 16
 ROWS, COLUMNS = 40, 32
 Call = Callable[..., Any]
 # without the types of their arguments, which here come as a tuple
-attend: Call = attention
-add_norm: Call = add_layer_norm
+attend: Call = rk.attention
+add_norm: Call = rk.add_layer_norm
 torchs_norm: Call = F.layer_norm
 rand = functools.partial(tensors.rand, dtype=torch.float32)
 
@@ -83,31 +70,31 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
 def packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     starts = torch.tensor([0, 10, LENGTH])
-    return attention_varlen(q, k, v, starts, starts, **options)
+    return rk.attention_varlen(q, k, v, starts, starts, **options)
 
 
 # name -> more tensors than q, k and v; rowmax's call of them; and torch's
 ATTENTION: dict[str, tuple[tuple[Tensor, ...], Call, Call]] = {
-    "plain": ((), attention, sdpa),
+    "plain": ((), rk.attention, sdpa),
     "lse": ((), lambda *t, **o: attend(*t, return_lse=True, **o), sdpa),
     "causal": (
         (),
-        lambda *t, **o: attend(*t, Causal(), **o),
+        lambda *t, **o: attend(*t, rk.Causal(), **o),
         lambda *t: sdpa(*t, is_causal=True),
     ),
     "window": (
         (),
-        lambda *t, **o: attend(*t, Window(3, 0), **o),
+        lambda *t, **o: attend(*t, rk.Window(3, 0), **o),
         lambda *t: sdpa(*t, attn_mask=CAUSAL & (DISTANCE <= 3)),
     ),
     "lengths": (
         (),
-        lambda *t, **o: attend(*t, KeyLengths(torch.tensor([LENGTH, 9])), **o),
+        lambda *t, **o: attend(*t, rk.KeyLengths(torch.tensor([LENGTH, 9])), **o),
         lambda *t: sdpa(*t, attn_mask=PADDED),
     ),
     "dense": (
         (),
-        lambda *t, **o: attend(*t, Dense(BLOCKS), **o),
+        lambda *t, **o: attend(*t, rk.Dense(BLOCKS), **o),
         lambda *t: sdpa(*t, attn_mask=BLOCKS),
     ),
     "bias": (
@@ -117,7 +104,7 @@ ATTENTION: dict[str, tuple[tuple[Tensor, ...], Call, Call]] = {
     ),
     "alibi": (
         (),
-        lambda *t, **o: attend(*t, bias=ALiBi(SLOPES), **o),
+        lambda *t, **o: attend(*t, bias=rk.ALiBi(SLOPES), **o),
         lambda *t: sdpa(*t, attn_mask=(-SLOPES.view(-1, 1, 1) * DISTANCE.abs()).to(t[0])),
     ),
     "softcap": (
@@ -169,12 +156,12 @@ def scaled(x: Tensor, weight: Tensor | None = None) -> Tensor:
 
 # name -> how many of x's shape and parameters; statistics a row; rowmax's call; and torch's
 ROWWISE: dict[str, tuple[int, int, int, Call, Call]] = {
-    "layer_norm": (1, 2, 2, layer_norm, lambda x, *p: torchs_norm(x, (COLUMNS,), *p)),
-    "layer_norm of x alone": (1, 0, 2, layer_norm, lambda x: F.layer_norm(x, (COLUMNS,))),
-    "rms_norm": (1, 1, 1, rms_norm, scaled),
-    "rms_norm of x alone": (1, 0, 1, rms_norm, scaled),
-    "add_layer_norm": (2, 2, 2, add_layer_norm, and_norm),
-    "add_layer_norm of x alone": (2, 0, 2, add_layer_norm, and_norm),
+    "layer_norm": (1, 2, 2, rk.layer_norm, lambda x, *p: torchs_norm(x, (COLUMNS,), *p)),
+    "layer_norm of x alone": (1, 0, 2, rk.layer_norm, lambda x: F.layer_norm(x, (COLUMNS,))),
+    "rms_norm": (1, 1, 1, rk.rms_norm, scaled),
+    "rms_norm of x alone": (1, 0, 1, rk.rms_norm, scaled),
+    "add_layer_norm": (2, 2, 2, rk.add_layer_norm, and_norm),
+    "add_layer_norm of x alone": (2, 0, 2, rk.add_layer_norm, and_norm),
     "add_layer_norm with dropout": (
         *(2, 2, 2),
         lambda *t, **o: add_norm(*t, dropout_p=0.2, seed=1, **o),
@@ -182,7 +169,7 @@ ROWWISE: dict[str, tuple[int, int, int, Call, Call]] = {
     ),
     "masked_softmax": (
         *(1, 0, 0),
-        lambda x, **o: masked_softmax(x, KeyLengths(torch.tensor([20])), **o),
+        lambda x, **o: rk.masked_softmax(x, rk.KeyLengths(torch.tensor([20])), **o),
         lambda x: x.masked_fill(torch.arange(COLUMNS) >= 20, -torch.inf).softmax(-1),
     ),
 }
@@ -220,15 +207,15 @@ def test_second_derivatives_keep_no_outputs(name: str, backend: str) -> None:
 def changed_y(backend: str) -> dict[str, tuple[Call, Call]]:
     return {
         "layer_norm": (
-            lambda x, w, b: layer_norm(x, w, b, backend=backend),
+            lambda x, w, b: rk.layer_norm(x, w, b, backend=backend),
             lambda x, w, b: F.layer_norm(x, (COLUMNS,), w, b),
         ),
         "rms_norm": (
-            lambda x, w, b: rms_norm(x, w, backend=backend),
+            lambda x, w, b: rk.rms_norm(x, w, backend=backend),
             lambda x, w, b: F.rms_norm(x, (COLUMNS,), w, 1e-6),
         ),
         "add_layer_norm": (
-            lambda x, w, b: add_layer_norm(x, x.sin(), w, b, backend=backend)[0],
+            lambda x, w, b: rk.add_layer_norm(x, x.sin(), w, b, backend=backend)[0],
             lambda x, w, b: and_norm(x, x.sin(), w, b),
         ),
     }
@@ -270,7 +257,7 @@ def test_what_add_layer_norm_does_not_read(backend: str) -> None:
 
     def gradient(change: Call) -> Tensor:
         kept = x.clone(), residual.clone()
-        y, total = add_layer_norm(*kept, weight, dropout_p=0.3, seed=2, backend=backend)
+        y, total = rk.add_layer_norm(*kept, weight, dropout_p=0.3, seed=2, backend=backend)
         change(*kept, total)
         return torch.autograd.grad(y.sin().sum(), weight)[0]
 
@@ -284,14 +271,16 @@ def test_what_add_layer_norm_does_not_read(backend: str) -> None:
 
 
 READ: dict[str, Callable[[Tensor, str], tuple[Tensor, Tensor]]] = {
-    "the x of layer_norm": lambda x, backend: (layer_norm(x, backend=backend), x),
-    "the x of rms_norm": lambda x, backend: (rms_norm(x, backend=backend), x),
-    "the weights of masked_softmax": lambda x, backend: (masked_softmax(x, backend=backend),) * 2,
+    "the x of layer_norm": lambda x, backend: (rk.layer_norm(x, backend=backend), x),
+    "the x of rms_norm": lambda x, backend: (rk.rms_norm(x, backend=backend), x),
+    "the weights of masked_softmax": lambda x, backend: (
+        (rk.masked_softmax(x, backend=backend),) * 2
+    ),
     "the out of attention": lambda x, backend: (
-        (attention(*(x.view(1, 1, ROWS, COLUMNS),) * 3, backend=backend),) * 2
+        (rk.attention(*(x.view(1, 1, ROWS, COLUMNS),) * 3, backend=backend),) * 2
     ),
     "the q of attention": lambda x, backend: (
-        attention(*(x.view(1, 1, ROWS, COLUMNS),) * 3, backend=backend),
+        rk.attention(*(x.view(1, 1, ROWS, COLUMNS),) * 3, backend=backend),
         x,
     ),
 }
@@ -318,7 +307,7 @@ def test_swapped_models_with_steps_in_place() -> None:
         parameters = list(model.parameters())
         expected = [each.grad for each in parameters]
         model.zero_grad()
-        swap(model)
+        rk.swap(model)
         model(x).square().sum().backward()
         for parameter, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-5)

@@ -14,17 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    KeyLengths,
-    add_layer_norm,
-    attention,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-    swap,
-)
+import rowmax.kernels as rk
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="a torch without torch.distributed"
@@ -59,8 +49,8 @@ def tensors() -> dict[str, Tensor]:
 
 
 def everything(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor, n: Tensor) -> Any:
-    mask = KeyLengths(n) & Causal()
-    return attention(q, k, v, mask, bias, sinks=sinks, return_lse=True)
+    mask = rk.KeyLengths(n) & rk.Causal()
+    return rk.attention(q, k, v, mask, bias, sinks=sinks, return_lse=True)
 
 
 _ALL = "q k v bias sinks lengths"
@@ -71,24 +61,29 @@ CASES: dict[str, Case] = {
     "heads": (everything, _ALL, (1, 1, 1, 0, 0, WHOLE), 1),
     "heads_from_mixed": (everything, _ALL, (1, 1, 0, WHOLE, 0, WHOLE), 1),
     "alibi": (
-        lambda q, k, v, s: attention(q, k, v, bias=ALiBi(s.detach().abs())),
+        lambda q, k, v, s: rk.attention(q, k, v, bias=rk.ALiBi(s.detach().abs())),
         "q k v sinks",
         (1, 1, 1, 0),
         1,
     ),
     # groups that would be torn apart, and what counts from the beginning, are gathered
-    "one_key_head": (attention, "q one two", (1, WHOLE, WHOLE), WHOLE),
+    "one_key_head": (rk.attention, "q one two", (1, WHOLE, WHOLE), WHOLE),
     "dropout": (
-        lambda q, k, v: attention(q, k, v, dropout_p=0.5, seed=3),
+        lambda q, k, v: rk.attention(q, k, v, dropout_p=0.5, seed=3),
         "q k v",
         (0, 0, 0),
         WHOLE,
     ),
-    "softmax_batch": (lambda s, n: masked_softmax(s, KeyLengths(n)), "full lengths", (0, 0), 0),
-    "softmax_rows": (lambda s: masked_softmax(s), "full", (2,), WHOLE),
-    "columns": (layer_norm, "x w b", (2, WHOLE, WHOLE), WHOLE),
+    "softmax_batch": (
+        lambda s, n: rk.masked_softmax(s, rk.KeyLengths(n)),
+        "full lengths",
+        (0, 0),
+        0,
+    ),
+    "softmax_rows": (lambda s: rk.masked_softmax(s), "full", (2,), WHOLE),
+    "columns": (rk.layer_norm, "x w b", (2, WHOLE, WHOLE), WHOLE),
     "dropped_rows": (
-        lambda x, r, w, b: add_layer_norm(x, r, w, b, dropout_p=0.3, seed=1),
+        lambda x, r, w, b: rk.add_layer_norm(x, r, w, b, dropout_p=0.3, seed=1),
         "x r w b",
         (1, 1, WHOLE, WHOLE),
         WHOLE,
@@ -97,10 +92,10 @@ CASES: dict[str, Case] = {
         f"{name}_{at}": (function, names, (at,) * rows + (WHOLE,) * parameters, at)
         for at in (0, 1)
         for name, function, names, rows, parameters in (
-            ("layer_norm", layer_norm, "x w b", 1, 2),
-            ("layer_norm_bare", layer_norm, "x", 1, 0),
-            ("add_layer_norm", add_layer_norm, "x r w b", 2, 2),
-            ("rms_norm", rms_norm, "x w", 1, 1),
+            ("layer_norm", rk.layer_norm, "x w b", 1, 2),
+            ("layer_norm_bare", rk.layer_norm, "x", 1, 0),
+            ("add_layer_norm", rk.add_layer_norm, "x r w b", 2, 2),
+            ("rms_norm", rk.rms_norm, "x w", 1, 1),
         )
     },
 }
@@ -170,7 +165,7 @@ def _check_sequence_parallel(mesh: Any, rank: int, kind: type[nn.Module]) -> Non
 
     original = kind(8, dtype=torch.float64)
     changed = copy.deepcopy(original)
-    swap(changed)
+    rk.swap(changed)
     x = tensors()["x"]
     found = []
     for module in (changed, original):
@@ -192,16 +187,16 @@ def _check_other_calls(mesh: Any) -> None:
         distribute_tensor(made[name], mesh, [_placement(at)])
         for name, at in {"q": 0, "k": 0, "v": 0, "bias": WHOLE}.items()
     )
-    expected = attention(made["q"], made["k"], made["v"], bias=made["bias"])
+    expected = rk.attention(made["q"], made["k"], made["v"], bias=made["bias"])
     with torch.inference_mode():
-        inferred: Any = attention(q, k, v)
+        inferred: Any = rk.attention(q, k, v)
         assert inferred.placements == (_placement(0),)
     for wants in (False, True):
-        out: Any = attention(q.requires_grad_(), k, v, bias=bias.detach().requires_grad_(wants))
+        out: Any = rk.attention(q.requires_grad_(), k, v, bias=bias.detach().requires_grad_(wants))
         torch.testing.assert_close(out.full_tensor(), expected)
         out.sum().backward()
     bias.requires_grad_()
-    (gradient,) = torch.autograd.grad(attention(q, k, v, bias=bias).sum(), bias)
+    (gradient,) = torch.autograd.grad(rk.attention(q, k, v, bias=bias).sum(), bias)
     assert gradient.shape == bias.shape
 
 

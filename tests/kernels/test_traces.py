@@ -9,22 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Documents,
-    KeyLengths,
-    QueryLengths,
-    Window,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 
-from .support import traced
+from .support import loss_gradients, traced
 
 Draw = Callable[[torch.Generator, int], tuple[Tensor, ...]]
 
@@ -35,15 +22,7 @@ def check(function: Callable[..., Any], draw: Draw) -> None:
     graph = traced(function, *draw(generator, 9))
     for length in (9, 12, 4):
         arguments = draw(generator, length)
-        found = []
-        for call in (graph, function):
-            leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in arguments]
-            outputs = call(*leaves)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            finite = [output.masked_fill(output == -torch.inf, 0.0) for output in outputs]
-            loss = torch.stack([output.square().sum() for output in finite]).sum()
-            wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            found.append((*outputs, *torch.autograd.grad(loss, wanted, allow_unused=True)))
+        found = (loss_gradients(call, arguments) for call in (graph, function))
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
 
@@ -65,37 +44,39 @@ def heads(generator: torch.Generator, length: int) -> tuple[Tensor, ...]:
 CASES: dict[str, Callable[..., Any]] = {
     "plain": lambda call, q, k, v, n, ids, bias, sinks: call(q, k, v),
     "lengths": lambda call, q, k, v, n, ids, bias, sinks: call(
-        q, k, v, KeyLengths(n) & QueryLengths(n + 1), return_lse=True
+        q, k, v, rk.KeyLengths(n) & rk.QueryLengths(n + 1), return_lse=True
     ),
-    "causal": lambda call, q, k, v, n, ids, bias, sinks: call(q, k, v, Causal()),
+    "causal": lambda call, q, k, v, n, ids, bias, sinks: call(q, k, v, rk.Causal()),
     "offset": lambda call, q, k, v, n, ids, bias, sinks: call(
-        q[:, :, :-2], k, v, Causal("lower_right") & Window(2, 1, n)
+        q[:, :, :-2], k, v, rk.Causal("lower_right") & rk.Window(2, 1, n)
     ),
     "dense": lambda call, q, k, v, n, ids, bias, sinks: call(q, k, v, ids[:, None, None] > 0),
     "documents": lambda call, q, k, v, n, ids, bias, sinks: call(
-        q, k, v, Documents(ids) & Documents(ids % 2, ids % 3)
+        q, k, v, rk.Documents(ids) & rk.Documents(ids % 2, ids % 3)
     ),
     "bias_sinks": lambda call, q, k, v, n, ids, bias, sinks: call(
         q, k, v, bias=bias, sinks=sinks, softcap=2.0
     ),
     "alibi": lambda call, q, k, v, n, ids, bias, sinks: call(
-        q[:, :, 1:], k, v, bias=ALiBi(sinks.detach().abs(), "lower_right")
+        q[:, :, 1:], k, v, bias=rk.ALiBi(sinks.detach().abs(), "lower_right")
     ),
     "dropout": lambda call, q, k, v, n, ids, bias, sinks: call(q, k, v, dropout_p=0.3, seed=7),
     "weights": lambda call, q, k, v, n, ids, bias, sinks: call(
-        q, k, v, KeyLengths(n), return_weights=True
+        q, k, v, rk.KeyLengths(n), return_weights=True
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name: str) -> None:
-    check(lambda *tensors: CASES[name](attention, *tensors), heads)
+    check(lambda *tensors: CASES[name](rk.attention, *tensors), heads)
 
 
 def test_the_lengths_are_an_input_of_the_graph() -> None:
     *qkv, lengths, _, _, _ = heads(torch.Generator().manual_seed(0), 9)
-    graph = torch.jit.trace(lambda q, k, v, n: attention(q, k, v, KeyLengths(n)), (*qkv, lengths))
+    graph = torch.jit.trace(
+        lambda q, k, v, n: rk.attention(q, k, v, rk.KeyLengths(n)), (*qkv, lengths)
+    )
     (node,) = (node for node in graph.graph.nodes() if node.kind() == "rowmax::attention")
     (cast,) = (value.node() for value in node.inputs() if value.node().kind() == "aten::to")
     *_, last = graph.graph.inputs()
@@ -104,12 +85,12 @@ def test_the_lengths_are_an_input_of_the_graph() -> None:
 
 def test_dropout_draws_anew() -> None:
     q = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
-    graph = torch.jit.trace(lambda q: attention(q, q, q, dropout_p=0.5), (q,), check_trace=False)
+    graph = torch.jit.trace(lambda q: rk.attention(q, q, q, dropout_p=0.5), (q,), check_trace=False)
     torch.manual_seed(0)
     first, second = graph(q), graph(q)
     torch.manual_seed(0)
-    assert torch.equal(first, attention(q, q, q, dropout_p=0.5))
-    assert torch.equal(second, attention(q, q, q, dropout_p=0.5))
+    assert torch.equal(first, rk.attention(q, q, q, dropout_p=0.5))
+    assert torch.equal(second, rk.attention(q, q, q, dropout_p=0.5))
     assert not torch.equal(first, second)
 
 
@@ -120,11 +101,11 @@ def rows(generator: torch.Generator, length: int) -> tuple[Tensor, ...]:
 
 
 ROW_WISE: dict[str, Callable[..., Any]] = {
-    "layer_norm": lambda x, w, b, n: layer_norm(x, w, b),
-    "rms_norm": lambda x, w, b, n: rms_norm(x, w),
-    "add_layer_norm": lambda x, w, b, n: add_layer_norm(x, x.cos(), w, b),
-    "masked_softmax": lambda x, w, b, n: masked_softmax(
-        x @ x.transpose(1, 2), KeyLengths(n) & Causal(1), 0.5
+    "layer_norm": lambda x, w, b, n: rk.layer_norm(x, w, b),
+    "rms_norm": lambda x, w, b, n: rk.rms_norm(x, w),
+    "add_layer_norm": lambda x, w, b, n: rk.add_layer_norm(x, x.cos(), w, b),
+    "masked_softmax": lambda x, w, b, n: rk.masked_softmax(
+        x @ x.transpose(1, 2), rk.KeyLengths(n) & rk.Causal(1), 0.5
     ),
 }
 
@@ -137,12 +118,12 @@ def test_norms_and_softmax(name: str) -> None:
 def test_what_is_wrong_is_refused_in_a_trace_too() -> None:
     q = torch.randn(2, 2, 9, 8)
     with pytest.raises(ValueError, match=r"attention: `k`: expected .*, got shape \(2, 2, 9, 7\)"):
-        torch.jit.trace(lambda q: attention(q, q[..., :7], q), (q,))
+        torch.jit.trace(lambda q: rk.attention(q, q[..., :7], q), (q,))
     with pytest.raises(ValueError, match=r"`bias`: .* = \(2, 2, 9, 9\), got shape \(2, 2, 9, 5\)"):
-        torch.jit.trace(lambda q, b: attention(q, q, q, bias=b), (q, q[..., :5]))
+        torch.jit.trace(lambda q, b: rk.attention(q, q, q, bias=b), (q, q[..., :5]))
 
 
 def test_packed_sequences_are_refused() -> None:
     x, starts = torch.randn(9, 2, 8), torch.tensor([0, 4, 9])
     with pytest.raises(RuntimeError, match=r"attention_varlen: torch\.jit\.trace can't record it"):
-        torch.jit.trace(lambda x, starts: attention_varlen(x, x, x, starts, starts), (x, starts))
+        torch.jit.trace(lambda x, starts: rk.attention_varlen(x, x, x, starts, starts), (x, starts))

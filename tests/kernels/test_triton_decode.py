@@ -13,17 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    attention,
-    attention_varlen,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.backends import dispatch
 
 from .backends import device_of, dtype_name
@@ -63,8 +53,8 @@ def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 FEW = Shape(2, 4, 2, 2, 130, 16, 16)  # three chunks, the last one short
-LAST = always(Causal("lower_right"))
-RAGGED = always(Causal(lengths(120, 20)) & KeyLengths(lengths(122, 22)))
+LAST = always(rk.Causal("lower_right"))
+RAGGED = always(rk.Causal(lengths(120, 20)) & rk.KeyLengths(lengths(122, 22)))
 
 
 def _cases() -> Iterator[Case]:
@@ -86,19 +76,19 @@ def _cases() -> Iterator[Case]:
         yield Case(f"layout_{layout}", FEW, LAST, layout=layout)
     masks: dict[str, Any] = {
         "causal": LAST,
-        "causal_dead_rows": always(Causal(-2)),
-        "causal_first_chunk": always(Causal("upper_left")),
-        "window": always(Window(40, 0, "lower_right")),
-        "window_in_a_chunk": always(Window(3, 2, 70)),
-        "window_per_batch": always(Window(30, 5, lengths(100, 20))),
+        "causal_dead_rows": always(rk.Causal(-2)),
+        "causal_first_chunk": always(rk.Causal("upper_left")),
+        "window": always(rk.Window(40, 0, "lower_right")),
+        "window_in_a_chunk": always(rk.Window(3, 2, 70)),
+        "window_per_batch": always(rk.Window(30, 5, lengths(100, 20))),
         "ragged": RAGGED,
-        "keys_none_and_all": always(KeyLengths(lengths(0, 130))),
-        "queries": always(QueryLengths(lengths(1, 0)) & Causal("lower_right")),
-        "disjoint_bands": always(Causal(-4) & Window(0, 2, "upper_left")),
+        "keys_none_and_all": always(rk.KeyLengths(lengths(0, 130))),
+        "queries": always(rk.QueryLengths(lengths(1, 0)) & rk.Causal("lower_right")),
+        "disjoint_bands": always(rk.Causal(-4) & rk.Window(0, 2, "upper_left")),
         "dense": random_dense(True, True, True, True),
         "dense_keys": random_dense(False, False, False, True),
         "dense_none": lambda shape, generator: torch.zeros(1, 1, dtype=torch.bool),
-        "dense_sparse": lambda s, g: Dense(torch.rand(s.scores, generator=g) < 0.01),
+        "dense_sparse": lambda s, g: rk.Dense(torch.rand(s.scores, generator=g) < 0.01),
         "documents": documents,
     }
     yield from (Case(name, FEW, mask) for name, mask in masks.items())
@@ -109,7 +99,7 @@ def _cases() -> Iterator[Case]:
     yield Case("alibi_per_batch", FEW, bias=alibi("lower_right", per_batch=True))
     yield Case("softcap", FEW, LAST, options={"softcap": 1.5})
     yield Case("sinks", FEW, sinks=True)
-    yield Case("sinks_dead_rows", FEW, always(KeyLengths(lengths(0, 70))), sinks=True)
+    yield Case("sinks_dead_rows", FEW, always(rk.KeyLengths(lengths(0, 70))), sinks=True)
     yield Case("dropout", FEW, options={"dropout_p": 0.4, "seed": 11})
     yield Case("dropout_all", FEW, LAST, options={"dropout_p": 1.0, "seed": 2})
     yield Case("scores_huge", FEW, factor=1000.0)
@@ -118,9 +108,9 @@ def _cases() -> Iterator[Case]:
         "everything",
         Shape(2, 6, 2, 3, 130, 16, 24),
         lambda s, g: (
-            Causal(lengths(127, 60))
-            & KeyLengths(lengths(129, 63))
-            & Dense(random_dense(True, True, True, True)(s, g))
+            rk.Causal(lengths(127, 60))
+            & rk.KeyLengths(lengths(129, 63))
+            & rk.Dense(random_dense(True, True, True, True)(s, g))
         ),
         random_bias(False, True, True, True),
         sinks=True,
@@ -160,20 +150,20 @@ def test_what_is_dropped_is_what_the_reference_drops() -> None:
     """Values of 1 after a softmax of equal scores: each output counts the weights kept."""
     q, k, v = (torch.zeros(2, heads, length, 8, device=DEVICE) for heads, length in SIZES)
     options: dict[str, Any] = {"dropout_p": 0.5, "seed": -(2**40) - 3}
-    expected = attention(q, k, v + 1, backend="reference", **options)
-    got = attention(q, k, v + 1, backend="triton", **options)
+    expected = rk.attention(q, k, v + 1, backend="reference", **options)
+    got = rk.attention(q, k, v + 1, backend="triton", **options)
     assert torch.equal((got * 130 / 2).round(), (expected * 130 / 2).round())
     assert len(got.unique()) > 5
 
 
 SIZES = ((4, 3), (2, 130), (2, 130))
 
-PADDING: dict[str, Mask | Tensor] = {
-    "keys": KeyLengths(lengths(0, 70)),
-    "ragged": Causal(lengths(64, 100)) & KeyLengths(lengths(66, 101)),
-    "window": Window(20, 0, lengths(-1, 80)),
+PADDING: dict[str, rk.Mask | Tensor] = {
+    "keys": rk.KeyLengths(lengths(0, 70)),
+    "ragged": rk.Causal(lengths(64, 100)) & rk.KeyLengths(lengths(66, 101)),
+    "window": rk.Window(20, 0, lengths(-1, 80)),
     "dense": (torch.arange(130) % 7 == 0) & (torch.arange(130) > 66),
-    "dense_rows": Dense(torch.tensor([[False], [True]]) & (torch.arange(130) != 9)),
+    "dense_rows": rk.Dense(torch.tensor([[False], [True]]) & (torch.arange(130) != 9)),
 }
 
 
@@ -183,7 +173,7 @@ def test_what_nobody_uses_may_hold_anything(name: str, dtype: torch.dtype) -> No
     mask = PADDING[name]
     case = Case("padded", FEW, lambda shape, generator: mask)
     clean = forward_only(case.build(dtype, DEVICE))
-    allowed = mask.dense(*FEW.scores) if isinstance(mask, Mask) else mask.expand(FEW.scores)
+    allowed = mask.dense(*FEW.scores) if isinstance(mask, rk.Mask) else mask.expand(FEW.scores)
     allowed = allowed.expand(FEW.scores).to(DEVICE)
     unused = ~allowed.any(2).any(1)[:, None, :, None]
     empty = ~allowed.any(-1, keepdim=True)
@@ -219,12 +209,12 @@ def test_results_do_not_depend_on_the_batch() -> None:
     q, k, v = (torch.randn(size, generator=generator).to(DEVICE) for size in sizes)
     held = torch.tensor([200, 131], device=DEVICE)
     options: dict[str, Any] = {"return_lse": True, "backend": "triton"}
-    mask = Causal(held - 2) & KeyLengths(held)
-    together = attention(q, k, v, mask, **options)
+    mask = rk.Causal(held - 2) & rk.KeyLengths(held)
+    together = rk.attention(q, k, v, mask, **options)
     for b, length in enumerate(held.tolist()):
         one = slice(b, b + 1)
-        alone = attention(
-            q[one], k[one, :, :length], v[one, :, :length], Causal("lower_right"), **options
+        alone = rk.attention(
+            q[one], k[one, :, :length], v[one, :, :length], rk.Causal("lower_right"), **options
         )
         for part, whole in zip(alone, together, strict=True):
             assert torch.equal(part, whole[one])
@@ -233,10 +223,10 @@ def test_results_do_not_depend_on_the_batch() -> None:
 QUERIES, KEYS = [1, 0, 2, 1], [70, 5, 131, 0]
 PACKED: dict[str, dict[str, Any]] = {
     "full": {},
-    "causal": {"mask": Causal("lower_right")},
+    "causal": {"mask": rk.Causal("lower_right")},
     "window_alibi": {
-        "mask": Window(30, 2, "lower_right"),
-        "bias": ALiBi(torch.tensor([0.5, 0.125]), "lower_right"),
+        "mask": rk.Window(30, 2, "lower_right"),
+        "bias": rk.ALiBi(torch.tensor([0.5, 0.125]), "lower_right"),
     },
     "dropout_softcap": {"dropout_p": 0.3, "seed": 5, "softcap": 1.5},
     "sinks": {"sinks": torch.tensor([0.3, -1.0], dtype=torch.float64)},
@@ -255,12 +245,12 @@ def test_packed_sequences(name: str) -> None:
     )
     options: dict[str, Any] = dict(PACKED[name])
     if "bias" in options:
-        options["bias"] = ALiBi(options["bias"].slopes.to(DEVICE), options["bias"].align)
+        options["bias"] = rk.ALiBi(options["bias"].slopes.to(DEVICE), options["bias"].align)
     if "sinks" in options:
         options["sinks"] = options["sinks"].to(DEVICE)
 
     def both(backend: str) -> tuple[Tensor, Tensor]:
-        return attention_varlen(
+        return rk.attention_varlen(
             q, k, v, starts_q, starts_k, return_lse=True, backend=backend, **options
         )
 
@@ -290,7 +280,7 @@ def test_large_sinks_lose_no_digits() -> None:
     sinks = torch.linspace(20.0, 60.0, 16, device=DEVICE)
     zeros, n = torch.zeros(1, 16, 1, 8, device=DEVICE), 2 * CHUNK + 2
     values = torch.ones(1, 16, n, 8, device=DEVICE)
-    out = attention(zeros, torch.zeros_like(values), values, sinks=sinks, backend="triton")
+    out = rk.attention(zeros, torch.zeros_like(values), values, sinks=sinks, backend="triton")
     exact = n / (sinks.double().exp() + n)
     bound = 4 * torch.finfo(torch.float32).eps
     assert ((out[0, :, 0, 0].double() / exact - 1).abs() < bound).all()

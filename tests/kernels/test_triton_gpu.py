@@ -13,17 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    KeyLengths,
-    Window,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.backends import dispatch
 
 from .backends import dtype_name
@@ -54,22 +44,22 @@ def padded_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, _, length, _ = q.shape
     lengths = torch.arange(1, batch + 1, device=DEVICE) * length // batch
     options: dict[str, Any] = {"dropout_p": 0.2, "seed": 5, "backend": "triton"}
-    return attention(q, k, v, Causal() & KeyLengths(lengths), **options)
+    return rk.attention(q, k, v, rk.Causal() & rk.KeyLengths(lengths), **options)
 
 
 def decoding(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(q[:, :, :2], k, v, Causal("lower_right"), backend="triton")
+    return rk.attention(q[:, :, :2], k, v, rk.Causal("lower_right"), backend="triton")
 
 
 def with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    return attention(q, k, v, Window(300, 300), bias=bias, backend="triton")
+    return rk.attention(q, k, v, rk.Window(300, 300), bias=bias, backend="triton")
 
 
 def normed(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y, total = add_layer_norm(x, residual, weight, bias, dropout_p=0.3, seed=3, backend="triton")
-    y = layer_norm(y + total, weight, bias, backend="triton")
-    y = rms_norm(y, weight, backend="triton")
-    return masked_softmax(y.view(1, 1, *y.shape), Causal(9), 0.5, backend="triton")
+    y, total = rk.add_layer_norm(x, residual, weight, bias, dropout_p=0.3, seed=3, backend="triton")
+    y = rk.layer_norm(y + total, weight, bias, backend="triton")
+    y = rk.rms_norm(y, weight, backend="triton")
+    return rk.masked_softmax(y.view(1, 1, *y.shape), rk.Causal(9), 0.5, backend="triton")
 
 
 Make = Callable[[], list[Tensor]]
@@ -147,7 +137,7 @@ def test_a_graph_draws_a_seed_at_each_replay() -> None:
     v = torch.ones_like(v).requires_grad_()
 
     def call() -> list[Tensor]:
-        out = attention(q, k, v, dropout_p=0.5, backend="triton")
+        out = rk.attention(q, k, v, dropout_p=0.5, backend="triton")
         return [out.detach(), torch.autograd.grad(out.sum(), v)[0]]
 
     graph, held = recorded(call)
@@ -168,7 +158,7 @@ def test_a_seed_is_reproduced_by_torchs_own() -> None:
     results = []
     for _ in range(2):
         torch.manual_seed(5)
-        results.append(attention(q, k, v, dropout_p=0.5, backend="triton"))
+        results.append(rk.attention(q, k, v, dropout_p=0.5, backend="triton"))
     assert torch.equal(results[0], results[1])
 
 
@@ -190,8 +180,8 @@ def test_bounds_of_packed_lengths() -> None:
     starts = torch.tensor([0, 5, 300, 300, 700], device=DEVICE)
 
     def call(**bounds: Any) -> list[Tensor]:
-        out = attention_varlen(
-            q, k, v, starts, starts, Causal("lower_right"), backend="triton", **bounds
+        out = rk.attention_varlen(
+            q, k, v, starts, starts, rk.Causal("lower_right"), backend="triton", **bounds
         )
         return [out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
 
@@ -224,7 +214,10 @@ def test_another_device_than_the_current_one(name: str) -> None:
     expected = both_passes(function, tensors)
     other = [tensor.to("cuda:1") for tensor in tensors]
     if name == "padded_causal":  # its lengths lie on the first device
-        other, function = other, lambda q, k, v: attention(q, k, v, Causal(), backend="triton")
+        other, function = (
+            other,
+            lambda q, k, v: rk.attention(q, k, v, rk.Causal(), backend="triton"),
+        )
         expected = both_passes(function, tensors)
     for _ in range(2):
         leaves = [tensor.detach().requires_grad_() for tensor in other]
@@ -268,13 +261,13 @@ def test_decoding_does_not_depend_on_the_batch(dim: int, dtype: torch.dtype) -> 
     q, k, v = heads(7, 4100, dim, dtype=dtype)
     q = q[:, :, :1]
     held = torch.tensor([4100, 1500, 1024, 2047, 4096, 3000, 2], device=DEVICE)
-    together = attention(q, k, v, KeyLengths(held), backend="triton")
+    together = rk.attention(q, k, v, rk.KeyLengths(held), backend="triton")
     for b, length in enumerate(held.tolist()):
         one = slice(b, b + 1)
-        alone = attention(q[one], k[one], v[one], KeyLengths(held[one]), backend="triton")
+        alone = rk.attention(q[one], k[one], v[one], rk.KeyLengths(held[one]), backend="triton")
         assert torch.equal(alone, together[one])
         if length >= 1024:  # what is split for itself as well
-            cut = attention(q[one], k[one, :, :length], v[one, :, :length], backend="triton")
+            cut = rk.attention(q[one], k[one, :, :length], v[one, :, :length], backend="triton")
             assert torch.equal(cut, together[one])
 
 
@@ -301,8 +294,8 @@ def test_offsets_beyond_32_bits() -> None:
     q, k, v = (draw(1, count, length, 16, seed=index) for index in range(3))
     bias = torch.zeros(1, count, length, length, device=DEVICE, dtype=HALF)
     bias[:, -1] = draw(length, length)
-    out = attention(q, k, v, bias=bias, backend="triton")
-    last = attention(q[:, -1:], k[:, -1:], v[:, -1:], bias=bias[:, -1:], backend="triton")
+    out = rk.attention(q, k, v, bias=bias, backend="triton")
+    last = rk.attention(q[:, -1:], k[:, -1:], v[:, -1:], bias=bias[:, -1:], backend="triton")
     assert torch.equal(out[:, -1:], last)
 
 
@@ -313,8 +306,8 @@ def test_sanitized(name: str, dtype: torch.dtype) -> None:
     calls: dict[str, tuple[Callable[[str], Callable[..., Tensor]], list[Tensor]]] = {
         "ordinary": (
             lambda backend: (
-                lambda q, k, v, bias: attention(
-                    *(q, k, v, Causal() & KeyLengths(torch.tensor([77, 30], device=DEVICE))),
+                lambda q, k, v, bias: rk.attention(
+                    *(q, k, v, rk.Causal() & rk.KeyLengths(torch.tensor([77, 30], device=DEVICE))),
                     bias=bias,
                     dropout_p=0.1,
                     seed=1,
@@ -324,21 +317,21 @@ def test_sanitized(name: str, dtype: torch.dtype) -> None:
             [*heads(2, 77, 40, dtype=dtype), draw(1, 8, 1, 77, dtype=dtype)],
         ),
         "decoding": (
-            lambda backend: lambda q, k, v: attention(q[:, :, :3], k, v, backend=backend),
+            lambda backend: lambda q, k, v: rk.attention(q[:, :, :3], k, v, backend=backend),
             heads(2, 1111, 40, dtype=dtype),
         ),
         "packed": (
             lambda backend: (
-                lambda q, k, v: attention_varlen(
+                lambda q, k, v: rk.attention_varlen(
                     *(q, k, v, *2 * (torch.tensor([0, 5, 5, 77], device=DEVICE),)),
-                    Causal(),
+                    rk.Causal(),
                     backend=backend,
                 )
             ),
             [draw(77, count, 40, dtype=dtype) for count in (8, 2, 2)],
         ),
         "norms": (
-            lambda backend: lambda x, w, b: layer_norm(x, w, b, backend=backend),
+            lambda backend: lambda x, w, b: rk.layer_norm(x, w, b, backend=backend),
             [draw(33, 77, dtype=dtype), draw(77, dtype=dtype), draw(77, dtype=dtype)],
         ),
     }

@@ -12,18 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    attention,
-    attention_varlen,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.ops import operators
 from rowmax.kernels.ops.problem import AttentionProblem, BackwardInputs
@@ -49,12 +38,12 @@ def lengths(*values: int) -> Tensor:
 
 
 COIN = torch.rand(B, H, QUERIES, KEYS, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.6
-MASKS: dict[str, Mask] = {
-    "causal": Causal("lower_right"),
-    "window": Window(2, 1, lengths(0, 3)),
-    "lengths": KeyLengths(lengths(6, 0)) & QueryLengths(lengths(5, 3)),
-    "dense": Dense(COIN),
-    "documents": Documents(
+MASKS: dict[str, rk.Mask] = {
+    "causal": rk.Causal("lower_right"),
+    "window": rk.Window(2, 1, lengths(0, 3)),
+    "lengths": rk.KeyLengths(lengths(6, 0)) & rk.QueryLengths(lengths(5, 3)),
+    "dense": rk.Dense(COIN),
+    "documents": rk.Documents(
         torch.arange(QUERIES, device=DEVICE).expand(B, -1) // 2,
         torch.arange(KEYS, device=DEVICE).expand(B, -1) // 3,
     ),
@@ -63,9 +52,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
     **{name: {"mask": mask} for name, mask in MASKS.items()},
     "softcap": {"softcap": 0.8},
-    "alibi": {"bias": ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), 2)},
+    "alibi": {"bias": rk.ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), 2)},
     "dropout": {"dropout_p": 0.3, "seed": 4},
-    "scale": {"scale": -1.3, "mask": Causal(1)},
+    "scale": {"scale": -1.3, "mask": rk.Causal(1)},
 }
 BIASES = {"full": (B, H, QUERIES, KEYS), "heads": (1, H, 1, 1), "keys": (1, 1, 1, KEYS)}
 
@@ -87,7 +76,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_features(name: str) -> None:
     options = {"return_lse": True, "backend": "triton", **OPTIONS[name]}
-    check(lambda q, k, v: attention(q, k, v, **options), *inputs())
+    check(lambda q, k, v: rk.attention(q, k, v, **options), *inputs())
 
 
 @pytest.mark.parametrize("shape", BIASES)
@@ -95,11 +84,11 @@ def test_features(name: str) -> None:
 def test_biases_and_sinks(shape: str, features: str) -> None:
     options: dict[str, Any] = {"return_lse": True, "backend": "triton"}
     if features == "score_mod":
-        options |= {"mask": Causal(1) & KeyLengths(lengths(6, 0)), "softcap": 1.5}
+        options |= {"mask": rk.Causal(1) & rk.KeyLengths(lengths(6, 0)), "softcap": 1.5}
         options |= {"dropout_p": 0.2, "seed": 1}
 
     def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> Any:
-        return attention(q, k, v, bias=bias, sinks=sinks, **options)
+        return rk.attention(q, k, v, bias=bias, sinks=sinks, **options)
 
     check(call, *inputs(), draw(*BIASES[shape]), draw(H))
 
@@ -110,7 +99,9 @@ PACKED: dict[str, dict[str, Any]] = {
     "causal": OPTIONS["causal"],
     "dropout": OPTIONS["dropout"],
 }
-PACKED["alibi"] = {"bias": ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), "upper_left")}
+PACKED["alibi"] = {
+    "bias": rk.ALiBi(torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE), "upper_left")
+}
 
 
 def packed_inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +114,7 @@ def test_packed_sequences(name: str) -> None:
     options: dict[str, Any] = {"return_lse": True, "backend": "triton", **PACKED[name]}
 
     def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
-        return attention_varlen(q, k, v, starts_q, starts_k, sinks=sinks, **options)
+        return rk.attention_varlen(q, k, v, starts_q, starts_k, sinks=sinks, **options)
 
     check(call, *packed_inputs(), draw(H))
 
@@ -142,7 +133,7 @@ def test_opcheck_of_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch)
     q, k, v = packed_inputs()
     starts_q, starts_k = (tensor.to(DEVICE) for tensor in STARTS)
     options: dict[str, Any] = {"sinks": draw(H), "backend": "triton", **PACKED[name]}
-    attention_varlen(q, k, v, starts_q, starts_k, **options)
+    rk.attention_varlen(q, k, v, starts_q, starts_k, **options)
     flat = (*seen[0].flat(), "triton")
     torch.library.opcheck(torch.ops.rowmax.attention.default, flat)
     flat = tuple(value.detach() if isinstance(value, Tensor) else value for value in flat)
@@ -167,7 +158,7 @@ def test_bounds_too_small_touch_no_other_sequence(monkeypatch: pytest.MonkeyPatc
         torch.tensor([0, *n], device=DEVICE).cumsum(0) for n in (lengths_q, lengths_k)
     )
     q, k, v = draw(sum(lengths_q), H, D), draw(sum(lengths_k), 2, D), draw(sum(lengths_k), 2, DV)
-    attention_varlen(q, k, v, starts_q, starts_k, backend="triton")
+    rk.attention_varlen(q, k, v, starts_q, starts_k, backend="triton")
     query, key, value = (tensor.detach() for tensor in seen[0][:3])
     problem = seen[0]._replace(query=query, key=key, value=value)
     grad_out = torch.ones(1, H, sum(lengths_q), DV, device=DEVICE, dtype=q.dtype)
@@ -193,10 +184,10 @@ def test_split_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention_decode, attention_launch):
         monkeypatch.setattr(module, "CHUNK", 32)
     monkeypatch.setattr(attention_launch, "forward", None)
-    mask = Causal(lengths(60, 20))
+    mask = rk.Causal(lengths(60, 20))
     tensors = draw(B, H, 2, D), draw(B, 2, 64, D), draw(B, 2, 64, DV), draw(H)
 
     def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
-        return attention(q, k, v, mask, sinks=sinks, return_lse=True, backend="triton")
+        return rk.attention(q, k, v, mask, sinks=sinks, return_lse=True, backend="triton")
 
     check(call, *tensors)

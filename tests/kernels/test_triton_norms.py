@@ -8,25 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    Mask,
-    QueryLengths,
-    Window,
-    add_layer_norm,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 from rowmax.kernels.backends import dispatch
 from rowmax.kernels.backends.reference import rows_keep
-from rowmax.kernels.backends.reference.philox import (
-    keep_scale,
-    keep_threshold,
-)
+from rowmax.kernels.backends.reference.philox import keep_scale, keep_threshold
 
 from .support import row_keeps
 
@@ -42,11 +27,11 @@ from rowmax.kernels.backends.gpu_triton.norm_forward import draw_factors
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 NORMS: dict[str, Callable[[str, Tensor, Tensor, Tensor], list[Tensor]]] = {
-    "layer_norm": lambda backend, x, w, b: [layer_norm(x, w, b, backend=backend)],
+    "layer_norm": lambda backend, x, w, b: [rk.layer_norm(x, w, b, backend=backend)],
     "add_layer_norm": lambda backend, x, w, b: list(
-        add_layer_norm(x, x.flip(0), w, b, dropout_p=0.3, seed=5, backend=backend)
+        rk.add_layer_norm(x, x.flip(0), w, b, dropout_p=0.3, seed=5, backend=backend)
     ),
-    "rms_norm": lambda backend, x, w, b: [rms_norm(x, w + b, backend=backend)],
+    "rms_norm": lambda backend, x, w, b: [rk.rms_norm(x, w + b, backend=backend)],
 }
 EVERY_NORM = pytest.mark.parametrize("name", NORMS)
 # float64's exponential on a GPU is good to a few ulp; half results may round to the other side
@@ -118,7 +103,10 @@ def test_a_first_block_far_from_the_rest() -> None:
     x[1, 32:] += 1e4
     x[2, 500:] -= 1e4
     x[3] += 1e4
-    found, exact = layer_norm(x, backend="triton"), layer_norm(x.double(), backend="reference")
+    found, exact = (
+        rk.layer_norm(x, backend="triton"),
+        rk.layer_norm(x.double(), backend="reference"),
+    )
     torch.testing.assert_close(found[:3].double(), exact[:3], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[3].double(), exact[3], rtol=1e-5, atol=1e-3)
 
@@ -138,14 +126,16 @@ def test_a_value_that_is_not_finite_reaches_its_row_alone(columns: int, name: st
 
 
 LENGTHS = torch.tensor([70, 0, 33])
-MASKS: dict[str, Mask | None] = {
+MASKS: dict[str, rk.Mask | None] = {
     "none": None,
-    "causal": Causal("lower_right"),
-    "window": Window(40, 3, torch.tensor([5, 70, -20])),
-    "lengths": KeyLengths(LENGTHS) & QueryLengths(LENGTHS // 15),
-    "dense": Dense(torch.rand(3, 1, 5, 70, generator=torch.Generator().manual_seed(0)) < 0.3),
-    "dense_keys": Dense(torch.arange(70) % 40 > 35) & Causal("lower_right"),
-    "documents": Documents(torch.arange(5).expand(3, 5) // 2, torch.arange(70).expand(3, 70) // 30),
+    "causal": rk.Causal("lower_right"),
+    "window": rk.Window(40, 3, torch.tensor([5, 70, -20])),
+    "lengths": rk.KeyLengths(LENGTHS) & rk.QueryLengths(LENGTHS // 15),
+    "dense": rk.Dense(torch.rand(3, 1, 5, 70, generator=torch.Generator().manual_seed(0)) < 0.3),
+    "dense_keys": rk.Dense(torch.arange(70) % 40 > 35) & rk.Causal("lower_right"),
+    "documents": rk.Documents(
+        torch.arange(5).expand(3, 5) // 2, torch.arange(70).expand(3, 70) // 30
+    ),
 }
 
 
@@ -159,7 +149,7 @@ def test_softmax_of_rows_in_blocks(mask: str, dtype: torch.dtype, scale: float) 
 
     def weights(backend: str) -> list[Tensor]:
         return with_gradients(
-            lambda s: [masked_softmax(s, MASKS[mask], scale, backend=backend)], scores
+            lambda s: [rk.masked_softmax(s, MASKS[mask], scale, backend=backend)], scores
         )
 
     assert_same(weights("triton"), weights("reference"), dtype)
@@ -173,8 +163,8 @@ def test_masked_scores_in_blocks_may_hold_anything(mask: str, poison: float) -> 
     assert chosen is not None
     hidden = ~chosen.dense(3, 1, 5, 70).to(DEVICE)
     scores = draw(3, 1, 5, 70, dtype=torch.float32)
-    clean = masked_softmax(scores, chosen, backend="triton")
-    dirty = masked_softmax(scores.masked_fill(hidden, poison), chosen, backend="triton")
+    clean = rk.masked_softmax(scores, chosen, backend="triton")
+    dirty = rk.masked_softmax(scores.masked_fill(hidden, poison), chosen, backend="triton")
     assert torch.equal(clean, dirty)
     assert (dirty[hidden] == 0).all()
 
@@ -185,7 +175,7 @@ def test_a_score_that_is_not_finite_reaches_its_row_alone(columns: int) -> None:
     scores = draw(1, 1, 4, columns, dtype=torch.float32)
     scores[0, 0, 1, 7], scores[0, 0, 2, 3] = torch.nan, torch.inf
     scores[0, 0, 3, :] = -torch.inf
-    weights = masked_softmax(scores, Causal(columns), backend="triton")[0, 0]
+    weights = rk.masked_softmax(scores, rk.Causal(columns), backend="triton")[0, 0]
     assert torch.isfinite(weights[0]).all()
     assert weights[1:3].isnan().all()
     assert (weights[3] == 0).all()
@@ -227,9 +217,9 @@ def test_nothing_beyond_a_row_is_read_or_written() -> None:
         wide[:, 20 : 20 + columns] = draw(3, columns, dtype=torch.float32)
         inner = wide[:, 20 : 20 + columns]
         for y in (
-            *add_layer_norm(inner, inner, dropout_p=0.5, seed=1, backend="triton"),
-            rms_norm(inner, backend="triton"),
-            masked_softmax(inner, backend="triton"),
+            *rk.add_layer_norm(inner, inner, dropout_p=0.5, seed=1, backend="triton"),
+            rk.rms_norm(inner, backend="triton"),
+            rk.masked_softmax(inner, backend="triton"),
         ):
             assert y.isfinite().all()
 
@@ -247,7 +237,7 @@ def test_tiles_drop_what_the_definition_drops(
         request.getfixturevalue("_short_tiles")
     for columns, seed in ((1, 0), (15, -3), (16, 1), (17, 5), (64, 2**62 + 11), (65, 7)):
         ones = torch.ones(3, columns, device=DEVICE)
-        _, total = add_layer_norm(ones, ones * 0, dropout_p=p, seed=seed, backend="triton")
+        _, total = rk.add_layer_norm(ones, ones * 0, dropout_p=p, seed=seed, backend="triton")
         keep = rows_keep(torch.tensor(seed, device=DEVICE), p, 3, columns)
         assert torch.equal(total, keep.float() * keep_scale(p))
 

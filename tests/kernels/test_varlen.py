@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    KeyLengths,
-    QueryLengths,
-    Window,
-    attention,
-    attention_varlen,
-)
+import rowmax.kernels as rk
 
 from .backends import device_of, dtype_name
 
@@ -27,12 +19,12 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "causal_lower_right": {"mask": Causal("lower_right")},
-    "window": {"mask": Window(3, 1, "upper_left") & Causal(2)},
+    "causal_lower_right": {"mask": rk.Causal("lower_right")},
+    "window": {"mask": rk.Window(3, 1, "upper_left") & rk.Causal(2)},
     "scale": {"scale": 0.2},
     "softcap": {"softcap": 1.5},
-    "dropout": {"dropout_p": 0.3, "seed": 21, "mask": Causal("upper_left")},
-    "alibi": {"bias": ALiBi(SLOPES, "lower_right")},
+    "dropout": {"dropout_p": 0.3, "seed": 21, "mask": rk.Causal("upper_left")},
+    "alibi": {"bias": rk.ALiBi(SLOPES, "lower_right")},
     "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)},
 }
 
@@ -69,7 +61,7 @@ def unpadded(tensor: Tensor, lengths: list[int]) -> Tensor:
 def cast(options: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     options = dict(options)
     if "bias" in options:
-        options["bias"] = ALiBi(SLOPES.to(device), options["bias"].align)
+        options["bias"] = rk.ALiBi(SLOPES.to(device), options["bias"].align)
     if "sinks" in options:
         options["sinks"] = options["sinks"].detach().to(device, dtype).requires_grad_()
     return options
@@ -83,7 +75,7 @@ def test_each_sequence_for_itself(name: str, dtype: torch.dtype, backend: str) -
     q, k, v = packed(dtype, device)
     options = cast(OPTIONS[name], device, dtype)
     cu_q, cu_k = starts(QUERY_LENGTHS).to(device), starts(KEY_LENGTHS).to(device)
-    out, lse = attention_varlen(q, k, v, cu_q, cu_k, return_lse=True, backend=backend, **options)
+    out, lse = rk.attention_varlen(q, k, v, cu_q, cu_k, return_lse=True, backend=backend, **options)
     assert out.shape == (sum(QUERY_LENGTHS), HEADS, DV)
     assert lse.shape == (HEADS, sum(QUERY_LENGTHS))
     assert out.dtype == dtype
@@ -99,7 +91,7 @@ def test_each_sequence_for_itself(name: str, dtype: torch.dtype, backend: str) -
     for rows_q, rows_k, rows_v in zip(
         q.split(QUERY_LENGTHS), k.split(KEY_LENGTHS), v.split(KEY_LENGTHS), strict=True
     ):
-        one_out, one_lse = attention(
+        one_out, one_lse = rk.attention(
             *(rows.transpose(0, 1)[None] for rows in (rows_q, rows_k, rows_v)),
             return_lse=True,
             backend=backend,
@@ -123,13 +115,13 @@ def test_the_padded_form_gives_the_same(dropout_p: float, backend: str) -> None:
     device = q.device
     cu_q, cu_k = starts(QUERY_LENGTHS).to(device), starts(KEY_LENGTHS, torch.int64).to(device)
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": 77, "backend": backend}
-    out, lse = attention_varlen(
-        q, k, v, cu_q, cu_k, Causal("upper_left"), return_lse=True, **options
+    out, lse = rk.attention_varlen(
+        q, k, v, cu_q, cu_k, rk.Causal("upper_left"), return_lse=True, **options
     )
     lengths = [torch.tensor(lengths, device=device) for lengths in (QUERY_LENGTHS, KEY_LENGTHS)]
-    mask = Causal("upper_left") & QueryLengths(lengths[0]) & KeyLengths(lengths[1])
+    mask = rk.Causal("upper_left") & rk.QueryLengths(lengths[0]) & rk.KeyLengths(lengths[1])
     heads = (padded(q, QUERY_LENGTHS), padded(k, KEY_LENGTHS), padded(v, KEY_LENGTHS))
-    whole_out, whole_lse = attention(*heads, mask=mask, return_lse=True, **options)
+    whole_out, whole_lse = rk.attention(*heads, mask=mask, return_lse=True, **options)
     expected = unpadded(whole_out, QUERY_LENGTHS)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
     expected_lse = unpadded(whole_lse[..., None], QUERY_LENGTHS).squeeze(-1).T
@@ -147,7 +139,7 @@ def test_nothing_packed(lengths: list[int], backend: str) -> None:
     device = device_of(backend)
     q = torch.empty(0, HEADS, D, device=device, requires_grad=True)
     cu = starts(lengths).to(device)
-    out, lse = attention_varlen(q, q, q, cu, cu, return_lse=True, backend=backend)
+    out, lse = rk.attention_varlen(q, q, q, cu, cu, return_lse=True, backend=backend)
     assert out.shape == (0, HEADS, D)
     assert lse.shape == (HEADS, 0)
 
@@ -158,10 +150,10 @@ def test_one_seed_is_drawn_for_all(backend: str) -> None:
     results = []
     for seed in (None, None, 12):
         torch.manual_seed(12 if seed is None else 0)
-        results.append(attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, backend=backend))
+        results.append(rk.attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, backend=backend))
     torch.manual_seed(12)
     drawn = int(torch.randint(2**63 - 1, (), device=q.device))
-    given = attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, seed=drawn, backend=backend)
+    given = rk.attention_varlen(q, k, v, cu_q, cu_k, dropout_p=0.5, seed=drawn, backend=backend)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], given)
     assert not torch.equal(results[0], results[2])
@@ -176,9 +168,9 @@ def test_bounds_change_nothing(name: str, bounds: tuple[int, int], backend: str)
     q, k, v = packed(torch.float64, device_of(backend))
     options = cast(OPTIONS[name], q.device, q.dtype)
     cu_q, cu_k = (starts(n).to(q.device) for n in (QUERY_LENGTHS, KEY_LENGTHS))
-    expected = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options)
+    expected = rk.attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options)
     given: dict[str, Any] = {"max_seqlen_q": bounds[0], "max_seqlen_k": bounds[1]}
-    out = attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options, **given)
+    out = rk.attention_varlen(q, k, v, cu_q, cu_k, backend=backend, **options, **given)
     assert torch.equal(out, expected)
     weights = torch.linspace(-1, 1, out.numel(), device=q.device, dtype=q.dtype).view(out.shape)
     gradients = (torch.autograd.grad((o * weights).sum(), (q, k, v)) for o in (out, expected))
@@ -193,8 +185,8 @@ def test_no_value_is_read_beside_bounds(name: str) -> None:
     options = cast(OPTIONS[name], q.device, q.dtype)
     cu_q, cu_k = (starts(n).to("meta") for n in (QUERY_LENGTHS, KEY_LENGTHS))
     with pytest.raises(RuntimeError, match="meta"):
-        attention_varlen(q, k, v, cu_q, cu_k, **options)
-    out = attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=17, max_seqlen_k=30, **options)
+        rk.attention_varlen(q, k, v, cu_q, cu_k, **options)
+    out = rk.attention_varlen(q, k, v, cu_q, cu_k, max_seqlen_q=17, max_seqlen_k=30, **options)
     assert out.shape == (sum(QUERY_LENGTHS), HEADS, DV)
     out.sum().backward()
     assert q.grad is not None
@@ -205,14 +197,14 @@ def test_an_alignment_is_named_where_lengths_are_not_read() -> None:
     cu_q, cu_k = (starts(n).to("meta") for n in (QUERY_LENGTHS, KEY_LENGTHS))
     bounds: dict[str, Any] = {"max_seqlen_q": 17, "max_seqlen_k": 30}
     with pytest.raises(ValueError, match="`align` is needed where lengths are not read"):
-        attention_varlen(q, k, v, cu_q, cu_k, Causal(), **bounds)
-    attention_varlen(q, q, q, cu_q, cu_q, Causal(), **bounds)
+        rk.attention_varlen(q, k, v, cu_q, cu_k, rk.Causal(), **bounds)
+    rk.attention_varlen(q, q, q, cu_q, cu_q, rk.Causal(), **bounds)
 
 
-def compiled(mask: Causal | None) -> Any:
+def compiled(mask: rk.Causal | None) -> Any:
     torch._dynamo.reset()
     return torch.compile(
-        lambda q, k, v, cu_q, cu_k, bound: attention_varlen(
+        lambda q, k, v, cu_q, cu_k, bound: rk.attention_varlen(
             q, k, v, cu_q, cu_k, mask, max_seqlen_q=bound, max_seqlen_k=30
         ),
         backend="aot_eager",
@@ -220,12 +212,12 @@ def compiled(mask: Causal | None) -> Any:
     )
 
 
-@pytest.mark.parametrize("mask", [None, Causal("lower_right")], ids=str)
-def test_one_graph_beside_bounds(mask: Causal | None) -> None:
+@pytest.mark.parametrize("mask", [None, rk.Causal("lower_right")], ids=str)
+def test_one_graph_beside_bounds(mask: rk.Causal | None) -> None:
     q, k, v = packed(torch.float64, torch.device("cpu"))
     cu_q, cu_k = starts(QUERY_LENGTHS), starts(KEY_LENGTHS)
     function = compiled(mask)
-    expected = attention_varlen(q, k, v, cu_q, cu_k, mask)
+    expected = rk.attention_varlen(q, k, v, cu_q, cu_k, mask)
     torch.testing.assert_close(function(q, k, v, cu_q, cu_k, 17), expected, rtol=1e-12, atol=1e-13)
     for wrong in (cu_q.flip(0), cu_q + 1, cu_q - 1):
         with pytest.raises(RuntimeError, match="cu_seqlens_q"):

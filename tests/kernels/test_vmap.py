@@ -10,28 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    Dense,
-    Documents,
-    KeyLengths,
-    QueryLengths,
-    Window,
-    attention,
-)
+import rowmax.kernels as rk
 
 from ..tensors import rand
 from .backends import BACKENDS, device_of, is_interpreted
-from .derivative_cases import (
-    COMPILED,
-    NORMS,
-    Function,
-    heads,
-    loss_of,
-    made,
-    tuple_of,
-)
+from .derivative_cases import COMPILED, NORMS, Function, heads, loss_of, made, tuple_of
 
 SAMPLES = 3
 Options = Callable[..., dict[str, Any]]
@@ -45,41 +28,29 @@ LENGTHS = torch.tensor([[4, 2], [1, 3], [0, 4]])
 # name -> tensors beyond q, k, v; which of all have samples; their use
 VMAPPED: dict[str, tuple[tuple[Tensor, ...], str, Options]] = {
     "plain": ((), "qkv", dict),
-    "shared_keys": ((), "q", lambda: {"mask": Causal("lower_right")}),
-    "shared_queries": ((), "kv", lambda: {"mask": KeyLengths(LENGTHS[0])}),
+    "shared_keys": ((), "q", lambda: {"mask": rk.Causal("lower_right")}),
+    "shared_queries": ((), "kv", lambda: {"mask": rk.KeyLengths(LENGTHS[0])}),
     "lengths": (
         (LENGTHS,),
         "qkv0",
-        lambda lengths: {"mask": KeyLengths(lengths) & QueryLengths(lengths)},
+        lambda lengths: {"mask": rk.KeyLengths(lengths) & rk.QueryLengths(lengths)},
     ),
-    "offsets": ((LENGTHS - 2,), "qv0", lambda at: {"mask": Causal(at) & Window(2, 2, 0)}),
-    "dense": (
-        (samples(2, 3, 4) > 0,),
-        "qkv0",
-        lambda allowed: {"mask": Dense(allowed)},
-    ),
-    "dense_shared": ((rand(2, 1, 3, 4) > 0,), "v", lambda mask: {"mask": Dense(mask)}),
+    "offsets": ((LENGTHS - 2,), "qv0", lambda at: {"mask": rk.Causal(at) & rk.Window(2, 2, 0)}),
+    "dense": ((samples(2, 3, 4) > 0,), "qkv0", lambda allowed: {"mask": rk.Dense(allowed)}),
+    "dense_shared": ((rand(2, 1, 3, 4) > 0,), "v", lambda mask: {"mask": rk.Dense(mask)}),
     "documents": (
         (samples(2, 3).gt(0).int(), samples(2, 4).gt(0).int()),
         "qk01",
-        lambda ids, key_ids: {"mask": Documents(ids, key_ids)},
+        lambda ids, key_ids: {"mask": rk.Documents(ids, key_ids)},
     ),
     "bias": ((samples(2, 3, 4),), "qkv0", lambda bias: {"bias": bias}),
     "bias_shared": ((rand(2, 1, 1, 4),), "qkv", lambda bias: {"bias": bias}),
     "bias_broadcast": ((rand(1, 2, 3, 4),), "qkv", lambda bias: {"bias": bias}),
     "sinks": ((rand(2),), "qkv", lambda sinks: {"sinks": sinks}),
     "sinks_samples": ((samples(2),), "q0", lambda sinks: {"sinks": sinks}),
-    "alibi": (
-        (samples(2).abs(),),
-        "qkv0",
-        lambda slopes: {"bias": ALiBi(slopes, 1)},
-    ),
+    "alibi": ((samples(2).abs(),), "qkv0", lambda slopes: {"bias": rk.ALiBi(slopes, 1)}),
     "dropout": ((), "qkv", lambda: {"dropout_p": 0.4, "seed": 3}),
-    "seeds": (
-        (torch.tensor([5, 6, 7]),),
-        "qkv0",
-        lambda seed: {"dropout_p": 0.4, "seed": seed},
-    ),
+    "seeds": ((torch.tensor([5, 6, 7]),), "qkv0", lambda seed: {"dropout_p": 0.4, "seed": seed}),
 }
 VMAP_CASES = [
     pytest.param(name, backend, id=f"{name}-{backend}")
@@ -103,7 +74,7 @@ def vmapped(name: str, backend: str) -> tuple[Function, tuple[Tensor, ...], tupl
         tensors[2], dims[2] = tensors[2].movedim(0, 2), 2
 
     def function(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = attention(q, k, v, return_lse=True, backend=backend, **options(*others))
+        out, lse = rk.attention(q, k, v, return_lse=True, backend=backend, **options(*others))
         return out, torch.where(lse == -torch.inf, 0.0, lse)
 
     device = device_of(backend)
@@ -169,7 +140,7 @@ def test_vmap_within_vmap(backend: str) -> None:
     q, k = rand(2, 3, 1, 2, 3, 4), rand(3, 1, 1, 5, 4)
 
     def function(q: Tensor, k: Tensor) -> Tensor:
-        return attention(q, k, k, backend=backend)
+        return rk.attention(q, k, k, backend=backend)
 
     got = torch.func.vmap(torch.func.vmap(function), in_dims=(0, None))(q, k)
     for i, j in itertools.product(range(2), range(3)):
@@ -182,7 +153,7 @@ def test_randomness_of_a_drawn_seed(backend: str) -> None:
     q, k, v = (tensor.expand(SAMPLES, *tensor.shape) for tensor in heads(2, 2, 64))
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, dropout_p=0.5, backend=backend)
+        return rk.attention(q, k, v, dropout_p=0.5, backend=backend)
 
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(function)(q, k, v)

@@ -31,12 +31,7 @@ def test_weights_are_those_of_the_naive_path(name: str) -> None:
     arguments = BY_NAME[name].build(torch.float64)
     _, heads, queries, _ = arguments.shape
     whole = naive_attention(arguments.naive_problem()).weights
-    given: dict[str, Any] = {
-        "mask": arguments.mask,
-        "bias": arguments.bias,
-        "sinks": arguments.sinks,
-    }
-    plain = attention(arguments.q, arguments.k, arguments.v, **given, **arguments.options)
+    plain = attention(*arguments.tensors, **arguments.keywords)
     for chosen_heads, chosen_rows in (
         (None, None),
         ([heads - 1, 0], None),
@@ -45,11 +40,8 @@ def test_weights_are_those_of_the_naive_path(name: str) -> None:
         ([], []),
     ):
         out, lse, weights = attention(
-            arguments.q,
-            arguments.k,
-            arguments.v,
-            **given,
-            **arguments.options,
+            *arguments.tensors,
+            **arguments.keywords,
             return_lse=True,
             return_weights=True,
             weight_heads=chosen_heads,
@@ -99,4 +91,4 @@ def test_what_is_chosen_is_checked(
 ) -> None:
     arguments = BY_NAME["shape_gqa"].build(torch.float32)
     with pytest.raises(error, match=message):
-        attention(arguments.q, arguments.k, arguments.v, **given)
+        attention(*arguments.tensors, **given)

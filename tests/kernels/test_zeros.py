@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rowmax.kernels import (
-    ALiBi,
-    Causal,
-    KeyLengths,
-    add_layer_norm,
-    attention,
-    attention_varlen,
-    layer_norm,
-    masked_softmax,
-    rms_norm,
-)
+import rowmax.kernels as rk
 
 from ..tensors import rand
 from .backends import BACKENDS, device_of
@@ -40,24 +30,24 @@ def zeros_as(tensor: Tensor) -> Tensor:
 def packed(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (q, k, v))
     starts = torch.tensor([0, 1, 4], device=q.device)
-    return attention_varlen(q, k, v, starts, starts, Causal(), backend=backend)
+    return rk.attention_varlen(q, k, v, starts, starts, rk.Causal(), backend=backend)
 
 
 # without the types of their arguments, which here come as a tuple
-attend: Callable[..., Any] = attention
-add_norm: Callable[..., Any] = add_layer_norm
+attend: Callable[..., Any] = rk.attention
+add_norm: Callable[..., Any] = rk.add_layer_norm
 
 HEADS, ROWS, PARAMETERS = ((1, 2, 4, 6),) * 3, ((3, 5),), ((5,), (5,))
 # op and what it is called with: the shapes of its tensors, each in turn without memory
 CALLS: dict[str, tuple[str, tuple[tuple[int, ...], ...], Callable[..., Any]]] = {
     "attention": ("attention", HEADS, lambda *t, backend: attend(*t, backend=backend)),
-    "causal": ("attention", HEADS, lambda *t, backend: attend(*t, Causal(), backend=backend)),
+    "causal": ("attention", HEADS, lambda *t, backend: attend(*t, rk.Causal(), backend=backend)),
     "everything": (
         "attention",
         (*HEADS, (2, 4, 4), (2,), (2,)),
         lambda q, k, v, bias, sinks, slopes, backend: (
-            attention(
-                *(q, k, v, KeyLengths(torch.tensor([3], device=q.device)), bias),
+            rk.attention(
+                *(q, k, v, rk.KeyLengths(torch.tensor([3], device=q.device)), bias),
                 sinks=sinks,
                 softcap=2.0,
                 dropout_p=0.2,
@@ -65,24 +55,24 @@ CALLS: dict[str, tuple[str, tuple[tuple[int, ...], ...], Callable[..., Any]]] = 
                 return_lse=True,
                 backend=backend,
             ),
-            attention(q, k, v, bias=ALiBi(slopes.detach()), backend=backend),
+            rk.attention(q, k, v, bias=rk.ALiBi(slopes.detach()), backend=backend),
         ),
     ),
     "packed": ("attention", HEADS, packed),
     "masked_softmax": (
         "masked_softmax",
         ((2, 4, 5),),
-        lambda t, backend: masked_softmax(t, Causal(1), 0.5, backend=backend),
+        lambda t, backend: rk.masked_softmax(t, rk.Causal(1), 0.5, backend=backend),
     ),
     "layer_norm": (
         "layer_norm",
         (*ROWS, *PARAMETERS),
-        lambda *t, backend: layer_norm(*t, backend=backend),
+        lambda *t, backend: rk.layer_norm(*t, backend=backend),
     ),
     "rms_norm": (
         "rms_norm",
         (*ROWS, *PARAMETERS[:1]),
-        lambda *t, backend: rms_norm(*t, backend=backend),
+        lambda *t, backend: rk.rms_norm(*t, backend=backend),
     ),
     "add_layer_norm": (
         "add_layer_norm",
@@ -192,25 +182,25 @@ def test_hessian_vector_products(loss: str, backend: str) -> None:
     pairs: list[tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
         (
             x,
-            lambda x: layer_norm(x, weight, backend=backend),
+            lambda x: rk.layer_norm(x, weight, backend=backend),
             lambda x: F.layer_norm(x, (8,), weight),
         ),
         (
             x,
-            lambda x: rms_norm(x, weight, backend=backend),
+            lambda x: rk.rms_norm(x, weight, backend=backend),
             lambda x: F.rms_norm(x, (8,), weight, eps=1e-6),
         ),
         (
             x,
-            lambda x: add_layer_norm(x, x.sin(), weight, backend=backend)[0],
+            lambda x: rk.add_layer_norm(x, x.sin(), weight, backend=backend)[0],
             lambda x: F.layer_norm(x + x.sin(), (8,), weight),
         ),
         (
             heads,
-            lambda x: attention(x, x, x, Causal(), backend=backend),
+            lambda x: rk.attention(x, x, x, rk.Causal(), backend=backend),
             lambda x: (x @ x.mT * 8**-0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ x,
         ),
-        (x, lambda x: masked_softmax(x, backend=backend), lambda x: x.softmax(-1)),
+        (x, lambda x: rk.masked_softmax(x, backend=backend), lambda x: x.softmax(-1)),
     ]
     for at, ours, theirs in pairs:
         expected = product(theirs, at, LOSSES[loss])

@@ -73,9 +73,7 @@ def prepared(problem: AttentionProblem) -> AttentionProblem:
     query, key, value = problem.query, problem.key, problem.value
     if not query.stride(3) == key.stride(3) == value.stride(3) == 1:
         problem = problem._replace(
-            query=unit_last_stride(query),
-            key=unit_last_stride(key),
-            value=unit_last_stride(value),
+            query=unit_last_stride(query), key=unit_last_stride(key), value=unit_last_stride(value)
         )
     if problem.alibi_slopes is not None:
         problem = problem._replace(alibi_slopes=problem.alibi_slopes.double().contiguous())

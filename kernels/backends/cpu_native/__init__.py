@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +27,16 @@ def left_out_on_purpose() -> bool:
 
 
 @functools.cache
+def extension() -> Any:
+    """The extension's module; loading it registers its operators."""
+    return importlib.import_module("..._C", __package__)
+
+
+@functools.cache
 def unavailable() -> str | None:
-    """Loads the extension, which registers its operators; why that fails, where it does."""
+    """Loads the extension; why that fails, where it does."""
     try:
-        importlib.import_module("..._C", __package__)
+        extension()
     except ModuleNotFoundError:
         why = f" ({_REASON.read_text().strip()})" if _REASON.is_file() else ""
         return (

@@ -5,10 +5,6 @@ Strides and the division of work are in csrc/binding/attention_launch.cpp.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -22,6 +18,7 @@ from ..cpu_common.preparation import (
     sums_to_finite,
     unit_last_stride,
 )
+from . import extension
 
 # How `csrc/binding/fast_path_attention.cpp` is told the alignment of a causal mask; 0 is none.
 _ALIGNMENTS = {None: 1, "upper_left": 2, "lower_right": 3}
@@ -55,16 +52,10 @@ def fast_path_attention(
             alignment = None
     if alignment is None:
         return None
-    out = _attend()(q, k, v, alignment, key_lengths, dense, scale)
+    out: Tensor | None
+    out = extension().fast_path_attention(q, k, v, alignment, key_lengths, dense, scale)
     # NaN that only keys without a query hold reaches out as 0 * NaN; the general way leaves it out.
     return None if out is None or (dense is not None and not sums_to_finite(out)) else out
-
-
-@functools.cache
-def _attend() -> Callable[..., Tensor | None]:
-    extension = importlib.import_module("..._C", __package__)
-    function: Callable[..., Tensor | None] = extension.fast_path_attention
-    return function
 
 
 def _forward(problem: AttentionProblem, lse: Tensor | None) -> Tensor:
@@ -82,15 +73,8 @@ def attention_backward(
     lse, grad_lse, d_bias, delta = tensors = backward_tensors(given, inputs)
     d_query, d_key, d_value = (empty_heads(x, x.shape[3]) for x in problem[:3])
     torch.ops.rowmax_native.attention_backward.default(
-        unit_last_stride(inputs.out),
-        lse,
-        unit_last_stride(inputs.grad_out),
-        grad_lse,
-        d_query,
-        d_key,
-        d_value,
-        d_bias,
-        delta,
+        *(unit_last_stride(inputs.out), lse, unit_last_stride(inputs.grad_out), grad_lse),
+        *(d_query, d_key, d_value, d_bias, delta),
         *problem.flat(),
     )
     return d_query, d_key, d_value, *tensors.of_bias_and_sinks(given)

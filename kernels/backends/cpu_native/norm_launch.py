@@ -5,16 +5,13 @@ Calls of the fast path go past torch's dispatcher.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...ops.layout import count_rows, rows_of, statistics_dtype
 from ..cpu_common.results import new_result
 from ..fused_norms import Backward, Forward, FusedNorms, Results
+from . import extension
 
 
 def _forward(norm: Forward) -> Results:
@@ -80,11 +77,6 @@ def fast_path_norm(
     subtract_mean: bool,
 ) -> tuple[Tensor, Tensor] | None:
     """y and total of arguments that nobody has checked; None where the general way is needed."""
-    return _normalise()(x, residual, weight, bias, eps, subtract_mean)
-
-
-@functools.cache
-def _normalise() -> Callable[..., tuple[Tensor, Tensor] | None]:
-    extension = importlib.import_module("..._C", __package__)
-    function: Callable[..., tuple[Tensor, Tensor] | None] = extension.fast_path_norm
-    return function
+    found: tuple[Tensor, Tensor] | None
+    found = extension().fast_path_norm(x, residual, weight, bias, eps, subtract_mean)
+    return found

@@ -287,8 +287,7 @@ def _decode_chunk(call, b, head, chunk, scratch, partial):
         + (first_key + begin) * call.value_row
     )
     _add_values(
-        *(call, at, end - begin, scores + skipped, scores_row),
-        *(rows, totals, columns, wide_rows),
+        *(call, at, end - begin, scores + skipped, scores_row), *(rows, totals, columns, wide_rows)
     )
     for r in range(rows):
         for c in range(0, columns, lanes):

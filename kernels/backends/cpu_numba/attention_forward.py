@@ -19,13 +19,7 @@ import numpy as np
 
 from ..cpu_common.call_records import ATTENTION
 from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED, LN_2, LOG2_E
-from .attention_products import (
-    load_query,
-    score_product,
-    value_product,
-    wide_block,
-    write_out,
-)
+from .attention_products import load_query, score_product, value_product, wide_block, write_out
 from .attention_rows import prefetch_rows, prefetch_target
 from .attention_tiles import (
     add_terms,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.layout import empty_heads, statistics_dtype
+from ...ops.layout import broadcast_strides, empty_heads, statistics_dtype
 from ...ops.problem import AttentionProblem, BackwardInputs
 from ..cpu_common.constants import ITEM_BFLOAT16, ITEM_COMPUTED, ITEM_FLOAT16, LOG2_E
 from ..cpu_common.preparation import backward_tensors, empty_lse, prepared, unit_last_stride
@@ -26,7 +26,7 @@ from .attention_plan import (
     max_decode_queries,
 )
 from .call import Plan
-from .fields import address, broadcast_strides, dropout_fields, heads, mask_fields, pairs
+from .fields import address, dropout_fields, heads, mask_fields, pairs
 from .gemm import lanes_in
 from .host import bfloat16_dots
 

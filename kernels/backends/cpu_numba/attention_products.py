@@ -109,26 +109,21 @@ def wide_block(call, wide, k0, key_len):
 
 
 @jit
-def _kept(item_type, address, offset, row, columns, place, done, before, keys, zero):
-    """Rows of K or V from `offset` on, in the block that is kept at `place`."""
+def _readable_keys(call, address, offset, row, columns, keys, place, block, scratch):
+    """Rows of K or V from `offset` on as (pointer, row stride), in the block kept at `place`."""
+    if call.keeps_wide == 0:
+        return readable(call.item_type, address, offset, row, keys, columns, scratch, call.zero)
+    _, _, done, before, whole = block
     if not done:
-        readable(item_type, address, offset - before * row, row, keys, columns, place, zero)
-    return place + before * columns
+        start = offset - before * row
+        readable(call.item_type, address, start, row, whole, columns, place, call.zero)
+    return place + before * columns, columns
 
 
 def _scores_in_floats(call, vectors, keys, offset, query_t, scores, width, scratch, block):
-    zero = call.zero
-    if call.keeps_wide != 0:
-        place, _, done, before, whole = block
-        row = call.head_dim
-        key = _kept(
-            *(call.item_type, call.key, offset, call.key_row, row, place),
-            *(done, before, whole, zero),
-        )
-    else:
-        key, row = readable(
-            call.item_type, call.key, offset, call.key_row, keys, call.head_dim, scratch, zero
-        )
+    key, row = _readable_keys(
+        call, call.key, offset, call.key_row, call.head_dim, keys, block[0], block, scratch
+    )
     multiply(vectors, keys, call.head_dim, (key, row, 1), (query_t, width), (scores, width), False)
 
 
@@ -148,17 +143,9 @@ def _scores_in_pairs(call, vectors, keys, offset, query_t, scores, width, scratc
     key, row = bfloat16_at(call.key, call.zero) + offset, call.key_row
     if call.head_dim % 2 != 0:
         key, row = even_rows(key, row, keys, call.head_dim, scratch)
-    multiply_pairs(
-        vectors,
-        keys,
-        (call.head_dim + 1) // 2,
-        (key, row, 2),
-        (query_t, width),
-        (scores, width),
-        False,
-        scores,
-        cast(call.scale, call.zero),
-    )
+    pairs, scale = (call.head_dim + 1) // 2, cast(call.scale, call.zero)
+    left, right, result = (key, row, 2), (query_t, width), (scores, width)
+    multiply_pairs(vectors, keys, pairs, left, right, result, False, scores, scale)
 
 
 @either(_scores_in_floats, _scores_in_pairs)
@@ -185,23 +172,13 @@ def _scale_columns(matrix, rows, width, factors):
 def _values_in_floats(
     call, vectors, keys, offset, weights, out_t, rescale, moved, started, width, scratch, block
 ):
-    zero = call.zero
     if moved and started:
         _scale_columns(out_t, call.value_dim, width, rescale)
-    if call.keeps_wide != 0:
-        _, place, done, before, whole = block
-        row = call.value_dim
-        value = _kept(
-            *(call.item_type, call.value, offset, call.value_row, row, place),
-            *(done, before, whole, zero),
-        )
-    else:
-        value, row = readable(
-            call.item_type, call.value, offset, call.value_row, keys, call.value_dim, scratch, zero
-        )
-    multiply(
-        vectors, call.value_dim, keys, (value, 1, row), (weights, width), (out_t, width), started
+    value, row = _readable_keys(
+        call, call.value, offset, call.value_row, call.value_dim, keys, block[1], block, scratch
     )
+    left, right, result = (value, 1, row), (weights, width), (out_t, width)
+    multiply(vectors, call.value_dim, keys, left, right, result, started)
 
 
 @jit
@@ -243,17 +220,9 @@ def _values_in_pairs(
     value = bfloat16_at(call.value, zero) + offset
     words = interleave_rows(value, call.value_row, keys, call.value_dim, scratch)
     round_pairs(weights, keys, width, splat(zero))
-    multiply_pairs(
-        vectors,
-        call.value_dim,
-        (keys + 1) // 2,
-        (as_bfloat16(scratch), 2, 2 * words),
-        (weights, width),
-        (out_t, width),
-        started,
-        rescale,
-        cast(1.0, zero),
-    )
+    left, right, result = (as_bfloat16(scratch), 2, 2 * words), (weights, width), (out_t, width)
+    dim, pairs, one = call.value_dim, (keys + 1) // 2, cast(1.0, zero)
+    multiply_pairs(vectors, dim, pairs, left, right, result, started, rescale, one)
 
 
 @either(_values_in_floats, _values_in_pairs)
@@ -280,23 +249,13 @@ def _out_in_floats(call, offset, rows, width, out_t, factors, scratch):
         for d in range(call.value_dim):
             at = out_t + (d * width + v)
             store(at, select(empty, zeros, load(at) * factor))
-    if call.item_type == ITEM_COMPUTED:
-        out = pointer(call.out, zero) + offset
-        transpose(out_t, width, out, call.out_row, call.value_dim, rows, one)
+    item_type, row, dim = call.item_type, call.out_row, call.value_dim
+    if item_type == ITEM_COMPUTED:
+        transpose(out_t, width, pointer(call.out, zero) + offset, row, dim, rows, one)
     else:
-        columns = (call.value_dim + lanes - 1) // lanes * lanes
-        transpose(out_t, width, scratch, columns, call.value_dim, rows, one)
-        write_rows(
-            call.item_type,
-            call.out,
-            offset,
-            call.out_row,
-            scratch,
-            columns,
-            rows,
-            call.value_dim,
-            one,
-        )
+        columns = (dim + lanes - 1) // lanes * lanes
+        transpose(out_t, width, scratch, columns, dim, rows, one)
+        write_rows(item_type, call.out, offset, row, scratch, columns, rows, dim, one)
 
 
 def _out_in_pairs(call, offset, rows, width, out_t, factors, scratch):

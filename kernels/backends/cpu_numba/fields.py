@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...api.masks import MaskStructure
+from ...ops.layout import broadcast_strides
 from ..cpu_common.constants import NO_BOUND
 
 
@@ -46,14 +47,6 @@ def mask_fields(mask: MaskStructure) -> dict[str, int]:
         "key_documents": address(mask.key_documents),
         **pairs("dense", mask.dense),
     }
-
-
-def broadcast_strides(tensor: Tensor) -> list[int]:
-    """Strides with 0 for every dimension of size 1."""
-    return [
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
 
 
 _NO_DROPOUT = {"dropout": 0, "threshold": 0, "seed": 0, "keep_scale": 1.0}

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from .host import vector_bits
 from .jit import jit
-from .vector import LANES, Pointer, broadcast, fma, llvm_element, load_vector, store_vector
+from .vector import LANES, Pointer, broadcast, emitted, fma, llvm_element, load_vector, store_vector
 
 # A tile of C in registers, at most: 4 x 4 or 8 x 2 of 32 registers (AVX-512, NEON), 4 x 3 or 6 x 2
 # of 16 (AVX2). A tile of queries, which TILE_VECTORS are, may be several of these wide: K and V are
@@ -68,10 +68,7 @@ def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: in
 
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     a_offsets = [builder.mul(a_row, number(r)) for r in range(rows)]
-    with (
-        cgutils.for_range(builder, tiles) as tile,
-        cgutils.for_range(builder, panels) as panel,
-    ):
+    with cgutils.for_range(builder, tiles) as tile, cgutils.for_range(builder, panels) as panel:
         first_row = builder.mul(tile.index, number(rows))
         column = builder.mul(panel.index, number(vectors * lanes))
         a_first = builder.gep(a, [builder.mul(first_row, a_row)])
@@ -162,7 +159,7 @@ def _panels(
         return None
     i64 = types.int64
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
         _, panels, rows, depth, at, a_row, a_depth, b, b_depth, to, c_row, add = args
         add = builder.trunc(add, ir.IntType(1))
         for height in _HEIGHTS[vectors.literal_value]:
@@ -176,10 +173,9 @@ def _panels(
             at = builder.gep(at, [builder.mul(done, a_row)])
             to = builder.gep(to, [builder.mul(done, c_row)])
             rows = builder.sub(rows, done)
-        return context.get_dummy_value()
 
     sig = types.void(vectors, i64, i64, i64, a, i64, i64, b, i64, c, i64, types.boolean)
-    return sig, generate
+    return emitted(sig, emit)
 
 
 @jit
@@ -273,23 +269,17 @@ def dots(
         return None
     i64 = types.int64
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        function = _dots_function(builder.module, q.dtype, rows.literal_value)
-        builder.call(function, args[1:])
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, _: ir.Value, *args: ir.Value) -> None:
+        builder.call(_dots_function(builder.module, q.dtype, rows.literal_value), args)
 
-    return types.void(rows, i64, q, i64, q, q, i64), generate
+    return emitted(types.void(rows, i64, q, i64, q, q, i64), emit)
 
 
 @intrinsic
 def lanes_of(typing: Any, like: Any) -> Any:
     """How many elements of `like`'s type (a pointer's element, or a scalar's) a vector holds."""
-    dtype = like.dtype if isinstance(like, Pointer) else like
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return ir.Constant(ir.IntType(64), LANES[dtype])
-
-    return types.int64(like), generate
+    lanes = LANES[like.dtype if isinstance(like, Pointer) else like]
+    return emitted(types.int64(like), lambda *_: ir.Constant(ir.IntType(64), lanes))
 
 
 def lanes_in(dtype: torch.dtype) -> int:

@@ -34,6 +34,7 @@ from .vector import (
     Vector,
     broadcast,
     call_llvm,
+    emitted,
     float_vector,
     fma,
     llvm_vector,
@@ -88,50 +89,43 @@ def as_bfloat16(typing: Any, source: Any) -> Any:
 @intrinsic
 def load_paired(typing: Any, source: Any) -> Any:
     """PAIRED consecutive bfloat16 elements, as they are."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return load_vector(builder, args[0], llvm_vector(_ROW))
-
-    return _ROW(source), generate
+    return emitted(_ROW(source), lambda builder, at: load_vector(builder, at, llvm_vector(_ROW)))
 
 
 @intrinsic
 def load_first_paired(typing: Any, source: Any, count: Any) -> Any:
     """The first `count` elements and zeros; what lies beyond is not read."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        mask = _first_elements(builder, args[1])
-        return load_masked(builder, args[0], mask, llvm_vector(_ROW))
+    def emit(builder: ir.IRBuilder, at: ir.Value, n: ir.Value) -> ir.Value:
+        return load_masked(builder, at, _first_elements(builder, n), llvm_vector(_ROW))
 
-    return _ROW(source, types.int64), generate
+    return emitted(_ROW(source, types.int64), emit)
 
 
 @intrinsic
 def store_paired(typing: Any, target: Any, row: Any) -> Any:
     """A vector of bfloat16 elements to consecutive words."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        store_vector(builder, builder.bitcast(args[1], _FLOATS), args[0])
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, elements: ir.Value) -> None:
+        store_vector(builder, builder.bitcast(elements, _FLOATS), at)
 
-    return types.void(target, row), generate
+    return emitted(types.void(target, row), emit)
 
 
 @intrinsic
 def store_interleaved(typing: Any, target: Any, first: Any, second: Any) -> Any:
     """first[0], second[0], first[1], ...: PAIRED words."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, to: ir.Value, a: ir.Value, b: ir.Value) -> None:
         order = _interleaved_halves(2 * PAIRED).constant
         for half in range(2):
             index = ir.VectorType(ir.IntType(32), PAIRED)
             part = ir.Constant(index, order[half * PAIRED : (half + 1) * PAIRED])
-            words = builder.shuffle_vector(args[1], args[2], part)
-            at = builder.gep(args[0], [ir.Constant(_I64, half * _WORDS)])
+            words = builder.shuffle_vector(a, b, part)
+            at = builder.gep(to, [ir.Constant(_I64, half * _WORDS)])
             store_vector(builder, builder.bitcast(words, _FLOATS), at)
-        return context.get_dummy_value()
 
-    return types.void(target, first, second), generate
+    return emitted(types.void(target, first, second), emit)
 
 
 def _rounded(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
@@ -144,36 +138,32 @@ def _rounded(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Val
 def store_rounded(typing: Any, target: Any, first: Any, second: Any) -> Any:
     """Two float vectors, rounded to nearest even and interleaved, as one vector of words."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        elements = _rounded(builder, args[1], args[2])
+    def emit(builder: ir.IRBuilder, at: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        elements = _rounded(builder, a, b)
         words = builder.shuffle_vector(elements, elements, _interleaved_halves(PAIRED))
-        store_vector(builder, builder.bitcast(words, _FLOATS), args[0])
-        return context.get_dummy_value()
+        store_vector(builder, builder.bitcast(words, _FLOATS), at)
 
-    return types.void(target, first, second), generate
+    return emitted(types.void(target, first, second), emit)
 
 
 @intrinsic
 def store_rounded_row(typing: Any, target: Any, first: Any, second: Any) -> Any:
     """Two float vectors, rounded to nearest even, as PAIRED consecutive elements."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        elements = _rounded(builder, args[1], args[2])
-        store_vector(builder, builder.bitcast(elements, _FLOATS), args[0])
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        store_vector(builder, builder.bitcast(_rounded(builder, a, b), _FLOATS), at)
 
-    return types.void(target, first, second), generate
+    return emitted(types.void(target, first, second), emit)
 
 
 @intrinsic
 def store_first_paired(typing: Any, target: Any, row: Any, count: Any) -> Any:
     """Stores the first `count` elements; what lies beyond is not touched."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        store_masked(builder, args[1], args[0], _first_elements(builder, args[2]))
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, elements: ir.Value, n: ir.Value) -> None:
+        store_masked(builder, elements, at, _first_elements(builder, n))
 
-    return types.void(target, row, types.int64), generate
+    return emitted(types.void(target, row, types.int64), emit)
 
 
 def _transpose_function(module: ir.Module) -> ir.Function:
@@ -203,11 +193,10 @@ def _transpose_function(module: ir.Module) -> ir.Function:
 def transpose_words(typing: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
     """See `_transpose_function`; row strides are in elements."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
         builder.call(_transpose_function(builder.module), args)
-        return context.get_dummy_value()
 
-    return types.void(source, types.int64, target, types.int64), generate
+    return emitted(types.void(source, types.int64, target, types.int64), emit)
 
 
 def _tile_function(module: ir.Module, rows: int, vectors: int) -> ir.Function:
@@ -253,10 +242,7 @@ def _tile_function(module: ir.Module, rows: int, vectors: int) -> ir.Function:
         pair = builder.bitcast(broadcast(builder, words, builder.load(at, align=2)), _PAIRS)
         for v in range(vectors):
             after[r, v] = call_llvm(
-                builder,
-                "llvm.x86.avx512bf16.dpbf16ps.512",
-                _FLOATS,
-                [sums[r, v], pair, columns[v]],
+                builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [sums[r, v], pair, columns[v]]
             )
     k_next = builder.add(k, ir.Constant(_I64, 1))
     a_next, b_next = builder.gep(a_k, [a_depth]), builder.gep(b_k, [b_depth])
@@ -316,7 +302,7 @@ def _tile(
     if not isinstance(rows, types.IntegerLiteral) or not isinstance(vectors, types.IntegerLiteral):
         return None
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
         function = _tile_function(builder.module, rows.literal_value, vectors.literal_value)
         a, a_row, a_depth = (builder.extract_value(args[4], i) for i in range(3))
         b, b_depth = (builder.extract_value(args[5], i) for i in range(2))
@@ -326,7 +312,6 @@ def _tile(
         flag = builder.trunc(args[7], ir.IntType(1))
         arguments = [args[3], a, a_row, a_depth, b, b_depth, c, c_row, flag, *args[8:]]
         builder.call(function, arguments)
-        return context.get_dummy_value()
 
     i64 = types.int64
     half, word = Pointer(BFLOAT16), Pointer(types.float32)
@@ -335,7 +320,7 @@ def _tile(
         *(types.Tuple((half, i64, i64)), types.Tuple((word, i64)), types.Tuple((word, i64))),
         *(types.boolean, word, types.float32),
     )
-    return sig, generate
+    return emitted(sig, emit)
 
 
 @jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ from .vector import (
     call_llvm,
     constant,
     element_bytes,
+    emitted,
     first_lanes,
     float_vector,
     integer_vector,
+    llvm_element,
     llvm_vector,
     load_vector,
     store_vector,
@@ -39,12 +42,9 @@ from .vector import (
 
 
 def _at(dtype: types.Type, *like: types.Type) -> Any:
-    kind = Pointer(dtype)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.inttoptr(args[0], context.get_value_type(kind))
-
-    return kind(types.int64, *like), generate
+    kind = llvm_element(dtype).as_pointer()
+    sig = Pointer(dtype)(types.int64, *like)
+    return emitted(sig, lambda builder, address, *_: builder.inttoptr(address, kind))
 
 
 @intrinsic
@@ -82,12 +82,8 @@ def float16_at(typing: Any, address: types.Type, like: types.Type) -> Any:
 
 
 def retyped(dtype: types.Type, source: types.Type) -> Any:
-    kind = Pointer(dtype)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(kind))
-
-    return kind(source), generate
+    kind = llvm_element(dtype).as_pointer()
+    return emitted(Pointer(dtype)(source), lambda builder, at: builder.bitcast(at, kind))
 
 
 @intrinsic
@@ -99,19 +95,23 @@ def as_integers32(typing: Any, source: types.Type) -> Any:
 @intrinsic
 def item_size(typing: Any, like: types.Type) -> Any:
     """Bytes an element of `like`'s type takes."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return ir.Constant(ir.IntType(64), like.bitwidth // 8)
-
-    return types.int64(like), generate
+    size = ir.Constant(ir.IntType(64), like.bitwidth // 8)
+    return emitted(types.int64(like), lambda *_: size)
 
 
-@infer_global(operator.add)
-class _PointerAdd(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if len(args) == 2 and isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0], args[0], types.int64)
-        return None
+def _define(function: Any, sig: Callable[[Pointer], Any]) -> None:
+    """The signature of `function` of a pointer and an integer."""
+
+    @infer_global(function)
+    class _Template(AbstractTemplate):
+        def generic(self, args: Any, _kws: Any) -> Any:
+            known = isinstance(args[0], Pointer) and isinstance(args[1], types.Integer)
+            return sig(args[0]) if known else None
+
+
+_define(operator.add, lambda at: signature(at, at, types.int64))
+_define(operator.getitem, lambda at: signature(at.dtype, at, types.int64))
+_define(operator.setitem, lambda at: signature(types.none, at, types.int64, at.dtype))
 
 
 @lower_builtin(operator.add, Pointer, types.int64)
@@ -119,25 +119,9 @@ def _pointer_add(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
     return builder.gep(args[0], [args[1]])
 
 
-@infer_global(operator.getitem)
-class _PointerGet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(args[0].dtype, args[0], types.int64)
-        return None
-
-
 @lower_builtin(operator.getitem, Pointer, types.int64)
 def _pointer_get(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
     return builder.load(builder.gep(args[0], [args[1]]))
-
-
-@infer_global(operator.setitem)
-class _PointerSet(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Pointer) and isinstance(args[1], types.Integer):
-            return signature(types.none, args[0], types.int64, args[0].dtype)
-        return None
 
 
 @lower_builtin(operator.setitem, Pointer, types.int64, types.Any)
@@ -187,33 +171,29 @@ def load(typing: Any, source: types.Type) -> Any:
     """One vector from LANES consecutive elements, of any alignment."""
     stored = stored_vector(source.dtype)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        value = load_vector(builder, args[0], stored)
-        return widen(builder, value, source.dtype)
+    def emit(builder: ir.IRBuilder, at: ir.Value) -> ir.Value:
+        return widen(builder, load_vector(builder, at, stored), source.dtype)
 
-    return float_vector(computed_type(source.dtype))(source), generate
+    return emitted(float_vector(computed_type(source.dtype))(source), emit)
 
 
 @intrinsic
 def load_integers(typing: Any, source: types.Type, like: types.Type) -> Any:
     """int32 elements, as many as a vector of `like` has lanes."""
     kind = integer_vector(like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return load_vector(builder, args[0], llvm_vector(kind))
-
-    return kind(source, like), generate
+    return emitted(
+        kind(source, like), lambda builder, at, _: load_vector(builder, at, llvm_vector(kind))
+    )
 
 
 @intrinsic
 def store(typing: Any, target: types.Type, value: types.Type) -> Any:
     """The vector to consecutive elements, of any alignment."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        store_vector(builder, narrow(builder, args[1], target.dtype), args[0])
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, vector: ir.Value) -> None:
+        store_vector(builder, narrow(builder, vector, target.dtype), at)
 
-    return types.void(target, value), generate
+    return emitted(types.void(target, value), emit)
 
 
 @intrinsic
@@ -221,24 +201,22 @@ def load_first(typing: Any, source: types.Type, count: types.Type) -> Any:
     """The first `count` elements and zeros; what lies beyond is not read."""
     stored = stored_vector(source.dtype)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        value = load_masked(builder, args[0], first_lanes(builder, args[1], stored.count), stored)
+    def emit(builder: ir.IRBuilder, at: ir.Value, n: ir.Value) -> ir.Value:
+        value = load_masked(builder, at, first_lanes(builder, n, stored.count), stored)
         return widen(builder, value, source.dtype)
 
-    return float_vector(computed_type(source.dtype))(source, types.int64), generate
+    return emitted(float_vector(computed_type(source.dtype))(source, types.int64), emit)
 
 
 @intrinsic
 def store_first(typing: Any, target: types.Type, value: types.Type, count: types.Type) -> Any:
     """Stores the first `count` lanes; what lies beyond is not touched."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        rounded = narrow(builder, args[1], target.dtype)
-        mask = first_lanes(builder, args[2], rounded.type.count)
-        store_masked(builder, rounded, args[0], mask)
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, vector: ir.Value, n: ir.Value) -> None:
+        rounded = narrow(builder, vector, target.dtype)
+        store_masked(builder, rounded, at, first_lanes(builder, n, rounded.type.count))
 
-    return types.void(target, value, types.int64), generate
+    return emitted(types.void(target, value, types.int64), emit)
 
 
 def load_masked(
@@ -263,28 +241,25 @@ def store_masked(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value, mask
 @intrinsic
 def load_flags(typing: Any, source: types.Type, like: types.Type) -> Any:
     """Bools from consecutive bytes, as many as a vector of `like` has lanes."""
-    lanes = LANES[like]
+    kind = ir.VectorType(ir.IntType(8), LANES[like])
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(8), lanes)
-        flags = builder.load(builder.bitcast(args[0], kind.as_pointer()), align=1)
+    def emit(builder: ir.IRBuilder, at: ir.Value, _: ir.Value) -> ir.Value:
+        flags = load_vector(builder, at, kind)
         return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
 
-    return Vector(types.boolean, lanes)(source, like), generate
+    return emitted(Vector(types.boolean, kind.count)(source, like), emit)
 
 
 @intrinsic
 def load_first_flags(typing: Any, source: types.Type, like: types.Type, count: types.Type) -> Any:
     """The first `count` bools and False; what lies beyond is not read."""
-    lanes = LANES[like]
+    kind = ir.VectorType(ir.IntType(8), LANES[like])
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(8), lanes)
-        mask = first_lanes(builder, args[2], lanes)
-        flags = load_masked(builder, args[0], mask, kind)
+    def emit(builder: ir.IRBuilder, at: ir.Value, _: ir.Value, n: ir.Value) -> ir.Value:
+        flags = load_masked(builder, at, first_lanes(builder, n, kind.count), kind)
         return builder.icmp_unsigned("!=", flags, ir.Constant(kind, None))
 
-    return Vector(types.boolean, lanes)(source, like, types.int64), generate
+    return emitted(Vector(types.boolean, kind.count)(source, like, types.int64), emit)
 
 
 @intrinsic
@@ -292,17 +267,18 @@ def load_first_equal(
     typing: Any, source: types.Type, value: types.Type, like: types.Type, count: types.Type
 ) -> Any:
     """Which of the first `count` int64 elements equal `value`; what lies beyond is not read."""
-    lanes = LANES[like]
+    kind = ir.VectorType(ir.IntType(64), LANES[like])
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        kind = ir.VectorType(ir.IntType(64), lanes)
-        mask = first_lanes(builder, args[3], lanes)
-        equal = builder.icmp_signed(
-            "==", load_masked(builder, args[0], mask, kind), broadcast(builder, kind, args[1])
-        )
+    def emit(
+        builder: ir.IRBuilder, at: ir.Value, wanted: ir.Value, _: ir.Value, n: ir.Value
+    ) -> ir.Value:
+        mask = first_lanes(builder, n, kind.count)
+        numbers = load_masked(builder, at, mask, kind)
+        equal = builder.icmp_signed("==", numbers, broadcast(builder, kind, wanted))
         return builder.and_(equal, mask)
 
-    return Vector(types.boolean, lanes)(source, types.int64, like, types.int64), generate
+    i64 = types.int64
+    return emitted(Vector(types.boolean, kind.count)(source, i64, like, i64), emit)
 
 
 @intrinsic
@@ -314,14 +290,12 @@ def add_across(typing: Any, source: types.Type) -> Any:
     """
     kind = llvm_vector(float_vector(source.dtype))
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, at: ir.Value) -> ir.Value:
         lanes = kind.count
         part = 128 * lanes // vector_bits()
         index = ir.VectorType(ir.IntType(32), lanes)
         vectors = [
-            load_vector(
-                builder, builder.gep(args[0], [ir.Constant(ir.IntType(64), n * lanes)]), kind
-            )
+            load_vector(builder, builder.gep(at, [ir.Constant(ir.IntType(64), n * lanes)]), kind)
             for n in range(lanes)
         ]
         while len(vectors) > 1:
@@ -338,18 +312,16 @@ def add_across(typing: Any, source: types.Type) -> Any:
             ]
         return vectors[0]
 
-    return float_vector(source.dtype)(source), generate
+    return emitted(float_vector(source.dtype)(source), emit)
 
 
 def _prefetching(write: int, level: int) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        word = ir.IntType(32)
-        at = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        hints = (ir.Constant(word, value) for value in (write, level, 1))
+    def emit(builder: ir.IRBuilder, address: ir.Value) -> None:
+        at = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        hints = (ir.Constant(ir.IntType(32), value) for value in (write, level, 1))
         call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *hints])
-        return context.get_dummy_value()
 
-    return types.void(types.int64), generate
+    return emitted(types.void(types.int64), emit)
 
 
 @intrinsic
@@ -364,54 +336,47 @@ def prefetch_to_write(typing: Any, address: types.Type) -> Any:
     return _prefetching(1, 3)
 
 
+def _increment(ordering: str) -> Any:
+    def emit(builder: ir.IRBuilder, at: ir.Value) -> ir.Value:
+        return builder.atomic_rmw("add", at, ir.Constant(ir.IntType(64), 1), ordering)
+
+    return emitted(types.int64(Pointer(types.int64)), emit)
+
+
 @intrinsic
 def take_work(typing: Any, counter: types.Type) -> Any:
     """Atomically: the number at the int64 pointer, which then is one more."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counter), generate
+    return _increment("monotonic")
 
 
 @intrinsic
 def finish_task(typing: Any, counter: types.Type) -> Any:
     """As `take_work`, and a barrier: who draws the last number sees what all others wrote."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "acq_rel")
-
-    return types.int64(counter), generate
+    return _increment("acq_rel")
 
 
 @intrinsic
 def published(typing: Any, counter: types.Type) -> Any:
     """Atomically: the int64 at the pointer, and all that was written before it was published."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.load_atomic(args[0], "acquire", 8)
-
-    return types.int64(counter), generate
+    return emitted(types.int64(counter), lambda builder, at: builder.load_atomic(at, "acquire", 8))
 
 
 @intrinsic
 def publish(typing: Any, counter: types.Type, value: types.Type) -> Any:
     """Atomically: the int64 at the pointer becomes `value`, after all that was written before."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        builder.store_atomic(args[1], args[0], "release", 8)
-        return context.get_dummy_value()
+    def emit(builder: ir.IRBuilder, at: ir.Value, number: ir.Value) -> None:
+        builder.store_atomic(number, at, "release", 8)
 
-    return types.void(counter, types.int64), generate
+    return emitted(types.void(counter, types.int64), emit)
 
 
 @intrinsic
 def yield_processor(typing: Any) -> Any:
     """Lets another thread run: who is waited for may be waiting for this core."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder) -> None:
         if sys.platform != "win32":
             call_llvm(builder, "sched_yield", ir.IntType(32), [])
-        return context.get_dummy_value()
 
-    return types.void(), generate
+    return emitted(types.void(), emit)

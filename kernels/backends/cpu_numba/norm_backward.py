@@ -78,14 +78,10 @@ def _keep_statistics(call, row, statistics, zero):
     if subtract_mean:
         mean = pointer(call.mean, zero)[row]
     rstd = pointer(call.rstd, zero)[row]
-    g_mean, gx_mean, rest = _row_means(
-        pointer(call.x, call.item) + row * call.x_row,
-        pointer(call.grad_y, call.item) + row * call.grad_y_row,
-        mean,
-        pointer(call.weight, zero),
-        call.columns,
-        zero,
-    )
+    x = pointer(call.x, call.item) + row * call.x_row
+    grad_y = pointer(call.grad_y, call.item) + row * call.grad_y_row
+    weight = pointer(call.weight, zero)
+    g_mean, gx_mean, rest = _row_means(x, grad_y, mean, weight, call.columns, zero)
     if not subtract_mean:
         g_mean, rest = 0.0, 0.0
     shift = -rest * rstd
@@ -111,8 +107,9 @@ def _row_terms(x, d_y, weight, spread):
 
 
 @jit
-def _differentiate_row(x, grad_y, statistics, weight, target, d_weight, d_bias, columns, zero):
-    """target = d_total of one row, whose terms are added to d_weight and d_bias (whole vectors)."""
+def _differentiate_row(x, grad_y, statistics, weight, target, sums, columns, zero):
+    """target = d_total of one row, whose terms are added to the sums (whole vectors)."""
+    d_weight, d_bias = sums
     lanes = lanes_of(zero)
     spread = _spread(statistics)
     rest = columns % lanes
@@ -132,21 +129,12 @@ def _differentiate_row(x, grad_y, statistics, weight, target, d_weight, d_bias, 
 
 
 @jit
-def _differentiate_group(
-    x,
-    x_row,
-    grad_y,
-    grad_y_row,
-    statistics,
-    weight,
-    target,
-    target_row,
-    d_weight,
-    d_bias,
-    columns,
-    zero,
-):
-    """The same for GROUP rows at once."""
+def _differentiate_group(of_x, of_grad_y, statistics, weight, to, sums, columns, zero):
+    """The same for GROUP rows at once; x, grad_y and the target are (pointer, row stride)."""
+    x, x_row = of_x
+    grad_y, grad_y_row = of_grad_y
+    target, target_row = to
+    d_weight, d_bias = sums
     lanes = lanes_of(zero)
     x1, x2, x3 = x + x_row, x + 2 * x_row, x + 3 * x_row
     y1, y2, y3 = grad_y + grad_y_row, grad_y + 2 * grad_y_row, grad_y + 3 * grad_y_row
@@ -170,56 +158,30 @@ def _differentiate_group(
         store(d_bias + c, load(d_bias + c) + ((d0 + d1) + (d2 + d3)))
     if rest > 0:
         c = columns - rest
+        last = d_weight + c, d_bias + c
         for r in range(GROUP):
-            _differentiate_row(
-                x + (r * x_row + c),
-                grad_y + (r * grad_y_row + c),
-                statistics + _STATISTICS * r,
-                weight + c,
-                target + (r * target_row + c),
-                d_weight + c,
-                d_bias + c,
-                rest,
-                zero,
-            )
+            row, of_y = x + (r * x_row + c), grad_y + (r * grad_y_row + c)
+            result, of_row = target + (r * target_row + c), statistics + _STATISTICS * r
+            _differentiate_row(row, of_y, of_row, weight + c, result, last, rest, zero)
 
 
 @jit
-def _differentiate_rows(
-    call, index, group, first, columns, statistics, target, target_row, d_weight, d_bias, zero
-):
+def _differentiate_rows(call, index, group, first, columns, statistics, to, sums, zero):
     """`columns` of d_total from `first` on, for `group` rows from `index` on."""
+    d_weight, d_bias = sums
+    part = d_weight + first, d_bias + first
     x = pointer(call.x, call.item) + (index * call.x_row + first)
     grad_y = pointer(call.grad_y, call.item) + (index * call.grad_y_row + first)
     weight = pointer(call.weight, zero) + first
     if group == GROUP:
-        _differentiate_group(
-            x,
-            call.x_row,
-            grad_y,
-            call.grad_y_row,
-            statistics,
-            weight,
-            target,
-            target_row,
-            d_weight + first,
-            d_bias + first,
-            columns,
-            zero,
-        )
+        of_x, of_grad_y = (x, call.x_row), (grad_y, call.grad_y_row)
+        _differentiate_group(of_x, of_grad_y, statistics, weight, to, part, columns, zero)
     else:
+        target, target_row = to
         for r in range(group):
-            _differentiate_row(
-                x + r * call.x_row,
-                grad_y + r * call.grad_y_row,
-                statistics + _STATISTICS * r,
-                weight,
-                target + r * target_row,
-                d_weight + first,
-                d_bias + first,
-                columns,
-                zero,
-            )
+            row, of_y = x + r * call.x_row, grad_y + r * call.grad_y_row
+            result, of_row = target + r * target_row, statistics + _STATISTICS * r
+            _differentiate_row(row, of_y, of_row, weight, result, part, columns, zero)
 
 
 @jit
@@ -277,7 +239,7 @@ def backward(argument):
         if chunk >= call.chunks:
             break
         d_weight = pointer(call.partials, zero) + chunk * 2 * padded
-        d_bias = d_weight + padded
+        sums = d_weight, d_weight + padded
         fill(d_weight, 2 * padded, zero)
         start = chunk * call.chunk_rows
         end = min(start + call.chunk_rows, call.rows)
@@ -287,34 +249,14 @@ def backward(argument):
                 _keep_statistics(call, index + r, statistics + _STATISTICS * r, zero)
             if call.grad_total == 0 and call.d_x == 0:
                 d_total = pointer(call.d_total, call.item) + index * columns
-                _differentiate_rows(
-                    call,
-                    index,
-                    group,
-                    0,
-                    columns,
-                    statistics,
-                    d_total,
-                    columns,
-                    d_weight,
-                    d_bias,
-                    zero,
-                )
+                to = d_total, columns
+                _differentiate_rows(call, index, group, 0, columns, statistics, to, sums, zero)
             else:
                 for c in range(0, columns, FACTOR_BLOCK):
                     width = min(FACTOR_BLOCK, columns - c)
+                    to_block = blocks, FACTOR_BLOCK
                     _differentiate_rows(
-                        call,
-                        index,
-                        group,
-                        c,
-                        width,
-                        statistics,
-                        blocks,
-                        FACTOR_BLOCK,
-                        d_weight,
-                        d_bias,
-                        zero,
+                        call, index, group, c, width, statistics, to_block, sums, zero
                     )
                     for r in range(group):
                         block = blocks + r * FACTOR_BLOCK

@@ -214,15 +214,8 @@ def _write_group(row, row_stride, statistics, weight, bias, y, columns, zero):
     if rest > 0:
         c = columns - rest
         for r in range(GROUP):
-            _write_row(
-                row + (r * row_stride + c),
-                statistics + 4 * r,
-                weight + c,
-                bias + c,
-                y + (r * columns + c),
-                rest,
-                zero,
-            )
+            x, to, of_row = row + (r * row_stride + c), y + (r * columns + c), statistics + 4 * r
+            _write_row(x, of_row, weight + c, bias + c, to, rest, zero)
 
 
 @jit
@@ -320,15 +313,8 @@ def _normalise_groups(call, start, end, factors, statistics, zero):
             _write_group(row, row_stride, statistics, weight, bias, y, columns, zero)
         else:
             for r in range(group):
-                _write_row(
-                    row + r * row_stride,
-                    statistics + 4 * r,
-                    weight,
-                    bias,
-                    y + r * columns,
-                    columns,
-                    zero,
-                )
+                x, to, of_row = row + r * row_stride, y + r * columns, statistics + 4 * r
+                _write_row(x, of_row, weight, bias, to, columns, zero)
 
 
 def forward(argument):

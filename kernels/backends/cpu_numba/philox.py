@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from ..cpu_common.constants import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL
 from .host import vector_bits
-from .vector import Vector, broadcast, constant, integer_vector, llvm_vector, part_of
+from .vector import Vector, broadcast, constant, emitted, integer_vector, llvm_vector, part_of
 
 
 def _philox_rounds(
@@ -91,11 +91,11 @@ def at_least(typing: Any, words: Vector, threshold: types.Type) -> Any:
     """words >= threshold as unsigned 32-bit numbers: which elements dropout keeps."""
     from_words = Vector(types.boolean, words.lanes)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        limit = builder.trunc(args[1], ir.IntType(32))
-        return builder.icmp_unsigned(">=", args[0], broadcast(builder, llvm_vector(words), limit))
+    def emit(builder: ir.IRBuilder, values: ir.Value, least: ir.Value) -> ir.Value:
+        limit = builder.trunc(least, ir.IntType(32))
+        return builder.icmp_unsigned(">=", values, broadcast(builder, llvm_vector(words), limit))
 
-    return from_words(words, types.int64), generate
+    return emitted(from_words(words, types.int64), emit)
 
 
 @intrinsic

@@ -33,15 +33,7 @@ from .memory import (
     take_work,
 )
 from .rows import row_maximum, set_row
-from .vector import (
-    add_lanes,
-    any_lane,
-    cast,
-    lanes_before,
-    multiply_add,
-    select,
-    splat,
-)
+from .vector import add_lanes, any_lane, cast, lanes_before, multiply_add, select, splat
 from .vector_math import exp2
 
 

@@ -18,7 +18,7 @@ from .gemm import lanes_of
 from .host import vector_bits
 from .jit import jit
 from .memory import computed_type, narrow, stored_vector, widen
-from .vector import LANES, broadcast, constant, llvm_element, load_vector, store_vector
+from .vector import LANES, broadcast, constant, emitted, llvm_element, load_vector, store_vector
 
 
 def interleaved_rounds(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
@@ -101,37 +101,26 @@ def _block_function(
     return function
 
 
-def _turning(what: str, source: Any, target: Any) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        builder.call(_block_function(builder.module, source.dtype, target.dtype, what), args)
-        return context.get_dummy_value()
+def _turning(what: str) -> Any:
+    """The intrinsic that calls this block function."""
 
-    i64 = types.int64
-    return types.void(source, i64, target, i64, computed_type(source.dtype)), generate
+    @intrinsic
+    def turn(
+        typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
+    ) -> Any:
+        def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
+            builder.call(_block_function(builder.module, source.dtype, target.dtype, what), args)
 
+        i64 = types.int64
+        return emitted(types.void(source, i64, target, i64, computed_type(source.dtype)), emit)
 
-@intrinsic
-def transpose_block(
-    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
-) -> Any:
-    """target[c, r] = factor * source[r, c]"""
-    return _turning("put", source, target)
-
-
-@intrinsic
-def add_transposed(
-    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
-) -> Any:
-    """target[c, r] += factor * source[r, c]"""
-    return _turning("add", source, target)
+    return turn
 
 
-@intrinsic
-def add_to_scores(
-    typing: Any, source: Any, source_row: Any, target: Any, target_row: Any, factor: Any
-) -> Any:
-    """target[c, r] += factor * source[r, c]; -inf wherever the source is, even over NaN."""
-    return _turning("score", source, target)
+transpose_block = _turning("put")  # target[c, r] = factor * source[r, c]
+add_transposed = _turning("add")  # target[c, r] += factor * source[r, c]
+# the same; -inf wherever the source is, even over NaN
+add_to_scores = _turning("score")
 
 
 @jit

@@ -132,7 +132,24 @@ def store_vector(builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> N
     builder.store(value, address, align=element_bytes(value.type))
 
 
-# --- pointers -------------------------------------------------------------------------------------
+def lane_indices(kind: ir.VectorType) -> ir.Constant:
+    """0, 1, 2, ..., one a lane."""
+    return ir.Constant(kind, [ir.Constant(kind.element, lane) for lane in range(kind.count)])
+
+
+def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    kind = ir.VectorType(ir.IntType(64), lanes)
+    return builder.icmp_signed("<", lane_indices(kind), broadcast(builder, kind, count))
+
+
+def emitted(sig: Any, emit: Callable[..., ir.Value | None]) -> Any:
+    """An intrinsic of that signature: `emit(builder, *arguments)` is its value, or None."""
+
+    def generate(context: Any, builder: Any, _sig: Any, args: Any) -> ir.Value:
+        value = emit(builder, *args)
+        return context.get_dummy_value() if value is None else value
+
+    return sig, generate
 
 
 @intrinsic
@@ -145,24 +162,11 @@ def cast(typing: Any, value: types.Type, like: types.Type) -> Any:
     return like(types.float64, like), generate
 
 
-def first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
-    kind = ir.VectorType(ir.IntType(64), lanes)
-    index = ir.Constant(kind, [ir.Constant(ir.IntType(64), lane) for lane in range(lanes)])
-    return builder.icmp_signed("<", index, broadcast(builder, kind, count))
-
-
-# --- vectors --------------------------------------------------------------------------------------
-
-
 @intrinsic
 def splat(typing: Any, scalar: types.Type) -> Any:
     """The scalar in every lane."""
     kind = float_vector(scalar)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return broadcast(builder, llvm_vector(kind), args[0])
-
-    return kind(scalar), generate
+    return emitted(kind(scalar), lambda builder, x: broadcast(builder, llvm_vector(kind), x))
 
 
 @intrinsic
@@ -170,10 +174,10 @@ def widened(typing: Any, x: types.Type) -> Any:
     """The vector in float64."""
     wide = Vector(types.float64, x.lanes)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return args[0] if x == wide else builder.fpext(args[0], llvm_vector(wide))
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        return value if x == wide else builder.fpext(value, llvm_vector(wide))
 
-    return wide(x), generate
+    return emitted(wide(x), emit)
 
 
 @intrinsic
@@ -181,10 +185,10 @@ def narrowed(typing: Any, x: types.Type, like: types.Type) -> Any:
     """The float64 vector in `like`'s type."""
     kind = Vector(like, x.lanes)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return args[0] if x == kind else builder.fptrunc(args[0], llvm_vector(kind))
+    def emit(builder: ir.IRBuilder, value: ir.Value, _: ir.Value) -> ir.Value:
+        return value if x == kind else builder.fptrunc(value, llvm_vector(kind))
 
-    return kind(x, like), generate
+    return emitted(kind(x, like), emit)
 
 
 @intrinsic
@@ -203,107 +207,64 @@ def splat_integer(typing: Any, scalar: types.Type, like: types.Type) -> Any:
     """The low 32 bits of an integer in every lane of a vector as wide as `like`'s."""
     kind = integer_vector(like)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return broadcast(builder, llvm_vector(kind), builder.trunc(args[0], ir.IntType(32)))
+    def emit(builder: ir.IRBuilder, value: ir.Value, _: ir.Value) -> ir.Value:
+        return broadcast(builder, llvm_vector(kind), builder.trunc(value, ir.IntType(32)))
 
-    return kind(types.int64, like), generate
+    return emitted(kind(types.int64, like), emit)
 
 
 @intrinsic
 def lane_numbers(typing: Any, like: types.Type) -> Any:
     """0, 1, 2, ... as int32, one a lane of `like`."""
     kind = integer_vector(like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        vector = llvm_vector(kind)
-        return ir.Constant(vector, [ir.Constant(vector.element, i) for i in range(vector.count)])
-
-    return kind(like), generate
+    return emitted(kind(like), lambda *_: lane_indices(llvm_vector(kind)))
 
 
 @intrinsic
 def lane_floats(typing: Any, like: types.Type) -> Any:
     """0.0, 1.0, 2.0, ..., one a lane of `like`."""
     kind = float_vector(like)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        vector = llvm_vector(kind)
-        numbers = [ir.Constant(vector.element, float(i)) for i in range(vector.count)]
-        return ir.Constant(vector, numbers)
-
-    return kind(like), generate
+    return emitted(kind(like), lambda *_: lane_indices(llvm_vector(kind)))
 
 
-def _define_arithmetic(function: Any, float_instruction: str, int_instruction: str) -> None:
-    """Lane-wise `function` of two equal vectors."""
+def _define(function: Any, of_floats: Any, of_integers: Any, *, compares: bool) -> None:
+    """Lane-wise `function` of two equal vectors, by one of two instructions."""
 
     @infer_global(function)
     class _Template(AbstractTemplate):
         def generic(self, args: Any, _kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                return signature(args[0], *args)
+                found = Vector(types.boolean, args[0].lanes) if compares else args[0]
+                return signature(found, *args)
             return None
 
     @lower_builtin(function, Vector, Vector)
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        is_float = sig.args[0].dtype in LANES
-        instruction = float_instruction if is_float else int_instruction
-        return getattr(builder, instruction)(*args)
+        return (of_floats if sig.args[0].dtype in LANES else of_integers)(builder, *args)
 
 
-def _define_comparison(function: Any, predicate: str) -> None:
-    @infer_global(function)
-    class _Template(AbstractTemplate):
-        def generic(self, args: Any, _kws: Any) -> Any:
-            if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                return signature(Vector(types.boolean, args[0].lanes), *args)
-            return None
-
-    @lower_builtin(function, Vector, Vector)
-    def _lower(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        if sig.args[0].dtype in LANES:
-            return builder.fcmp_ordered(predicate, *args)
-        return builder.icmp_signed(predicate, *args)
-
-
+_IR = ir.IRBuilder
 for _function, _float, _int in (
-    (operator.add, "fadd", "add"),
-    (operator.sub, "fsub", "sub"),
-    (operator.mul, "fmul", "mul"),
-    (operator.truediv, "fdiv", "sdiv"),
+    (operator.add, _IR.fadd, _IR.add),
+    (operator.sub, _IR.fsub, _IR.sub),
+    (operator.mul, _IR.fmul, _IR.mul),
+    (operator.truediv, _IR.fdiv, _IR.sdiv),
+    (operator.and_, None, _IR.and_),
 ):
-    _define_arithmetic(_function, _float, _int)
-for _function, _predicate in (
-    (operator.lt, "<"),
-    (operator.le, "<="),
-    (operator.gt, ">"),
-    (operator.ge, ">="),
-    (operator.eq, "=="),
-):
-    _define_comparison(_function, _predicate)
-
-
-@infer_global(operator.and_)
-class _And(AbstractTemplate):
-    def generic(self, args: Any, _kws: Any) -> Any:
-        if isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
-        return None
-
-
-@lower_builtin(operator.and_, Vector, Vector)
-def _and(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-    return builder.and_(*args)
+    _define(_function, _float, _int, compares=False)
+for _sign, _name in (("<", "lt"), ("<=", "le"), (">", "gt"), (">=", "ge"), ("==", "eq")):
+    _define(
+        getattr(operator, _name),
+        lambda builder, a, b, sign=_sign: builder.fcmp_ordered(sign, a, b),
+        lambda builder, a, b, sign=_sign: builder.icmp_signed(sign, a, b),
+        compares=True,
+    )
 
 
 @intrinsic
 def multiply_add(typing: Any, a: types.Type, b: types.Type, c: types.Type) -> Any:
     """a * b + c, rounded once."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return fma(builder, *args)
-
-    return a(a, b, c), generate
+    return emitted(a(a, b, c), fma)
 
 
 def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -313,42 +274,35 @@ def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 @intrinsic
 def maximum(typing: Any, a: types.Type, b: types.Type) -> Any:
     """The larger; b where a is NaN. (A NaN score reaches the result through exp2 and the sum.)"""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return _larger(builder, *args)
-
-    return a(a, b), generate
+    return emitted(a(a, b), _larger)
 
 
 @intrinsic
 def select(typing: Any, condition: types.Type, yes: types.Type, no: types.Type) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return builder.select(*args)
-
-    return yes(condition, yes, no), generate
+    return emitted(yes(condition, yes, no), ir.IRBuilder.select)
 
 
 @intrinsic
 def any_lane(typing: Any, condition: types.Type) -> Any:
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        bits = builder.bitcast(args[0], ir.IntType(condition.lanes))
+    def emit(builder: ir.IRBuilder, flags: ir.Value) -> ir.Value:
+        bits = builder.bitcast(flags, ir.IntType(condition.lanes))
         return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
-    return types.boolean(condition), generate
+    return emitted(types.boolean(condition), emit)
 
 
 def _by_halves(vector: Vector, join: Callable[..., ir.Value]) -> Any:
     """All lanes joined to one, by halves: the same order on every run."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        value, lanes = args[0], vector.lanes
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        lanes = vector.lanes
         while lanes > 1:
             lanes //= 2
             halves = (part_of(builder, value, start, lanes) for start in (0, lanes))
             value = join(builder, *halves)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
-    return vector.dtype(vector), generate
+    return emitted(vector.dtype(vector), emit)
 
 
 @intrinsic
@@ -360,12 +314,10 @@ def add_lanes(typing: Any, vector: types.Type) -> Any:
 @intrinsic
 def lanes_before(typing: Any, count: types.Type, like: types.Type) -> Any:
     """True in the first `count` lanes of a vector of `like`."""
-    lanes = LANES[like]
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        return first_lanes(builder, args[0], lanes)
-
-    return Vector(types.boolean, lanes)(types.int64, like), generate
+    kind = Vector(types.boolean, LANES[like])
+    return emitted(
+        kind(types.int64, like), lambda builder, n, _: first_lanes(builder, n, kind.lanes)
+    )
 
 
 @intrinsic

@@ -9,23 +9,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..cpu_common.constants import (
-    EXP2_DOUBLE,
-    EXP2_FLOAT,
-    LOG2_SERIES,
-    TANH_DOUBLE,
-    TANH_FLOAT,
-)
+from ..cpu_common.constants import EXP2_DOUBLE, EXP2_FLOAT, LOG2_SERIES, TANH_DOUBLE, TANH_FLOAT
 from .jit import jit
-from .vector import (
-    Vector,
-    constant,
-    fma,
-    llvm_vector,
-    maximum,
-    select,
-    splat_like,
-)
+from .vector import Vector, constant, emitted, fma, llvm_vector, maximum, select, splat_like
 
 _EXP2_COEFFICIENTS = {types.float32: EXP2_FLOAT, types.float64: EXP2_DOUBLE}
 # mantissa bits, exponent bias, and the number whose addition leaves round(x) + bias in the low bits
@@ -65,11 +51,11 @@ def exp2(typing: Any, x: Vector) -> Any:
     """2^x for x <= 0, lane by lane; 0 below the smallest normal number, -inf included; NaN of
     NaN."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        clamped = _at_least(builder, x, args[0], -float(_FORMAT[x.dtype][1]))
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        clamped = _at_least(builder, x, value, -float(_FORMAT[x.dtype][1]))
         return _exp2_of(builder, x, clamped, None)
 
-    return x(x), generate
+    return emitted(x(x), emit)
 
 
 @intrinsic
@@ -78,8 +64,9 @@ def exp2_difference(typing: Any, a: Vector, b: Vector, rest: Vector) -> Any:
     (Dekker 1971); as `exp2` else. A rest of more than 1/8 belongs to numbers from 2^21 on in
     float32, and is taken from the difference itself."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
-        minuend, subtrahend, less = args
+    def emit(
+        builder: ir.IRBuilder, minuend: ir.Value, subtrahend: ir.Value, less: ir.Value
+    ) -> ir.Value:
         kind, least = llvm_vector(a), -float(_FORMAT[a.dtype][1])
         zero = constant(kind, 0.0)
         size = builder.select(builder.fcmp_ordered("<", less, zero), builder.fsub(zero, less), less)
@@ -93,7 +80,7 @@ def exp2_difference(typing: Any, a: Vector, b: Vector, rest: Vector) -> Any:
         clamped = _at_least(builder, a, builder.fsub(difference, large), least)
         return _exp2_of(builder, a, clamped, low)
 
-    return a(a, b, rest), generate
+    return emitted(a(a, b, rest), emit)
 
 
 _TANH_SERIES = {types.float32: TANH_FLOAT, types.float64: TANH_DOUBLE}
@@ -103,15 +90,15 @@ _TANH_SERIES = {types.float32: TANH_FLOAT, types.float64: TANH_DOUBLE}
 def _tanh_below_quarter(typing: Any, x: Vector) -> Any:
     """tanh(x) for |x| <= 1/4, by its series."""
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
         kind = llvm_vector(x)
-        square = builder.fmul(args[0], args[0])
-        *lower, value = [constant(kind, c) for c in _TANH_SERIES[x.dtype]]
+        square = builder.fmul(value, value)
+        *lower, total = [constant(kind, c) for c in _TANH_SERIES[x.dtype]]
         for coefficient in reversed(lower):
-            value = fma(builder, value, square, coefficient)
-        return builder.fmul(value, args[0])
+            total = fma(builder, total, square, coefficient)
+        return builder.fmul(total, value)
 
-    return x(x), generate
+    return emitted(x(x), emit)
 
 
 @jit
@@ -130,10 +117,10 @@ def log2_wide(typing: Any, x: Vector) -> Any:
     """log2(x) of finite x > 0 in float64, lane by lane; of 0 anything."""
     wide = Vector(types.float64, x.lanes)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> ir.Value:
+    def emit(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
         kind = llvm_vector(wide)
         words = ir.VectorType(ir.IntType(64), x.lanes)
-        value = args[0] if x == wide else builder.fpext(args[0], kind)
+        value = value if x == wide else builder.fpext(value, kind)
         bits = builder.bitcast(value, words)
         # the exponent of x / sqrt(1/2), so that m = x / 2^n lies around 1
         offset = constant(words, 0x3FE6A09E667F3BCD)
@@ -147,4 +134,4 @@ def log2_wide(typing: Any, x: Vector) -> Any:
             total = fma(builder, total, square, coefficient)
         return fma(builder, total, s, builder.sitofp(exponent, kind))
 
-    return wide(x), generate
+    return emitted(wide(x), emit)

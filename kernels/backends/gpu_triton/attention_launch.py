@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...api.masks import NO_MASK, MaskStructure
-from ...ops.layout import empty_heads, saved_lse_dtype, statistics_dtype
+from ...api.masks import MaskStructure
+from ...ops.layout import broadcast_strides, empty_heads, saved_lse_dtype, statistics_dtype
 from ...ops.problem import AttentionProblem, BackwardInputs
 from . import plans
 from .arguments import contiguous, dropout, seed_on_device
@@ -273,7 +273,6 @@ def _sinks_gradient(problem: AttentionProblem, lse: Tensor, delta: Tensor) -> Te
     return -(taken * delta).sum((0, 2)).to(sinks.dtype)
 
 
-_NO_TENSORS = frozenset((type(None), int, float, MaskStructure))
 _TENSOR = object()  # stands where a problem has one
 
 
@@ -284,10 +283,7 @@ def _flatten(
     query = problem.query
     setting = torch.get_float32_matmul_precision() if query.dtype == torch.float32 else None
     constants: tuple[Any, ...] = problem[3:]
-    mask = problem.mask
-    if _NO_TENSORS.issuperset(map(type, constants)) and (
-        mask is NO_MASK or _NO_TENSORS.issuperset(map(type, mask))
-    ):
+    if problem.has_heads_only():
         return [*problem[:3], *others], constants, setting
     fields = problem.flat()
     tensors = [field for field in fields if isinstance(field, Tensor)]
@@ -349,16 +345,9 @@ def _broadcast(tensor: Tensor | None, problem: AttentionProblem) -> tuple[Any, .
     """
     if tensor is None:
         return None
-    strides, size = _strides(tensor), PAIRS_AT_ONCE.value
+    strides, size = broadcast_strides(tensor), PAIRS_AT_ONCE.value
     whole = strides[3] == 1 and math.gcd(size, tensor.shape[3], *strides[:3]) == size
     return (tensor, *strides, 1) if whole and problem.query.itemsize == 2 else (tensor, *strides)
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 def _packed(problem: AttentionProblem) -> dict[str, Any]:
@@ -386,7 +375,7 @@ def _common(problem: AttentionProblem) -> dict[str, Any]:
     alibi = None
     if problem.alibi_slopes is not None and problem.alibi_offset is not None:
         slopes, offset = problem.alibi_slopes, problem.alibi_offset
-        alibi = (slopes, *_strides(slopes), offset, *_strides(offset))
+        alibi = (slopes, *broadcast_strides(slopes), offset, *broadcast_strides(offset))
     cap = problem.softcap
     threshold, keep_scale, seed = dropout(problem.dropout_p, problem.seed)
     return {

@@ -48,17 +48,7 @@ def _load_weight(weight, column, columns, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_row_means(
-    x,
-    x_row,
-    grad_y,
-    grad_y_row,
-    mean,
-    rstd,
-    weight,
-    means,
-    rows,
-    columns,
-    COLUMNS: tl.constexpr,
+    x, x_row, grad_y, grad_y_row, mean, rstd, weight, means, rows, columns, COLUMNS: tl.constexpr
 ):
     """mean(g) and mean(g * x^) of rows that don't fit a tile, one a program: means (rows, 2)."""
     dtype: tl.constexpr = rstd.dtype.element_ty

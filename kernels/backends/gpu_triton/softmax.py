@@ -48,15 +48,7 @@ def _key_range(ranges, batch, query, keys, present):
 
 @triton.jit
 def _load_scores(
-    scores,
-    pattern,
-    position,
-    sign,
-    start,
-    queries,
-    keys,
-    KEYS: tl.constexpr,
-    dtype: tl.constexpr,
+    scores, pattern, position, sign, start, queries, keys, KEYS: tl.constexpr, dtype: tl.constexpr
 ):
     """sign * scores of a tile, -inf where the mask forbids; (ROWS, KEYS).
 

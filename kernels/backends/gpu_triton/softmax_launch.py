@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ...ops.layout import count_rows, rows_of
+from ...ops.layout import broadcast_strides, count_rows, rows_of
 from ...ops.problem import SoftmaxProblem
 from . import plans
 from .arguments import contiguous
@@ -75,7 +75,7 @@ def _plan_forward(
             "query_documents": query_documents,
             "key_documents": key_documents,
             "dense": dense,
-            "dense_strides": (0, 0, 0, 0) if dense is None else _broadcast_strides(dense),
+            "dense_strides": (0, 0, 0, 0) if dense is None else broadcast_strides(dense),
             "heads": heads,
             "queries": queries,
             "keys": keys,
@@ -122,11 +122,3 @@ def _plan_backward(
 def _configs(rows: int, keys: int, tile: Tile) -> list[plans.LaunchConfig]:
     sizes = {"ROWS": tile.rows, "KEYS": tile.columns, "WHOLE": keys <= tile.columns}
     return [(-(-rows // tile.rows), {**sizes, "num_warps": tile.warps})]
-
-
-def _broadcast_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Strides with 0 for every dimension of size 1."""
-    return tuple(
-        0 if size == 1 else stride
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )

@@ -56,16 +56,7 @@ def naive_scores(problem: AttentionProblem) -> NaiveScores:
     dtype = statistics_dtype(problem.query.dtype)
     query, key, value = problem.query.to(dtype), problem.key.to(dtype), problem.value.to(dtype)
     allowed = allowed_positions(problem)
-    if allowed is not None:
-        # What nobody attends may hold NaN, and 0 * NaN is NaN: it must not take part at all.
-        unused = ~allowed.any(2).any(1)
-        key = key.masked_fill(unused[:, None, :, None], 0.0)
-        value = value.masked_fill(unused[:, None, :, None], 0.0)
-        query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    groups = heads_together(query, key)
-    key = key.repeat_interleave(groups, dim=1)
-    value = value.repeat_interleave(groups, dim=1)
-
+    query, key, value = attended_heads(query, key, value, allowed)
     scores = problem.scale * (query @ key.transpose(-1, -2))
     shifted = scores
     if problem.softcap is not None:
@@ -151,13 +142,10 @@ def attention_gradients(
         sinks = problem.sinks.to(delta.dtype).view(1, -1, 1)
         taken = torch.exp(sinks - naive.lse.masked_fill(naive.lse == -torch.inf, torch.inf))
         d_sinks = -(taken * delta.squeeze(-1)).sum((0, 2)).to(problem.sinks.dtype)
-    return (
-        _of_tensor(problem.query, d_scores @ naive.key),
-        _of_tensor(problem.key, d_key),
-        _of_tensor(problem.value, d_value),
-        d_bias,
-        d_sinks,
-    )
+    d_key, d_value = (grouped(gradient, problem.key.shape[1]) for gradient in (d_key, d_value))
+    of_heads = zip((d_scores @ naive.key, d_key, d_value), problem[:3], strict=True)
+    d_query, d_key, d_value = (gradient.to(tensor.dtype) for gradient, tensor in of_heads)
+    return d_query, d_key, d_value, d_bias, d_sinks
 
 
 def allowed_positions(problem: AttentionProblem) -> Tensor | None:
@@ -194,9 +182,21 @@ def heads_together(query: Tensor, key: Tensor) -> int:
     return heads // key_heads if key_heads else 1
 
 
-def _of_tensor(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """`gradient` (B, Hq, L, D) summed over each group of heads, in `tensor`'s dtype."""
-    heads = tensor.shape[1]
-    if gradient.shape[1] != heads:
-        gradient = gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)
-    return gradient.to(tensor.dtype)
+def attended_heads(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads of key and value repeated, and zeros where nobody attends, in the query's rows too:
+    there may be NaN there, and 0 * NaN is NaN."""
+    if allowed is not None:
+        unused = ~allowed.any(2).any(1)[:, None, :, None]
+        key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
+        query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    groups = heads_together(query, key)
+    return query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def grouped(gradient: Tensor, heads: int) -> Tensor:
+    """(B, Hq, L, D) summed over each group of query heads."""
+    if gradient.shape[1] == heads:
+        return gradient
+    return gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)

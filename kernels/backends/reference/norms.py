@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops.layout import statistics_dtype
-from ...ops.problem import AddLayerNormProblem, LayerNormProblem, RMSNormProblem
+from ...ops.problem import AddLayerNormProblem, AddNormInputs, LayerNormProblem, RMSNormProblem
 from .philox import keep_scale, rows_keep
 
 
@@ -32,14 +32,10 @@ def add_layer_norm(problem: AddLayerNormProblem) -> tuple[Tensor, Tensor, Tensor
 
 
 def add_layer_norm_backward(
-    problem: AddLayerNormProblem,
-    grad_y: Tensor,
-    grad_total: Tensor | None,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    problem: AddLayerNormProblem, inputs: AddNormInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = problem.x
+    grad_y, grad_total, total, mean, rstd = inputs
     d_total, d_weight, d_bias = _normalise_backward(
         grad_y, total, problem.weight, problem.bias, mean, rstd
     )

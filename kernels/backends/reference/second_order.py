@@ -30,7 +30,7 @@ from torch import Tensor
 from ...ops.layout import statistics_dtype
 from ...ops.problem import AttentionProblem, LinearCrossEntropyProblem
 from ..sequences import _sequences
-from .attention import NaiveAttention, allowed_positions, naive_attention
+from .attention import NaiveAttention, allowed_positions, attended_heads, grouped, naive_attention
 from .cross_entropy import token_scale, wanted_distribution
 
 
@@ -137,7 +137,7 @@ def attention_second_order(
         of_sink = -mean_from_weights - delta * (moved_sink - moved.lse) + moved.lse * mean
         h_sinks = (moved.sink_weight * of_sink).sum((0, 2, 3))
     heads = problem.key.shape[1]
-    return h_query, _grouped(h_key, heads), _grouped(h_value, heads), h_bias, h_sinks
+    return h_query, grouped(h_key, heads), grouped(h_value, heads), h_bias, h_sinks
 
 
 def _moved(problem: AttentionProblem, naive: NaiveAttention, tangents: AttentionTangents) -> _Moved:
@@ -151,14 +151,7 @@ def _moved(problem: AttentionProblem, naive: NaiveAttention, tangents: Attention
             tangents[:3], (problem.query, problem.key, problem.value), strict=True
         )
     )
-    if (
-        allowed is not None
-    ):  # as in `naive_attention`: there may be anything in what is not attended
-        unused = ~allowed.any(2).any(1)[:, None, :, None]
-        key, value = key.masked_fill(unused, 0.0), value.masked_fill(unused, 0.0)
-        query = query.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
-    groups = problem.query.shape[1] // key.shape[1] if key.shape[1] else 1
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    query, key, value = attended_heads(query, key, value, allowed)
     scores = problem.scale * (query @ naive.key.mT + naive.query @ key.mT)
     shifted = scores
     if problem.softcap is not None:
@@ -175,13 +168,6 @@ def _moved(problem: AttentionProblem, naive: NaiveAttention, tangents: Attention
         if tangents.sinks is not None:
             lse = lse + sink_weight * tangents.sinks.to(dtype).view(1, -1, 1, 1)
     return _Moved(query, key, value, scores, shifted, lse, sink_weight)
-
-
-def _grouped(gradient: Tensor, heads: int) -> Tensor:
-    """(B, Hq, L, D) summed over each group of query heads."""
-    if gradient.shape[1] == heads:
-        return gradient
-    return gradient.unflatten(1, (heads, gradient.shape[1] // heads)).sum(2)
 
 
 def _slice(tangents: AttentionTangents, rows: slice, columns: slice) -> AttentionTangents:

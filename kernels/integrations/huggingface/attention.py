@@ -163,11 +163,7 @@ def rowmax_attention(
 
 
 def _mask_and_bias(
-    given: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    is_causal: bool,
-    sliding_window: int | None,
+    given: Tensor | None, query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None
 ) -> tuple[Mask | None, Tensor | None]:
     """mask and bias of `attention`."""
     sizes = *_, key_len = (*query.shape[:3], key.shape[2])

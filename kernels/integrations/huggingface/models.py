@@ -141,11 +141,7 @@ class SwappedBertEncoder(Swapped):
     config: Any
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         if not isinstance(self, Form):
             return type(self).forward(self, hidden_states, attention_mask, *args, **kwargs)
