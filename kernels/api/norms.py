@@ -141,7 +141,7 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
         if parameter is None:
             continue
         if isinstance(parameter, int | tuple | list):
-            fix = f"{function} always normalises the last dimension: no shape is given"
+            fix = f"leave the shape out: {function} always normalises the last dimension"
             fail_type(function, name, repr(parameter), "a torch.Tensor, or None", fix)
         require_float(function, name, parameter)
         require_device(function, name, parameter, "x", x)
@@ -151,6 +151,6 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
                 name,
                 f"shape {shape_text(parameter.shape)}",
                 f"(N,) = ({x.shape[-1]},)",
-                f"{name}.flatten() has it" if parameter.numel() == x.shape[-1] else "",
+                f"pass {name}.flatten()" if parameter.numel() == x.shape[-1] else "",
             )
     return eps
