@@ -12,7 +12,7 @@ from .kernels import __main__ as kernels
 # What an extra is for, in the order of the report.
 _PURPOSES = {
     "transformer": "python -m rowmax.transformer: train, translate",
-    "pictures": "its pictures as PNG and SVG",
+    "pictures": "pictures of a model, as PNG and SVG",
     "bench": "python -m rowmax.bench: verify, speed",
     "peers": "the other engines that `bench speed` compares with",
     "huggingface": "models of Hugging Face transformers",
@@ -27,10 +27,9 @@ def main() -> int:
     print("extras")
     for extra, purpose in _PURPOSES.items():
         missing = _missing(extra)
-        state = "installed"
+        print(f"  {extra:<12} {'missing' if missing else 'installed':<10} {purpose}")
         if missing:
-            state = f'needs {", ".join(missing)} (pip install "rowmax[{extra}]")'
-        print(f"  {extra:<12} {state:<10} {purpose}")
+            print(f'{"":>26}pip install "rowmax[{extra}]" brings {", ".join(missing)}')
     return 0
 
 

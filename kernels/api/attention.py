@@ -311,8 +311,8 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     ):
         if tensor.dim() != 4:
             fixes = {
-                2: f"{name}[None, None] is one head of one batch element",
-                3: f"{name}[:, None] adds a dimension of heads, {name}[None] one of a batch",
+                2: f"pass {name}[None, None] for one head of one batch element",
+                3: f"pass {name}[:, None] where heads are missing, {name}[None] where the batch is",
             }
             got, fix = f"shape {shape_text(tensor.shape)}", fixes.get(tensor.dim(), "")
             fail_value("attention", name, got, dims, fix)
@@ -321,13 +321,13 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     key_heads, key_len = k.shape[1], k.shape[2]
     if k.shape[0] != batch or k.shape[3] != head_dim:
         expected = f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`"
-        fix = "k.expand(B, -1, -1, -1) repeats one batch element" if k.shape[0] == 1 else ""
+        fix = "pass k.expand(B, -1, -1, -1) to repeat the only one" if k.shape[0] == 1 else ""
         fail_value("attention", "k", f"shape {shape_text(k.shape)}", expected, fix)
     if tuple(v.shape[:3]) != tuple(k.shape[:3]):
         expected = f"({batch}, {key_heads}, {key_len}, Dv), as `k`"
         fail_value("attention", "v", f"shape {shape_text(v.shape)}", expected)
     expected = f"a number of heads that divides the {query_heads} of `q`"
-    fix = "of tensors (B, L, H, D), .transpose(1, 2) has the heads in front"
+    fix = "if your tensors are (B, L, H, D), pass each one's .transpose(1, 2)"
     fail_value("attention", "k", f"{key_heads} heads", expected, fix)
 
 

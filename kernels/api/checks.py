@@ -32,11 +32,11 @@ def _sentence(function: str, argument: str, got: object, expected: str, fix: str
 
 # What takes the place of a keyword that torch's functions have and these have not.
 _KEYWORDS = {
-    "is_causal": "mask=Causal() is the causal mask",
-    "attn_mask": "`mask` takes a bool tensor, True = may attend, and `bias` one that is added",
-    "key_padding_mask": "mask=KeyLengths(lengths), or a bool tensor (B, 1, 1, Lk), True = a token",
-    "enable_gqa": "heads are grouped wherever `k` has fewer than `q`",
-    "dropout": "it is called `dropout_p`",
+    "is_causal": "pass mask=Causal()",
+    "attn_mask": "pass a bool tensor, True = may attend, as `mask`, and a float one as `bias`",
+    "key_padding_mask": "pass mask=KeyLengths(lengths), or a bool (B, 1, 1, Lk), True = a token",
+    "enable_gqa": "leave it out: heads are grouped wherever `k` has fewer than `q`",
+    "dropout": "pass it as dropout_p=",
 }
 
 
@@ -55,12 +55,17 @@ def shape_text(shape: Sequence[int | torch.SymInt]) -> str:
     return f"({sizes},)" if len(shape) == 1 else f"({sizes})"
 
 
+def as_tensor(argument: str, value: object) -> str:
+    """The fix of an argument that should be a tensor, or nothing."""
+    makers = {"ndarray": "torch.from_numpy", "list": "torch.tensor"}
+    maker = makers.get(type(value).__name__)
+    return f"pass {maker}({argument})" if maker else ""
+
+
 def require_tensor(function: str, argument: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        makers = {"ndarray": "torch.from_numpy", "list": "torch.tensor"}
-        fix = f"{makers[kind]}(...) makes one of it" if kind in makers else ""
-        fail_type(function, argument, kind, "a torch.Tensor", fix)
+        fix = as_tensor(argument, value)
+        fail_type(function, argument, type(value).__name__, "a torch.Tensor", fix)
     if value.layout is not _STRIDED or value.is_nested:
         got = f"a {'nested ' if value.is_nested else ''}tensor of layout {value.layout}"
         fail_type(function, argument, got, "a dense tensor, of layout torch.strided")
@@ -71,7 +76,7 @@ def require_float(function: str, argument: str, value: object) -> Tensor:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in FLOAT_DTYPES:
         expected = "dtype float64, float32, bfloat16 or float16"
-        fail_type(function, argument, tensor.dtype, expected, f"{argument}.float() is float32")
+        fail_type(function, argument, tensor.dtype, expected, f"pass {argument}.float()")
     return tensor
 
 
@@ -79,14 +84,14 @@ def require_like(function: str, argument: str, value: Tensor, other: str, like: 
     """`value` must have the dtype and the device of `like`."""
     if value.dtype != like.dtype:
         expected = f"dtype {like.dtype}, that of `{other}`"
-        fail_type(function, argument, value.dtype, expected, f"{argument}.to({like.dtype}) has it")
+        fail_type(function, argument, value.dtype, expected, f"pass {argument}.to({like.dtype})")
     require_device(function, argument, value, other, like)
 
 
 def require_device(function: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     if value.device != like.device:
         got, expected = f"device {value.device}", f"{like.device}, as `{other}`"
-        fix = f'{argument}.to("{like.device}") is there'
+        fix = f'pass {argument}.to("{like.device}")'
         fail_value(function, argument, got, expected, fix)
 
 
@@ -97,9 +102,9 @@ def require_broadcastable(
     if not broadcasts(value, shape):
         fix = ""
         if value.dim() == 2 and broadcasts(value[:, None, None], shape):
-            fix = f"{argument}[:, None, None, :] is one for the keys of each batch element"
+            fix = f"pass {argument}[:, None, None, :] to mask the keys of each batch element"
         elif value.dim() == 3 and broadcasts(value[:, None], shape):
-            fix = f"{argument}[:, None] is one for all heads"
+            fix = f"pass {argument}[:, None] to mask all heads alike"
         expected = f"a shape that broadcasts to {names} = {shape_text(shape)}"
         fail_value(function, argument, f"shape {shape_text(value.shape)}", expected, fix)
     return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
@@ -122,7 +127,7 @@ def require_number(function: str, argument: str, value: object) -> float:
     if isinstance(value, Tensor) or not (
         isinstance(value, int | float) or hasattr(value, "__float__")
     ):
-        fix = f"{argument}.item() is one" if isinstance(value, Tensor) else ""
+        fix = f"pass {argument}.item()" if isinstance(value, Tensor) else ""
         fail_type(function, argument, type(value).__name__, "a number", fix)
     number = float(value)
     if not -math.inf < number < math.inf:
@@ -133,7 +138,11 @@ def require_number(function: str, argument: str, value: object) -> float:
 def require_probability(function: str, argument: str, value: object) -> float:
     probability = require_number(function, argument, value)
     if not 0.0 <= probability <= 1.0:
-        fix = f"{probability:g} % are {probability / 100:g}" if 1.0 < probability <= 100.0 else ""
+        fix = (
+            f"pass {probability / 100:g} for {probability:g} %"
+            if 1.0 < probability <= 100.0
+            else ""
+        )
         fail_value(function, argument, probability, "a probability in [0, 1]", fix)
     return probability
 

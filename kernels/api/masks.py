@@ -21,6 +21,7 @@ from ..ops.spec import TensorSpec
 from ..ops.tracing import same_sizes, untraced
 from .checks import (
     INTEGER_DTYPES,
+    as_tensor,
     fail_type,
     fail_value,
     require_broadcastable,
@@ -303,9 +304,9 @@ class Dense(Mask):
     def __post_init__(self) -> None:
         require_tensor("Dense", "tensor", self.tensor)
         if self.tensor.dtype != torch.bool:
-            is_float = self.tensor.is_floating_point()
             expected = "dtype bool, True = may attend (pass additive float masks as `bias`)"
-            fix = "" if is_float else "`== 1` or `== 0` makes it one, by what it says"
+            fix = "pass tensor == 1 where 1 means may attend, tensor == 0 where it means masked"
+            fix = "" if self.tensor.is_floating_point() else fix
             fail_type("Dense", "tensor", self.tensor.dtype, expected, fix)
 
     def dense(self, B: int, Hq: int, Lq: int, Lk: int) -> Tensor:
@@ -324,9 +325,9 @@ def as_mask(function: str, mask: Mask | Tensor | None) -> Mask | None:
         return mask
     if not isinstance(mask, Tensor):
         expected = "None, a bool tensor or a mask object (Causal, Window, KeyLengths, ...)"
-        fix = "Causal() is the causal one" if mask is True or isinstance(mask, str) else ""
+        fix = "pass Causal()" if mask is True or isinstance(mask, str) else as_tensor("mask", mask)
         if isinstance(mask, type) and issubclass(mask, Mask):
-            fix = f"{mask.__name__}(...) makes one"
+            fix = f"pass an instance, {mask.__name__}(...)"
         fail_type(function, "mask", type(mask).__name__, expected, fix)
     return Dense(mask)
 
@@ -465,13 +466,13 @@ def _rank(ids: Tensor) -> Tensor:
 def _require_integers(function: str, argument: str, value: object, dimensions: int) -> None:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in INTEGER_DTYPES:
-        fix = f"{argument}.long() has one"
+        fix = f"pass {argument}.long()"
         if tensor.dtype == torch.bool:
-            fix = f"of a padding mask, True = a token, {argument}.sum(-1) has the lengths"
+            fix = f"of a padding mask, True = a token, pass {argument}.sum(-1)"
         fail_type(function, argument, tensor.dtype, "an integer dtype", fix)
     if tensor.dim() != dimensions:
         names = "(B,)" if dimensions == 1 else "(B, L)"
-        fix = f"{argument}[None] has one row for all" if tensor.dim() == dimensions - 1 else ""
+        fix = f"pass {argument}[None] for a batch of one" if tensor.dim() == dimensions - 1 else ""
         fail_value(function, argument, f"shape {shape_text(tensor.shape)}", f"shape {names}", fix)
 
 

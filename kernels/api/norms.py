@@ -126,12 +126,12 @@ def _check_norm(function: str, x: Tensor, eps: float, **parameters: Tensor | Non
         if parameter is None:
             continue
         if isinstance(parameter, int | tuple | list):
-            fix = f"{function} always normalises the last dimension: no shape is given"
+            fix = f"leave the shape out: {function} always normalises the last dimension"
             fail_type(function, name, repr(parameter), "a torch.Tensor, or None", fix)
         require_float(function, name, parameter)
         require_device(function, name, parameter, "x", x)
         if not same_sizes(parameter.shape, x.shape[-1:]):
             got, expected = f"shape {shape_text(parameter.shape)}", f"(N,) = ({x.shape[-1]},)"
-            fix = f"{name}.flatten() has it" if parameter.numel() == x.shape[-1] else ""
+            fix = f"pass {name}.flatten()" if parameter.numel() == x.shape[-1] else ""
             fail_value(function, name, got, expected, fix)
     return eps

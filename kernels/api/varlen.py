@@ -169,7 +169,7 @@ def _check_positional(mask: object, bias: object) -> None:
     """Masks and biases must speak of positions only: a tensor in them would need packing too."""
     kinds = "None or Causal, Window or their `&`"
     if mask is not None and not isinstance(mask, Mask):
-        fix = "max_seqlen_q= and max_seqlen_k= are keywords here" if type(mask) is int else ""
+        fix = "pass bounds by keyword, max_seqlen_q= and max_seqlen_k=" if type(mask) is int else ""
         fail_type("attention_varlen", "mask", type(mask).__name__, kinds, fix)
     for part in _parts(mask):
         if not isinstance(part, Causal | Window):
@@ -227,7 +227,9 @@ def _sequences(
     require_tensor("attention_varlen", argument, cu_seqlens)
     expected = f"(n + 1,) ints that begin with 0, never fall, and end with {total}"
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail_type("attention_varlen", argument, cu_seqlens.dtype, expected, f"{argument}.int()")
+        fail_type(
+            "attention_varlen", argument, cu_seqlens.dtype, expected, f"pass {argument}.int()"
+        )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         fail_value("attention_varlen", argument, f"shape {shape_text(cu_seqlens.shape)}", expected)
     if longest is not None:
@@ -244,9 +246,7 @@ def _sequences(
     values: list[int] = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or values[-1] != total or any(length < 0 for length in lengths):
-        fix = (
-            "F.pad(lengths.cumsum(0), (1, 0)) makes them of lengths" if sum(values) == total else ""
-        )
+        fix = "of lengths, pass F.pad(lengths.cumsum(0), (1, 0))" if sum(values) == total else ""
         fail_value("attention_varlen", argument, values, expected, fix)
     needed = max(lengths, default=0)
     if longest is not None and longest < needed:

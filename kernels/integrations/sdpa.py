@@ -67,7 +67,7 @@ def scaled_dot_product_attention(
         require_tensor(_NAME, "attn_mask", attn_mask)
         if attn_mask.dtype not in (torch.bool, *FLOAT_DTYPES):
             expected = "dtype bool, True = may attend, or a float one, which is added"
-            fix = "attn_mask.bool() is the first, where 1 means that"
+            fix = "pass attn_mask.bool() where 1 means may attend"
             fail_type(_NAME, "attn_mask", attn_mask.dtype, expected, fix)
         if is_causal:
             fail_value(_NAME, "is_causal", "True beside an `attn_mask`", "False, or no `attn_mask`")

@@ -60,12 +60,12 @@ def test_none_is_begun_for_a_kernel_that_is_not_common(ahead: Any, tmp_path: Pat
 
 
 def test_none_is_begun_beside_another_process_s(ahead: Any, tmp_path: Path) -> None:
-    with FileLock(tmp_path / "ahead.lock"):
+    with FileLock(tmp_path / "ahead-float32.lock"):
         ahead.start("float32", FORWARD, tmp_path)
     assert not ahead.begun
 
 
-def test_one_works_for_a_cache_at_a_time(
+def test_one_works_for_a_dtype_of_a_cache_at_a_time(
     ahead: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From its first moment, when it has imported nothing yet."""
@@ -77,14 +77,16 @@ def test_one_works_for_a_cache_at_a_time(
 
     monkeypatch.setattr(subprocess, "Popen", begin)
     try:
-        for dtype in ("float32", "bfloat16", "float32"):
+        for dtype in ("float32", "bfloat16", "float32", "bfloat16"):
             ahead.start(dtype, FORWARD, tmp_path)
             ahead._started.clear()  # as in another rank
-        assert len(begun) == 1
+        assert len(begun) == 2
         begun[0].kill()
         begun[0].wait()
-        ahead.start("float32", FORWARD, tmp_path)
-        assert len(begun) == 2
+        for dtype in ("bfloat16", "float32"):
+            ahead.start(dtype, FORWARD, tmp_path)
+        assert len(begun) == 3
+        assert list(ahead._started) == ["float32"]
     finally:
         for process in begun:
             process.kill()
@@ -207,7 +209,7 @@ def test_the_process_leaves_the_other_kernel_on_disk(tmp_path: Path) -> None:
     assert printed("-c", SCRIPT, ROWMAX_CACHE_DIR=str(tmp_path), ROWMAX_COMPILE_AHEAD="1") == "0\n"
     kept = sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*.nbc"))
     assert kept == ["norm_backward.backward", "norm_forward.forward"]
-    assert len(list(tmp_path.rglob("ahead.lock"))) == 1
+    assert len(list(tmp_path.rglob("ahead-float64.lock"))) == 1
 
 
 def test_what_is_common_is_there(ahead: Any) -> None:

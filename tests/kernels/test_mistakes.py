@@ -38,32 +38,37 @@ def packed(*more: Any, **changes: Any) -> Any:
 MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]] = {
     "heads behind the length": (
         lambda: attend(q=BY_LENGTH, k=LONGER, v=LONGER),
-        ("attention: `k`", "divides the 6", "got 9 heads", "(B, L, H, D), .transpose(1, 2)"),
+        (
+            "attention: `k`",
+            "divides the 6",
+            "got 9 heads",
+            "(B, L, H, D), pass each one's .transpose(1, 2)",
+        ),
         lambda: attend(k=LONGER.transpose(1, 2), v=LONGER.transpose(1, 2)),
     ),
     "three dimensions": (
         lambda: attend(q=Q[0]),
-        ("attention: `q`", "(B, Hq, Lq, D)", "got shape (4, 6, 8)", "q[None] one of a batch"),
+        ("attention: `q`", "(B, Hq, Lq, D)", "got shape (4, 6, 8)", "q[None] where the batch is"),
         lambda: attend(q=Q[0][None], k=Q[:1], v=Q[:1]),
     ),
     "keys for one batch element": (
         lambda: attend(k=Q[:1], v=Q[:1]),
-        ("attention: `k`", "B = 2", "got shape (1, 4, 6, 8)", "k.expand(B, -1, -1, -1)"),
+        ("attention: `k`", "B = 2", "got shape (1, 4, 6, 8)", "pass k.expand(B, -1, -1, -1)"),
         lambda: attend(k=Q[:1].expand(2, -1, -1, -1), v=Q[:1].expand(2, -1, -1, -1)),
     ),
     "an array": (
         lambda: attend(q=Q.numpy()),
-        ("attention: `q`", "torch.Tensor", "got ndarray", "torch.from_numpy"),
+        ("attention: `q`", "torch.Tensor", "got ndarray", "pass torch.from_numpy(q)"),
         lambda: attend(q=torch.from_numpy(Q.numpy())),
     ),
     "integers": (
         lambda: attend(q=Q.long()),
-        ("attention: `q`", "float64, float32", "got torch.int64", "q.float()"),
+        ("attention: `q`", "float64, float32", "got torch.int64", "pass q.float()"),
         lambda: attend(q=Q.long().float()),
     ),
     "two dtypes": (
         lambda: attend(k=Q.half()),
-        ("attention: `k`", "torch.float32, that of `q`", "float16", "k.to(torch.float32)"),
+        ("attention: `k`", "torch.float32, that of `q`", "float16", "pass k.to(torch.float32)"),
         lambda: attend(k=Q.half().to(torch.float32)),
     ),
     "a float mask": (
@@ -73,7 +78,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "a mask of integers": (
         lambda: attend(mask=torch.ones(6, 6).int()),
-        ("Dense: `tensor`", "bool, True = may attend", "got torch.int32", "`== 1` or `== 0`"),
+        ("Dense: `tensor`", "bool, True = may attend", "got torch.int32", "tensor == 1"),
         lambda: attend(mask=torch.ones(6, 6).int() == 1),
     ),
     "a bool bias": (
@@ -83,37 +88,42 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "a padding mask as it is": (
         lambda: attend(mask=TOKENS),
-        ("Dense: `tensor`", "(2, 4, 6, 6)", "got shape (2, 6)", "tensor[:, None, None, :]"),
+        ("Dense: `tensor`", "(2, 4, 6, 6)", "got shape (2, 6)", "pass tensor[:, None, None, :]"),
         lambda: attend(mask=TOKENS[:, None, None, :]),
     ),
     "a mask without heads": (
         lambda: attend(mask=PAIRS),
-        ("Dense: `tensor`", "(2, 4, 6, 6)", "got shape (2, 6, 6)", "tensor[:, None]"),
+        ("Dense: `tensor`", "(2, 4, 6, 6)", "got shape (2, 6, 6)", "pass tensor[:, None]"),
         lambda: attend(mask=PAIRS[:, None]),
     ),
     "a padding mask as lengths": (
         lambda: attend(mask=rk.KeyLengths(TOKENS)),
-        ("KeyLengths: `lengths`", "integer", "got torch.bool", "True = a token, lengths.sum(-1)"),
+        (
+            "KeyLengths: `lengths`",
+            "integer",
+            "got torch.bool",
+            "True = a token, pass lengths.sum(-1)",
+        ),
         lambda: attend(mask=rk.KeyLengths(TOKENS.sum(-1))),
     ),
     "float lengths": (
         lambda: attend(mask=rk.KeyLengths(LENGTHS.float())),
-        ("KeyLengths: `lengths`", "an integer dtype", "got torch.float32", "lengths.long()"),
+        ("KeyLengths: `lengths`", "an integer dtype", "got torch.float32", "pass lengths.long()"),
         lambda: attend(mask=rk.KeyLengths(LENGTHS.float().long())),
     ),
     "a list of lengths": (
         lambda: attend(mask=rk.KeyLengths([4, 6])),  # type: ignore[arg-type]
-        ("KeyLengths: `lengths`", "torch.Tensor", "got list", "torch.tensor(...)"),
+        ("KeyLengths: `lengths`", "torch.Tensor", "got list", "pass torch.tensor(lengths)"),
         lambda: attend(mask=rk.KeyLengths(torch.tensor([4, 6]))),
     ),
     "lengths elsewhere": (
         lambda: attend(mask=rk.KeyLengths(LENGTHS.to("meta"))),
-        ("KeyLengths: `lengths`", "cpu", "got device meta", 'lengths.to("cpu")'),
+        ("KeyLengths: `lengths`", "cpu", "got device meta", 'pass lengths.to("cpu")'),
         lambda: attend(mask=rk.KeyLengths(LENGTHS.to("cpu"))),
     ),
     "documents of one sequence": (
         lambda: attend(mask=rk.Documents(IDS)),
-        ("Documents: `ids`", "(B, L)", "got shape (6,)", "ids[None]"),
+        ("Documents: `ids`", "(B, L)", "got shape (6,)", "pass ids[None]"),
         lambda: attend(q=Q[:1], k=Q[:1], v=Q[:1], mask=rk.Documents(IDS[None])),
     ),
     "masks joined by a word": (
@@ -123,22 +133,22 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "a class as a mask": (
         lambda: attend(mask=rk.Causal),
-        ("attention: `mask`", "a mask object", "got type", "Causal(...) makes one"),
+        ("attention: `mask`", "a mask object", "got type", "pass an instance, Causal(...)"),
         lambda: attend(mask=rk.Causal()),
     ),
     "a flag as a mask": (
         lambda: attend(mask=True),
-        ("attention: `mask`", "a mask object", "got bool", "Causal() is the causal one"),
+        ("attention: `mask`", "a mask object", "got bool", "pass Causal()"),
         lambda: attend(mask=rk.Causal()),
     ),
     "torch's keyword": (
         lambda: attend(is_causal=True),
-        ("attention() got an unexpected keyword argument 'is_causal'", "mask=Causal()"),
+        ("attention() got an unexpected keyword argument 'is_causal'", "pass mask=Causal()"),
         lambda: attend(mask=rk.Causal()),
     ),
     "torch's keyword, explained": (
         lambda: rk.explain(Q, Q, Q, attn_mask=PAIRS[0]),
-        ("explain() got an unexpected keyword argument 'attn_mask'", "`mask` takes a bool tensor"),
+        ("explain() got an unexpected keyword argument 'attn_mask'", "pass a bool tensor"),
         lambda: rk.explain(Q, Q, Q, mask=PAIRS[0]),
     ),
     "causal where lengths differ": (
@@ -148,27 +158,32 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "a tensor as scale": (
         lambda: attend(scale=torch.tensor(0.5)),
-        ("attention: `scale`", "a number", "got Tensor", "scale.item()"),
+        ("attention: `scale`", "a number", "got Tensor", "pass scale.item()"),
         lambda: attend(scale=torch.tensor(0.5).item()),
     ),
     "dropout in percent": (
         lambda: attend(dropout_p=10),
-        ("attention: `dropout_p`", "a probability in [0, 1]", "got 10.0", "10 % are 0.1"),
+        ("attention: `dropout_p`", "a probability in [0, 1]", "got 10.0", "pass 0.1 for 10 %"),
         lambda: attend(dropout_p=0.1),
     ),
     "a mask of integers for torch's function": (
         lambda: rk.scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int()),
-        ("attention: `attn_mask`", "bool, True = may attend", "got torch.int32", ".bool()"),
+        (
+            "attention: `attn_mask`",
+            "bool, True = may attend",
+            "got torch.int32",
+            "pass attn_mask.bool()",
+        ),
         lambda: rk.scaled_dot_product_attention(Q, Q, Q, PAIRS[0].int().bool()),
     ),
     "lengths for offsets": (
         lambda: packed(cu_seqlens_q=torch.tensor([4, 8])),
-        ("`cu_seqlens_q`", "begin with 0", "got [4, 8]", "F.pad(lengths.cumsum(0), (1, 0))"),
+        ("`cu_seqlens_q`", "begin with 0", "got [4, 8]", "pass F.pad(lengths.cumsum(0), (1, 0))"),
         lambda: packed(cu_seqlens_q=F.pad(torch.tensor([4, 8]).cumsum(0), (1, 0))),
     ),
     "float offsets": (
         lambda: packed(cu_seqlens_k=STARTS.float()),
-        ("`cu_seqlens_k`", "(n + 1,) ints", "got torch.float32", "cu_seqlens_k.int()"),
+        ("`cu_seqlens_k`", "(n + 1,) ints", "got torch.float32", "pass cu_seqlens_k.int()"),
         lambda: packed(cu_seqlens_k=STARTS.float().int()),
     ),
     "bounds by position": (
@@ -177,7 +192,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
             "attention_varlen: `mask`",
             "None or Causal",
             "got int",
-            "max_seqlen_q= and max_seqlen_k=",
+            "pass bounds by keyword",
         ),
         lambda: rk.attention_varlen(
             *(PACKED, PACKED, PACKED, STARTS, STARTS), max_seqlen_q=8, max_seqlen_k=8
@@ -185,22 +200,22 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "a shape, as for torch's layer norm": (
         lambda: rk.layer_norm(X, (8,)),  # type: ignore[arg-type]
-        ("layer_norm: `weight`", "torch.Tensor, or None", "got (8,)", "no shape is given"),
+        ("layer_norm: `weight`", "torch.Tensor, or None", "got (8,)", "leave the shape out"),
         lambda: rk.layer_norm(X),
     ),
     "a weight of two dimensions": (
         lambda: rk.rms_norm(X, W[None]),
-        ("rms_norm: `weight`", "(N,) = (8,)", "got shape (1, 8)", "weight.flatten()"),
+        ("rms_norm: `weight`", "(N,) = (8,)", "got shape (1, 8)", "pass weight.flatten()"),
         lambda: rk.rms_norm(X, W[None].flatten()),
     ),
     "a half residual": (
         lambda: rk.add_layer_norm(X, X.half()),
-        ("`residual`", "torch.float32, that of `x`", "float16", "residual.to(torch.float32)"),
+        ("`residual`", "torch.float32, that of `x`", "float16", "pass residual.to(torch.float32)"),
         lambda: rk.add_layer_norm(X, X.half().to(torch.float32)),
     ),
     "a float mask for softmax": (
         lambda: rk.masked_softmax(X, np.ones(8)),  # type: ignore[arg-type]
-        ("masked_softmax: `mask`", "a bool tensor or a mask object", "got ndarray"),
+        ("masked_softmax: `mask`", "a bool tensor or a mask object", "pass torch.from_numpy(mask)"),
         lambda: rk.masked_softmax(X, torch.from_numpy(np.ones(8)) == 1),
     ),
 }

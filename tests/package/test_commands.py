@@ -82,6 +82,16 @@ for command in {commands!r}:
     assert done.stdout.count("usage: ") == len(commands)
 
 
+def test_verify_in_a_terminal_wants_no_extra(tmp_path: Path) -> None:
+    arguments = ("verify", "--quick", "--backend", "reference", "--op", "rms_norm")
+    options = ("--kind", "none", "--check", "accuracy", "--dtype", "float32")
+    script = f"sys.stderr.isatty = lambda: True\n{command('rowmax.bench', *arguments, *options)}"
+    done = run_without(["tqdm", "psutil"], script, tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1][:6]) == (0, "passed"), done.stderr
+    bar = r'verify: \d+ checks; pip install "rowmax\[bench\]" brings a progress bar\n'
+    assert re.fullmatch(bar, done.stderr)
+
+
 def test_the_list_of_benchs_commands_is_whole() -> None:
     (group,) = (action for action in build_parser()._actions if action.choices)
     assert tuple(name for name in group.choices or () if name != "forms") == BENCH

@@ -3,9 +3,9 @@
 A training step wants four kernels, one after the other; Numba compiles one at a time in a process.
 So the first that has to be compiled begins a process of low priority that compiles the others,
 those first that will be wanted last. The locks in `jit` divide the work: who wants a kernel that
-the other is at waits for what it leaves on disk. For a cache there is one such process at a time,
-however many programs want it (the ranks of a training): it is born with the cache's lock and has
-it to its end, and programs that find it taken begin none. ROWMAX_COMPILE_AHEAD=0 begins none.
+the other is at waits for what it leaves on disk. Each dtype of a cache has one such process at a
+time, however many programs want it (the ranks of a training): it is born with the dtype's lock and
+has it to its end, and programs that find it taken begin none. ROWMAX_COMPILE_AHEAD=0 begins none.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def start(dtype: str, module: str, folder: Path) -> None:
     path = [entry for entry in sys.path if isinstance(entry, str)]  # `import` ignores others
     script = _SCRIPT.format(path=ascii(path))
     try:
-        lock = os.open(folder / "ahead.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(folder / f"ahead-{dtype}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         return
     try:
