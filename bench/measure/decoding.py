@@ -1,21 +1,28 @@
 """`python -m rowmax.bench decoding`: the reference Transformer beside CTranslate2 and Hugging Face.
 
 The same random weights, exported, translate the same sentences into as many tokens each, for no
-translation ends by itself: greedily and by beam search, in turns in one process. CTranslate2
-computes in float32 and with int8 weights. Where transformers is there, `generate` of a Marian of
-equal sizes is timed as well. Tokens of the best translations count, per second.
+translation ends by itself: greedily and by beam search, in turns. CTranslate2 computes in float32
+and with int8 weights. Where transformers is there, `generate` of a Marian of equal sizes is timed
+as well. Tokens of the best translations count, per second.
+
+Each engine has a process of its own, and one works at a time: in one process OpenMP takes two
+engines' threads for more than there are CPUs, and from then on lets all of them sleep at every
+barrier, which costs a small model up to two thirds more time.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
+import dataclasses
 import importlib.util
+import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +32,6 @@ from ...memory import COMMAND_BLOCKS, keep_freed_memory
 from ...transformer.config import ModelConfig
 from ...transformer.decoding import beam_search, greedy
 from ...transformer.export import export_ctranslate2
-from ...transformer.interface import TranslationModel
 from ...transformer.model import EncoderDecoder
 from ...transformer.quantization import quantize
 from ...transformer.tokenizer import BOS, EOS, PAD
@@ -34,6 +40,9 @@ from .training import SIZES
 
 SOURCE = 20  # tokens of a sentence
 _TOKENS = 24  # of a translation
+
+# Of a beam's width: the lengths of what is written, EOS left out.
+Decoder = Callable[[int], list[int]]
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -47,10 +56,9 @@ def run(options: argparse.Namespace) -> int:
     with from_extra("ctranslate2"):
         import ctranslate2  # noqa: F401
     machine = figures.begin(options, "sentences", "beam")
-    keep_freed_memory(COMMAND_BLOCKS)  # as the commands of rowmax.transformer do
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        every = decoders(SIZES[options.size], options.sentences, options.backend, Path(folder))
+    given = Work(SIZES[options.size], options.sentences, options.backend, torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder, processes(given, Path(folder)) as every:
         for beam in dict.fromkeys((1, options.beam)):
             calls = {name: (lambda of=of, beam=beam: of(beam)) for name, of in every.items()}
             tokens = {name: sum(call()) for name, call in calls.items()}
@@ -72,60 +80,102 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def decoders(
-    config: ModelConfig, sentences: int, backend: str, folder: Path
-) -> dict[str, Callable[[int], list[int]]]:
-    """Of a beam's width: the lengths of what each writes, EOS left out."""
-    with from_extra("ctranslate2"):
-        import ctranslate2
-    torch.manual_seed(0)
-    limited = ModelConfig(**{**vars(config), "max_length": _TOKENS})
-    model = EncoderDecoder(limited, backend).eval()
-    source = torch.randint(3, config.vocab_size, (sentences, SOURCE))
-    lengths = torch.full((sentences,), SOURCE)
-    source[:, -1] = EOS
+class Work(NamedTuple):
+    """What every engine translates, and with what."""
 
-    def rowmax(model: TranslationModel, beam: int) -> list[int]:
+    config: ModelConfig
+    sentences: int
+    backend: str
+    threads: int
+
+    def model(self) -> EncoderDecoder:
+        torch.manual_seed(0)
+        limited = dataclasses.replace(self.config, max_length=_TOKENS)
+        return EncoderDecoder(limited, self.backend).eval()
+
+    def export(self, folder: Path) -> None:
+        """For CTranslate2, whose own process is to start none of torch's threads."""
+        export_ctranslate2(self.model(), _Names(self.config.vocab_size), folder / "model")
+
+    def source(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        shape = self.sentences, SOURCE
+        source = torch.randint(3, self.config.vocab_size, shape, generator=generator)
+        source[:, -1] = EOS
+        return source
+
+
+@contextlib.contextmanager
+def processes(given: Work, folder: Path) -> Iterator[dict[str, Decoder]]:
+    """The engines, each in a process of its own."""
+    given.export(folder)
+    there = importlib.util.find_spec("transformers") is not None
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+
+        def started(name: str) -> Decoder:
+            pool = ProcessPoolExecutor(1, context, _begin, (name, given, folder))
+            stack.enter_context(pool)
+            return lambda beam: pool.submit(_decode, beam).result()
+
+        yield {name: started(name) for name in ENGINES if name != HUGGING_FACE or there}
+
+
+_engine: Decoder | None = None  # of this process
+
+
+def _begin(name: str, given: Work, folder: Path) -> None:
+    global _engine
+    torch.set_num_threads(given.threads)
+    keep_freed_memory(COMMAND_BLOCKS)  # as the commands of rowmax.transformer do
+    _engine = ENGINES[name](given, folder)
+
+
+def _decode(beam: int) -> list[int]:
+    assert _engine is not None
+    return _engine(beam)
+
+
+def _rowmax(given: Work, _: Path, *, int8: bool = False) -> Decoder:
+    model, source = given.model(), given.source()
+    lengths = torch.full((given.sentences,), SOURCE)
+    if int8:
+        quantize(model)
+
+    def decode(beam: int) -> list[int]:
         if beam == 1:
             return list(map(len, greedy(model, source, lengths)))
         return list(map(len, beam_search(model, source, lengths, beam, alpha=0.0)))
 
-    narrow = copy.deepcopy(model)
-    quantize(narrow)
-    found: dict[str, Callable[[int], list[int]]] = {
-        "rowmax": partial(rowmax, model),
-        "rowmax int8": partial(rowmax, narrow),
-    }
-    export_ctranslate2(model, _Names(config.vocab_size), folder / "model")
-    named = [[f"t{token}" for token in row[:-1]] for row in source.tolist()]
-    for kind in ("float32", "int8"):
-        translator = ctranslate2.Translator(
-            str(folder / "model"),
-            compute_type=kind,
-            intra_threads=torch.get_num_threads(),
-            inter_threads=1,
+    return decode
+
+
+def _ctranslate2(given: Work, folder: Path, *, kind: str) -> Decoder:
+    import ctranslate2
+
+    named = [[f"t{token}" for token in row[:-1]] for row in given.source().tolist()]
+    translator = ctranslate2.Translator(
+        str(folder / "model"), compute_type=kind, intra_threads=given.threads, inter_threads=1
+    )
+
+    def decode(beam: int) -> list[int]:
+        results = translator.translate_batch(
+            named,
+            beam_size=beam,
+            length_penalty=0,
+            max_decoding_length=_TOKENS,
+            min_decoding_length=_TOKENS,
         )
+        return [len(result.hypotheses[0]) for result in results]
 
-        def decode(beam: int, translator: Any = translator) -> list[int]:
-            results = translator.translate_batch(
-                named,
-                beam_size=beam,
-                length_penalty=0,
-                max_decoding_length=_TOKENS,
-                min_decoding_length=_TOKENS,
-            )
-            return [len(result.hypotheses[0]) for result in results]
-
-        found[f"CTranslate2 {kind}"] = decode
-    if importlib.util.find_spec("transformers") is not None:
-        found["Hugging Face"] = _hugging_face(config, source)
-    return found
+    return decode
 
 
-def _hugging_face(config: ModelConfig, source: Tensor) -> Callable[[int], list[int]]:
+def _hugging_face(given: Work, _: Path) -> Decoder:
     """A Marian of these sizes, with its own random weights."""
     from transformers import MarianConfig, MarianMTModel
 
+    config, source = given.config, given.source()
     width, heads, inner = config.d_model, config.heads, config.d_ff
     marian = MarianMTModel(
         MarianConfig(
@@ -160,6 +210,16 @@ def _hugging_face(config: ModelConfig, source: Tensor) -> Callable[[int], list[i
         return [out.shape[1] - 1] * len(source)
 
     return decode
+
+
+HUGGING_FACE = "Hugging Face"
+ENGINES: dict[str, Callable[[Work, Path], Decoder]] = {
+    "rowmax": _rowmax,
+    "rowmax int8": partial(_rowmax, int8=True),
+    "CTranslate2 float32": partial(_ctranslate2, kind="float32"),
+    "CTranslate2 int8": partial(_ctranslate2, kind="int8"),
+    HUGGING_FACE: _hugging_face,
+}
 
 
 class _Names:
