@@ -6,7 +6,7 @@ import ctypes
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of mallopt, from malloc.h
-COMMAND_BLOCKS = 32 * 2**20  # bytes; the most that glibc takes for such a limit
+COMMAND_BLOCKS = 32 * 2**20  # bytes; the most that glibc's own limit grows to
 
 
 def keep_freed_memory(blocks: int | None = None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from ..kernels.ops.fast_path import are_ordinary, nothing_watches
 from ..kernels.ops.torch_internals import onednn_linear
@@ -32,8 +33,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias; (..., N), (M, N), (M,) -> (..., M)."""
-    # (what does not fit, or is broadcast, is torch's to refuse or to do)
-    if x.shape[-1:] == weight.shape[1:] and (bias is None or bias.shape == weight.shape[:1]):
+    # (what is traced, does not fit, or is broadcast, is torch's to do or to refuse)
+    if not is_compiling() and _fits(x, weight, bias):
         laid_out = _laid_out.get()
         if laid_out is not None and (ready := laid_out.of(weight, x, bias)) is not None:
             return _onednn()[0](x, ready, bias)
@@ -44,17 +45,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextlib.contextmanager
 def constant_weights() -> Iterator[None]:
-    """Within it the weights of this thread's linear maps do not change.
+    """Within it the parameters by which this thread multiplies do not change.
 
-    From its second product on a weight then is in oneDNN's own layout, where that is faster; the
-    copies are dropped at the end of the outermost.
+    From its second product on such a weight then is in oneDNN's own layout, where that is faster;
+    the copies are dropped at the end of the outermost.
     """
-    outer = _laid_out.get()
-    before = _laid_out.set(outer or _LaidOut())
+    if _laid_out.get() is not None:
+        yield
+        return
+    laid_out = _LaidOut()
+    before = _laid_out.set(laid_out)
     try:
         yield
     finally:
         _laid_out.reset(before)
+        laid_out.close()  # a task or a generator may have a copy of the context
 
 
 class _LaidOut:
@@ -62,21 +67,27 @@ class _LaidOut:
 
     def __init__(self) -> None:
         # By the weight's id, which is not given to another while the weight is here; None: once
-        self._found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._found: dict[int, tuple[Tensor, Tensor | None]] | None = {}
+
+    def close(self) -> None:
+        self._found = None
 
     def of(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The weight for a product like this one, where oneDNN is to compute it; else None."""
-        found = self._found.get(id(weight))
-        if found is None:
-            rows, numbers = x.numel() // max(1, x.shape[-1]), weight.numel()
-            if rows > 1 and (numbers >= _LARGE_WEIGHT or rows * numbers >= _LARGE_LAID_OUT):
-                self._found[id(weight)] = weight, None
+        # (a weight that is computed, of which there is another for each product, is no parameter)
+        if self._found is None or type(weight) is not nn.Parameter:
             return None
-        if not _is_for_onednn(x, weight, bias):
+        found = self._found.get(id(weight))
+        rows, numbers = x.numel() // max(1, x.shape[-1]), weight.numel()
+        large = numbers >= _LARGE_WEIGHT or rows * numbers >= _LARGE_LAID_OUT
+        if (found is None and (rows < 2 or not large)) or not _is_for_onednn(x, weight, bias):
+            return None
+        if found is None:
+            self._found[id(weight)] = weight, None
             return None
         laid_out = found[1]
         if laid_out is None:
-            laid_out = _onednn()[1](weight, x.numel() // x.shape[-1])
+            laid_out = _onednn()[1](weight, rows)
             self._found[id(weight)] = weight, laid_out
         return laid_out
 
@@ -84,14 +95,25 @@ class _LaidOut:
 _laid_out: ContextVar[_LaidOut | None] = ContextVar("laid_out", default=None)
 
 
-def _is_for_onednn(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the numbers of these tensors is asked of their product."""
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    matrices = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
+    return matrices and (bias is None or bias.shape == weight.shape[:1])
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but the numbers of these tensors is asked of their product.
+
+    (oneDNN reads a bias of any strides as if its numbers stood side by side.)
+    """
+    tensors = x, weight, bias
     return (
         torch.is_inference_mode_enabled()
         and bool(torch.backends.mkldnn.enabled)
         and nothing_watches()
         and are_ordinary(tensors)
         and all(each is None or (each.is_cpu and each.dtype == torch.float32) for each in tensors)
+        and weight.is_contiguous()
+        and (bias is None or bias.is_contiguous())
         and _onednn() is not None
     )
 

@@ -17,7 +17,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import multiprocessing
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -121,18 +124,31 @@ def processes(given: Work, folder: Path) -> Iterator[dict[str, Decoder]]:
         yield {name: started(name) for name in ENGINES if name != HUGGING_FACE or there}
 
 
-_engine: Decoder | None = None  # of this process
+_engine: Decoder | Exception  # of this process, or why there is none
 
 
 def _begin(name: str, given: Work, folder: Path) -> None:
     global _engine
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is told to all, and the parent's to end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(given.threads)
     keep_freed_memory(COMMAND_BLOCKS)  # as the commands of rowmax.transformer do
-    _engine = ENGINES[name](given, folder)
+    try:
+        _engine = ENGINES[name](given, folder)
+    except Exception as error:
+        _engine = error
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _decode(beam: int) -> list[int]:
-    assert _engine is not None
+    if isinstance(_engine, Exception):
+        raise _engine
     return _engine(beam)
 
 

@@ -321,7 +321,8 @@ def _explain_qkv(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     key_heads, key_len = k.shape[1], k.shape[2]
     if k.shape[0] != batch or k.shape[3] != head_dim:
         expected = f"(B, Hkv, Lk, D) with B = {batch} and D = {head_dim}, as `q`"
-        fix = "pass k.expand(B, -1, -1, -1) to repeat the only one" if k.shape[0] == 1 else ""
+        only = k.shape[0] == 1 != batch and k.shape[3] == head_dim
+        fix = f"pass k.expand({batch}, -1, -1, -1) to repeat the only one" if only else ""
         fail_value("attention", "k", f"shape {shape_text(k.shape)}", expected, fix)
     if tuple(v.shape[:3]) != tuple(k.shape[:3]):
         expected = f"({batch}, {key_heads}, {key_len}, Dv), as `k`"

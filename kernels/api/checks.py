@@ -127,7 +127,8 @@ def require_number(function: str, argument: str, value: object) -> float:
     if isinstance(value, Tensor) or not (
         isinstance(value, int | float) or hasattr(value, "__float__")
     ):
-        fix = f"pass {argument}.item()" if isinstance(value, Tensor) else ""
+        one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+        fix = f"pass {argument}.item()" if one else ""
         fail_type(function, argument, type(value).__name__, "a number", fix)
     number = float(value)
     if not -math.inf < number < math.inf:

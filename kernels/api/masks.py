@@ -325,8 +325,10 @@ def as_mask(function: str, mask: Mask | Tensor | None) -> Mask | None:
         return mask
     if not isinstance(mask, Tensor):
         expected = "None, a bool tensor or a mask object (Causal, Window, KeyLengths, ...)"
-        fix = "pass Causal()" if mask is True or isinstance(mask, str) else as_tensor("mask", mask)
-        if isinstance(mask, type) and issubclass(mask, Mask):
+        fix = as_tensor("mask", mask)
+        if mask is True or (isinstance(mask, str) and mask == "causal"):
+            fix = "pass Causal()"
+        elif isinstance(mask, type) and issubclass(mask, Mask) and mask is not Mask:
             fix = f"pass an instance, {mask.__name__}(...)"
         fail_type(function, "mask", type(mask).__name__, expected, fix)
     return Dense(mask)
@@ -466,8 +468,8 @@ def _rank(ids: Tensor) -> Tensor:
 def _require_integers(function: str, argument: str, value: object, dimensions: int) -> None:
     tensor = require_tensor(function, argument, value)
     if tensor.dtype not in INTEGER_DTYPES:
-        fix = f"pass {argument}.long()"
-        if tensor.dtype == torch.bool:
+        fix = f"pass {argument}.long()" if tensor.dtype != torch.bool else ""
+        if tensor.dtype == torch.bool and tensor.dim() == 2:
             fix = f"of a padding mask, True = a token, pass {argument}.sum(-1)"
         fail_type(function, argument, tensor.dtype, "an integer dtype", fix)
     if tensor.dim() != dimensions:

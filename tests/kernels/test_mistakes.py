@@ -53,7 +53,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], tuple[str, ...], Callable[[], Any]]
     ),
     "keys for one batch element": (
         lambda: attend(k=Q[:1], v=Q[:1]),
-        ("attention: `k`", "B = 2", "got shape (1, 4, 6, 8)", "pass k.expand(B, -1, -1, -1)"),
+        ("attention: `k`", "B = 2", "got shape (1, 4, 6, 8)", "pass k.expand(2, -1, -1, -1)"),
         lambda: attend(k=Q[:1].expand(2, -1, -1, -1), v=Q[:1].expand(2, -1, -1, -1)),
     ),
     "an array": (

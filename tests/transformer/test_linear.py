@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,7 +17,8 @@ from rowmax.kernels.ops.torch_internals import onednn_linear
 from rowmax.transformer import linear as module
 from rowmax.transformer.linear import Linear, constant_weights, linear
 
-X, WEIGHT, BIAS = torch.randn(32, 2, 512), torch.randn(1024, 512), torch.randn(1024)
+X, BIAS = torch.randn(32, 2, 512), torch.randn(1024)
+WEIGHT = nn.Parameter(torch.randn(1024, 512), requires_grad=False)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_a_weight_in_another_layout(rows: int, calls: list[Tensor], layouts: lis
 def test_a_layout_is_that_of_one_weight_within_the_outermost(
     calls: list[Tensor], layouts: list[Tensor]
 ) -> None:
-    x, other = X[:, 0], torch.randn(1024, 512)
+    x, other = X[:, 0], nn.Parameter(torch.randn(1024, 512))
     with torch.inference_mode():
         with constant_weights():
             linear(x, WEIGHT)
@@ -84,7 +87,7 @@ def test_a_layout_is_that_of_one_weight_within_the_outermost(
                 linear(x, WEIGHT)
             got = linear(x, other), linear(x, other), linear(x, WEIGHT)
             assert [id(weight) for weight in layouts] == [id(WEIGHT), id(other)]
-        changed = WEIGHT + 1
+        changed = nn.Parameter(WEIGHT + 1)
         with constant_weights():
             after = [linear(x, changed) for _ in range(3)]
     for found, weight in zip((*got, *after), (other, other, WEIGHT, *[changed] * 3), strict=True):
@@ -112,7 +115,7 @@ def test_layouts_of_one_thread_are_not_anothers(calls: list[Tensor], layouts: li
 def test_a_small_product_needs_no_layout(
     shape: tuple[int, int], rows: int, layouts: list[Tensor], calls: list[Tensor]
 ) -> None:
-    x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
+    x, weight = torch.randn(rows, shape[1]), nn.Parameter(torch.randn(shape))
     with torch.inference_mode(), constant_weights():
         for _ in range(3):
             linear(x, weight)
@@ -156,6 +159,52 @@ def test_what_is_torchs_own(name: str, calls: list[Tensor]) -> None:
     assert not calls
     assert also.dtype == got.dtype == expected.dtype
     assert type(also) is type(got) is type(expected)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(2048)[::2], torch.randn(1).expand(1024), torch.randn(1024, 2)[:, 1]],
+    ids=["strided", "expanded", "a column"],
+)
+def test_a_bias_whose_numbers_lie_apart(bias: Tensor, laid_out: bool) -> None:
+    """oneDNN took them to lie side by side, and read beyond the end."""
+    with torch.inference_mode(), constant_weights() if laid_out else nullcontext():
+        for _ in range(3):
+            got = linear(X, WEIGHT, bias)
+    expected = nn.functional.linear(X.double(), WEIGHT.double(), bias.double()).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def test_a_weight_that_is_computed_is_not_kept(layouts: list[Tensor], calls: list[Tensor]) -> None:
+    with torch.inference_mode(), constant_weights():
+        computed = [WEIGHT * factor for factor in (1.0, 2.0)]
+        found = [weakref.ref(weight) for weight in computed]
+        for weight in computed * 2:
+            linear(X[:4], weight)
+        del computed, weight
+        assert not any(reference() is not None for reference in found)
+    assert not layouts
+
+
+def test_a_copied_context_has_no_old_weights() -> None:
+    weight = nn.Parameter(WEIGHT.clone(), requires_grad=False)
+    with torch.inference_mode(), constant_weights():
+        linear(X, weight), linear(X, weight)
+        context = contextvars.copy_context()
+    weight.add_(1.0)
+    with torch.inference_mode():
+        got = context.run(linear, X, weight)
+    expected = nn.functional.linear(X.double(), weight.double()).float()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_compiled_in_one_graph(inference: bool) -> None:
+    layer = Linear(512, 1024)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.inference_mode(inference):
+        assert torch.equal(compiled(X), nn.functional.linear(X, layer.weight, layer.bias))
 
 
 def test_gradients_are_torchs_own(calls: list[Tensor]) -> None:
