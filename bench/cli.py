@@ -88,7 +88,7 @@ COMMANDS = {
         comparison,
         "two saved results of `speed`: what became faster or slower, and how surely",
         "Compares the JSON files of two runs, case by case. Exit status 1 where one became "
-        "slower by more than the threshold and the 95%% intervals do not overlap, or where one "
+        "slower by more than the threshold and the 95% intervals do not overlap, or where one "
         "is in one of the files alone.",
         "before.json after.json --threshold 10",
     ),
