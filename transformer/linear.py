@@ -50,7 +50,8 @@ def constant_weights() -> Iterator[None]:
     From its second product on such a weight then is in oneDNN's own layout, where that is faster;
     the copies are dropped at the end of the outermost.
     """
-    if _laid_out.get() is not None:
+    outer = _laid_out.get()
+    if outer is not None and outer.is_open:
         yield
         return
     laid_out = _LaidOut()
@@ -68,6 +69,10 @@ class _LaidOut:
     def __init__(self) -> None:
         # By the weight's id, which is not given to another while the weight is here; None: once
         self._found: dict[int, tuple[Tensor, Tensor | None]] | None = {}
+
+    @property
+    def is_open(self) -> bool:
+        return self._found is not None
 
     def close(self) -> None:
         self._found = None

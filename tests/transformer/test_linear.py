@@ -199,6 +199,19 @@ def test_a_copied_context_has_no_old_weights() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
 
 
+def test_a_copied_context_begins_anew(calls: list[Tensor], layouts: list[Tensor]) -> None:
+    with constant_weights():
+        context = contextvars.copy_context()
+
+    def products() -> None:
+        with torch.inference_mode(), constant_weights():
+            for _ in range(3):
+                linear(X, WEIGHT)
+
+    context.run(products)
+    assert len(layouts) == 1
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_compiled_in_one_graph(inference: bool) -> None:
     layer = Linear(512, 1024)
