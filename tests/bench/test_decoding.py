@@ -46,3 +46,13 @@ def test_all_write_as_much(tmp_path: Path, tiny: ModelConfig) -> None:
 )
 def test_what_is_wrong(wrong: tuple[str, str], refused: Any) -> None:
     assert wrong[0] in refused("decoding", *wrong)
+
+
+def test_an_engine_tells_its_own_error(
+    tmp_path: Path, tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process knows none of this name; a process that ended would be a BrokenProcessPool."""
+    monkeypatch.setitem(decoding.ENGINES, "stranger", decoding.ENGINES["rowmax"])
+    given = decoding.Work(tiny, 1, "reference", threads=1)
+    with decoding.processes(given, tmp_path) as every, pytest.raises(KeyError, match="stranger"):
+        every["stranger"](1)
