@@ -54,10 +54,10 @@ struct ForwardScratch {
 
   // Where the block of key k0 is widened; from now on it is done.
   WideBlock<T> wide_block(const AttentionCall& call, int64_t k0, int64_t key_len) const {
-    if (wide_done == nullptr) {
-      return {};
-    }
     const int64_t block = k0 / BLOCK_KEYS, first = block * BLOCK_KEYS;
+    if (wide_done == nullptr) {
+      return {.before = k0 - first};
+    }
     const bool done = wide_done[block];
     wide_done[block] = true;
     return {

@@ -16,7 +16,7 @@ namespace rowmax {
 namespace ROWMAX_ISA {
 
 // Of half types, a block of K and V that is widened once for all tiles of a head: (keys, D | Dv) from the
-// block's first key on. Null where blocks are not kept.
+// block's first key on. Null where blocks are not kept; `before` is there for all.
 template <typename T>
 struct WideBlock {
   T *key = nullptr, *value = nullptr;
@@ -102,9 +102,9 @@ struct Floats {
             : readable<T>(
                   call.item_type, call.value, block.value, call.value_row, block.keys,
                   call.value_dim, block.rows);
-    multiply<T>(
-        width / LANES<T>, call.value_dim, block.keys, {value.at, 1, value.row}, {weights, width},
-        {out_t, width}, started);
+    multiply_columns<T>(
+        width / LANES<T>, call.value_dim, wide.before, block.keys, {value.at, 1, value.row},
+        {weights, width}, {out_t, width}, started);
   }
 };
 

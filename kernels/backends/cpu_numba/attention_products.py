@@ -18,7 +18,7 @@ from numba.extending import overload
 from ..cpu_common.constants import BLOCK_KEYS, ITEM_COMPUTED
 from .attention_rows import readable, write_rows
 from .attention_tiles import block_end
-from .gemm import lanes_of, multiply
+from .gemm import lanes_of, multiply, multiply_columns
 from .gemm_bfloat16 import (
     PAIRED,
     as_bfloat16,
@@ -99,7 +99,7 @@ def wide_block(call, wide, k0, key_len):
     `wide` is scratch: a number for each block of the head, then K and V, (key_len, D | Dv).
     """
     if call.keeps_wide == 0:
-        return wide, wide, True, 0, 0
+        return wide, wide, True, k0 % BLOCK_KEYS, 0
     first = k0 // BLOCK_KEYS * BLOCK_KEYS
     done = wide[k0 // BLOCK_KEYS] != call.zero
     wide[k0 // BLOCK_KEYS] = cast(1.0, call.zero)
@@ -178,7 +178,8 @@ def _values_in_floats(
         call, call.value, offset, call.value_row, call.value_dim, keys, block[1], block, scratch
     )
     left, right, result = (value, 1, row), (weights, width), (out_t, width)
-    multiply(vectors, call.value_dim, keys, left, right, result, started)
+    before = block[3]
+    multiply_columns(vectors, call.value_dim, before, keys, left, right, result, started)
 
 
 @jit

@@ -46,6 +46,7 @@ _HEIGHTS = {1: (8, 4, 1), 2: tuple(dict.fromkeys((_TALL, 4, 1))), 3: (4, 1), 4: 
 def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: int) -> ir.Function:
     """Tiles of C of rows x vectors, one below the other and `panels` of them side by side.
 
+    A panel of B stays in the first cache for all tiles below each other, where all of B might not.
     (tiles, panels, depth, a, a_row, a_depth, b, b_depth, c, c_row, add) as one LLVM function, made
     once a module.
     """
@@ -68,7 +69,7 @@ def _tiles_function(module: ir.Module, dtype: types.Type, rows: int, vectors: in
 
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     a_offsets = [builder.mul(a_row, number(r)) for r in range(rows)]
-    with cgutils.for_range(builder, tiles) as tile, cgutils.for_range(builder, panels) as panel:
+    with cgutils.for_range(builder, panels) as panel, cgutils.for_range(builder, tiles) as tile:
         first_row = builder.mul(tile.index, number(rows))
         column = builder.mul(panel.index, number(vectors * lanes))
         a_first = builder.gep(a, [builder.mul(first_row, a_row)])
@@ -157,14 +158,22 @@ def _panels(
     """`multiply` of so many panels of `vectors`, a literal, vectors."""
     if not isinstance(vectors, types.IntegerLiteral):
         return None
-    i64 = types.int64
+    i64, i64_type = types.int64, ir.IntType(64)
 
     def emit(builder: ir.IRBuilder, *args: ir.Value) -> None:
         _, panels, rows, depth, at, a_row, a_depth, b, b_depth, to, c_row, add = args
         add = builder.trunc(add, ir.IntType(1))
         for height in _HEIGHTS[vectors.literal_value]:
-            tall = ir.Constant(ir.IntType(64), height)
+            tall = ir.Constant(i64_type, height)
             tiles = builder.sdiv(rows, tall)
+            if height == 6:  # twice 4 rather than 6 and single rows, whose sums are too few
+                rest = builder.srem(rows, tall)
+                few = builder.or_(
+                    builder.icmp_signed("==", rest, ir.Constant(i64_type, 2)),
+                    builder.icmp_signed("==", rest, ir.Constant(i64_type, 3)),
+                )
+                some = builder.icmp_signed(">", tiles, ir.Constant(i64_type, 0))
+                tiles = builder.sub(tiles, builder.zext(builder.and_(few, some), i64_type))
             tiles_of = _tiles_function(builder.module, a.dtype, height, vectors.literal_value)
             builder.call(
                 tiles_of, [tiles, panels, depth, at, a_row, a_depth, b, b_depth, to, c_row, add]
@@ -212,6 +221,27 @@ def multiply(vectors, rows, depth, left, right, result, add):
         b, c, vectors = b + 2 * count * lanes, c + 2 * count * lanes, vectors - 2 * count
     if vectors > 0:
         _panels(1, 1, rows, depth, a, a_row, a_depth, b, b_depth, c, c_row, add)
+
+
+@jit
+def multiply_columns(vectors, rows, before, depth, left, right, result, add):
+    """The same for A of contiguous columns.
+
+    Each step down one takes a line of memory, and with a power of two between rows all lines fall
+    into a few of the first cache's sets. With 32 KiB of it, 64 of them stay there, beside B, for
+    the tiles that take the lines' other elements. It is a sum more a tile. `before` rows of B come
+    before these, in whose count the 64 begin.
+    """
+    a, a_row, a_depth = left
+    b, b_depth = right
+    some = 64 - before % 64 if VECTORS == 3 else depth
+    while True:
+        some = min(some, depth)
+        multiply(vectors, rows, some, (a, a_row, a_depth), (b, b_depth), result, add)
+        a, b, depth = a + some * a_depth, b + some * b_depth, depth - some
+        if depth == 0:
+            return
+        some, add = 64, True
 
 
 def _dots_function(module: ir.Module, dtype: types.Type, rows: int) -> ir.Function:
