@@ -1,4 +1,4 @@
-"""How the Numba attention is divided among threads: all have work, and the bits are the same."""
+"""How attention on the CPU is divided among threads: all have work, and the bits are the same."""
 
 from __future__ import annotations
 
@@ -43,24 +43,41 @@ CASES = [
     Case("short_heads", Shape(9, 4, 2, 40, 40, 16, 16), always(Causal())),
 ]
 
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        "numba",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(
+                dispatch.unavailable("native") is not None, reason="no C++ extension"
+            ),
+        ),
+    ],
+)
+
 
 def assert_same(got: Results, expected: Results) -> None:
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_bits_do_not_depend_on_the_threads(case: Case, dtype: torch.dtype) -> None:
+def test_the_bits_do_not_depend_on_the_threads(
+    case: Case, dtype: torch.dtype, backend: str
+) -> None:
     arguments = case.build(dtype)
     torch.set_num_threads(1)
-    expected = run("numba", arguments)
+    expected = run(backend, arguments)
     for threads in (2, 5, 64):  # more than there are cores: waiting threads must let others run
         torch.set_num_threads(threads)
-        assert_same(run("numba", arguments), expected)
+        assert_same(run(backend, arguments), expected)
 
 
-def test_packed_sequences_of_all_lengths_on_any_threads() -> None:
+@each_backend
+def test_packed_sequences_of_all_lengths_on_any_threads(backend: str) -> None:
     """Among them some that a tile takes, some that are decoded, and an empty one."""
     generator = torch.Generator().manual_seed(0)
     starts_q = torch.tensor([0, 1, 71, 71, 76, 376])
@@ -72,7 +89,7 @@ def test_packed_sequences_of_all_lengths_on_any_threads() -> None:
             for total in (376, 1300, 1300)
         )
         mask = Causal("lower_right")
-        out = attention_varlen(q, k, v, starts_q, starts_k, mask, backend="numba")
+        out = attention_varlen(q, k, v, starts_q, starts_k, mask, backend=backend)
         return [out, *torch.autograd.grad(out.sin().sum(), (q, k, v))]
 
     torch.set_num_threads(1)
