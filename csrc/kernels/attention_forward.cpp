@@ -54,14 +54,14 @@ struct ForwardScratch {
 
   // Where the block of key k0 is widened; from now on it is done.
   WideBlock<T> wide_block(const AttentionCall& call, int64_t k0, int64_t key_len) const {
-    const int64_t block = k0 / BLOCK_KEYS, first = block * BLOCK_KEYS;
     if (wide_done == nullptr) {
-      return {.before = k0 - first};
+      return {};
     }
+    const int64_t block = k0 / BLOCK_KEYS, first = block * BLOCK_KEYS;
     const bool done = wide_done[block];
     wide_done[block] = true;
     return {
-        wide_key + first * call.head_dim, wide_value + first * call.value_dim, done, k0 - first,
+        wide_key + first * call.head_dim, wide_value + first * call.value_dim, done,
         block_end(first, key_len) - first};
   }
 
@@ -282,7 +282,8 @@ void forward_tile(
         keys,
         to.wide_rows,
         nullptr,
-        to.wide_block(call, k0, sequence.key_len)};
+        to.wide_block(call, k0, sequence.key_len),
+        k0 % BLOCK_KEYS};
     Products::score_product(call, block, width, to.query_t, to.scores);
     if (following >= 0 && !started) {
       prefetch_part<T>(call, following, kKey);

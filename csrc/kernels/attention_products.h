@@ -16,12 +16,12 @@ namespace rowmax {
 namespace ROWMAX_ISA {
 
 // Of half types, a block of K and V that is widened once for all tiles of a head: (keys, D | Dv) from the
-// block's first key on. Null where blocks are not kept; `before` is there for all.
+// block's first key on. Null where blocks are not kept.
 template <typename T>
 struct WideBlock {
   T *key = nullptr, *value = nullptr;
-  bool done = false;             // whether the rows are there already
-  int64_t before = 0, keys = 0;  // keys of the block before the first attended, and all of them
+  bool done = false;  // whether the rows are there already
+  int64_t keys = 0;   // all of the block's
 };
 
 // A block of keys: where the first attended row of K and V begins in memory, and scratch.
@@ -31,6 +31,7 @@ struct KeyBlock {
   T* rows;              // BLOCK_KEYS rows of K or V, or backward of both, widened or in pairs
   T* spare = nullptr;   // backward: (BLOCK_KEYS, width), or absent
   WideBlock<T> wide{};  // forward
+  int64_t before = 0;   // forward: keys of the block before the first attended
 };
 
 // matrix[r, :] *= factors[:] for a (rows, width) matrix.
@@ -71,17 +72,18 @@ struct Floats {
     const WideBlock<T>& wide = block.wide;
     if (wide.key != nullptr && !wide.done) {
       readable<T>(
-          call.item_type, call.key, block.key - wide.before * call.key_row, call.key_row, wide.keys,
-          call.head_dim, wide.key);
+          call.item_type, call.key, block.key - block.before * call.key_row, call.key_row,
+          wide.keys, call.head_dim, wide.key);
       readable<T>(
-          call.item_type, call.value, block.value - wide.before * call.value_row, call.value_row,
+          call.item_type, call.value, block.value - block.before * call.value_row, call.value_row,
           wide.keys, call.value_dim, wide.value);
     }
     const Matrix<const T> key =
-        wide.key != nullptr ? Matrix<const T>{wide.key + wide.before * call.head_dim, call.head_dim}
-                            : readable<T>(
-                                  call.item_type, call.key, block.key, call.key_row, block.keys,
-                                  call.head_dim, block.rows);
+        wide.key != nullptr
+            ? Matrix<const T>{wide.key + block.before * call.head_dim, call.head_dim}
+            : readable<T>(
+                  call.item_type, call.key, block.key, call.key_row, block.keys, call.head_dim,
+                  block.rows);
     multiply<T>(
         width / LANES<T>, block.keys, call.head_dim, {key.at, key.row, 1}, {query_t, width},
         {scores, width}, false);
@@ -98,12 +100,12 @@ struct Floats {
     const WideBlock<T>& wide = block.wide;
     const Matrix<const T> value =
         wide.value != nullptr
-            ? Matrix<const T>{wide.value + wide.before * call.value_dim, call.value_dim}
+            ? Matrix<const T>{wide.value + block.before * call.value_dim, call.value_dim}
             : readable<T>(
                   call.item_type, call.value, block.value, call.value_row, block.keys,
                   call.value_dim, block.rows);
     multiply_columns<T>(
-        width / LANES<T>, call.value_dim, wide.before, block.keys, {value.at, 1, value.row},
+        width / LANES<T>, call.value_dim, block.before, block.keys, {value.at, 1, value.row},
         {weights, width}, {out_t, width}, started);
   }
 };
