@@ -25,7 +25,7 @@ _CROWDED = 0.75
 MAX_ALPHA = 5
 # Scores of so many tokens side by side have one maximum; and so many at most, where the size of the
 # vocabulary asks for more.
-_BLOCK, _LARGEST_BLOCK = 160, 320
+_BLOCK, _LARGEST_BLOCK = 64, 256
 
 
 class SentenceTooLongError(ValueError):

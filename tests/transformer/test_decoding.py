@@ -316,13 +316,13 @@ def test_the_best(kind, columns, count):
 
 
 def test_when_blocks_are_looked_at():
-    for columns, count, size in ((8_000, 1, 160), (40_000, 8, 160), (4_700, 1, 188)):
+    for columns, count, size in ((8_000, 1, 64), (40_000, 8, 64), (4_700, 1, 94)):
         blocks = _blocks(torch.zeros(2, columns), count)
         assert blocks is not None
         assert blocks.shape == (2, columns // size, size)
     for scores in (torch.zeros(2, 9_973), torch.zeros(2, 250), torch.zeros(2, 8_000).to("meta")):
         assert _blocks(scores, 1) is None
-    assert _blocks(torch.zeros(2, 8_000), 16) is None
+    assert _blocks(torch.zeros(2, 8_000), 32) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8_000), (64, 2, 1_000), (1, 1, 7), (300, 4, 33)])
